@@ -1,0 +1,110 @@
+"""The plugin's options: one validated object, filled from flags, YAML or a mapping alike."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from counterflow.errors import OptionError
+
+SCHEDULES = ("1f1b", "interleaved", "dualpipev")
+PLANNED_SCHEDULES = ("gpipe", "zb-h1", "zbv", "dualpipe", "auto")
+PLATFORMS = ("auto", "cpu", "cuda")
+
+
+class Options(BaseModel):
+    """What the user asked for; every field has a flag ``--cf-<name>`` and a key of the same name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schedule: str | None = None
+    """Pipeline schedule: a name of `SCHEDULES` or the path of a table in CSV; None leaves Megatron's."""
+    platform: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where ranks run: ``auto`` takes the CPU where no GPU is found."""
+    record: Path | None = None
+    """Directory for the recorded timeline of every training step."""
+
+    @field_validator("schedule")
+    @classmethod
+    def _check_schedule(cls, value: str | None) -> str | None:
+        if value is None or value in SCHEDULES:
+            return value
+        if value.lower().endswith(".csv"):
+            if not Path(value).is_file():
+                raise ValueError(f"schedule file {value!r} does not exist")
+            return value
+        later = " (planned, not in this version)" if value in PLANNED_SCHEDULES else ""
+        raise ValueError(f"schedule {value!r} is not known{later}; allowed: {', '.join(SCHEDULES)} or a table FILE.csv")
+
+    @property
+    def schedule_file(self) -> Path | None:
+        """The table's path where the schedule is a file."""
+        return Path(self.schedule) if self.schedule is not None and self.schedule not in SCHEDULES else None
+
+
+def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the ``--cf-*`` flags to a parser, under one heading."""
+    group = parser.add_argument_group("counterflow", "DualPipe schedules and the CPU platform (counterflow plugin)")
+    group.add_argument(
+        "--cf-schedule",
+        metavar="NAME|FILE.csv",
+        help=f"pipeline schedule: {', '.join(SCHEDULES)}, or a table in CSV; without it Megatron's own runs",
+    )
+    group.add_argument(
+        "--cf-platform",
+        choices=PLATFORMS,
+        default="auto",
+        help="cpu: run Megatron on CPU ranks over gloo; auto: cpu where no GPU is found; cuda: never (default: auto)",
+    )
+    group.add_argument("--cf-record", metavar="DIR", help="write every training step's timeline to DIR")
+    return parser
+
+
+def read_flags(argv: Sequence[str]) -> Options:
+    """Take the ``--cf-*`` flags out of a command line and validate them.
+
+    Raises `OptionError` for a flag that does not exist (or not yet) and for a wrong value.
+    """
+    parser = _QuietParser(add_help=False, allow_abbrev=False)
+    add_flags(parser)
+    found, rest = parser.parse_known_args(argv)
+    known = [option for action in parser._actions for option in action.option_strings]
+    for token in rest:
+        flag = token.split("=", 1)[0]
+        if flag.startswith("--cf-"):
+            close = difflib.get_close_matches(flag, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise OptionError(f"{flag} is not a flag of this version of counterflow; allowed: {', '.join(known)}{hint}")
+    return read_mapping({name.removeprefix("cf_"): value for name, value in vars(found).items()})
+
+
+def read_mapping(given: Mapping[str, Any]) -> Options:
+    """Validate a mapping of option names to values; raises `OptionError` with one line."""
+    try:
+        return Options.model_validate(dict(given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            allowed = ", ".join(Options.model_fields)
+            raise OptionError(f"counterflow has no option {name!r}; allowed: {allowed}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise OptionError(f"--cf-{name}: {message} (given: {first['input']!r})") from None
+
+
+class _QuietParser(argparse.ArgumentParser):
+    """Raises instead of printing Megatron's two thousand lines of usage."""
+
+    def error(self, message: str) -> Any:
+        raise OptionError(f"{message.removeprefix('argument ')}")
+
+
+def fail(error: Exception, rank: int) -> None:
+    """End this process with status 2; rank 0 says why, in one line, for all ranks."""
+    if rank == 0:
+        print(f"counterflow: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2)

@@ -1,0 +1,17 @@
+"""Errors a user reads. Each message is one line: what was given, what is allowed, what to change."""
+
+
+class CounterflowError(ValueError):
+    """Base of every error that counterflow raises on purpose."""
+
+
+class OptionError(CounterflowError):
+    """An option, a flag or a combination of flags that cannot work."""
+
+
+class ScheduleError(CounterflowError):
+    """A schedule table that cannot run; names rank, position and action."""
+
+
+class SeamError(CounterflowError):
+    """An upstream symbol is missing or does not have the shape that a seam expects."""

@@ -1,0 +1,48 @@
+"""Refuse to read optimizer state that another layout wrote in a layout-dependent form.
+
+Model keys carry global layer numbers, so model weights travel freely between schedules. The distributed
+optimizer's default form (``dp_reshardable``) is flat buffers per pipeline rank: read under another
+layout it can fit by shape and put moments and fp32 masters on the wrong layers, without an error.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from counterflow.config import Options
+from counterflow.errors import OptionError
+from counterflow.megatron.schedule import choose_layout
+
+
+def name_layout(args: Any) -> str:
+    """Return the layout (``straight 1``, ``looped 2``, ``v 2``) under which these arguments train."""
+    chunks = getattr(args, "virtual_pipeline_model_parallel_size", None) or 1
+    schedule = getattr(args, "cf_schedule", None)
+    # model_construct: a file named in an old checkpoint need not exist any more to be a file's name.
+    options = Options.model_construct(schedule=schedule)
+    if options.schedule_file is not None and not options.schedule_file.is_file():
+        return f"that of {schedule}"
+    return f"{choose_layout(options, 2, chunks).name} {chunks}"
+
+
+def refuse_other_layout(check_checkpoint_args: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap upstream's comparison of checkpoint and run arguments."""
+
+    @wraps(check_checkpoint_args)
+    def check(checkpoint_args: Any, *rest: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        args = get_args()
+        saved, now = name_layout(checkpoint_args), name_layout(args)
+        flat = getattr(checkpoint_args, "use_distributed_optimizer", False) and not getattr(
+            checkpoint_args, "dist_ckpt_optim_fully_reshardable", False
+        )
+        if flat and saved != now and not (args.no_load_optim or args.finetune):
+            raise OptionError(
+                f"the checkpoint's optimizer state was saved under layout {saved!r} in a form that only fits that layout; "
+                f"this run has {now!r}: resume with the schedule it was saved under, or save with "
+                "--dist-ckpt-optim-fully-reshardable, or load the weights alone with --no-load-optim"
+            )
+        return check_checkpoint_args(checkpoint_args, *rest, **kwargs)
+
+    return check

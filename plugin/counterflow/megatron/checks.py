@@ -1,0 +1,192 @@
+"""Refuse flag combinations that cannot work, before any process group is made.
+
+Works on Megatron's parsed but not yet validated arguments, so that the message is ours and says what
+was given, what is allowed and what to change.
+"""
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+from counterflow.config import Options
+from counterflow.errors import OptionError, ScheduleError
+from counterflow.megatron.schedule import build_table, choose_layout
+from counterflow.schedule.layouts import LOOPED, STRAIGHT, V
+
+
+def prepare_arguments(args: Any, options: Options) -> None:
+    """Check ``args`` against the chosen schedule; ask for the V's two chunks where none were named.
+
+    Raises `OptionError`, the same on every rank.
+    """
+    if options.schedule is None:
+        return
+    flat = flatten(args)
+    ranks = _get(flat, "pipeline_model_parallel_size", 1)
+    if ranks < 2:
+        raise OptionError(
+            f"--cf-schedule {options.schedule} needs at least 2 pipeline ranks; --pipeline-model-parallel-size is {ranks}: "
+            "set it to 2 or more, or drop --cf-schedule"
+        )
+    _check_world_size(flat, ranks)
+    layout = _read_layout_name(options)
+    chunks = count_chunks(flat, ranks)
+    if layout == V and chunks is None:
+        _owner(args, "num_virtual_stages_per_pipeline_rank").num_virtual_stages_per_pipeline_rank = 2
+        chunks = 2
+    _check_chunks(options.schedule, layout, chunks)
+    _check_unsupported(flat, options.schedule)
+    if layout == V:
+        _check_v(flat, ranks, options.schedule)
+    _check_table(flat, ranks, chunks or 1, options)
+
+
+def flatten(args: Any) -> Any:
+    """Return the arguments with the sections that ``--yaml-cfg`` nests laid beside the others."""
+    flat = dict(vars(args))
+    for section in ("language_model", "model_parallel"):
+        if isinstance(flat.get(section), SimpleNamespace):
+            flat |= vars(flat[section])
+    return SimpleNamespace(**flat)
+
+
+def _owner(args: Any, name: str) -> Any:
+    section = getattr(args, "model_parallel", None)
+    return section if isinstance(section, SimpleNamespace) and not hasattr(args, name) else args
+
+
+def _get(args: Any, name: str, default: Any) -> Any:
+    value = getattr(args, name, None)
+    return default if value is None else value
+
+
+def _read_layout_name(options: Options) -> str:
+    if options.schedule_file is not None:
+        return choose_layout(options, 0, 0).name
+    return {"1f1b": STRAIGHT, "interleaved": LOOPED, "dualpipev": V}[str(options.schedule)]
+
+
+def _check_world_size(args: Any, ranks: int) -> None:
+    world = int(os.environ.get("WORLD_SIZE", _get(args, "world_size", 1)))
+    tensor = _get(args, "tensor_model_parallel_size", 1)
+    context = _get(args, "context_parallel_size", 1)
+    expert = _get(args, "expert_model_parallel_size", 1)
+    expert_tensor = _get(args, "expert_tensor_parallel_size", tensor)
+    dense, sparse = tensor * context * ranks, expert * expert_tensor * ranks
+    for size, what in ((dense, "TP x CP x PP"), (sparse, "EP x ETP x PP")):
+        if world % size:
+            values = (tensor, context, ranks) if what.startswith("TP") else (expert, expert_tensor, ranks)
+            raise OptionError(
+                f"{world} ranks do not fit {what} = {' x '.join(map(str, values))} = {size}: "
+                f"start a multiple of {size} ranks or change the parallel sizes"
+            )
+
+
+def count_chunks(args: Any, ranks: int) -> int | None:
+    """Return the model chunks per pipeline rank that the flags ask for; None where they ask for none."""
+    layout = getattr(args, "pipeline_model_parallel_layout", None)
+    if layout is not None:
+        from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+        stages = PipelineParallelLayerLayout.get_num_stages_from_str(layout) if isinstance(layout, str) else len(layout)
+        return max(1, stages // ranks)
+    per_chunk = getattr(args, "num_layers_per_virtual_pipeline_stage", None)
+    if per_chunk is not None:
+        return max(1, args.num_layers // ranks // per_chunk)
+    return getattr(args, "num_virtual_stages_per_pipeline_rank", None)
+
+
+def _check_chunks(schedule: str, layout: str, chunks: int | None) -> None:
+    change = "set --num-virtual-stages-per-pipeline-rank"
+    given = f"{chunks} chunks per rank given" if chunks is not None else "none given"
+    if layout == V and chunks != 2:
+        raise OptionError(f"--cf-schedule {schedule} holds 2 model chunks per pipeline rank (VPP 2), {given}: {change} 2")
+    if layout == STRAIGHT and chunks not in (None, 1):
+        raise OptionError(f"--cf-schedule {schedule} holds 1 model chunk per pipeline rank, {given}: {change} 1 or choose interleaved")
+    if layout == LOOPED and (chunks is None or chunks < 2):
+        raise OptionError(f"--cf-schedule {schedule} holds 2 or more model chunks per pipeline rank (VPP), {given}: {change} 2 or more")
+
+
+def _check_unsupported(args: Any, schedule: str) -> None:
+    """What no table runs yet."""
+    refused = {
+        "variable_seq_lengths": "--variable-seq-lengths",
+        "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
+        "num_microbatches_with_partial_activation_checkpoints": "--num-microbatches-with-partial-activation-checkpoints",
+        "fine_grained_activation_offloading": "--fine-grained-activation-offloading",
+        "defer_embedding_wgrad_compute": "--defer-embedding-wgrad-compute",
+        "moe_paged_stash": "--moe-paged-stash",
+        "hybrid_context_parallel": "--hybrid-context-parallel",
+        "use_megatron_fsdp": "--use-megatron-fsdp",
+        "use_torch_fsdp2": "--use-torch-fsdp2",
+        "enable_cuda_graph": "--enable-cuda-graph",
+        "external_cuda_graph": "--external-cuda-graph",
+    }
+    for name, flag in refused.items():
+        if getattr(args, name, None):
+            raise OptionError(f"--cf-schedule {schedule} does not run with {flag} in this version: drop one of the two")
+    graph = getattr(args, "cuda_graph_impl", None) or "none"
+    if graph != "none":
+        raise OptionError(
+            f"--cf-schedule {schedule} does not run under CUDA graphs: --cuda-graph-impl {graph} given, none is allowed; "
+            "full-iteration and per-chunk graphs fix the order that the schedule decides"
+        )
+
+
+def _check_v(args: Any, ranks: int, schedule: str) -> None:
+    """What a model that ends on its first rank cannot have yet."""
+    if not getattr(args, "untie_embeddings_and_output_weights", False):
+        raise OptionError(
+            f"--cf-schedule {schedule} does not run with tied embeddings in this version (first and last stage share a rank): "
+            "add --untie-embeddings-and-output-weights"
+        )
+    if getattr(args, "mtp_num_layers", None):
+        raise OptionError(
+            f"--cf-schedule {schedule} does not run with multi-token prediction in this version: "
+            f"--mtp-num-layers {args.mtp_num_layers} given, drop it"
+        )
+    saves = getattr(args, "save", None) or getattr(args, "load", None)
+    if saves and getattr(args, "ckpt_format", "torch_dist") != "torch_dist":
+        raise OptionError(
+            f"--cf-schedule {schedule} needs checkpoints whose keys name global layers: --ckpt-format {args.ckpt_format} given, "
+            "torch_dist is allowed"
+        )
+    uneven = (
+        "pipeline_model_parallel_layout",
+        "decoder_first_pipeline_num_layers",
+        "decoder_last_pipeline_num_layers",
+        "account_for_embedding_in_pipeline_split",
+        "account_for_loss_in_pipeline_split",
+    )
+    layers = getattr(args, "num_layers", None)
+    if layers is not None and layers % (2 * ranks) and not any(getattr(args, name, None) for name in uneven):
+        low = layers // (2 * ranks) * 2 * ranks
+        near = f"{low} or {low + 2 * ranks}" if low else f"{2 * ranks}"
+        raise OptionError(
+            f"{layers} layers cannot be laid out on {2 * ranks} stages (2 chunks on each of {ranks} pipeline ranks): "
+            f"set --num-layers to a multiple of {2 * ranks} ({near}) or give --pipeline-model-parallel-layout"
+        )
+
+
+def _check_table(args: Any, ranks: int, chunks: int, options: Options) -> None:
+    microbatches = count_microbatches(args, ranks)
+    if microbatches is None:
+        return
+    try:
+        build_table(options, ranks, microbatches, chunks, _get(args, "microbatch_group_size_per_vp_stage", None))
+    except ScheduleError as error:
+        if options.schedule_file is not None:
+            raise
+        raise OptionError(f"{error}: change --global-batch-size, --micro-batch-size or --pipeline-model-parallel-size") from None
+
+
+def count_microbatches(args: Any, ranks: int) -> int | None:
+    """Return the fewest micro-batches a training step of these arguments has; None where unknown."""
+    micro = getattr(args, "micro_batch_size", None)
+    if micro is None:
+        return None
+    model_ranks = _get(args, "tensor_model_parallel_size", 1) * _get(args, "context_parallel_size", 1) * ranks
+    replicas = int(os.environ.get("WORLD_SIZE", _get(args, "world_size", 1))) // model_ranks
+    rampup = getattr(args, "rampup_batch_size", None)
+    batch = int(rampup[0]) if rampup else _get(args, "global_batch_size", micro * replicas)
+    return batch // (micro * replicas)

@@ -1,0 +1,63 @@
+"""The way back of a V: build and run model chunk 1 as if this pipeline rank were P-1-r.
+
+Megatron deals virtual stages round by round, so chunk 1 of rank P-1-r is stage P + (P-1-r): exactly
+the stage that a V layout wants on rank r. Megatron finds the rank in two places, a process group that
+is passed along and ``parallel_state``; both are overridden together, and only around building, data
+set building and the forward of chunk 1, never across optimizer or checkpoint collectives.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from megatron.core import parallel_state
+
+
+class MirroredGroup:
+    """A pipeline process group seen from its other end: ``rank()`` is P-1-r; all else is the group's."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def rank(self) -> int:
+        """Return the mirrored rank."""
+        return self._group.size() - 1 - self._group.rank()
+
+    def size(self) -> int:
+        """Return the number of pipeline ranks."""
+        return self._group.size()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._group, name)
+
+
+@contextmanager
+def hold_mirrored_rank() -> Iterator[None]:
+    """Let ``parallel_state`` answer with pipeline rank P-1-r; nested use changes nothing."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    before = parallel_state._MPU_PIPELINE_MODEL_PARALLEL_RANK
+    parallel_state.set_pipeline_model_parallel_rank(group.size() - 1 - group.rank())
+    try:
+        yield
+    finally:
+        parallel_state.set_pipeline_model_parallel_rank(before)
+
+
+def run_mirrored(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``function`` so that it runs under the mirrored rank; its attributes stay."""
+
+    @wraps(function)
+    def mirrored(*args: Any, **kwargs: Any) -> Any:
+        with hold_mirrored_rank():
+            return function(*args, **kwargs)
+
+    return mirrored
+
+
+def mirror_collection(pg_collection: Any) -> Any:
+    """Return a copy of a process-group collection whose pipeline group is mirrored."""
+    mirrored = copy.copy(pg_collection)
+    mirrored.pp = MirroredGroup(pg_collection.pp)
+    return mirrored

@@ -1,0 +1,206 @@
+"""Where the plugin enters Megatron: one entry per upstream symbol, checked before it is touched.
+
+A seam names the symbol, the parameters it must have and the wrapper that takes its place. Where a
+version of Megatron has no such symbol, an alternative may stand in; a symbol of another shape stops
+the start with the version and the symbol named.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+from counterflow.config import Options, add_flags, fail, read_mapping
+from counterflow.errors import CounterflowError, SeamError
+from counterflow.patching import Patches
+from counterflow.schedule.layouts import V
+
+
+@dataclass(frozen=True)
+class Seam:
+    """An upstream symbol that the plugin takes.
+
+    ``optional`` marks a symbol that only newer versions have, beside an older path that is kept.
+    """
+
+    module: str
+    symbol: str
+    parameters: tuple[str, ...]
+    purpose: str
+    optional: bool = False
+
+    def find_misfit(self) -> str | None:
+        """Return what is wrong with the symbol; None where it fits or may be absent."""
+        try:
+            home = importlib.import_module(self.module)
+        except ImportError as error:
+            absent = isinstance(error, ModuleNotFoundError) and self.module.startswith(error.name or "\0")
+            return None if self.optional and absent else f"cannot be imported: {error}"
+        target = getattr(home, self.symbol, None)
+        if target is None:
+            return None if self.optional else "does not exist"
+        found = tuple(inspect.signature(inspect.unwrap(target)).parameters)
+        if found[: len(self.parameters)] != self.parameters:
+            return f"takes ({', '.join(found)}) where ({', '.join(self.parameters)}, …) is expected"
+        return None
+
+    def is_present(self) -> bool:
+        """Tell whether this version of Megatron has the symbol."""
+        try:
+            return hasattr(importlib.import_module(self.module), self.symbol)
+        except ImportError:
+            return False
+
+
+ADD_ARGUMENTS = Seam("megatron.training.arguments", "add_megatron_arguments", ("parser",), "flags in the script's --help")
+PARSE_ARGS = Seam(
+    "megatron.training.arguments", "parse_args", ("extra_args_provider", "ignore_unknown_args"), "options and early refusals"
+)
+GET_SCHEDULE = Seam(
+    "megatron.core.pipeline_parallel.schedules", "get_forward_backward_func", ("pp_size", "vp_size"), "the pipeline schedule"
+)
+FORWARD_STEP = Seam(
+    "megatron.core.pipeline_parallel.schedules",
+    "forward_step",
+    ("forward_step_func", "data_iterator", "model", "num_microbatches", "input_tensor", "forward_data_store", "config"),
+    "called for each F",
+)
+BACKWARD_STEP = Seam(
+    "megatron.core.pipeline_parallel.schedules",
+    "backward_step",
+    ("input_tensor", "output_tensor", "output_tensor_grad", "config"),
+    "called for each B",
+)
+GET_MODEL = Seam(
+    "megatron.training.training", "get_model", ("model_provider_func", "model_type", "wrap_with_ddp"), "V layout, model provider"
+)
+BUILD_STAGES = Seam(
+    "megatron.training.models.dist_utils",
+    "build_virtual_pipeline_stages",
+    ("build_model_func", "pg_collection", "vp_size"),
+    "V layout, model builder (0.18 and later)",
+    optional=True,
+)
+BUILD_ITERATORS = Seam(
+    "megatron.training.training",
+    "build_train_valid_test_data_iterators",
+    ("build_train_valid_test_datasets_provider",),
+    "V layout, data sets",
+)
+CHECK_CHECKPOINT = Seam(
+    "megatron.training.checkpointing", "check_checkpoint_args", ("checkpoint_args",), "optimizer state of another layout"
+)
+
+SEAMS = (
+    ADD_ARGUMENTS,
+    PARSE_ARGS,
+    GET_SCHEDULE,
+    FORWARD_STEP,
+    BACKWARD_STEP,
+    GET_MODEL,
+    BUILD_STAGES,
+    BUILD_ITERATORS,
+    CHECK_CHECKPOINT,
+)
+
+
+def find_version() -> str:
+    """Return the version of the Megatron-Core in use."""
+    try:
+        from megatron.core.package_info import __version__
+    except ImportError:
+        return "not installed"
+    return str(__version__)
+
+
+def check_seams() -> None:
+    """Raise `SeamError` that names version and symbol unless every seam fits."""
+    for seam in SEAMS:
+        if misfit := seam.find_misfit():
+            raise SeamError(
+                f"megatron-core {find_version()}: {seam.module}.{seam.symbol} {misfit}; "
+                "this version of counterflow supports megatron-core 0.17 to 0.19: install one of them, or drop the --cf flags"
+            )
+
+
+def _take(patches: Patches, seam: Seam, wrap: Callable[[Any], Any]) -> None:
+    patches.replace(importlib.import_module(seam.module), seam.symbol, wrap)
+
+
+def install_flags(patches: Patches, options: Options) -> None:
+    """Show the flags in the script's ``--help``; set up the schedule once the arguments are read."""
+    check_seams()
+    _take(patches, ADD_ARGUMENTS, lambda original: wraps(original)(lambda parser: add_flags(original(parser))))
+    _take(patches, PARSE_ARGS, lambda original: _prepare_after(original, patches, options))
+
+
+def _prepare_after(parse_args: Callable[..., Any], patches: Patches, options: Options) -> Callable[..., Any]:
+    @wraps(parse_args)
+    def parse_and_prepare(*args: Any, **kwargs: Any) -> Any:
+        from counterflow.megatron.checks import prepare_arguments
+
+        parsed = parse_args(*args, **kwargs)
+        try:
+            chosen = _merge_yaml(parsed, options)
+            prepare_arguments(parsed, chosen)
+        except CounterflowError as error:
+            fail(error, parsed.rank)
+        # Into the arguments, and so into every checkpoint: the next load knows the layout of this one.
+        for name, value in chosen.model_dump(mode="json").items():
+            setattr(parsed, f"cf_{name}", value)
+        if chosen.schedule is not None:
+            install_schedule(patches, chosen)
+        return parsed
+
+    return parse_and_prepare
+
+
+def _merge_yaml(parsed: Any, options: Options) -> Options:
+    """Add the ``counterflow:`` section of a ``--yaml-cfg`` file; a flag given on the command line wins."""
+    section = getattr(parsed, "counterflow", None)
+    if section is None:
+        return options
+    given = options.model_dump(exclude_defaults=True)
+    return read_mapping({**vars(section), **given})
+
+
+def install_schedule(patches: Patches, options: Options) -> None:
+    """Take the schedule, and for a V the builders, data sets and checkpoint check."""
+    from counterflow.megatron.checkpoint import refuse_other_layout
+    from counterflow.megatron.model import lay_out_as_v, mirror_dataset_provider
+    from counterflow.megatron.schedule import PipelineSchedule, choose_layout
+
+    pipeline = PipelineSchedule(options)
+    _take(patches, GET_SCHEDULE, lambda original: _choose_schedule(original, pipeline))
+    _take(patches, CHECK_CHECKPOINT, refuse_other_layout)
+    if choose_layout(options, 2, 2).name == V:
+        _take(patches, GET_MODEL, lambda original: _wrap_first(original, lay_out_as_v))
+        if BUILD_STAGES.is_present():
+            _take(patches, BUILD_STAGES, lambda original: _wrap_first(original, lay_out_as_v))
+        _take(patches, BUILD_ITERATORS, lambda original: _wrap_first(original, mirror_dataset_provider))
+
+
+def _wrap_first(function: Callable[..., Any], wrap: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Call ``function`` with its first argument wrapped."""
+
+    @wraps(function)
+    def wrapped(first: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(wrap(first), *args, **kwargs)
+
+    return wrapped
+
+
+def _choose_schedule(original: Callable[..., Any], pipeline: Any) -> Callable[..., Any]:
+    @wraps(original)
+    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
+        from megatron.core.pipeline_parallel import schedules
+
+        chosen = original(*args, **kwargs)
+        # Without a pipeline (or with modules of several pipelines) upstream's choice stands.
+        if chosen is schedules.forward_backward_no_pipelining or kwargs.get("schedule_pg_collection") is not None:
+            return chosen
+        return pipeline.forward_backward
+
+    return get_forward_backward_func

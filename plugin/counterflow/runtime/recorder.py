@@ -1,0 +1,69 @@
+"""Write down when each action ran (``--cf-record DIR``).
+
+A span starts when the action's first input is there, so waiting shows as idle time, as in a simulated
+timeline. On a CPU the host's clock is the truth. On a GPU the host only issues work, so CUDA events
+are recorded and read after the step (untested on GPU).
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from counterflow.schedule.actions import Action
+from counterflow.schedule.timeline import Span, dump_record
+
+
+class Recorder:
+    """Collects one rank's spans and appends them, a line per step, to ``DIR/timeline-rank<r>.jsonl``."""
+
+    def __init__(self, directory: Path, global_rank: int, use_cuda_events: bool) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / f"timeline-rank{global_rank:05d}.jsonl"
+        self._use_cuda_events = use_cuda_events
+        self._marks: list[tuple[Action, Any, Any]] = []
+        self._action: Action | None = None
+        self._begin: Any = None
+        self._base: tuple[float, Any] | None = None
+
+    def _now(self) -> Any:
+        if not self._use_cuda_events:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self, action: Action) -> None:
+        """The rank has come to this action."""
+        if self._base is None and self._use_cuda_events:
+            torch.cuda.synchronize()
+            self._base = (time.monotonic(), self._now())
+        self._action, self._begin = action, None
+
+    def begin_compute(self) -> None:
+        """The action's input is there; of a pair, the first part's."""
+        if self._begin is None:
+            self._begin = self._now()
+
+    def stop(self) -> None:
+        """The action has run; a W that does nothing leaves no span."""
+        if self._action is not None and self._begin is not None:
+            self._marks.append((self._action, self._begin, self._now()))
+        self._action = None
+
+    def _seconds(self, mark: Any) -> float:
+        if self._base is None:
+            return float(mark)
+        host, event = self._base
+        return host + event.elapsed_time(mark) / 1000.0
+
+    def write_step(self, step: int, schedule: str, pipeline_rank: int) -> None:
+        """Append the spans of one step and forget them."""
+        if self._use_cuda_events:
+            torch.cuda.synchronize()
+        spans = [Span(pipeline_rank, action, self._seconds(b), self._seconds(e)) for action, b, e in self._marks]
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(dump_record(step, schedule, pipeline_rank, spans) + "\n")
+        self._marks.clear()
+        self._base = None
