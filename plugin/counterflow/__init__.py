@@ -9,8 +9,9 @@ from typing import Any
 
 from counterflow.config import Options, read_flags, read_mapping
 from counterflow.patching import Patches
+from counterflow.version import __version__
 
-__version__ = "0.1.0"
+__all__ = ["Options", "__version__", "enable"]
 
 _enabled: Patches | None = None
 

@@ -4,6 +4,8 @@ Each is replaced where it lives and wherever it was imported by name; see `platf
 """
 
 import importlib
+import logging
+from functools import wraps
 from typing import Any
 
 import torch
@@ -35,8 +37,60 @@ def _compile_where_missing(compile_helpers: Any) -> Any:
     return compile_or_reuse_helpers
 
 
+def _allocate_state_first(state_dict: Any) -> Any:
+    @wraps(state_dict)
+    def allocate_and_get(self: Any) -> Any:
+        # Upstream reads the step from the first parameter's state, which a torch optimizer does not
+        # have before its first step, so a fresh one could not be loaded into.
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not self.optimizer.state[parameter]:
+                    zeros = {key: torch.zeros_like(parameter.data) for key in self.optimizer_state_keys}
+                    self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+        return state_dict(self)
+
+    return allocate_and_get
+
+
+def _give_each_its_step(load_state_dict: Any) -> Any:
+    @wraps(load_state_dict)
+    def load(self: Any, state: Any) -> None:
+        load_state_dict(self, state)
+        # Upstream hands one step tensor to all parameters, and torch's Adam counts it up once for each
+        # of them: after a resume the bias correction would run ahead by the number of parameters.
+        for parameter_state in self.optimizer.state.values():
+            parameter_state["step"] = parameter_state["step"].clone()
+
+    return load
+
+
+def _leave_step_alone(set_states: Any) -> Any:
+    @wraps(set_states)
+    def set_all_but_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        # Upstream wants a source for every tensor of the state; the step is restored on its own.
+        set_states(self, model_param, {"step": None, **tensors})
+
+    return set_all_but_step
+
+
+class _SilenceForkWarning(logging.Filter):
+    """Drops the tracker's warning that the CPU random state changed: here it is the CUDA state too."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "CPU RNG state changed" not in record.getMessage()
+
+
+def _mend_torch_adam(patches: Patches, sharded: Any) -> None:
+    """Make the distributed optimizer save and resume exactly over torch's Adam (no TE, no Apex)."""
+    patches.set(sharded, "state_dict", _allocate_state_first(sharded.state_dict))
+    patches.set(sharded, "load_state_dict", _give_each_its_step(sharded.load_state_dict))
+    name = "_set_main_param_and_optimizer_states"
+    patches.set(sharded, name, _leave_step_alone(getattr(sharded, name)))
+
+
 def install(patches: Patches) -> None:
-    """Replace Megatron-Core's CUDA random state, host copies and helper build; log into ``patches``."""
+    """Replace what Megatron-Core does differently without a GPU or without TE; log into ``patches``."""
+    from megatron.core.optimizer import distrib_optimizer
     from megatron.core.datasets import utils as dataset_utils
     from megatron.core.tensor_parallel import random as rng
     from megatron.core.transformer.moe import moe_utils
@@ -45,3 +99,9 @@ def install(patches: Patches) -> None:
     patches.replace(rng, "_set_cuda_rng_state", lambda original: _set_rng_state)
     patches.replace(moe_utils, "maybe_move_tensor_to_cpu", lambda original: _keep_on_cpu)
     patches.replace(dataset_utils, "compile_helpers", _compile_where_missing)
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        _mend_torch_adam(patches, distrib_optimizer.DistributedOptimizer)
+    silence = _SilenceForkWarning()
+    tracker_log = logging.getLogger(rng.__name__)
+    tracker_log.addFilter(silence)
+    patches.on_undo(lambda: tracker_log.removeFilter(silence))

@@ -1,0 +1,156 @@
+"""Train the example on this machine: prepare the text, start the ranks, show how the model learns.
+
+Run by ``make train``; all flags that are not named below go to Megatron as they are.
+"""
+
+import argparse
+import logging
+import re
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+STEP = re.compile(
+    r"iteration\s+(?P<step>\d+)/\s*(?P<total>\d+) .*elapsed time per iteration \(ms\): (?P<ms>[\d.]+)"
+    r".*learning rate: (?P<lr>[\dE.+-]+).*global batch size:\s*(?P<batch>\d+)"
+    r".*lm loss: (?P<loss>[\dE.+-]+).*grad norm: (?P<norm>[\d.einf+-]+)"
+)
+VALIDATION = re.compile(r"validation loss at iteration (?P<step>\d+)(?P<final> on (?:validation|test) set)? \| lm loss value: (?P<loss>[\dE.+-]+)")
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """Return the example's own options and the flags for Megatron."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--schedule", default="dualpipev", help="as --cf-schedule (default: dualpipev)")
+    parser.add_argument("--iters", type=int, default=150, help="steps per run (default: 150)")
+    parser.add_argument("--ranks", type=int, help="ranks to start (default: 4 on the CPU, else 2 or 4 GPUs)")
+    parser.add_argument("--platform", choices=("auto", "cpu", "cuda"), default="auto", help="as --cf-platform (default: auto)")
+    parser.add_argument("--dir", type=Path, default=ROOT / "runs" / "pretrain_moe", help="checkpoints, logs and data go here")
+    parser.add_argument("--fresh", action="store_true", help="forget earlier checkpoints and start anew")
+    return parser.parse_known_args()
+
+
+def read_flags(name: str) -> list[str]:
+    """Return the flags of a file in ``configs/``; a line that starts with # is a comment."""
+    lines = (ROOT / "configs" / name).read_text().splitlines()
+    return [flag for line in lines if not line.startswith("#") for flag in line.split()]
+
+
+def choose_ranks(options: argparse.Namespace) -> tuple[int, bool]:
+    """Return how many ranks to start and whether they run on the CPU (a rank needs a GPU of its own)."""
+    import torch
+
+    gpus = 0 if options.platform == "cpu" else torch.cuda.device_count()
+    if gpus < 2:
+        if options.platform == "cuda":
+            raise SystemExit(f"train: --platform cuda needs 2 or more GPUs, one per rank; torch finds {gpus}: use --platform cpu")
+        return options.ranks or 4, True
+    return options.ranks or (4 if gpus >= 4 else 2), False
+
+
+def read_checkpoint(directory: Path) -> int:
+    """Return the step of the last whole checkpoint, 0 where there is none."""
+    tracker = directory / "checkpoints" / TRACKER
+    text = tracker.read_text().strip() if tracker.exists() else ""
+    return int(text) if text.isdigit() else 0
+
+
+def list_training_flags(options: argparse.Namespace, ranks: int, on_cpu: bool, text: Path, target: int) -> list[str]:
+    """Return the script's whole command line."""
+    directory = options.dir
+    return [
+        *read_flags("deepseek-v3-small.args"),
+        *(read_flags("cpu.args") if on_cpu else []),
+        *("--cf-platform", "cpu" if on_cpu else "cuda", "--cf-schedule", options.schedule),
+        *("--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", str(min(2, max(1, ranks // 2)))),
+        *("--data-path", str(text), "--data-cache-path", str(directory / "data" / "cache")),
+        *("--train-iters", str(target), "--eval-interval", "25", "--eval-iters", "2"),
+        *("--save", str(directory / "checkpoints"), "--load", str(directory / "checkpoints"), "--save-interval", "50"),
+        *("--tensorboard-dir", str(directory / "tensorboard"), "--distributed-timeout-minutes", "2"),
+    ]
+
+
+class Display:
+    """Turns Megatron's log lines into a progress line; keeps what the closing words need."""
+
+    def __init__(self, sequence_length: int) -> None:
+        self._sequence_length = sequence_length
+        self._live = sys.stdout.isatty()
+        self.validation: list[float] = []
+        self.step = 0
+
+    def show(self, line: str) -> None:
+        """Print what a line of the log says, if it is a step or a validation."""
+        if match := STEP.search(line):
+            self._show_step(match)
+        elif (match := VALIDATION.search(line)) and not (match["final"] or "").endswith("test set"):
+            self.validation.append(float(match["loss"]))
+            if not match["final"]:
+                self.say(f"step {match['step']:>4}: validation loss {float(match['loss']):.4f}")
+
+    def _show_step(self, match: re.Match[str]) -> None:
+        self.step, total, seconds = int(match["step"]), int(match["total"]), float(match["ms"]) / 1000
+        rate = int(match["batch"]) * self._sequence_length / seconds
+        left = time.strftime("%M:%S", time.gmtime((total - self.step) * seconds))
+        text = (
+            f"step {self.step:>4}/{total}  loss {float(match['loss']):.4f}  lr {float(match['lr']):.2e}  "
+            f"grad norm {float(match['norm']):.3f}  {rate:,.0f} tokens/s  {seconds:.2f} s  {left} left"
+        )
+        print(f"\r{text:<100}" if self._live else text, end="" if self._live else "\n", flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        print(f"\r{text:<100}" if self._live else text, flush=True)
+
+
+def main() -> None:
+    """Train for ``--iters`` steps beyond the last multiple of it that a checkpoint has reached."""
+    options, extra = parse_arguments()
+    if options.iters < 1:
+        raise SystemExit(f"train: --iters {options.iters} given; it must be at least 1")
+    if options.fresh:
+        for name in ("checkpoints", "tensorboard", "logs"):
+            shutil.rmtree(options.dir / name, ignore_errors=True)
+    # What Megatron's imports say of this machine (no TE, no Apex, no CUDA) is in `counterflow doctor`.
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    from data import prepare_text
+    from ranks import RankError, start_ranks
+
+    ranks, on_cpu = choose_ranks(options)
+    text = prepare_text(options.dir / "data")
+    done = read_checkpoint(options.dir)
+    target = (done // options.iters + 1) * options.iters
+    flags = [*list_training_flags(options, ranks, on_cpu, text, target), *extra]
+    command = [sys.executable, "-W", "ignore", "-m", "counterflow.launch", str(HERE / "pretrain_moe.py"), *flags]
+    length = int(flags[flags.index("--seq-length") + 1])
+    display = Display(length)
+
+    megabytes = text.with_suffix(".bin").stat().st_size / 2 / 1e6
+    display.say(f"schedule {options.schedule}, {ranks} ranks on {'the CPU' if on_cpu else 'GPUs'}, 2 pipeline ranks")
+    display.say(f"text: Python's standard library, {megabytes:.0f} million bytes, one token each")
+    try:
+        if done:
+            display.say(f"resuming from the checkpoint of step {done}, on to step {target}")
+        else:
+            start_ranks(ranks, [*command, "--skip-train"], options.dir / "logs", display.show)
+            display.say(f"before training: validation loss {display.validation[-1]:.4f}" if display.validation else "")
+        logs = start_ranks(ranks, command, options.dir / "logs", display.show)
+    except RankError as error:
+        display.say("")
+        kept = read_checkpoint(options.dir)
+        resume = f"; the checkpoint of step {kept} is whole, run again to resume from it" if kept else ""
+        print(f"train: {error}{f' after step {display.step}' if display.step else ''}{resume}", file=sys.stderr)
+        raise SystemExit(1) from None
+    display.say(f"validation loss: {display.validation[0]:.4f} at first, {display.validation[-1]:.4f} after step {target}")
+    display.say(f"checkpoint of step {read_checkpoint(options.dir)}: {options.dir / 'checkpoints'}; run again to train on")
+    display.say(f"logs: {logs}; curves: tensorboard --logdir {options.dir / 'tensorboard'}")
+
+
+if __name__ == "__main__":
+    main()
