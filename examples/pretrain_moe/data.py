@@ -17,8 +17,10 @@ def list_sources(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*.py") if not SKIPPED & set(path.relative_to(root).parts))
 
 
-def prepare_text(directory: Path) -> Path:
+def prepare_text(directory: Path, max_bytes: int = MAX_BYTES) -> Path:
     """Write the data set in Megatron's indexed format, once; return its path prefix.
+
+    Takes whole files until ``max_bytes`` are reached.
 
     A finished data set has its ``.idx`` file: it is written last and renamed into place, so that an
     interrupted run leaves nothing that looks whole.
@@ -37,7 +39,7 @@ def prepare_text(directory: Path) -> Path:
         builder.add_item(torch.from_numpy(np.append(document, END_OF_DOCUMENT).astype(np.int32)))
         builder.end_document()
         written += document.size
-        if written > MAX_BYTES:
+        if written >= max_bytes:
             break
     unfinished = index.with_suffix(".idx.part")
     builder.finalize(str(unfinished))

@@ -137,8 +137,11 @@ def install_flags(patches: Patches, options: Options) -> None:
 
 
 def _prepare_after(parse_args: Callable[..., Any], patches: Patches, options: Options) -> Callable[..., Any]:
+    is_installed = False
+
     @wraps(parse_args)
     def parse_and_prepare(*args: Any, **kwargs: Any) -> Any:
+        nonlocal is_installed
         from counterflow.megatron.checks import prepare_arguments
 
         parsed = parse_args(*args, **kwargs)
@@ -150,8 +153,10 @@ def _prepare_after(parse_args: Callable[..., Any], patches: Patches, options: Op
         # Into the arguments, and so into every checkpoint: the next load knows the layout of this one.
         for name, value in chosen.model_dump(mode="json").items():
             setattr(parsed, f"cf_{name}", value)
-        if chosen.schedule is not None:
+        # Megatron parses again for its fault tolerance; wrapping twice would mirror a V back to a loop.
+        if chosen.schedule is not None and not is_installed:
             install_schedule(patches, chosen)
+            is_installed = True
         return parsed
 
     return parse_and_prepare

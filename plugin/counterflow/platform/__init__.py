@@ -1,7 +1,5 @@
 """Where ranks run: on GPUs, as Megatron expects, or on the CPU over gloo."""
 
-import os
-
 from counterflow.errors import OptionError
 from counterflow.patching import Patches
 
@@ -18,8 +16,6 @@ def needs_cpu(choice: str) -> bool:
 
 def install_cpu() -> Patches:
     """Let Megatron run on the CPU in this process; ``.undo()`` on the result takes it back."""
-    # Read by torch when Megatron compiles its fused kernels; compiled CPU kernels take minutes to build.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from counterflow.platform import cpu, megatron_cpu
 
     patches = cpu.install()

@@ -11,11 +11,12 @@ Nothing here happens on import. `install` returns the patches; ``.undo()`` on th
 import contextlib
 import os
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch._dynamo  # its table of torch.cuda functions must be read before they are replaced
+import torch._dynamo
 from torch.overrides import TorchFunctionMode
 
 from counterflow.patching import Patches
@@ -118,12 +119,9 @@ class Event:
         return (end.time - self.time) * 1000.0
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
-
-
-def _zero(*args: Any, **kwargs: Any) -> int:
-    return 0
+def _answer(value: Any) -> Callable[..., Any]:
+    """Return a new function that gives ``value``: torch's compiler wants one object per torch.cuda name."""
+    return lambda *args, **kwargs: value
 
 
 def _get_rng_state(device: Any = None) -> torch.Tensor:
@@ -180,50 +178,54 @@ def _new_group(original: Any) -> Any:
 def _patch_cuda(patches: Patches) -> None:
     stream = Stream()
     replacements = {
-        "is_available": lambda: True,
-        "is_initialized": lambda: True,
-        "device_count": lambda: 1,
-        "current_device": lambda: CPU,
-        "set_device": _nothing,
-        "synchronize": _nothing,
+        "is_available": _answer(True),
+        "is_initialized": _answer(True),
+        "device_count": _answer(1),
+        "current_device": _answer(CPU),
+        "set_device": _answer(None),
+        "synchronize": _answer(None),
         "Stream": Stream,
         "Event": Event,
-        "current_stream": lambda device=None: stream,
-        "default_stream": lambda device=None: stream,
-        "set_stream": _nothing,
+        "current_stream": _answer(stream),
+        "default_stream": _answer(stream),
+        "set_stream": _answer(None),
         "stream": lambda stream: contextlib.nullcontext(stream),
         "manual_seed": _manual_seed,
         "manual_seed_all": _manual_seed,
         "get_rng_state": _get_rng_state,
         "set_rng_state": _set_rng_state,
-        "empty_cache": _nothing,
-        "ipc_collect": _nothing,
+        "empty_cache": _answer(None),
+        "ipc_collect": _answer(None),
         "get_device_properties": _describe_device,
-        "get_device_name": lambda device=None: "cpu",
-        "get_device_capability": lambda device=None: (0, 0),
+        "get_device_name": _answer("cpu"),
+        "get_device_capability": _answer((0, 0)),
         "mem_get_info": _measure_memory,
-        "memory_stats": lambda device=None: {},
-        "memory_allocated": _zero,
-        "max_memory_allocated": _zero,
-        "memory_reserved": _zero,
-        "max_memory_reserved": _zero,
-        "reset_peak_memory_stats": _nothing,
-        "is_current_stream_capturing": lambda: False,
+        "memory_stats": _answer({}),
+        "memory_allocated": _answer(0),
+        "max_memory_allocated": _answer(0),
+        "memory_reserved": _answer(0),
+        "max_memory_reserved": _answer(0),
+        "reset_peak_memory_stats": _answer(None),
+        "is_current_stream_capturing": _answer(False),
     }
     for name, value in replacements.items():
         patches.set(torch.cuda, name, value)
     for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all"):
         patches.set(torch.cuda.random, name, replacements[name])
     for name in ("range_push", "range_pop", "mark"):
-        patches.set(torch.cuda.nvtx, name, _nothing)
+        patches.set(torch.cuda.nvtx, name, _answer(None))
     # The data loader asks the accelerator, not CUDA, whether to pin memory.
-    patches.set(torch.accelerator, "is_available", lambda: False)
+    patches.set(torch.accelerator, "is_available", _answer(False))
 
 
 def install() -> Patches:
     """Give CUDA calls of Python code a CPU meaning in this process; return the undo log."""
     patches = Patches()
     _patch_cuda(patches)
+    # Megatron compiles its fused functions; for the CPU that takes minutes and gains nothing.
+    compiled = torch._dynamo.config.disable
+    torch._dynamo.config.disable = True
+    patches.on_undo(lambda: setattr(torch._dynamo.config, "disable", compiled))
     patches.set(torch.distributed, "init_process_group", _init_process_group(torch.distributed.init_process_group))
     patches.set(torch.distributed, "new_group", _new_group(torch.distributed.new_group))
     # A mode, once entered, stays on this thread's stack: leaving it is part of the undo.

@@ -1,0 +1,100 @@
+"""One rank of the training tests: runs many training cases in one process group.
+
+Usage: worker.py CASES.json RESULTS.json. A case is {"name", "flags", "plugin"}; each runs the example's
+unmodified Megatron script, with what it logged per step collected by the last rank.
+"""
+
+import gc
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import counterflow
+from counterflow.platform import install_cpu
+
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "pretrain_moe" / "pretrain_moe.py"
+
+
+class Log:
+    """What Megatron's loop handed to its own logging and evaluation."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.evaluations: list[float] = []
+
+    def attach(self) -> None:
+        from megatron.training import training
+
+        log, evaluate = training.training_log, training.evaluate
+
+        def training_log(loss_dict: Any, total: Any, lr: Any, iteration: int, *args: Any, **kwargs: Any) -> Any:
+            loss = float(loss_dict["lm loss"]) if loss_dict else float("nan")
+            # Positions: loss_scale, report_memory_flag, skipped_iter, grad_norm.
+            self.steps.append({"iteration": iteration, "loss": loss, "grad_norm": float(args[3]), "skipped": int(args[2])})
+            return log(loss_dict, total, lr, iteration, *args, **kwargs)
+
+        def logged_evaluate(*args: Any, **kwargs: Any) -> Any:
+            result = evaluate(*args, **kwargs)
+            self.evaluations += [float(value) for key, value in (result[0] or {}).items() if key == "lm loss"]
+            return result
+
+        training.training_log, training.evaluate = training_log, logged_evaluate
+        self._originals = (log, evaluate)
+
+    def detach(self) -> None:
+        from megatron.training import training
+
+        training.training_log, training.evaluate = self._originals
+
+
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    """Run one training; return its log, or the exception that ended it."""
+    sys.argv = [str(SCRIPT), *case["flags"]]
+    patches = counterflow.enable() if case["plugin"] else install_cpu()
+    log = Log()
+    log.attach()
+    error = None
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    except Exception as caught:
+        if not case.get("may_fail"):
+            raise
+        error = f"{type(caught).__name__}: {caught}"
+    log.detach()
+    forget_megatron()
+    patches.undo()
+    return {"name": case["name"], "steps": log.steps, "evaluations": log.evaluations, "error": error}
+
+
+def forget_megatron() -> None:
+    """Put Megatron's process-wide state back to what it is after import; keep the world group."""
+    from megatron.core import parallel_state
+    from megatron.training.training import destroy_global_state
+    from torch.distributed import distributed_c10d as c10d
+
+    destroy_global_state()
+    parallel_state.set_pipeline_model_parallel_rank(None)
+    torch.distributed.barrier()
+    for group in list(c10d._world.pg_map):
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
+    gc.collect()
+
+
+def main() -> None:
+    cases, results = Path(sys.argv[1]), Path(sys.argv[2])
+    done = []
+    for case in json.loads(cases.read_text()):
+        done.append(run_case(case))
+        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            results.write_text(json.dumps(done))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
