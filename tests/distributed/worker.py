@@ -8,6 +8,7 @@ import gc
 import json
 import runpy
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     patches = counterflow.enable() if case["plugin"] else install_cpu()
     log = Log()
     log.attach()
-    error = None
+    error, begin = None, time.perf_counter()
     try:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     except Exception as caught:
@@ -67,7 +68,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     log.detach()
     forget_megatron()
     patches.undo()
-    return {"name": case["name"], "steps": log.steps, "evaluations": log.evaluations, "error": error}
+    seconds = round(time.perf_counter() - begin, 1)
+    return {"name": case["name"], "steps": log.steps, "evaluations": log.evaluations, "error": error, "seconds": seconds}
 
 
 def forget_megatron() -> None:

@@ -251,7 +251,7 @@ class PipelineSchedule:
             config=config, tp_group=groups.tp, cp_group=groups.cp,
         )  # fmt: skip
         mailbox = Mailbox(channels, plan, tuple(shape), config.pipeline_dtype, device)
-        self._run(step, rank, mailbox)
+        self._run(step, channels, mailbox)
         move_to_last_rank(step, groups.pp, rank)
 
         if config.finalize_model_grads_func is not None and not forward_only:
@@ -261,8 +261,9 @@ class PipelineSchedule:
             config.timers("forward-backward").stop()
         return step.losses
 
-    def _run(self, step: _Step, rank: int, mailbox: Mailbox) -> None:
-        recorder = None if step.forward_only else self._open_recorder()
+    def _run(self, step: _Step, channels: Channels, mailbox: Mailbox) -> None:
+        rank = channels.rank
+        recorder = None if step.forward_only else self._open_recorder(channels)
         sync = _GradientSync(step, rank)
         work = _MegatronWork(step, sync)
         if step.forward_only:
@@ -273,7 +274,7 @@ class PipelineSchedule:
         run_row(step.table, rank, work, mailbox, recorder)
         sync.finish()
         if recorder is not None:
-            recorder.write_step(self._training_steps, step.table.name, rank)
+            recorder.write_step(self._training_steps, step.table.name)
         self._training_steps += 1
 
     def _plan(
@@ -295,12 +296,12 @@ class PipelineSchedule:
             self._channels = Channels(dist.get_process_group_ranks(pp_group), pp_group.rank())
         return self._channels
 
-    def _open_recorder(self) -> Recorder | None:
+    def _open_recorder(self, channels: Channels) -> Recorder | None:
         if self._options.record is None:
             return None
         if self._recorder is None:
             on_gpu = torch.device(torch.cuda.current_device()).type == "cuda"
-            self._recorder = Recorder(self._options.record, dist.get_rank(), use_cuda_events=on_gpu)
+            self._recorder = Recorder(self._options.record, channels.pipeline_ranks, channels.rank, on_gpu)
         return self._recorder
 
 

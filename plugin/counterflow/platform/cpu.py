@@ -222,6 +222,8 @@ def install() -> Patches:
     """Give CUDA calls of Python code a CPU meaning in this process; return the undo log."""
     patches = Patches()
     _patch_cuda(patches)
+    # Megatron demands it for tensor parallelism; it orders kernels that are not there.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # Megatron compiles its fused functions; for the CPU that takes minutes and gains nothing.
     compiled = torch._dynamo.config.disable
     torch._dynamo.config.disable = True

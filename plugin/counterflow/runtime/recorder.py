@@ -16,11 +16,15 @@ from counterflow.schedule.timeline import Span, dump_record
 
 
 class Recorder:
-    """Collects one rank's spans and appends them, a line per step, to ``DIR/timeline-rank<r>.jsonl``."""
+    """Collects one rank's spans and appends them, a line per step, to ``DIR/timeline-rank<r>.jsonl``.
 
-    def __init__(self, directory: Path, global_rank: int, use_cuda_events: bool) -> None:
+    ``pipeline_ranks`` are the global ranks of the pipeline, ``rank`` this one's place among them.
+    """
+
+    def __init__(self, directory: Path, pipeline_ranks: list[int], rank: int, use_cuda_events: bool) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._path = directory / f"timeline-rank{global_rank:05d}.jsonl"
+        self._path = directory / f"timeline-rank{pipeline_ranks[rank]:05d}.jsonl"
+        self._pipeline, self._rank = pipeline_ranks[0], rank
         self._use_cuda_events = use_cuda_events
         self._marks: list[tuple[Action, Any, Any]] = []
         self._action: Action | None = None
@@ -58,12 +62,12 @@ class Recorder:
         host, event = self._base
         return host + event.elapsed_time(mark) / 1000.0
 
-    def write_step(self, step: int, schedule: str, pipeline_rank: int) -> None:
+    def write_step(self, step: int, schedule: str) -> None:
         """Append the spans of one step and forget them."""
         if self._use_cuda_events:
             torch.cuda.synchronize()
-        spans = [Span(pipeline_rank, action, self._seconds(b), self._seconds(e)) for action, b, e in self._marks]
+        spans = [Span(self._rank, action, self._seconds(b), self._seconds(e)) for action, b, e in self._marks]
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(dump_record(step, schedule, pipeline_rank, spans) + "\n")
+            file.write(dump_record(step, schedule, self._pipeline, self._rank, spans) + "\n")
         self._marks.clear()
         self._base = None

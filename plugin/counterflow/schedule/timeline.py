@@ -48,14 +48,17 @@ class Timeline:
         return 1.0 - busy / (self.makespan * self.ranks)
 
 
-def dump_record(step: int, schedule: str, rank: int, spans: Iterable[Span]) -> str:
-    """Return one rank's spans of one training step as a line of JSON."""
+def dump_record(step: int, schedule: str, pipeline: int, rank: int, spans: Iterable[Span]) -> str:
+    """Return one rank's spans of one training step as a line of JSON.
+
+    ``pipeline`` is the global rank of the pipeline's first rank: it tells data-parallel pipelines apart.
+    """
     rows = [[str(span.action), round(span.start, 6), round(span.end, 6)] for span in spans]
-    return json.dumps({"step": step, "schedule": schedule, "rank": rank, "spans": rows})
+    return json.dumps({"step": step, "schedule": schedule, "pipeline": pipeline, "rank": rank, "spans": rows})
 
 
-def load_record(directory: Path, step: int) -> Timeline:
-    """Read one step from the ``timeline-rank*.jsonl`` files that ``--cf-record`` wrote.
+def load_record(directory: Path, step: int, pipeline: int = 0) -> Timeline:
+    """Read one step of one pipeline from the ``timeline-rank*.jsonl`` files that ``--cf-record`` wrote.
 
     Raises `ScheduleError` where there is no such step or a file is not a record.
     """
@@ -65,16 +68,16 @@ def load_record(directory: Path, step: int) -> Timeline:
             raise ScheduleError(f"{path}: larger than {MAX_RECORD_BYTES} bytes; not a recorded timeline")
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
-                spans.extend(_parse_line(line, step, f"{path}, line {number}"))
+                spans.extend(_parse_line(line, step, pipeline, f"{path}, line {number}"))
     if not spans:
-        raise ScheduleError(f"{directory}: no recorded spans of step {step}; record with --cf-record DIR")
+        raise ScheduleError(f"{directory}: no recorded spans of step {step}, pipeline {pipeline}; record with --cf-record DIR")
     return Timeline(tuple(spans))
 
 
-def _parse_line(line: str, step: int, where: str) -> list[Span]:
+def _parse_line(line: str, step: int, pipeline: int, where: str) -> list[Span]:
     try:
         record = json.loads(line)
-        if record["step"] != step:
+        if (record["step"], record["pipeline"]) != (step, pipeline):
             return []
         rank = int(record["rank"])
         return [Span(rank, parse_action(action), float(start), float(end)) for action, start, end in record["spans"]]

@@ -1,0 +1,37 @@
+# Two commands do everything, each from nothing: make train, make test.
+.PHONY: help setup train test lint doctor clean
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+
+# make train takes: SCHEDULE=1f1b|interleaved|dualpipev|FILE.csv  ITERS=n  RANKS=n  PLATFORM=auto|cpu|cuda
+#                   DIR=folder  FRESH=1  ARGS="further Megatron flags"
+TRAIN := $(if $(SCHEDULE),--schedule $(SCHEDULE)) $(if $(ITERS),--iters $(ITERS)) $(if $(RANKS),--ranks $(RANKS)) \
+	$(if $(PLATFORM),--platform $(PLATFORM)) $(if $(DIR),--dir $(DIR)) $(if $(FRESH),--fresh) $(ARGS)
+
+help:
+	@echo "make train   train a real Megatron-Core MoE model under DualPipeV on this machine (SCHEDULE= ITERS= FRESH=1 ...)"
+	@echo "make test    lint, type check and run all tests"
+	@echo "make doctor  say what is installed and whether it fits"
+	@echo "make setup   only make .venv and install; the others do it where it is missing"
+
+.venv/.installed: pyproject.toml
+	@bash scripts/setup.sh
+
+setup: .venv/.installed
+
+train: setup
+	@$(BIN)/python examples/pretrain_moe/train.py $(TRAIN)
+
+test: lint
+	@$(BIN)/python -m pytest
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+doctor: setup
+	@$(BIN)/counterflow doctor
+
+clean:
+	rm -rf .venv runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,103 @@
+"""The training cases: the example's model made small, under every schedule and with what goes with it."""
+
+from pathlib import Path
+from typing import Any
+
+from train import read_flags
+
+STEPS = 10
+SAVED = 5
+RESUMED = SAVED + 2
+
+SMALL = """
+    --hidden-size 32 --num-attention-heads 2 --seq-length 32 --max-position-embeddings 32 --ffn-hidden-size 64
+    --moe-ffn-hidden-size 16 --moe-shared-expert-intermediate-size 16
+    --num-experts 4 --moe-router-num-groups 2 --moe-router-group-topk 1 --moe-router-topk 2
+    --micro-batch-size 1 --global-batch-size 12 --lr-warmup-iters 2 --eval-interval 5 --eval-iters 1 --split 80,10,10
+    --distributed-timeout-minutes 2 --num-workers 0
+""".split()
+TWO_STAGES = "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2".split()
+FOUR_STAGES = "--pipeline-model-parallel-size 4 --num-layers 8 --moe-layer-freq ([0]*1+[1]*7) --global-batch-size 8".split()
+TENSOR_PARALLEL = "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel --global-batch-size 8".split()
+RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
+SHARDED = ["--use-distributed-optimizer"]
+OVERLAPPED = [*SHARDED, "--overlap-grad-reduce", "--overlap-param-gather"]
+UNALIGNED = [*OVERLAPPED, "--no-align-grad-reduce", "--no-align-param-gather"]
+
+SCHEDULES = {
+    "1f1b": ["--cf-schedule", "1f1b"],
+    "interleaved": ["--cf-schedule", "interleaved", "--num-virtual-stages-per-pipeline-rank", "2"],
+    "dualpipev": ["--cf-schedule", "dualpipev"],
+}
+VARIANTS = {
+    "overlap": OVERLAPPED,
+    "overlap, not aligned": UNALIGNED,
+    "per-token loss": ["--calculate-per-token-loss"],
+    "fp16, dynamic loss scale": ["--fp16", "--initial-loss-scale", "65536", "--loss-scale-window", "2"],
+    "bf16": ["--bf16"],
+    "selective recompute": ["--recompute-granularity", "selective", "--recompute-modules", "core_attn", "moe"],
+}
+# These change the numbers; the others must leave plain Megatron's as they are.
+OWN_REFERENCE = ("fp16, dynamic loss scale", "bf16")
+
+
+def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
+    """Return the cases in an order in which each finds the checkpoint it starts from."""
+    base = [flag for flag in read_flags("deepseek-v3-small.args") + read_flags("cpu.args") if flag not in SHARDED]
+    base += [*SMALL, "--data-path", str(text), "--data-cache-path", str(directory / "cache")]
+
+    cases: list[dict[str, Any]] = []
+
+    def add(
+        name: str, *flags: list[str], plugin: bool = True, steps: int = STEPS, without: str = "", may_fail: bool = False
+    ) -> None:
+        flat = [*base, "--train-iters", str(steps), *(flag for some in flags for flag in some)]
+        flat = [flag for flag in flat if flag != without]
+        cases.append({"name": name, "plugin": plugin, "flags": flat, "may_fail": may_fail})
+
+    def start_from(name: str) -> list[str]:
+        return ["--load", str(directory / name), "--finetune", "--no-load-optim", "--no-load-rng"]
+
+    def save_to(name: str, interval: int) -> list[str]:
+        return ["--save", str(directory / name), "--save-interval", str(interval)]
+
+    # One step of plain Megatron makes the weights that all runs start from; it never sees the plugin.
+    add("initial", TWO_STAGES, save_to("initial", 1), plugin=False, steps=1)
+    start = start_from("initial")
+    for optimizer, flags in {"plain": [], "sharded": SHARDED}.items():
+        add(f"megatron 1f1b, {optimizer}", TWO_STAGES, start, flags, plugin=False)
+        for schedule, chosen in SCHEDULES.items():
+            name = f"{schedule}, {optimizer}"
+            add(name, TWO_STAGES, start, flags, chosen, save_to(name, SAVED))
+    add("no flag", TWO_STAGES, start, SHARDED)
+    add("table.csv", TWO_STAGES, start, ["--cf-schedule", str(directory / "table.csv")], steps=3)
+    add("recorded", TWO_STAGES, start, SCHEDULES["dualpipev"], ["--cf-record", str(directory / "record")], steps=3)
+
+    for saved in SCHEDULES:
+        for loaded, chosen in SCHEDULES.items():
+            source = f"{saved}, sharded"
+            resumed = ["--load", str(directory / source), "--ckpt-step", str(SAVED)]
+            add(f"{source} -> {loaded}", TWO_STAGES, SHARDED, chosen, resumed, steps=RESUMED)
+    for saved, loaded in (("dualpipev", "1f1b"), ("1f1b", "dualpipev")):
+        source = f"{saved}, plain"
+        resumed = ["--load", str(directory / source), "--ckpt-step", str(SAVED)]
+        add(f"{source} -> {loaded}", TWO_STAGES, SCHEDULES[loaded], resumed, steps=RESUMED)
+
+    for variant, flags in VARIANTS.items():
+        if variant in OWN_REFERENCE:
+            add(f"megatron 1f1b, {variant}", TWO_STAGES, start, flags, plugin=False, steps=3)
+        add(f"dualpipev, {variant}", TWO_STAGES, start, flags, SCHEDULES["dualpipev"], steps=3)
+    add("interleaved, overlap", TWO_STAGES, start, OVERLAPPED, SCHEDULES["interleaved"], steps=3)
+
+    for layout, flags in {"four stages": FOUR_STAGES, "tensor parallel": TENSOR_PARALLEL}.items():
+        add(f"initial, {layout}", flags, save_to(f"initial, {layout}", 1), plugin=False, steps=1)
+        begin = start_from(f"initial, {layout}")
+        add(f"megatron 1f1b, {layout}", flags, begin, plugin=False, steps=3)
+        for schedule, chosen in SCHEDULES.items():
+            add(f"{schedule}, {layout}", flags, begin, chosen, steps=3)
+
+    # Optimizer state written under one layout in a form that only fits it; refused under another.
+    add("fitted", TWO_STAGES, SHARDED, SCHEDULES["dualpipev"], save_to("fitted", 2), steps=2, without=RESHARDABLE)
+    load = ["--load", str(directory / "fitted")]
+    add("fitted -> interleaved", TWO_STAGES, SHARDED, SCHEDULES["interleaved"], load, without=RESHARDABLE, may_fail=True)
+    return cases

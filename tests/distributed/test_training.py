@@ -1,0 +1,104 @@
+"""Real training runs under each schedule against plain Megatron, from one checkpoint."""
+
+import math
+from typing import Any
+
+import pytest
+from cases import OWN_REFERENCE, RESUMED, SAVED, SCHEDULES, STEPS, VARIANTS
+
+from counterflow.schedule import load_record
+
+Runs = dict[str, dict[str, Any]]
+
+# fp32 sums in another order; half precision rounds at 2^-11 (fp16) and 2^-8 (bf16).
+TOLERANCE = {"fp16, dynamic loss scale": 2e-3, "bf16": 1e-2}
+
+
+def assert_same_steps(run: dict[str, Any], reference: dict[str, Any], tolerance: float = 1e-5) -> None:
+    """Losses and gradient norms agree at each step that both logged."""
+    expected = {step["iteration"]: step for step in reference["steps"]}
+    assert run["error"] is None
+    assert run["steps"], f"{run['name']} logged no step"
+    for step in run["steps"]:
+        other = expected[step["iteration"]]
+        for name in ("loss", "grad_norm"):
+            assert math.isfinite(step[name]) or step["skipped"], f"{run['name']}: {name} of step {step['iteration']} is {step[name]}"
+            assert step[name] == pytest.approx(other[name], rel=tolerance, nan_ok=True), (
+                f"{run['name']}, step {step['iteration']}: {name} {step[name]} is not {other[name]} of {reference['name']}"
+            )
+
+
+@pytest.mark.parametrize("optimizer", ["plain", "sharded"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedule_trains_like_megatron(runs: Runs, schedule: str, optimizer: str) -> None:
+    run = runs[f"{schedule}, {optimizer}"]
+    assert len(run["steps"]) == STEPS
+    assert_same_steps(run, runs[f"megatron 1f1b, {optimizer}"])
+
+
+@pytest.mark.parametrize("optimizer", ["plain", "sharded"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_evaluation_agrees(runs: Runs, schedule: str, optimizer: str) -> None:
+    expected = runs[f"megatron 1f1b, {optimizer}"]["evaluations"]
+    assert len(expected) == 4, "steps 5 and 10, and the validation and test sets at the end"
+    assert runs[f"{schedule}, {optimizer}"]["evaluations"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_losses_depend_on_the_weights_at_all(runs: Runs) -> None:
+    losses = [step["loss"] for step in runs["megatron 1f1b, plain"]["steps"]]
+    assert losses[-1] < losses[0] - 0.5, "a model that does not learn would agree under any schedule"
+
+
+def test_without_a_flag_every_bit_is_megatrons(runs: Runs) -> None:
+    assert runs["no flag"]["steps"] == runs["megatron 1f1b, sharded"]["steps"]
+    assert runs["no flag"]["evaluations"] == runs["megatron 1f1b, sharded"]["evaluations"]
+
+
+def test_a_table_from_a_file_trains_alike(runs: Runs) -> None:
+    assert_same_steps(runs["table.csv"], runs["megatron 1f1b, plain"])
+
+
+@pytest.mark.parametrize("loaded", SCHEDULES)
+@pytest.mark.parametrize("saved", SCHEDULES)
+def test_resume_under_another_schedule_is_exact(runs: Runs, saved: str, loaded: str) -> None:
+    run = runs[f"{saved}, sharded -> {loaded}"]
+    assert [step["iteration"] for step in run["steps"]] == list(range(SAVED + 1, RESUMED + 1))
+    assert_same_steps(run, runs["megatron 1f1b, sharded"])
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("dualpipev", "1f1b"), ("1f1b", "dualpipev")])
+def test_resume_without_the_distributed_optimizer(runs: Runs, saved: str, loaded: str) -> None:
+    assert_same_steps(runs[f"{saved}, plain -> {loaded}"], runs["megatron 1f1b, plain"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dualpipev_with(runs: Runs, variant: str) -> None:
+    reference = runs[f"megatron 1f1b, {variant if variant in OWN_REFERENCE else 'plain'}"]
+    assert_same_steps(runs[f"dualpipev, {variant}"], reference, TOLERANCE.get(variant, 1e-5))
+
+
+def test_interleaved_with_overlap(runs: Runs) -> None:
+    assert_same_steps(runs["interleaved, overlap"], runs["megatron 1f1b, plain"])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("layout", ["four stages", "tensor parallel"])
+def test_other_parallel_layouts(runs: Runs, layout: str, schedule: str) -> None:
+    assert_same_steps(runs[f"{schedule}, {layout}"], runs[f"megatron 1f1b, {layout}"])
+
+
+def test_layout_bound_optimizer_state_is_refused_under_another_layout(runs: Runs) -> None:
+    error = runs["fitted -> interleaved"]["error"]
+    assert error is not None
+    assert "OptionError" in error
+    assert "--dist-ckpt-optim-fully-reshardable" in error
+
+
+def test_recorded_timeline_has_every_action_once(runs: Runs) -> None:
+    timeline = load_record(runs["recorded"]["directory"] / "record", step=1)
+    kinds = [single.kind for span in timeline.spans for single in span.action.singles()]
+    # Two ranks of two stages, six micro-batches; a W that does nothing leaves no span.
+    assert kinds.count("F") == 2 * 2 * 6
+    assert kinds.count("B") + kinds.count("I") == 2 * 2 * 6
+    assert kinds.count("W") == 0
+    assert 0 < timeline.bubble < 1

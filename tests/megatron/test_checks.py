@@ -1,0 +1,138 @@
+"""What cannot work is refused before any process group is made, in one line that says what to change."""
+
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from counterflow.config import Options
+from counterflow.errors import CounterflowError, OptionError
+from counterflow.megatron.checks import count_microbatches, prepare_arguments
+from counterflow.schedule import build, to_csv
+
+
+def make_arguments(**given: Any) -> Namespace:
+    """Arguments as Megatron parses them, of a run that every schedule accepts but for its chunks."""
+    base = {
+        "world_size": 4,
+        "num_layers": 8,
+        "pipeline_model_parallel_size": 2,
+        "tensor_model_parallel_size": 1,
+        "context_parallel_size": 1,
+        "expert_model_parallel_size": 2,
+        "expert_tensor_parallel_size": None,
+        "micro_batch_size": 1,
+        "global_batch_size": 16,
+        "rampup_batch_size": None,
+        "num_virtual_stages_per_pipeline_rank": None,
+        "num_layers_per_virtual_pipeline_stage": None,
+        "pipeline_model_parallel_layout": None,
+        "untie_embeddings_and_output_weights": True,
+        "mtp_num_layers": None,
+        "cuda_graph_impl": "none",
+        "ckpt_format": "torch_dist",
+        "save": None,
+        "load": None,
+    }
+    return Namespace(**{**base, **given})
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "given", "said"),
+    [
+        ("dualpipev", {"global_batch_size": 6}, "dualpipev: 3 micro-batches on 2 ranks given; it needs at least 4 micro-batches"),
+        ("dualpipev", {"rampup_batch_size": ["4", "4", "100"]}, "2 micro-batches on 2 ranks given"),
+        ("dualpipev", {"num_layers": 6}, "6 layers cannot be laid out on 4 stages"),
+        ("dualpipev", {"num_layers": 6}, "multiple of 4 (4 or 8)"),
+        ("dualpipev", {"untie_embeddings_and_output_weights": False}, "add --untie-embeddings-and-output-weights"),
+        ("dualpipev", {"mtp_num_layers": 1}, "--mtp-num-layers 1 given, drop it"),
+        ("dualpipev", {"cuda_graph_impl": "full_iteration"}, "--cuda-graph-impl full_iteration given, none is allowed"),
+        ("dualpipev", {"num_virtual_stages_per_pipeline_rank": 4}, "4 chunks per rank given: set --num-virtual-stages"),
+        ("dualpipev", {"num_layers_per_virtual_pipeline_stage": 1}, "(VPP 2), 4 chunks per rank given"),
+        ("dualpipev", {"pipeline_model_parallel_layout": "Et|t|t|tL|t|t"}, "(VPP 2), 3 chunks per rank given"),
+        ("dualpipev", {"pipeline_model_parallel_size": 1}, "needs at least 2 pipeline ranks; --pipeline-model-parallel-size is 1"),
+        ("1f1b", {"pipeline_model_parallel_size": 1}, "needs at least 2 pipeline ranks"),
+        ("1f1b", {"num_virtual_stages_per_pipeline_rank": 2}, "holds 1 model chunk per pipeline rank, 2 chunks per rank given"),
+        ("interleaved", {}, "holds 2 or more model chunks per pipeline rank (VPP), none given"),
+        ("interleaved", {"num_virtual_stages_per_pipeline_rank": 2, "global_batch_size": 10}, "a multiple of 2"),
+        ("1f1b", {"world_size": 3}, "3 ranks do not fit TP x CP x PP = 1 x 1 x 2 = 2: start a multiple of 2 ranks"),
+        ("1f1b", {"world_size": 6}, "6 ranks do not fit EP x ETP x PP = 2 x 1 x 2 = 4"),
+        ("1f1b", {"variable_seq_lengths": True}, "does not run with --variable-seq-lengths"),
+        ("1f1b", {"use_megatron_fsdp": True}, "does not run with --use-megatron-fsdp"),
+        ("dualpipev", {"save": "x", "ckpt_format": "torch"}, "--ckpt-format torch given, torch_dist is allowed"),
+    ],
+)
+def test_refused(schedule: str, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError) as raised:
+        prepare_arguments(make_arguments(**given), Options(schedule=schedule))
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_dualpipev_asks_for_its_two_chunks() -> None:
+    args = make_arguments()
+    prepare_arguments(args, Options(schedule="dualpipev"))
+    assert args.num_virtual_stages_per_pipeline_rank == 2
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "dualpipev"])
+def test_accepted(schedule: str) -> None:
+    chunks = {"1f1b": None, "interleaved": 4, "dualpipev": 2}[schedule]
+    prepare_arguments(make_arguments(num_virtual_stages_per_pipeline_rank=chunks), Options(schedule=schedule))
+
+
+def test_an_uneven_split_is_left_to_the_flags_that_lay_it_out() -> None:
+    prepare_arguments(make_arguments(num_layers=6, pipeline_model_parallel_layout="Et|tt|tt|tL"), Options(schedule="dualpipev"))
+
+
+def test_without_a_schedule_nothing_is_checked_or_set() -> None:
+    args = make_arguments(pipeline_model_parallel_size=1, world_size=3)
+    before = vars(args).copy()
+    prepare_arguments(args, Options())
+    assert vars(args) == before
+
+
+def test_the_world_size_of_the_launcher_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert count_microbatches(make_arguments(), ranks=2) == 4
+
+
+def test_nested_yaml_arguments_are_checked_alike() -> None:
+    args = make_arguments()
+    args.model_parallel = SimpleNamespace(pipeline_model_parallel_size=args.__dict__.pop("pipeline_model_parallel_size"))
+    del args.num_virtual_stages_per_pipeline_rank
+    prepare_arguments(args, Options(schedule="dualpipev"))
+    assert args.model_parallel.num_virtual_stages_per_pipeline_rank == 2
+
+
+@pytest.mark.parametrize(
+    ("table", "microbatches", "said"),
+    [
+        (to_csv(build("dualpipev", 4, 8)), 8, "is a table for 4 pipeline ranks, 8 micro-batches and 2 chunks per rank; this run has 2, 8 and 2"),
+        (to_csv(build("dualpipev", 2, 4)), 8, "is a table for 2 pipeline ranks, 4 micro-batches"),
+        ("not,a,table", 8, "line 1, cell 1: 'not' is not an action"),
+        ("1F0\n0F0", 1, "no straight, looped or V layout"),
+        ("0F0,3F0,0B0,3B0\n1F0,2F0,1B0,2B0", 1, "rank 0, position 2, action 0B0: waits for ever for 1B0"),
+        ("0F0,0F1,3F0,3B0,0B0\n1F0,2F0,2B0,1B0", 2, "rank 0: 3 forwards found, 4 needed (first missing: 3F1)"),
+        ("0F1,0F0,3F1,3F0,3B1,3B0,0B1,0B0\n1F1,1F0,2F1,2F0,2B1,2B0,1B1,1B0", 2, "0F1 is out of order"),
+    ],
+)
+def test_a_file_that_cannot_be_the_schedule_is_refused(tmp_path: Path, table: str, microbatches: int, said: str) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(table)
+    with pytest.raises(CounterflowError) as raised:
+        prepare_arguments(make_arguments(global_batch_size=2 * microbatches), Options(schedule=str(path)))
+    assert said in str(raised.value)
+
+
+def test_a_file_of_the_right_size_is_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(to_csv(build("dualpipev", 2, 8)))
+    prepare_arguments(make_arguments(), Options(schedule=str(path)))

@@ -1,0 +1,137 @@
+"""Seams fit the installed Megatron, fail loudly where they do not, and change nothing before they are asked."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from counterflow.errors import SeamError
+from counterflow.megatron import seams
+from counterflow.megatron.seams import SEAMS, Seam
+
+PATCH = Path(__file__).resolve().parents[2] / "patches" / "megatron-lm" / "0.17-0.19" / "enable.patch"
+
+
+@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.symbol)
+def test_every_seam_fits_the_installed_megatron(seam: Seam) -> None:
+    assert seam.find_misfit() is None
+
+
+@pytest.mark.parametrize(
+    ("seam", "said"),
+    [
+        (Seam("megatron.training.training", "no_such", (), ""), "megatron.training.training.no_such does not exist"),
+        (Seam("megatron.training.training", "get_model", ("other",), ""), "takes (model_provider_func, model_type,"),
+        (Seam("megatron.no_such", "get_model", (), ""), "megatron.no_such.get_model cannot be imported"),
+    ],
+)
+def test_a_seam_that_does_not_fit_is_named_with_the_version(monkeypatch: pytest.MonkeyPatch, seam: Seam, said: str) -> None:
+    monkeypatch.setattr(seams, "SEAMS", (*SEAMS, seam))
+    with pytest.raises(SeamError) as raised:
+        seams.check_seams()
+    assert said in str(raised.value)
+    assert f"megatron-core {seams.find_version()}" in str(raised.value)
+
+
+def test_an_optional_seam_may_be_absent() -> None:
+    assert Seam("megatron.no_such", "anything", (), "", optional=True).find_misfit() is None
+
+
+def run_python(code: str, *argv: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(path)} if path else dict(os.environ)
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", code, *argv], capture_output=True, text=True, env=env, check=False)
+
+
+STATE = """
+import json, torch
+from megatron.core.pipeline_parallel import schedules
+from megatron.training import arguments, training
+from megatron.core.tensor_parallel import random
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+def state():
+    places = [torch.cuda, torch.distributed, schedules, arguments, training, random, DistributedOptimizer, torch.cuda.nvtx]
+    return {f"{place}.{name}": id(value) for place in places for name, value in vars(place).items() if callable(value)}
+"""
+
+
+def test_importing_changes_nothing_and_undo_takes_all_back() -> None:
+    code = f"""{STATE}
+before = state()
+import counterflow, counterflow.platform.cpu, counterflow.platform.megatron_cpu, counterflow.megatron.seams
+imported = state() == before
+patches = counterflow.enable({{"platform": "cpu"}})
+enabled = state() != before and torch.zeros(1, device="cuda").device.type == "cpu"
+patches.undo()
+print(json.dumps([imported, enabled, state() == before, torch.cuda.is_available()]))
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    imported, enabled, undone, _ = json.loads(done.stdout)
+    assert imported, "importing patched something"
+    assert enabled, "enabling did nothing"
+    assert undone, "undo left something behind"
+
+
+def test_doctor_says_that_all_fits() -> None:
+    done = subprocess.run([sys.executable, "-m", "counterflow.cli", "doctor", "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["fits"] is True
+    assert {seam["symbol"] for seam in report["seams"]} == {f"{seam.module}.{seam.symbol}" for seam in SEAMS}
+    text = subprocess.run([sys.executable, "-m", "counterflow.cli", "doctor"], capture_output=True, text=True, check=True).stdout
+    assert "every seam fits" in text
+    assert report["packages"]["megatron-core"] in text
+
+
+def test_the_flags_stand_in_the_scripts_help_under_one_heading(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("from megatron.training.arguments import parse_args\nparse_args()\n")
+    command = [sys.executable, "-W", "ignore", "-m", "counterflow.launch", str(script), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    heading = done.stdout.index("\ncounterflow:")
+    for flag in ("--cf-schedule", "--cf-platform", "--cf-record"):
+        assert done.stdout.index(f"  {flag}", heading) > heading
+    assert "--num-layers" in done.stdout
+
+
+def test_the_patch_activates_a_vendored_megatron(tmp_path: Path) -> None:
+    spec = importlib.util.find_spec("megatron.training")
+    assert spec is not None
+    assert spec.origin is not None
+    installed = Path(spec.origin).parents[1]
+    shutil.copytree(installed, tmp_path / "megatron", ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run(["patch", "-p1", "--no-backup-if-mismatch", "-i", str(PATCH)], cwd=tmp_path, check=True, capture_output=True)
+    code = "import megatron.training, sys; from megatron.training.arguments import parse_args; a = parse_args(); print(megatron.training.__file__, a.cf_platform)"
+    done = run_python(code, "--cf-platform", "auto", path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "megatron" / "training" / "__init__.py"), "auto"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "said"),
+    [
+        (["no_such_script.py"], 2, "counterflow: script 'no_such_script.py' does not exist"),
+        (["SCRIPT", "--cf-schedule", "zigzag"], 2, "counterflow: --cf-schedule: schedule 'zigzag' is not known; allowed:"),
+        (["SCRIPT", "--cf-eplb"], 2, "counterflow: --cf-eplb is not a flag of this version"),
+        (["SCRIPT", "--cf-schedule", "TABLE"], 2, "'hello' is not an action"),
+        ([], 2, ""),
+    ],
+)
+def test_launch_ends_on_bad_input_with_one_line(tmp_path: Path, argv: list[str], status: int, said: str) -> None:
+    (tmp_path / "script.py").write_text("from megatron.training.arguments import parse_args\nparse_args()\n")
+    (tmp_path / "table.csv").write_text("hello,world\n")
+    names = {"SCRIPT": str(tmp_path / "script.py"), "TABLE": str(tmp_path / "table.csv")}
+    more = ["--pipeline-model-parallel-size", "2", "--num-layers", "4"] if "TABLE" in argv else []
+    command = [sys.executable, "-W", "ignore", "-m", "counterflow.launch", *(names.get(arg, arg) for arg in argv), *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "WORLD_SIZE": "2"})
+    assert done.returncode == status
+    lines = [line for line in done.stderr.splitlines() if line.startswith("counterflow: ")]
+    assert len(lines) == (1 if said else 0), done.stderr
+    assert said in "".join(lines)
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,54 @@
+"""Flags and options: what is allowed is read, all else is refused in one line."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from counterflow.config import Options, add_flags, read_flags, read_mapping
+from counterflow.errors import OptionError
+
+
+def test_flags_among_a_scripts_own_are_read() -> None:
+    options = read_flags(["--lr", "1e-3", "--cf-schedule", "dualpipev", "--cf-record=runs/x", "--cf-platform", "cpu", "file"])
+    assert options == Options(schedule="dualpipev", platform="cpu", record=Path("runs/x"))
+
+
+def test_without_flags_nothing_is_asked_for() -> None:
+    assert read_flags(["--lr", "1e-3"]) == Options()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--cf-schedule", "zigzag"], "schedule 'zigzag' is not known; allowed: 1f1b, interleaved, dualpipev or a table FILE.csv"),
+        (["--cf-schedule", "zbv"], "'zbv' is not known (planned, not in this version)"),
+        (["--cf-schedule", "none.csv"], "schedule file 'none.csv' does not exist"),
+        (["--cf-eplb"], "--cf-eplb is not a flag of this version of counterflow; allowed: --cf-schedule, --cf-platform, --cf-record"),
+        (["--cf-shedule", "1f1b"], "did you mean --cf-schedule?"),
+        (["--cf-zero-bubble=1"], "--cf-zero-bubble is not a flag of this version"),
+        (["--cf-platform", "tpu"], "invalid choice: 'tpu'"),
+        (["--cf-schedule"], "expected one argument"),
+    ],
+)
+def test_what_is_not_allowed_is_refused_in_one_line(argv: list[str], said: str) -> None:
+    with pytest.raises(OptionError) as raised:
+        read_flags(argv)
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_mapping_is_as_strict() -> None:
+    assert read_mapping({"schedule": "1f1b"}).schedule == "1f1b"
+    with pytest.raises(OptionError, match="counterflow has no option 'shedule'; allowed: schedule, platform, record"):
+        read_mapping({"shedule": "1f1b"})
+    with pytest.raises(OptionError, match="--cf-platform"):
+        read_mapping({"platform": "tpu"})
+
+
+def test_every_option_has_a_flag_with_help_under_one_heading() -> None:
+    parser = add_flags(argparse.ArgumentParser())
+    text = parser.format_help()
+    assert text.count("counterflow:") == 1
+    for name in Options.model_fields:
+        assert f"--cf-{name.replace('_', '-')}" in text
