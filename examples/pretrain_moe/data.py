@@ -1,6 +1,5 @@
 """Real text for the example: Python's standard library, one token per byte."""
 
-import os
 import sysconfig
 from pathlib import Path
 
@@ -43,5 +42,5 @@ def prepare_text(directory: Path, max_bytes: int = MAX_BYTES) -> Path:
             break
     unfinished = index.with_suffix(".idx.part")
     builder.finalize(str(unfinished))
-    os.replace(unfinished, index)
+    unfinished.replace(index)
     return prefix

@@ -21,7 +21,7 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 
-def compute_loss(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+def compute_loss(loss_mask: Any, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """Return the summed loss, the number of tokens and both for the log; output is [batch, seq]."""
     mask = loss_mask.reshape(-1).float()
     loss = torch.sum(output.reshape(-1).float() * mask)
@@ -35,9 +35,7 @@ def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: Any) -
     if is_first_or_last_pipeline_stage(get_attr_wrapped_model(model, "vp_stage")):
         read = next(data_iterator)
         batch = {name: read[name].cuda(non_blocking=True) for name in batch}
-    output = model(
-        batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"]
-    )
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
     return output, partial(compute_loss, batch["loss_mask"])
 
 

@@ -19,7 +19,9 @@ STEP = re.compile(
     r".*learning rate: (?P<lr>[\dE.+-]+).*global batch size:\s*(?P<batch>\d+)"
     r".*lm loss: (?P<loss>[\dE.+-]+).*grad norm: (?P<norm>[\d.einf+-]+)"
 )
-VALIDATION = re.compile(r"validation loss at iteration (?P<step>\d+)(?P<final> on (?:validation|test) set)? \| lm loss value: (?P<loss>[\dE.+-]+)")
+VALIDATION = re.compile(
+    r"validation loss at iteration (?P<step>\d+)(?P<final> on (?:validation|test) set)? \| lm loss value: (?P<loss>[\dE.+-]+)"
+)
 TRACKER = "latest_checkpointed_iteration.txt"
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from counterflow.errors import OptionError
+from counterflow.errors import CounterflowError, OptionError
 
 SCHEDULES = ("1f1b", "interleaved", "dualpipev")
 PLANNED_SCHEDULES = ("gpipe", "zb-h1", "zbv", "dualpipe", "auto")
@@ -103,8 +103,9 @@ class _QuietParser(argparse.ArgumentParser):
         raise OptionError(f"{message.removeprefix('argument ')}")
 
 
-def fail(error: Exception, rank: int) -> None:
-    """End this process with status 2; rank 0 says why, in one line, for all ranks."""
-    if rank == 0:
-        print(f"counterflow: {error}", file=sys.stderr, flush=True)
+def fail(error: CounterflowError, rank: int) -> None:
+    """End this process with status 2 and one line; what all ranks find alike, rank 0 says for all."""
+    if rank == 0 or not isinstance(error, OptionError):
+        where = "" if isinstance(error, OptionError) else f"rank {rank}: "
+        print(f"counterflow: {where}{error}", file=sys.stderr, flush=True)
     raise SystemExit(2)

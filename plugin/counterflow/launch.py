@@ -37,9 +37,9 @@ def main(argv: list[str]) -> None:
         import counterflow
 
         counterflow.enable()
+        runpy.run_path(str(script), run_name="__main__")
     except CounterflowError as error:
         fail(error, int(os.environ.get("RANK", "0")))
-    runpy.run_path(str(script), run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from cases import list_cases
+from counterflow.schedule import build, to_csv
 from data import prepare_text
 from ranks import start_ranks
-
-from counterflow.schedule import build, to_csv
 
 RANKS = 4
 # Megatron leaves threads and sockets behind when it is set up again in one process; many make it crawl.

@@ -4,17 +4,17 @@ import math
 from typing import Any
 
 import pytest
-from cases import OWN_REFERENCE, RESUMED, SAVED, SCHEDULES, STEPS, VARIANTS
 
+from cases import OWN_REFERENCE, RESUMED, SAVED, SCHEDULES, STEPS, VARIANTS
 from counterflow.schedule import load_record
 
 Runs = dict[str, dict[str, Any]]
 
-# fp32 sums in another order; half precision rounds at 2^-11 (fp16) and 2^-8 (bf16).
-TOLERANCE = {"fp16, dynamic loss scale": 2e-3, "bf16": 1e-2}
+# Only the order in which fp32 gradients are summed differs, under half precision too.
+TOLERANCE = 1e-5
 
 
-def assert_same_steps(run: dict[str, Any], reference: dict[str, Any], tolerance: float = 1e-5) -> None:
+def assert_same_steps(run: dict[str, Any], reference: dict[str, Any]) -> None:
     """Losses and gradient norms agree at each step that both logged."""
     expected = {step["iteration"]: step for step in reference["steps"]}
     assert run["error"] is None
@@ -22,8 +22,10 @@ def assert_same_steps(run: dict[str, Any], reference: dict[str, Any], tolerance:
     for step in run["steps"]:
         other = expected[step["iteration"]]
         for name in ("loss", "grad_norm"):
-            assert math.isfinite(step[name]) or step["skipped"], f"{run['name']}: {name} of step {step['iteration']} is {step[name]}"
-            assert step[name] == pytest.approx(other[name], rel=tolerance, nan_ok=True), (
+            assert math.isfinite(step[name]) or step["skipped"], (
+                f"{run['name']}: {name} of step {step['iteration']} is {step[name]}"
+            )
+            assert step[name] == pytest.approx(other[name], rel=TOLERANCE, nan_ok=True), (
                 f"{run['name']}, step {step['iteration']}: {name} {step[name]} is not {other[name]} of {reference['name']}"
             )
 
@@ -41,7 +43,7 @@ def test_schedule_trains_like_megatron(runs: Runs, schedule: str, optimizer: str
 def test_evaluation_agrees(runs: Runs, schedule: str, optimizer: str) -> None:
     expected = runs[f"megatron 1f1b, {optimizer}"]["evaluations"]
     assert len(expected) == 4, "steps 5 and 10, and the validation and test sets at the end"
-    assert runs[f"{schedule}, {optimizer}"]["evaluations"] == pytest.approx(expected, rel=1e-5)
+    assert runs[f"{schedule}, {optimizer}"]["evaluations"] == pytest.approx(expected, rel=TOLERANCE)
 
 
 def test_the_losses_depend_on_the_weights_at_all(runs: Runs) -> None:
@@ -74,7 +76,7 @@ def test_resume_without_the_distributed_optimizer(runs: Runs, saved: str, loaded
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dualpipev_with(runs: Runs, variant: str) -> None:
     reference = runs[f"megatron 1f1b, {variant if variant in OWN_REFERENCE else 'plain'}"]
-    assert_same_steps(runs[f"dualpipev, {variant}"], reference, TOLERANCE.get(variant, 1e-5))
+    assert_same_steps(runs[f"dualpipev, {variant}"], reference)
 
 
 def test_interleaved_with_overlap(runs: Runs) -> None:
@@ -82,9 +84,8 @@ def test_interleaved_with_overlap(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("layout", ["four stages", "tensor parallel"])
-def test_other_parallel_layouts(runs: Runs, layout: str, schedule: str) -> None:
-    assert_same_steps(runs[f"{schedule}, {layout}"], runs[f"megatron 1f1b, {layout}"])
+def test_four_pipeline_ranks_and_another_seed(runs: Runs, schedule: str) -> None:
+    assert_same_steps(runs[f"{schedule}, four stages"], runs["megatron 1f1b, four stages"])
 
 
 def test_layout_bound_optimizer_state_is_refused_under_another_layout(runs: Runs) -> None:

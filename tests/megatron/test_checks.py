@@ -57,7 +57,11 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         ("dualpipev", {"num_virtual_stages_per_pipeline_rank": 4}, "4 chunks per rank given: set --num-virtual-stages"),
         ("dualpipev", {"num_layers_per_virtual_pipeline_stage": 1}, "(VPP 2), 4 chunks per rank given"),
         ("dualpipev", {"pipeline_model_parallel_layout": "Et|t|t|tL|t|t"}, "(VPP 2), 3 chunks per rank given"),
-        ("dualpipev", {"pipeline_model_parallel_size": 1}, "needs at least 2 pipeline ranks; --pipeline-model-parallel-size is 1"),
+        (
+            "dualpipev",
+            {"pipeline_model_parallel_size": 1},
+            "needs at least 2 pipeline ranks; --pipeline-model-parallel-size is 1",
+        ),
         ("1f1b", {"pipeline_model_parallel_size": 1}, "needs at least 2 pipeline ranks"),
         ("1f1b", {"num_virtual_stages_per_pipeline_rank": 2}, "holds 1 model chunk per pipeline rank, 2 chunks per rank given"),
         ("interleaved", {}, "holds 2 or more model chunks per pipeline rank (VPP), none given"),
@@ -115,12 +119,16 @@ def test_nested_yaml_arguments_are_checked_alike() -> None:
 @pytest.mark.parametrize(
     ("table", "microbatches", "said"),
     [
-        (to_csv(build("dualpipev", 4, 8)), 8, "is a table for 4 pipeline ranks, 8 micro-batches and 2 chunks per rank; this run has 2, 8 and 2"),
+        (
+            to_csv(build("dualpipev", 4, 8)),
+            8,
+            "is a table for 4 pipeline ranks, 8 micro-batches and 2 chunks per rank; this run has 2, 8 and 2",
+        ),
         (to_csv(build("dualpipev", 2, 4)), 8, "is a table for 2 pipeline ranks, 4 micro-batches"),
         ("not,a,table", 8, "line 1, cell 1: 'not' is not an action"),
         ("1F0\n0F0", 1, "no straight, looped or V layout"),
         ("0F0,3F0,0B0,3B0\n1F0,2F0,1B0,2B0", 1, "rank 0, position 2, action 0B0: waits for ever for 1B0"),
-        ("0F0,0F1,3F0,3B0,0B0\n1F0,2F0,2B0,1B0", 2, "rank 0: 3 forwards found, 4 needed (first missing: 3F1)"),
+        ("0F0,0F1,3F0,3B0,0B0\n1F0,2F0,2B0,1B0", 2, "rank 0: 3F1 is missing"),
         ("0F1,0F0,3F1,3F0,3B1,3B0,0B1,0B0\n1F1,1F0,2F1,2F0,2B1,2B0,1B1,1B0", 2, "0F1 is out of order"),
     ],
 )

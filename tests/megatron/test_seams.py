@@ -44,7 +44,9 @@ def test_an_optional_seam_may_be_absent() -> None:
 
 def run_python(code: str, *argv: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(path)} if path else dict(os.environ)
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", code, *argv], capture_output=True, text=True, env=env, check=False)
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *argv], capture_output=True, text=True, env=env, check=False
+    )
 
 
 STATE = """
@@ -78,7 +80,9 @@ print(json.dumps([imported, enabled, state() == before, torch.cuda.is_available(
 
 
 def test_doctor_says_that_all_fits() -> None:
-    done = subprocess.run([sys.executable, "-m", "counterflow.cli", "doctor", "--json"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "counterflow.cli", "doctor", "--json"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["fits"] is True
@@ -107,7 +111,7 @@ def test_the_patch_activates_a_vendored_megatron(tmp_path: Path) -> None:
     installed = Path(spec.origin).parents[1]
     shutil.copytree(installed, tmp_path / "megatron", ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(["patch", "-p1", "--no-backup-if-mismatch", "-i", str(PATCH)], cwd=tmp_path, check=True, capture_output=True)
-    code = "import megatron.training, sys; from megatron.training.arguments import parse_args; a = parse_args(); print(megatron.training.__file__, a.cf_platform)"
+    code = "import megatron.training as t; args = t.arguments.parse_args(); print(t.__file__, args.cf_platform)"
     done = run_python(code, "--cf-platform", "auto", path=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(tmp_path / "megatron" / "training" / "__init__.py"), "auto"]

@@ -21,10 +21,16 @@ def test_without_flags_nothing_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--cf-schedule", "zigzag"], "schedule 'zigzag' is not known; allowed: 1f1b, interleaved, dualpipev or a table FILE.csv"),
+        (
+            ["--cf-schedule", "zigzag"],
+            "schedule 'zigzag' is not known; allowed: 1f1b, interleaved, dualpipev or a table FILE.csv",
+        ),
         (["--cf-schedule", "zbv"], "'zbv' is not known (planned, not in this version)"),
         (["--cf-schedule", "none.csv"], "schedule file 'none.csv' does not exist"),
-        (["--cf-eplb"], "--cf-eplb is not a flag of this version of counterflow; allowed: --cf-schedule, --cf-platform, --cf-record"),
+        (
+            ["--cf-eplb"],
+            "--cf-eplb is not a flag of this version of counterflow; allowed: --cf-schedule, --cf-platform, --cf-record",
+        ),
         (["--cf-shedule", "1f1b"], "did you mean --cf-schedule?"),
         (["--cf-zero-bubble=1"], "--cf-zero-bubble is not a flag of this version"),
         (["--cf-platform", "tpu"], "invalid choice: 'tpu'"),

@@ -88,7 +88,9 @@ def can_run(table: ScheduleTable) -> bool:
         else:
             return False
     forwards = {(s, m) for s in range(table.layout.last_stage + 1) for m in range(table.microbatches)}
-    split = {(s, m) for row in range(table.ranks) for a in table.singles(row) if a.kind == "I" for s, m in [(a.stage, a.microbatch)]}
+    split = {
+        (s, m) for row in range(table.ranks) for a in table.singles(row) if a.kind == "I" for s, m in [(a.stage, a.microbatch)]
+    }
     whole = {(s, m) for kind, s, m in done if kind == "B"}
     weights = {(s, m) for kind, s, m in done if kind == "W"}
     return {(s, m) for kind, s, m in done if kind == "F"} == forwards == whole and weights == split

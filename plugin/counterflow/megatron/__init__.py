@@ -1,0 +1,1 @@
+"""The adapter to Megatron-Core and megatron.training."""

@@ -25,24 +25,29 @@ def name_layout(args: Any) -> str:
     return f"{choose_layout(options, 2, chunks).name} {chunks}"
 
 
-def refuse_other_layout(check_checkpoint_args: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap upstream's comparison of checkpoint and run arguments."""
+def refuse_other_layout(load_base_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap upstream's first look into a checkpoint, which reads its arguments and no tensor yet."""
 
-    @wraps(check_checkpoint_args)
-    def check(checkpoint_args: Any, *rest: Any, **kwargs: Any) -> Any:
-        from megatron.training import get_args
+    @wraps(load_base_checkpoint)
+    def load(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        loaded = load_base_checkpoint(load_dir, args, *rest, **kwargs)
+        saved_args = (loaded[0] or {}).get("args")
+        # --use-checkpoint-args looks before this run's own layout is known.
+        if saved_args is not None and hasattr(args, "virtual_pipeline_model_parallel_size"):
+            _compare_layouts(saved_args, args)
+        return loaded
 
-        args = get_args()
-        saved, now = name_layout(checkpoint_args), name_layout(args)
-        flat = getattr(checkpoint_args, "use_distributed_optimizer", False) and not getattr(
-            checkpoint_args, "dist_ckpt_optim_fully_reshardable", False
+    return load
+
+
+def _compare_layouts(saved_args: Any, args: Any) -> None:
+    saved, now = name_layout(saved_args), name_layout(args)
+    is_flat = getattr(saved_args, "use_distributed_optimizer", False) and not getattr(
+        saved_args, "dist_ckpt_optim_fully_reshardable", False
+    )
+    if is_flat and saved != now and not (args.no_load_optim or args.finetune):
+        raise OptionError(
+            f"the checkpoint's optimizer state was saved under layout {saved!r} in a form that only fits that layout; "
+            f"this run has {now!r}: resume with the schedule it was saved under, or save with "
+            "--dist-ckpt-optim-fully-reshardable, or load the weights alone with --no-load-optim"
         )
-        if flat and saved != now and not (args.no_load_optim or args.finetune):
-            raise OptionError(
-                f"the checkpoint's optimizer state was saved under layout {saved!r} in a form that only fits that layout; "
-                f"this run has {now!r}: resume with the schedule it was saved under, or save with "
-                "--dist-ckpt-optim-fully-reshardable, or load the weights alone with --no-load-optim"
-            )
-        return check_checkpoint_args(checkpoint_args, *rest, **kwargs)
-
-    return check

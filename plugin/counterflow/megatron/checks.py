@@ -89,10 +89,10 @@ def count_chunks(args: Any, ranks: int) -> int | None:
         from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
         stages = PipelineParallelLayerLayout.get_num_stages_from_str(layout) if isinstance(layout, str) else len(layout)
-        return max(1, stages // ranks)
+        return int(max(1, stages // ranks))
     per_chunk = getattr(args, "num_layers_per_virtual_pipeline_stage", None)
     if per_chunk is not None:
-        return max(1, args.num_layers // ranks // per_chunk)
+        return int(max(1, args.num_layers // ranks // per_chunk))
     return getattr(args, "num_virtual_stages_per_pipeline_rank", None)
 
 
@@ -102,9 +102,13 @@ def _check_chunks(schedule: str, layout: str, chunks: int | None) -> None:
     if layout == V and chunks != 2:
         raise OptionError(f"--cf-schedule {schedule} holds 2 model chunks per pipeline rank (VPP 2), {given}: {change} 2")
     if layout == STRAIGHT and chunks not in (None, 1):
-        raise OptionError(f"--cf-schedule {schedule} holds 1 model chunk per pipeline rank, {given}: {change} 1 or choose interleaved")
+        raise OptionError(
+            f"--cf-schedule {schedule} holds 1 model chunk per pipeline rank, {given}: {change} 1 or choose interleaved"
+        )
     if layout == LOOPED and (chunks is None or chunks < 2):
-        raise OptionError(f"--cf-schedule {schedule} holds 2 or more model chunks per pipeline rank (VPP), {given}: {change} 2 or more")
+        raise OptionError(
+            f"--cf-schedule {schedule} holds 2 or more model chunks per pipeline rank (VPP), {given}: {change} 2 or more"
+        )
 
 
 def _check_unsupported(args: Any, schedule: str) -> None:
@@ -189,4 +193,4 @@ def count_microbatches(args: Any, ranks: int) -> int | None:
     replicas = int(os.environ.get("WORLD_SIZE", _get(args, "world_size", 1))) // model_ranks
     rampup = getattr(args, "rampup_batch_size", None)
     batch = int(rampup[0]) if rampup else _get(args, "global_batch_size", micro * replicas)
-    return batch // (micro * replicas)
+    return int(batch // (micro * replicas))

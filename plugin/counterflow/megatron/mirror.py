@@ -23,11 +23,11 @@ class MirroredGroup:
 
     def rank(self) -> int:
         """Return the mirrored rank."""
-        return self._group.size() - 1 - self._group.rank()
+        return int(self._group.size() - 1 - self._group.rank())
 
     def size(self) -> int:
         """Return the number of pipeline ranks."""
-        return self._group.size()
+        return int(self._group.size())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._group, name)

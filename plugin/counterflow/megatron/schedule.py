@@ -24,7 +24,7 @@ from counterflow.runtime.executor import run_row
 from counterflow.runtime.mailbox import Channels, Mailbox, TransferPlan
 from counterflow.runtime.recorder import Recorder
 from counterflow.schedule import ScheduleTable, build, build_forward_only, lay_looped, lay_straight, lay_v, read_csv, validate
-from counterflow.schedule.layouts import V, Layout
+from counterflow.schedule.layouts import Layout, V
 
 
 def choose_layout(options: Options, ranks: int, chunks: int) -> Layout:
@@ -61,7 +61,9 @@ def _require_rising_forwards(table: ScheduleTable) -> None:
         reached: dict[int, int] = {}
         for single in table.singles(rank):
             if single.kind == "F" and single.microbatch != reached.setdefault(single.stage, 0):
-                raise OptionError(f"{table.name}: rank {rank}: {single} is out of order; each stage takes micro-batches 0, 1, 2, …")
+                raise OptionError(
+                    f"{table.name}: rank {rank}: {single} is out of order; each stage takes micro-batches 0, 1, 2, …"
+                )
             if single.kind == "F":
                 reached[single.stage] += 1
 
@@ -162,6 +164,7 @@ class _MegatronWork:
         if received is not None:
             received.requires_grad_(not step.forward_only)
         mirrored = self._layout.name == V and chunk == WAY_BACK
+        output: torch.Tensor
         output, num_tokens = upstream.forward_step(
             run_mirrored(step.forward_step_func) if mirrored else step.forward_step_func,
             step.data_iterators[chunk],
@@ -190,7 +193,7 @@ class _MegatronWork:
 
     def backward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor | None:
         self._sync.before_backward(stage, microbatch)
-        gradient = upstream.backward_step(
+        gradient: torch.Tensor | None = upstream.backward_step(
             self._inputs.pop((stage, microbatch)), self._outputs.pop((stage, microbatch)), received, self._step.config
         )
         self._sync.after_backward(stage, microbatch)

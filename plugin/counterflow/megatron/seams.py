@@ -89,8 +89,8 @@ BUILD_ITERATORS = Seam(
     ("build_train_valid_test_datasets_provider",),
     "V layout, data sets",
 )
-CHECK_CHECKPOINT = Seam(
-    "megatron.training.checkpointing", "check_checkpoint_args", ("checkpoint_args",), "optimizer state of another layout"
+LOAD_CHECKPOINT = Seam(
+    "megatron.training.checkpointing", "_load_base_checkpoint", ("load_dir", "args"), "optimizer state of another layout"
 )
 
 SEAMS = (
@@ -102,7 +102,7 @@ SEAMS = (
     GET_MODEL,
     BUILD_STAGES,
     BUILD_ITERATORS,
-    CHECK_CHECKPOINT,
+    LOAD_CHECKPOINT,
 )
 
 
@@ -132,8 +132,24 @@ def _take(patches: Patches, seam: Seam, wrap: Callable[[Any], Any]) -> None:
 def install_flags(patches: Patches, options: Options) -> None:
     """Show the flags in the script's ``--help``; set up the schedule once the arguments are read."""
     check_seams()
-    _take(patches, ADD_ARGUMENTS, lambda original: wraps(original)(lambda parser: add_flags(original(parser))))
+    _take(patches, ADD_ARGUMENTS, _show_flags)
     _take(patches, PARSE_ARGS, lambda original: _prepare_after(original, patches, options))
+
+
+def _show_flags(add_arguments: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @wraps(add_arguments)
+    def add_arguments_and_flags(parser: Any) -> Any:
+        parser = add_flags(add_arguments(parser))
+        # A bare % in one of upstream's help texts (0.19.2 has one) breaks --help for all flags.
+        formatter = parser._get_formatter()
+        for action in parser._actions:
+            try:
+                formatter._expand_help(action)
+            except (ValueError, TypeError):
+                action.help = action.help.replace("%", "%%")
+        return parser
+
+    return add_arguments_and_flags
 
 
 def _prepare_after(parse_args: Callable[..., Any], patches: Patches, options: Options) -> Callable[..., Any]:
@@ -179,7 +195,7 @@ def install_schedule(patches: Patches, options: Options) -> None:
 
     pipeline = PipelineSchedule(options)
     _take(patches, GET_SCHEDULE, lambda original: _choose_schedule(original, pipeline))
-    _take(patches, CHECK_CHECKPOINT, refuse_other_layout)
+    _take(patches, LOAD_CHECKPOINT, refuse_other_layout)
     if choose_layout(options, 2, 2).name == V:
         _take(patches, GET_MODEL, lambda original: _wrap_first(original, lay_out_as_v))
         if BUILD_STAGES.is_present():

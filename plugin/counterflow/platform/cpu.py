@@ -232,6 +232,6 @@ def install() -> Patches:
     patches.set(torch.distributed, "new_group", _new_group(torch.distributed.new_group))
     # A mode, once entered, stays on this thread's stack: leaving it is part of the undo.
     mode = CudaOnCpu()
-    mode.__enter__()
-    patches.on_undo(lambda: mode.__exit__(None, None, None))
+    mode.__enter__()  # type: ignore[no-untyped-call]
+    patches.on_undo(lambda: mode.__exit__(None, None, None))  # type: ignore[no-untyped-call]
     return patches

@@ -90,8 +90,8 @@ def _mend_torch_adam(patches: Patches, sharded: Any) -> None:
 
 def install(patches: Patches) -> None:
     """Replace what Megatron-Core does differently without a GPU or without TE; log into ``patches``."""
-    from megatron.core.optimizer import distrib_optimizer
     from megatron.core.datasets import utils as dataset_utils
+    from megatron.core.optimizer import distrib_optimizer
     from megatron.core.tensor_parallel import random as rng
     from megatron.core.transformer.moe import moe_utils
 

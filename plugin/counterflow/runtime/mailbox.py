@@ -27,8 +27,10 @@ class Channels:
         self.pipeline_ranks = pipeline_ranks
         self.rank = rank
         # Collective over these ranks alone: the other pipelines make their own.
-        self._to_higher = dist.new_group(pipeline_ranks, use_local_synchronization=True, group_desc="CF_HIGHER")
-        self._to_lower = dist.new_group(pipeline_ranks, use_local_synchronization=True, group_desc="CF_LOWER")
+        higher = dist.new_group(pipeline_ranks, use_local_synchronization=True, group_desc="CF_HIGHER")
+        lower = dist.new_group(pipeline_ranks, use_local_synchronization=True, group_desc="CF_LOWER")
+        assert isinstance(higher, dist.ProcessGroup) and isinstance(lower, dist.ProcessGroup)  # this rank is in them
+        self._to_higher, self._to_lower = higher, lower
 
     def pick_group(self, sender: int, receiver: int) -> dist.ProcessGroup:
         """Return the group for messages from ``sender`` to ``receiver`` (pipeline ranks)."""

@@ -34,7 +34,7 @@ class Recorder:
     def _now(self) -> Any:
         if not self._use_cuda_events:
             return time.monotonic()
-        event = torch.cuda.Event(enable_timing=True)
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -60,7 +60,7 @@ class Recorder:
         if self._base is None:
             return float(mark)
         host, event = self._base
-        return host + event.elapsed_time(mark) / 1000.0
+        return float(host + event.elapsed_time(mark) / 1000.0)
 
     def write_step(self, step: int, schedule: str) -> None:
         """Append the spans of one step and forget them."""
