@@ -29,7 +29,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     """Return the example's own options and the flags for Megatron."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--schedule", default="dualpipev", help="as --cf-schedule (default: dualpipev)")
-    parser.add_argument("--iters", type=int, default=150, help="steps per run (default: 150)")
+    parser.add_argument("--iters", type=int, default=120, help="steps per run (default: 120)")
     parser.add_argument("--ranks", type=int, help="ranks to start (default: 4 on the CPU, else 2 or 4 GPUs)")
     parser.add_argument("--platform", choices=("auto", "cpu", "cuda"), default="auto", help="as --cf-platform (default: auto)")
     parser.add_argument("--dir", type=Path, default=ROOT / "runs" / "pretrain_moe", help="checkpoints, logs and data go here")

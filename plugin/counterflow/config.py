@@ -96,6 +96,11 @@ def read_mapping(given: Mapping[str, Any]) -> Options:
         raise OptionError(f"--cf-{name}: {message} (given: {first['input']!r})") from None
 
 
+def merge_options(base: Options, over: Options) -> Options:
+    """Return ``base`` with what ``over`` sets away from its default."""
+    return base.model_copy(update=over.model_dump(exclude_defaults=True))
+
+
 class _QuietParser(argparse.ArgumentParser):
     """Raises instead of printing Megatron's two thousand lines of usage."""
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from counterflow.config import Options, add_flags, read_flags, read_mapping
+from counterflow.config import Options, add_flags, merge_options, read_flags, read_mapping
 from counterflow.errors import OptionError
 
 
@@ -50,6 +50,12 @@ def test_a_mapping_is_as_strict() -> None:
         read_mapping({"shedule": "1f1b"})
     with pytest.raises(OptionError, match="--cf-platform"):
         read_mapping({"platform": "tpu"})
+
+
+def test_flags_win_over_a_mapping() -> None:
+    mapping = read_mapping({"schedule": "1f1b", "platform": "cpu"})
+    assert merge_options(mapping, read_flags(["--cf-schedule", "dualpipev"])) == Options(schedule="dualpipev", platform="cpu")
+    assert merge_options(mapping, read_flags([])) == mapping
 
 
 def test_every_option_has_a_flag_with_help_under_one_heading() -> None:

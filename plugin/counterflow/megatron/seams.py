@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
-from counterflow.config import Options, add_flags, fail, read_mapping
+from counterflow.config import Options, add_flags, fail, merge_options, read_mapping
 from counterflow.errors import CounterflowError, SeamError
 from counterflow.patching import Patches
 from counterflow.schedule.layouts import V
@@ -183,8 +183,7 @@ def _merge_yaml(parsed: Any, options: Options) -> Options:
     section = getattr(parsed, "counterflow", None)
     if section is None:
         return options
-    given = options.model_dump(exclude_defaults=True)
-    return read_mapping({**vars(section), **given})
+    return merge_options(read_mapping(vars(section)), options)
 
 
 def install_schedule(patches: Patches, options: Options) -> None:

@@ -42,6 +42,7 @@ class Channels:
         Without the common order, ranks that connect lazily in the order of their own work can wait
         for each other for ever. Raises `ScheduleError` where a neighbour runs another table.
         """
+        strangers = []
         for sender, receiver in sorted(plan.messages):
             digest = torch.tensor([plan.table.digest], dtype=torch.int64, device=device)
             group = self.pick_group(sender, receiver)
@@ -49,11 +50,13 @@ class Channels:
                 dist.send(digest, self.pipeline_ranks[receiver], group=group)
             elif self.rank == receiver:
                 dist.recv(digest, self.pipeline_ranks[sender], group=group)
-                if int(digest) != plan.table.digest:
-                    raise ScheduleError(
-                        f"pipeline rank {sender} runs another table than rank {receiver} ({plan.table.name}); "
-                        "give every rank the same --cf-schedule and the same file"
-                    )
+                strangers += [sender] if int(digest) != plan.table.digest else []
+        # Only now, so that no neighbour is left waiting for a rank that has given up.
+        if strangers:
+            raise ScheduleError(
+                f"pipeline rank {self.rank} and its neighbour {strangers[0]} have different tables ({plan.table.name}): "
+                "give every rank the same --cf-schedule and the same file"
+            )
 
 
 class TransferPlan:

@@ -1,0 +1,38 @@
+"""The example on real GPUs; ready for a machine that has two or more. Not run so far."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from counterflow.schedule import load_record
+
+torch = pytest.importorskip("torch")
+TRAIN = Path(__file__).resolve().parents[2] / "examples" / "pretrain_moe" / "train.py"
+LOSS = re.compile(r"^step +\d+/\d+  loss ([\d.]+)", re.MULTILINE)
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+def train(directory: Path, schedule: str, *flags: str) -> list[float]:
+    command = [sys.executable, str(TRAIN), "--dir", str(directory), "--platform", "cuda", "--schedule", schedule]
+    done = subprocess.run([*command, "--iters", "8", "--ranks", "2", *flags], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [float(loss) for loss in LOSS.findall(done.stdout)]
+
+
+def test_dualpipev_over_nccl_learns_and_its_recorded_timeline_is_on_one_clock(tmp_path: Path) -> None:
+    losses = train(tmp_path / "run", "dualpipev", "--cf-record", str(tmp_path / "record"))
+    assert losses[-1] < losses[0]
+    timeline = load_record(tmp_path / "record", step=5)
+    assert all(span.end > span.start for span in timeline.spans)
+    assert 0 < timeline.bubble < 1
+
+
+def test_schedules_agree_over_nccl_from_one_checkpoint(tmp_path: Path) -> None:
+    train(tmp_path / "run", "dualpipev")
+    start = ["--load", str(tmp_path / "run" / "checkpoints"), "--finetune", "--no-load-optim", "--no-load-rng"]
+    reference = train(tmp_path / "a", "1f1b", *start)
+    assert train(tmp_path / "b", "dualpipev", *start) == pytest.approx(reference, rel=1e-3)
