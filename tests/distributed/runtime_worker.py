@@ -85,9 +85,7 @@ def check_gradients(channels: Channels, table: ScheduleTable) -> None:
     expected = compute_reference(table.layout.last_stage + 1, table.microbatches)
     for stage, weight in work.weights.items():
         assert weight.grad is not None
-        assert torch.allclose(weight.grad, expected[stage]), (
-            f"{table.name}, stage {stage}: {weight.grad} is not {expected[stage]}"
-        )
+        assert torch.allclose(weight.grad, expected[stage]), f"{table.name}, {stage}: {weight.grad} is not {expected[stage]}"
     assert not work.saved, "an activation was left behind"
 
 

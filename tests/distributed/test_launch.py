@@ -89,16 +89,8 @@ def test_what_cannot_work_ends_in_one_line(tmp_path: Path, flags: list[str], sai
 @pytest.mark.skipif("MEGATRON_LM_PATH" not in os.environ, reason="set MEGATRON_LM_PATH to a Megatron-LM core_v0.19.0 checkout")
 def test_megatrons_own_pretrain_gpt_trains_under_dualpipev(tmp_path: Path) -> None:
     script = Path(os.environ["MEGATRON_LM_PATH"]) / "pretrain_gpt.py"
-    flags = [
-        *read_flags("deepseek-v3-small.args"),
-        *read_flags("cpu.args"),
-        *SMALL,
-        "--mock-data",
-        "--train-iters",
-        "4",
-        "--eval-interval",
-        "4",
-    ]
+    flags = [*read_flags("deepseek-v3-small.args"), *read_flags("cpu.args"), *SMALL]
+    flags += ["--mock-data", "--train-iters", "4", "--eval-interval", "4"]
     flags += ["--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2", "--cf-schedule", "dualpipev"]
     lines: list[str] = []
     command = [sys.executable, "-W", "ignore", "-m", "counterflow.launch", str(script), *flags]
