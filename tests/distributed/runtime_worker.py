@@ -19,6 +19,7 @@ from counterflow.schedule import ScheduleTable, build, build_forward_only, from_
 
 SHAPE = (3, 2)
 CPU = torch.device("cpu")
+TIMEOUT = timedelta(seconds=30)
 
 
 def make_input(microbatch: int) -> torch.Tensor:
@@ -101,9 +102,12 @@ def check_another_table_is_refused(channels: Channels) -> None:
 
 
 def main() -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", timeout=TIMEOUT)
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    channels = Channels(list(range(ranks)), rank)
+    channels = Channels(list(range(ranks)), rank, TIMEOUT)
+    for sender, receiver in ((0, 1), (1, 0)):
+        waits = channels.pick_group(sender, receiver)._get_backend(CPU).options._timeout
+        assert waits == TIMEOUT, f"a rank that stops answering would be waited for {waits}"
     tables = [build("1f1b", ranks, m) for m in (1, 3, 8)]
     tables += [build("interleaved", ranks, m, vpp=vpp) for m in (ranks, 3 * ranks) for vpp in (2, 3)]
     tables += [build("dualpipev", ranks, m) for m in (2 * ranks, 2 * ranks + 1, 5 * ranks)]

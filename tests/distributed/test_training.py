@@ -8,6 +8,9 @@ import pytest
 from cases import OWN_REFERENCE, RESUMED, SAVED, SCHEDULES, STEPS, VARIANTS
 from counterflow.schedule import load_record
 
+# The fixture behind these runs every case; the first test waits for them all.
+pytestmark = pytest.mark.timeout(1800)
+
 Runs = dict[str, dict[str, Any]]
 
 # Only the order in which fp32 gradients are summed differs, under half precision too.

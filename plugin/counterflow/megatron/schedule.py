@@ -296,7 +296,9 @@ class PipelineSchedule:
 
     def _open_channels(self, pp_group: Any) -> Channels:
         if self._channels is None:
-            self._channels = Channels(dist.get_process_group_ranks(pp_group), pp_group.rank())
+            # New groups wait for half an hour by default; these are to wait as long as Megatron's own.
+            timeout = pp_group._get_backend(torch.device(torch.cuda.current_device())).options._timeout
+            self._channels = Channels(dist.get_process_group_ranks(pp_group), pp_group.rank(), timeout)
         return self._channels
 
     def _open_recorder(self, channels: Channels) -> Recorder | None:

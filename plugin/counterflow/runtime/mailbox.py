@@ -2,6 +2,7 @@
 
 from collections import deque
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,15 +21,16 @@ class Channels:
     NCCL runs the transfers of a pair of ranks one after the other. With both directions in one group,
     two ranks that each send before they receive would wait for each other for ever.
 
-    ``pipeline_ranks`` are the global ranks of the pipeline, in pipeline order.
+    ``pipeline_ranks`` are the global ranks of the pipeline, in pipeline order; a transfer that takes longer
+    than ``timeout`` fails.
     """
 
-    def __init__(self, pipeline_ranks: list[int], rank: int) -> None:
+    def __init__(self, pipeline_ranks: list[int], rank: int, timeout: timedelta) -> None:
         self.pipeline_ranks = pipeline_ranks
         self.rank = rank
         # Collective over these ranks alone: the other pipelines make their own.
-        higher = dist.new_group(pipeline_ranks, use_local_synchronization=True, group_desc="CF_HIGHER")
-        lower = dist.new_group(pipeline_ranks, use_local_synchronization=True, group_desc="CF_LOWER")
+        higher = dist.new_group(pipeline_ranks, timeout, use_local_synchronization=True, group_desc="CF_HIGHER")
+        lower = dist.new_group(pipeline_ranks, timeout, use_local_synchronization=True, group_desc="CF_LOWER")
         assert isinstance(higher, dist.ProcessGroup) and isinstance(lower, dist.ProcessGroup)  # this rank is in them
         self._to_higher, self._to_lower = higher, lower
 
