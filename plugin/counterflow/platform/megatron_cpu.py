@@ -5,7 +5,10 @@ Each is replaced where it lives and wherever it was imported by name; see `platf
 
 import importlib
 import logging
+import os
+import sys
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +35,11 @@ def _compile_where_missing(compile_helpers: Any) -> Any:
         try:
             importlib.import_module("megatron.core.datasets.helpers_cpp")
         except ImportError:
+            # The makefile asks the python3 of the PATH for pybind11; that is to be this one.
+            path = os.environ["PATH"]
+            os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path}"
             compile_helpers()
+            os.environ["PATH"] = path
 
     return compile_or_reuse_helpers
 
