@@ -121,7 +121,7 @@ def check_seams() -> None:
         if misfit := seam.find_misfit():
             raise SeamError(
                 f"megatron-core {find_version()}: {seam.module}.{seam.symbol} {misfit}; "
-                "this version of counterflow supports megatron-core 0.17 to 0.19: install one of them, or drop the --cf flags"
+                "this version of counterflow supports megatron-core 0.17 to 0.19: install one of them and what it imports, or drop the --cf flags"
             )
 
 

@@ -35,9 +35,11 @@ def _compile_where_missing(compile_helpers: Any) -> Any:
         try:
             importlib.import_module("megatron.core.datasets.helpers_cpp")
         except ImportError:
-            # The makefile asks the python3 of the PATH for pybind11; that is to be this one.
+            # The makefile asks the PATH's python3 for pybind11 and its python3-config for a name; both are to
+            # be this Python's, whose config script stands beside the one that made the virtual environment.
             path = os.environ["PATH"]
-            os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path}"
+            first = (str(Path(sys.executable).parent), str(Path(sys.base_prefix, "bin")))
+            os.environ["PATH"] = os.pathsep.join((*first, path))
             compile_helpers()
             os.environ["PATH"] = path
 
