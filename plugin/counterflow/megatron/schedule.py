@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import schedules as upstream
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 from torch.utils._pytree import tree_map
 
@@ -237,7 +238,7 @@ class PipelineSchedule:
         chunks = model if isinstance(model, list) else [model]
         iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
         config = get_model_config(chunks[0])
-        groups = pg_collection or upstream._build_default_pg_collection()
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         rank = groups.pp.rank()
         device = torch.device(torch.cuda.current_device())
         if config.timers is not None:

@@ -73,6 +73,22 @@ BACKWARD_STEP = Seam(
     ("input_tensor", "output_tensor", "output_tensor_grad", "config"),
     "called for each B",
 )
+GET_SHAPES = Seam(
+    "megatron.core.pipeline_parallel.schedules",
+    "get_tensor_shapes",
+    ("seq_length", "micro_batch_size", "decoder_seq_length", "config", "tp_group", "cp_group"),
+    "shape of what the ranks send each other",
+)
+CHECK_FIRST = Seam(
+    "megatron.core.pipeline_parallel.schedules", "check_first_val_step", ("first_val_step", "forward_only", "cond"), "FP8 caches"
+)
+FREE_OUTPUT = Seam(
+    "megatron.core.pipeline_parallel.schedules",
+    "deallocate_output_tensor",
+    ("out", "deallocate_pipeline_outputs"),
+    "frees what has been sent",
+)
+SET_RANK = Seam("megatron.core.parallel_state", "set_pipeline_model_parallel_rank", ("rank",), "V layout, mirrored rank")
 GET_MODEL = Seam(
     "megatron.training.training", "get_model", ("model_provider_func", "model_type", "wrap_with_ddp"), "V layout, model provider"
 )
@@ -99,6 +115,10 @@ SEAMS = (
     GET_SCHEDULE,
     FORWARD_STEP,
     BACKWARD_STEP,
+    GET_SHAPES,
+    CHECK_FIRST,
+    FREE_OUTPUT,
+    SET_RANK,
     GET_MODEL,
     BUILD_STAGES,
     BUILD_ITERATORS,
@@ -121,7 +141,8 @@ def check_seams() -> None:
         if misfit := seam.find_misfit():
             raise SeamError(
                 f"megatron-core {find_version()}: {seam.module}.{seam.symbol} {misfit}; "
-                "this version of counterflow supports megatron-core 0.17 to 0.19: install one of them and what it imports, or drop the --cf flags"
+                "this version of counterflow supports megatron-core 0.17 to 0.19: install one of them and what it imports, "
+                "or drop the --cf flags"
             )
 
 
