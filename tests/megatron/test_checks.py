@@ -103,6 +103,11 @@ def test_without_a_schedule_nothing_is_checked_or_set() -> None:
     assert vars(args) == before
 
 
+def test_a_record_without_a_schedule_would_stay_empty() -> None:
+    with pytest.raises(OptionError, match="--cf-record x records the steps of a --cf-schedule and none is given"):
+        prepare_arguments(make_arguments(), Options(record=Path("x")))
+
+
 def test_the_world_size_of_the_launcher_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert count_microbatches(make_arguments(), ranks=2) == 4

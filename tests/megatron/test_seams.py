@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from counterflow.errors import SeamError
+from counterflow.config import Options
+from counterflow.errors import OptionError, SeamError
 from counterflow.megatron import seams
 from counterflow.megatron.seams import SEAMS, Seam
 
@@ -36,6 +38,22 @@ def test_a_seam_that_does_not_fit_is_named_with_the_version(monkeypatch: pytest.
         seams.check_seams()
     assert said in str(raised.value)
     assert f"megatron-core {seams.find_version()}" in str(raised.value)
+
+
+def test_the_first_argument_is_wrapped_by_position_and_by_name() -> None:
+    def build(model: int, size: int = 1) -> tuple[int, int]:
+        return model, size
+
+    wrapped = seams._wrap_first(build, lambda value: -value)
+    assert wrapped(3) == wrapped(model=3) == (-3, 1)
+    assert wrapped(3, size=2) == wrapped(size=2, model=3) == (-3, 2)
+
+
+def test_yaml_options_merge_under_the_flags_and_cannot_choose_the_platform() -> None:
+    parsed = SimpleNamespace(counterflow=SimpleNamespace(schedule="1f1b", record="runs"))
+    assert seams._merge_yaml(parsed, Options(schedule="dualpipev")) == Options(schedule="dualpipev", record=Path("runs"))
+    with pytest.raises(OptionError, match="give --cf-platform cpu on the command line"):
+        seams._merge_yaml(SimpleNamespace(counterflow=SimpleNamespace(platform="cpu")), Options())
 
 
 def test_an_optional_seam_may_be_absent() -> None:

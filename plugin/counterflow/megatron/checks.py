@@ -8,7 +8,7 @@ import os
 from types import SimpleNamespace
 from typing import Any
 
-from counterflow.config import Options
+from counterflow.config import SCHEDULES, Options
 from counterflow.errors import OptionError, ScheduleError
 from counterflow.megatron.schedule import build_table, choose_layout
 from counterflow.schedule.layouts import LOOPED, STRAIGHT, V
@@ -20,6 +20,11 @@ def prepare_arguments(args: Any, options: Options) -> None:
     Raises `OptionError`, the same on every rank.
     """
     if options.schedule is None:
+        if options.record is not None:
+            raise OptionError(
+                f"--cf-record {options.record} records the steps of a --cf-schedule and none is given: "
+                f"add --cf-schedule {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}"
+            )
         return
     flat = flatten(args)
     ranks = _get(flat, "pipeline_model_parallel_size", 1)

@@ -13,7 +13,7 @@ from functools import wraps
 from typing import Any
 
 from counterflow.config import Options, add_flags, fail, merge_options, read_mapping
-from counterflow.errors import CounterflowError, SeamError
+from counterflow.errors import CounterflowError, OptionError, SeamError
 from counterflow.patching import Patches
 from counterflow.schedule.layouts import V
 
@@ -204,7 +204,13 @@ def _merge_yaml(parsed: Any, options: Options) -> Options:
     section = getattr(parsed, "counterflow", None)
     if section is None:
         return options
-    return merge_options(read_mapping(vars(section)), options)
+    given = read_mapping(vars(section))
+    if given.platform != "auto":
+        raise OptionError(
+            f"platform: {given.platform} stands in the YAML file, which is read after the platform is chosen: "
+            f"give --cf-platform {given.platform} on the command line"
+        )
+    return merge_options(given, options)
 
 
 def install_schedule(patches: Patches, options: Options) -> None:
@@ -224,11 +230,14 @@ def install_schedule(patches: Patches, options: Options) -> None:
 
 
 def _wrap_first(function: Callable[..., Any], wrap: Callable[[Any], Any]) -> Callable[..., Any]:
-    """Call ``function`` with its first argument wrapped."""
+    """Call ``function`` with its first argument, by position or by name, wrapped."""
+    name = next(iter(inspect.signature(function).parameters))
 
     @wraps(function)
-    def wrapped(first: Any, *args: Any, **kwargs: Any) -> Any:
-        return function(wrap(first), *args, **kwargs)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if name in kwargs:
+            return function(*args, **{**kwargs, name: wrap(kwargs[name])})
+        return function(wrap(args[0]), *args[1:], **kwargs)
 
     return wrapped
 
@@ -238,10 +247,10 @@ def _choose_schedule(original: Callable[..., Any], pipeline: Any) -> Callable[..
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
         from megatron.core.pipeline_parallel import schedules
 
+        if type(kwargs.get("schedule_pg_collection")).__name__ == "MultiModuleProcessGroupCollection":
+            raise OptionError("--cf-schedule does not run models of several pipelines (multi-module process groups): drop it")
         chosen = original(*args, **kwargs)
-        # Without a pipeline (or with modules of several pipelines) upstream's choice stands.
-        if chosen is schedules.forward_backward_no_pipelining or kwargs.get("schedule_pg_collection") is not None:
-            return chosen
-        return pipeline.forward_backward
+        # Asked for a model without a pipeline (a separate one, say), upstream's choice stands.
+        return chosen if chosen is schedules.forward_backward_no_pipelining else pipeline.forward_backward
 
     return get_forward_backward_func
