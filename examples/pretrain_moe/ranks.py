@@ -42,6 +42,8 @@ def start_ranks(count: int, command: list[str], logs: Path, on_line: Callable[[s
     # Each rank computes with one thread: the ranks share the cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["PYTHONUNBUFFERED"] = "1"
+    # The launcher reports a failed rank in a page of its own; `RankError` says it in a line.
+    level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
         with _follow(lambda: _find_attempt(logs, run), f"{count - 1}/stdout.log", on_line):
@@ -49,7 +51,7 @@ def start_ranks(count: int, command: list[str], logs: Path, on_line: Callable[[s
     except ChildFailedError as error:
         raise RankError(_describe_failure(error, _find_attempt(logs, run))) from None
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(level)
     attempt = _find_attempt(logs, run)
     assert attempt is not None
     return attempt

@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -62,13 +63,21 @@ def read_checkpoint(directory: Path) -> int:
     return int(text) if text.isdigit() else 0
 
 
+def list_layer_flags(on_cpu: bool) -> list[str]:
+    """Return the flags that choose the layers: what runs on this machine."""
+    if on_cpu:
+        return read_flags("cpu.args")
+    return [] if find_spec("transformer_engine") else read_flags("no-te.args")
+
+
 def list_training_flags(options: argparse.Namespace, ranks: int, on_cpu: bool, text: Path, target: int) -> list[str]:
     """Return the script's whole command line."""
     directory = options.dir
     return [
         *read_flags("deepseek-v3-small.args"),
-        *(read_flags("cpu.args") if on_cpu else []),
+        *list_layer_flags(on_cpu),
         *("--cf-platform", "cpu" if on_cpu else "cuda", "--cf-schedule", options.schedule),
+        *(["--num-virtual-stages-per-pipeline-rank", "2"] if options.schedule == "interleaved" else []),
         *("--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", str(min(2, max(1, ranks // 2)))),
         *("--data-path", str(text), "--data-cache-path", str(directory / "data" / "cache")),
         *("--train-iters", str(target), "--eval-interval", "25", "--eval-iters", "2"),
