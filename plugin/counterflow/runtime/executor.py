@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from counterflow.errors import ScheduleError
 from counterflow.runtime.mailbox import Mailbox
 from counterflow.runtime.messages import Message, find_input, find_message
 from counterflow.runtime.recorder import Recorder
@@ -67,7 +68,11 @@ def _run_single(
     else:
         result = work.backward(single.stage, single.microbatch, received)
     message = find_message(single, last_stage)
-    if message is not None and result is not None:
+    if message is not None:
+        if result is None:
+            raise ScheduleError(
+                f"{single} gave nothing to send on to stage {message.to_stage}; is all of stage {single.stage} frozen?"
+            )
         if table.layout.rank_of[message.to_stage] == rank:
             local[message] = result.detach()
         else:
