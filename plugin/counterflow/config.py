@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,8 @@ from counterflow.errors import CounterflowError, OptionError
 
 SCHEDULES = ("1f1b", "interleaved", "dualpipev")
 PLANNED_SCHEDULES = ("gpipe", "zb-h1", "zbv", "dualpipe", "auto")
+# How long the other ranks wait for rank 0 to say what is wrong; imports differ by seconds between ranks.
+SPEAKING_SECONDS = 20
 PLATFORMS = ("auto", "cpu", "cuda")
 
 
@@ -110,7 +113,11 @@ class _QuietParser(argparse.ArgumentParser):
 
 def fail(error: CounterflowError, rank: int) -> None:
     """End this process with status 2 and one line; what all ranks find alike, rank 0 says for all."""
-    if rank == 0 or not isinstance(error, OptionError):
-        where = "" if isinstance(error, OptionError) else f"rank {rank}: "
+    found_by_all = isinstance(error, OptionError)
+    if rank == 0 or not found_by_all:
+        where = "" if found_by_all else f"rank {rank}: "
         print(f"counterflow: {where}{error}", file=sys.stderr, flush=True)
+    else:
+        # A launcher ends all ranks when the first one ends: that is to be rank 0, which has more to say.
+        time.sleep(SPEAKING_SECONDS)
     raise SystemExit(2)
