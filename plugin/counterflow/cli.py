@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import sys
 import warnings
 from dataclasses import asdict, dataclass
@@ -50,7 +51,8 @@ def examine() -> Report:
     from counterflow.megatron.seams import SEAMS
     from counterflow.platform import needs_cpu
 
-    # Megatron warns about each optional package that it does not find; the versions below say it once.
+    # Megatron and torch warn about what they do not find here; the report says it once.
+    logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         seams = tuple(
