@@ -25,13 +25,19 @@ from counterflow.runtime.executor import run_row
 from counterflow.runtime.mailbox import Channels, Mailbox, TransferPlan
 from counterflow.runtime.recorder import Recorder
 from counterflow.schedule import ScheduleTable, build, build_forward_only, lay_looped, lay_straight, lay_v, read_csv, validate
-from counterflow.schedule.layouts import Layout, V
+from counterflow.schedule.layouts import LOOPED, STRAIGHT, Layout, V
 
 
 def choose_layout(options: Options, ranks: int, chunks: int) -> Layout:
     """Return the layout that the named schedule, or the file's table, runs on."""
     if options.schedule_file is not None:
-        return read_csv(options.schedule_file).layout
+        layout = read_csv(options.schedule_file).layout
+        if layout.name not in (STRAIGHT, LOOPED, V):
+            raise OptionError(
+                f"--cf-schedule {options.schedule_file} is a table on the {layout.name} layout; this version builds Megatron "
+                f"models on {STRAIGHT}, {LOOPED} and {V} layouts: give a table on one of them"
+            )
+        return layout
     if options.schedule == "dualpipev":
         return lay_v(ranks)
     return lay_looped(ranks, chunks) if chunks > 1 else lay_straight(ranks)

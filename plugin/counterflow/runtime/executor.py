@@ -10,9 +10,9 @@ import torch
 
 from counterflow.errors import ScheduleError
 from counterflow.runtime.mailbox import Mailbox
-from counterflow.runtime.messages import Message, find_input, find_message
 from counterflow.runtime.recorder import Recorder
 from counterflow.schedule.actions import Action
+from counterflow.schedule.dependencies import Result, find_input, find_receiver, find_result
 from counterflow.schedule.table import ScheduleTable
 
 
@@ -35,7 +35,7 @@ def run_row(table: ScheduleTable, rank: int, work: Work, mailbox: Mailbox, recor
     Overlapped pairs run one part after the other. Without a zero-bubble split, an I runs as a whole
     B and its W does nothing.
     """
-    local: dict[Message, torch.Tensor] = {}
+    local: dict[Result, torch.Tensor] = {}
     for action in table.actions[rank]:
         if recorder is not None:
             recorder.start(action)
@@ -53,11 +53,10 @@ def _run_single(
     single: Action,
     work: Work,
     mailbox: Mailbox,
-    local: dict[Message, torch.Tensor],
+    local: dict[Result, torch.Tensor],
     recorder: Recorder | None,
 ) -> None:
-    last_stage = table.layout.last_stage
-    source = find_input(single, last_stage)
+    source = find_input(single, table.layout.last_stage)
     received = None
     if source is not None:
         received = local.pop(source) if source in local else mailbox.receive(source)
@@ -67,15 +66,13 @@ def _run_single(
         result: torch.Tensor | None = work.forward(single.stage, single.microbatch, received)
     else:
         result = work.backward(single.stage, single.microbatch, received)
-    message = find_message(single, last_stage)
-    if message is not None:
+    message, receiver = find_result(single), find_receiver(table, single)
+    if message is not None and receiver is not None:
         if result is None:
-            raise ScheduleError(
-                f"{single} gave nothing to send on to stage {message.to_stage}; is all of stage {single.stage} frozen?"
-            )
-        if table.layout.rank_of[message.to_stage] == rank:
+            raise ScheduleError(f"{single} gave nothing to send on; is all of stage {single.stage} frozen?")
+        if receiver == rank:
             local[message] = result.detach()
         else:
-            mailbox.send(message, result)
+            mailbox.send(message, receiver, result)
     if single.kind == "F":
         work.release_output(single.stage, single.microbatch)

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from counterflow.errors import ScheduleError
-from counterflow.runtime.messages import Message, list_messages
+from counterflow.runtime.messages import list_messages
+from counterflow.schedule.dependencies import Result
 from counterflow.schedule.table import ScheduleTable
 
 # Receives kept posted on each incoming channel beyond what is needed now.
@@ -74,8 +75,8 @@ class _Inbox:
     """One incoming channel: the messages still to post, in the sender's order, and those posted."""
 
     sender: int
-    waiting: deque[Message]
-    posted: dict[Message, tuple[torch.Tensor, dist.Work]] = field(default_factory=dict)
+    waiting: deque[Result]
+    posted: dict[Result, tuple[torch.Tensor, dist.Work]] = field(default_factory=dict)
 
 
 class Mailbox:
@@ -88,7 +89,7 @@ class Mailbox:
         self._table = plan.table
         self._shape, self._dtype, self._device = shape, dtype, device
         self._sent: deque[tuple[torch.Tensor, dist.Work]] = deque()
-        self._inbox_of: dict[Message, _Inbox] = {}
+        self._inbox_of: dict[Result, _Inbox] = {}
         for (sender, receiver), messages in plan.messages.items():
             if receiver == channels.rank:
                 inbox = _Inbox(sender, deque(messages))
@@ -105,20 +106,19 @@ class Mailbox:
             assert work is not None  # this rank is in the group
             inbox.posted[message] = (buffer, work)
 
-    def _tag(self, message: Message) -> int:
+    def _tag(self, message: Result) -> int:
         # Gloo matches by tag; NCCL ignores it and keeps the order, which is the same on both ends.
         stages = self._table.layout.last_stage + 1
         return (message.microbatch * stages + message.stage) * 2 + (message.kind == "B")
 
-    def send(self, message: Message, tensor: torch.Tensor) -> None:
-        """Start sending ``tensor``; returns at once. The caller may free or reuse the tensor object."""
+    def send(self, message: Result, receiver: int, tensor: torch.Tensor) -> None:
+        """Start sending ``tensor`` to a rank; returns at once. The caller may free or reuse the tensor object."""
         if tuple(tensor.shape) != self._shape or tensor.dtype != self._dtype:
             raise ScheduleError(
                 f"stage {message.stage} gave {tuple(tensor.shape)} {tensor.dtype} for micro-batch {message.microbatch}; "
                 f"the pipeline sends {self._shape} {self._dtype}"
             )
         self._forget_finished()
-        receiver = self._table.layout.rank_of[message.to_stage]
         group = self._channels.pick_group(self._channels.rank, receiver)
         # A tensor object of our own keeps the storage when the caller frees the output's data.
         own = tensor.detach().contiguous()
@@ -126,7 +126,7 @@ class Mailbox:
         assert work is not None  # this rank is in the group
         self._sent.append((own, work))
 
-    def receive(self, message: Message) -> torch.Tensor:
+    def receive(self, message: Result) -> torch.Tensor:
         """Wait for a message and return its tensor; posts the next receives of that channel."""
         inbox = self._inbox_of[message]
         while message not in inbox.posted:

@@ -1,18 +1,25 @@
 """Which pipeline rank holds which stages.
 
-    straight, 4 ranks      looped, 2 ranks x 2      V, 2 ranks
-    rank 0: 0              rank 0: 0 2              rank 0: 0 3
-    rank 1: 1              rank 1: 1 3              rank 1: 1 2
-    rank 2: 2
-    rank 3: 3
+A model passes the ranks once or several times, each pass up (rank 0 to P-1) or down. A layout is named after
+its passes::
 
-In a V the model turns on the last rank, which holds two neighbouring stages, and ends where it began.
+    straight (u)    looped (uu)      V (ud)           zigzag (udu…)      bidirectional
+    rank 0: 0       rank 0: 0 2      rank 0: 0 3      rank 0: 0 3 4      rank 0: 0 3
+    rank 1: 1       rank 1: 1 3      rank 1: 1 2      rank 1: 1 2 5      rank 1: 1 2
+    rank 2: 2                                                            rank 2: 1 2
+    rank 3: 3                                                            rank 3: 0 3
+
+In a V the model turns on the last rank, which holds two neighbouring stages, and ends where it began. In the
+bidirectional layout of full DualPipe each stage has two homes, ranks s and P-1-s: the first half of the
+micro-batches enters at rank 0, the second half at rank P-1.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 
-STRAIGHT, LOOPED, V = "straight", "looped", "v"
+from counterflow.errors import ScheduleError
+
+STRAIGHT, LOOPED, V, ZIGZAG, BIDIRECTIONAL = "straight", "looped", "v", "zigzag", "bidirectional"
 
 
 @dataclass(frozen=True)
@@ -32,38 +39,81 @@ class Layout:
         """Number of model chunks on each rank."""
         return len(self.stages[0])
 
-    @property
+    @cached_property
     def last_stage(self) -> int:
         """The stage that computes the loss."""
-        return self.ranks * self.chunks - 1
+        return max(stage for held in self.stages for stage in held)
+
+    @property
+    def chunk_share(self) -> float:
+        """A chunk's part of 1/P of the model: what one of its micro-batches counts as a live activation."""
+        return self.ranks / (self.last_stage + 1)
+
+    @cached_property
+    def homes(self) -> dict[int, tuple[int, ...]]:
+        """The ranks of each stage: one, or two where micro-batches flow in both directions."""
+        found: dict[int, list[int]] = {}
+        for rank, held in enumerate(self.stages):
+            for stage in held:
+                found.setdefault(stage, []).append(rank)
+        # The first half of the micro-batches runs towards higher ranks: stage s on rank s.
+        return {stage: tuple(sorted(ranks, key=lambda rank: rank != stage)) for stage, ranks in found.items()}
 
     @cached_property
     def rank_of(self) -> dict[int, int]:
-        """The rank of each stage."""
-        return {stage: rank for rank, held in enumerate(self.stages) for stage in held}
+        """The rank of each stage; of two homes, that of the first half of the micro-batches."""
+        return {stage: ranks[0] for stage, ranks in self.homes.items()}
 
     def chunk_of(self, stage: int) -> int:
         """Return the index of the model chunk that is this stage on its rank."""
         return self.stages[self.rank_of[stage]].index(stage)
 
 
+def lay_passes(ranks: int, passes: str) -> Layout:
+    """One stage a rank and pass; ``passes`` has a letter for each: ``u`` (rank 0 to P-1) or ``d`` (back)."""
+    if not passes or set(passes) - {"u", "d"}:
+        raise ScheduleError(f"layout passes {passes!r} given; allowed are letters u (rank 0 to P-1) and d (P-1 to 0), like udu")
+    starts = range(0, ranks * len(passes), ranks)
+    stages = tuple(
+        tuple(start + (rank if way == "u" else ranks - 1 - rank) for start, way in zip(starts, passes, strict=True))
+        for rank in range(ranks)
+    )
+    return Layout(_name_passes(passes), stages)
+
+
+def _name_passes(passes: str) -> str:
+    known = {"u": STRAIGHT, "u" * len(passes): LOOPED, ("ud" * len(passes))[: len(passes)]: ZIGZAG}
+    known |= {"u": STRAIGHT, "ud": V}
+    return known.get(passes, passes)
+
+
 def lay_straight(ranks: int) -> Layout:
     """One stage a rank."""
-    return Layout(STRAIGHT, tuple((rank,) for rank in range(ranks)))
+    return lay_passes(ranks, "u")
 
 
 def lay_looped(ranks: int, chunks: int) -> Layout:
     """``chunks`` stages a rank, dealt round by round (Megatron's virtual pipeline)."""
-    return Layout(LOOPED, tuple(tuple(range(rank, ranks * chunks, ranks)) for rank in range(ranks)))
+    return lay_passes(ranks, "u" * chunks)
 
 
 def lay_v(ranks: int) -> Layout:
     """Two stages a rank: the way there and the way back."""
-    return Layout(V, tuple((rank, 2 * ranks - 1 - rank) for rank in range(ranks)))
+    return lay_passes(ranks, "ud")
+
+
+def lay_bidirectional(ranks: int) -> Layout:
+    """Stage s on ranks s and P-1-s (P even): full DualPipe."""
+    half = [(rank, ranks - 1 - rank) for rank in range(ranks // 2)]
+    return Layout(BIDIRECTIONAL, tuple(half + half[::-1]))
 
 
 def find_layout(stages: tuple[tuple[int, ...], ...]) -> Layout | None:
-    """Return the straight, looped or V layout that has these stages on its ranks, if one has."""
+    """Return the layout that has these stages (each rank's in rising order), if one has."""
     ranks, chunks = len(stages), len(stages[0]) if stages else 0
-    candidates = [lay_straight(ranks)] if chunks == 1 else [lay_v(ranks), lay_looped(ranks, chunks)]
+    if any(len(held) != chunks for held in stages):
+        return None
+    passes = "".join("u" if stages[0][chunk] == chunk * ranks else "d" for chunk in range(chunks))
+    candidates = [lay_v(ranks)] if ranks == 1 and chunks == 2 else [lay_passes(ranks, passes)] if passes else []
+    candidates += [lay_bidirectional(ranks)] if ranks % 2 == 0 else []
     return next((layout for layout in candidates if layout.stages == stages), None)

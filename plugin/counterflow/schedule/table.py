@@ -29,6 +29,11 @@ class ScheduleTable:
         """Number of pipeline ranks."""
         return len(self.actions)
 
+    def rank_of(self, stage: int, microbatch: int) -> int:
+        """Return the rank that computes a stage for a micro-batch: of two homes the first for the first half of them."""
+        homes = self.layout.homes[stage]
+        return homes[0] if len(homes) == 1 or microbatch < self.microbatches // 2 else homes[1]
+
     @cached_property
     def digest(self) -> int:
         """A 63-bit hash of the actions: equal tables have equal digests on every machine."""
@@ -66,7 +71,9 @@ def from_csv(text: str, name: str = "csv") -> ScheduleTable:
     layout = find_layout(stages)
     if layout is None:
         found = "; ".join(f"rank {rank}: {list(held)}" for rank, held in enumerate(stages[:4]))
-        raise ScheduleError(f"{name}: stages {found} are no straight, looped or V layout of {len(rows)} ranks")
+        raise ScheduleError(
+            f"{name}: stages {found} are no layout of {len(rows)} ranks: straight, looped, V, zigzag or bidirectional"
+        )
     microbatches = 1 + max(single.microbatch for row in rows for action in row for single in action.singles())
     return ScheduleTable(name, layout, microbatches, tuple(rows))
 

@@ -1,19 +1,22 @@
-"""When each action of a schedule ran: what a recorded run gives back, on one clock for all ranks."""
+"""When each action of a schedule ran: what a simulation predicts and what a recorded run gives back."""
 
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from counterflow.errors import ScheduleError
 from counterflow.schedule.actions import Action, parse_action
 
 MAX_RECORD_BYTES = 2**30
+# How an action changes its rank's (live activations, queued weight gradients); an F as it starts, the others as they end.
+HELD_AFTER = {"F": (1, 0), "B": (-1, 0), "I": (-1, 1), "W": (0, -1)}
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One action on one rank, from ``start`` to ``end`` in seconds."""
+    """One action on one rank, from ``start`` to ``end`` (seconds where recorded, the costs' unit where simulated)."""
 
     rank: int
     action: Action
@@ -21,20 +24,67 @@ class Span:
     end: float
 
 
-@dataclass(frozen=True)
-class Timeline:
-    """The spans of one step of a schedule."""
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """An idle span of one rank before ``action``, and why.
 
-    spans: tuple[Span, ...]
+    ``for_input``: the result of ``source``, an F, I or B of ``other_rank``, is still to come. Otherwise, where ranks stop for
+    transfers, ``other_rank`` is still to take the result of ``source``. The last ``transfer`` of the time the
+    result is on its way. After a rank's last action all three are None.
+    """
+
+    rank: int
+    start: float
+    end: float
+    action: Action | None = None
+    source: Action | None = None
+    other_rank: int | None = None
+    transfer: float = 0.0
+    for_input: bool = True
 
     @property
+    def reason(self) -> str:
+        """One line for a reader."""
+        if self.source is None:
+            return "nothing left to do"
+        waits = f"{self.action} waits" if self.action else "waits"
+        late = f"for {self.source} of rank {self.other_rank}"
+        if not self.for_input:
+            late = f"until rank {self.other_rank} has taken {self.source}"
+        return f"{waits} {late}" + (f", {self.transfer:g} of it in transfer" if self.transfer else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a rank holds from ``time`` on, in micro-batches of 1/P of the model.
+
+    ``activations`` of forwards whose input gradient is still to come; ``queued`` of those whose weight gradient is.
+    """
+
+    time: float
+    activations: float
+    queued: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The spans of one step of a schedule, each rank's in order; ``waits`` where simulated.
+
+    ``peak_bytes`` per rank where sizes were given.
+    """
+
+    spans: tuple[Span, ...]
+    waits: tuple[Wait, ...] = ()
+    peak_bytes: tuple[float, ...] | None = None
+
+    @cached_property
     def ranks(self) -> int:
         """Number of pipeline ranks."""
         return 1 + max((span.rank for span in self.spans), default=-1)
 
-    @property
+    @cached_property
     def makespan(self) -> float:
-        """Seconds from the first start to the last end."""
+        """Time from the first start to the last end."""
         if not self.spans:
             return 0.0
         return max(span.end for span in self.spans) - min(span.start for span in self.spans)
@@ -46,6 +96,33 @@ class Timeline:
             return 0.0
         busy = sum(span.end - span.start for span in self.spans)
         return 1.0 - busy / (self.makespan * self.ranks)
+
+    @cached_property
+    def memory(self) -> tuple[tuple[Memory, ...], ...]:
+        """What each rank holds over time: an entry for each change, in order."""
+        stages = 1 + max((single.stage for span in self.spans for single in span.action.singles()), default=0)
+        share = self.ranks / stages
+        rows: list[list[Memory]] = [[] for _ in range(self.ranks)]
+        counts = [[0, 0] for _ in range(self.ranks)]
+        for span in self.spans:
+            row, held = rows[span.rank], counts[span.rank]
+            for time, kinds in ((span.start, "F"), (span.end, "BIW")):
+                for kind in (single.kind for single in span.action.singles() if single.kind in kinds):
+                    activations, queued = HELD_AFTER[kind]
+                    held[0] += activations
+                    held[1] += queued
+                    row.append(Memory(time, held[0] * share, held[1] * share))
+        return tuple(map(tuple, rows))
+
+    @cached_property
+    def peak_activations(self) -> tuple[float, ...]:
+        """The most live activations of each rank, in micro-batches of 1/P of the model."""
+        return tuple(max((held.activations for held in row), default=0.0) for row in self.memory)
+
+    @cached_property
+    def peak_queued(self) -> tuple[float, ...]:
+        """The most queued weight gradients of each rank, in micro-batches of 1/P of the model."""
+        return tuple(max((held.queued for held in row), default=0.0) for row in self.memory)
 
 
 def dump_record(step: int, schedule: str, pipeline: int, rank: int, spans: Iterable[Span]) -> str:

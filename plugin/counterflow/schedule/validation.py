@@ -1,26 +1,47 @@
-"""Does a table compute everything exactly once, in order, and without waiting for ever?"""
+"""Does a table compute everything exactly once, in order, without waiting for ever, and within its memory?"""
 
 from counterflow.errors import ScheduleError
 from counterflow.schedule.actions import Action
+from counterflow.schedule.costs import Costs
+from counterflow.schedule.layouts import BIDIRECTIONAL
+from counterflow.schedule.simulation import simulate
 from counterflow.schedule.table import ScheduleTable
+from counterflow.schedule.timeline import HELD_AFTER
+from counterflow.schedule.transport import require_transport
+
+# What a (stage, micro-batch) needs on its own rank before each kind of action.
+NEEDS = {"F": "", "B": "F", "I": "F", "W": "I"}
 
 
-def validate(table: ScheduleTable) -> None:
+def validate(
+    table: ScheduleTable,
+    *,
+    transport: str | None = None,
+    receives_ahead: int = 0,
+    max_activations: float | None = None,
+    max_queued: float | None = None,
+) -> None:
     """Raise `ScheduleError`, naming rank, position and action, unless the table can run.
 
     A table has each (stage, micro-batch) forward once and then its backward once, whole (B) or split
-    (I, then W), or has forwards alone. Sends never block (their data waits for the receiver).
+    (I, then W), or has forwards alone. Without ``transport``, sends never wait, as in this project's runtime; ``blocking``
+    and ``batched`` are checked with ``receives_ahead`` as in `transport`. ``max_activations`` and ``max_queued`` bound the live
+    activations and queued weight gradients of a rank, in micro-batches of 1/P of the model.
     """
+    if table.layout.name == BIDIRECTIONAL and table.microbatches % 2:
+        raise ScheduleError(f"{table.name}: {table.microbatches} micro-batches in two directions; it needs an even number")
     forward_only = not any(single.kind != "F" for rank in range(table.ranks) for single in table.singles(rank))
     for rank in range(table.ranks):
         _check_row(table, rank, forward_only)
-    _check_progress(table)
+        _check_memory(table, rank, max_activations, max_queued)
+    simulate(table, Costs())  # raises where ranks wait for each other for ever
+    if transport is not None:
+        require_transport(table, transport, receives_ahead)
 
 
 def _check_row(table: ScheduleTable, rank: int, forward_only: bool) -> None:
     held = table.layout.stages[rank]
     seen: set[tuple[str, int, int]] = set()
-    needs = {"F": "", "B": "F", "I": "F", "W": "I"}
     for position, action in enumerate(table.actions[rank]):
         for single in action.singles():
             stage, m = single.stage, single.microbatch
@@ -28,50 +49,38 @@ def _check_row(table: ScheduleTable, rank: int, forward_only: bool) -> None:
                 raise _error(rank, position, action, f"stage {stage} is not on this rank, which holds {list(held)}")
             if not 0 <= m < table.microbatches:
                 raise _error(rank, position, action, f"micro-batches are 0 to {table.microbatches - 1}")
+            if table.rank_of(stage, m) != rank:
+                raise _error(rank, position, action, f"{single} belongs to rank {table.rank_of(stage, m)}")
             if (single.kind, stage, m) in seen or (single.kind in "BI" and {("B", stage, m), ("I", stage, m)} & seen):
                 raise _error(rank, position, action, f"{single} is computed twice")
-            if needs[single.kind] and (needs[single.kind], stage, m) not in seen:
-                raise _error(rank, position, action, f"{single} comes before {stage}{needs[single.kind]}{m}")
+            if NEEDS[single.kind] and (NEEDS[single.kind], stage, m) not in seen:
+                raise _error(rank, position, action, f"{single} comes before {stage}{NEEDS[single.kind]}{m}")
             seen.add((single.kind, stage, m))
+        if action.parts and len({(single.stage, single.microbatch) for single in action.parts}) == 1:
+            raise _error(rank, position, action, f"{action.parts[1]} needs {action.parts[0]}: the two cannot overlap")
     for kinds in ("F",) if forward_only else ("F", "BI"):
         for stage in held:
             for m in range(table.microbatches):
-                if not any((kind, stage, m) in seen for kind in kinds):
+                if table.rank_of(stage, m) == rank and not any((kind, stage, m) in seen for kind in kinds):
                     raise ScheduleError(f"rank {rank}: {stage}{kinds[0]}{m} is missing")
     for kind, stage, m in sorted(seen):
         if kind == "I" and ("W", stage, m) not in seen:
             raise ScheduleError(f"rank {rank}: {stage}I{m} has no {stage}W{m}")
 
 
-def _check_progress(table: ScheduleTable) -> None:
-    """Run every rank as far as its data allow; a rank that is left waiting is a deadlock."""
-    done: set[tuple[str, int, int]] = set()
-    position = [0] * table.ranks
-    rows = [list(table.singles(rank)) for rank in range(table.ranks)]
-    moved = True
-    while moved:
-        moved = False
-        for rank, row in enumerate(rows):
-            while position[rank] < len(row) and find_missing_input(row[position[rank]], table.layout.last_stage, done) is None:
-                single = row[position[rank]]
-                done.add(("F" if single.kind == "F" else "B", single.stage, single.microbatch))
-                position[rank] += 1
-                moved = True
-    for rank, row in enumerate(rows):
-        if position[rank] < len(row):
-            single = row[position[rank]]
-            missing = find_missing_input(single, table.layout.last_stage, done)
-            raise _error(rank, position[rank], single, f"waits for ever for {missing}: the ranks wait for each other")
-
-
-def find_missing_input(single: Action, last_stage: int, done: set[tuple[str, int, int]]) -> str | None:
-    """Return the action whose result ``single`` still needs from a neighbouring stage, if any."""
-    stage, m = single.stage, single.microbatch
-    if single.kind == "F" and stage > 0 and ("F", stage - 1, m) not in done:
-        return f"{stage - 1}F{m}"
-    if single.kind in "BI" and stage < last_stage and ("B", stage + 1, m) not in done:
-        return f"{stage + 1}B{m}"
-    return None
+def _check_memory(table: ScheduleTable, rank: int, max_activations: float | None, max_queued: float | None) -> None:
+    share = table.layout.chunk_share
+    activations = queued = 0
+    for position, action in enumerate(table.actions[rank]):
+        for single in action.singles():
+            more, queue = HELD_AFTER[single.kind]
+            activations, queued = activations + more, queued + queue
+            for held, most, what in (
+                (activations * share, max_activations, "live activations"),
+                (queued * share, max_queued, "queued weight gradients"),
+            ):
+                if most is not None and held > most + 1e-9:
+                    raise _error(rank, position, action, f"{held:g} micro-batches of {what}; at most {most:g} are allowed")
 
 
 def _error(rank: int, position: int, action: Action, what: str) -> ScheduleError:
