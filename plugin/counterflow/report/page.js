@@ -1,0 +1,499 @@
+"use strict";
+// Draws each picture of the page's data on its canvas. All canvases share one time axis and one highlighted micro-batch.
+(() => {
+  const GUTTER = 60, MARGIN = 100, AXIS = 24, HEADING = 30, FOOT = 6; // pixels around the plots
+  const PAIR = "X".charCodeAt(0);
+  const DIMMED = 0.16;
+  const pictures = JSON.parse(document.getElementById("data").textContent).pictures.map(unpackPicture);
+  const total = Math.max(...pictures.map((picture) => picture.makespan)) || 1;
+  const highest = Math.max(1, ...pictures.flatMap((picture) => picture.peakActivations.concat(picture.peakQueued)));
+  const tooltip = document.getElementById("tooltip");
+  const field = document.getElementById("microbatch");
+  const view = { from: 0, to: total };
+  const lit = { hovered: null, pinned: null };
+  const stats = { blocks: 0, frames: 0, milliseconds: 0 };
+  let colours = {}, hatch = null, width = 0, waiting = false, drag = null;
+
+  // ---- data
+  function unpackPicture(raw, index) {
+    const canvas = document.querySelectorAll("canvas")[index];
+    const picture = { ...raw, canvas, pen: canvas.getContext("2d"), cursor: canvas.nextElementSibling, stale: true };
+    picture.rows = raw.rows.map(unpackRow);
+    picture.idle = raw.idle.map((idle) => ({ ...idle, starts: Float64Array.from(idle.starts), lengths: Float64Array.from(idle.lengths) }));
+    const ranks = raw.rows.length;
+    picture.rowHeight = clamp(Math.floor(480 / ranks), 9, 32);
+    picture.stripHeight = clamp(Math.floor(320 / ranks), 14, 32);
+    picture.memoryTop = AXIS + ranks * picture.rowHeight + HEADING;
+    picture.height = picture.memoryTop + ranks * picture.stripHeight + FOOT;
+    return picture;
+  }
+
+  function unpackRow(raw) {
+    const row = { starts: Float64Array.from(raw.starts), lengths: Float64Array.from(raw.lengths), pairs: {} };
+    row.kinds = Uint8Array.from(raw.kinds, (kind) => kind.charCodeAt(0));
+    row.stages = Int32Array.from(raw.stages);
+    row.microbatches = Int32Array.from(raw.microbatches);
+    row.backs = new Int32Array(row.kinds.length); // where a pair's B is in the two columns of B's
+    let back = 0;
+    row.kinds.forEach((kind, n) => { row.backs[n] = kind === PAIR ? back++ : -1; });
+    row.backStages = Int32Array.from(raw.backStages);
+    row.backMicrobatches = Int32Array.from(raw.backMicrobatches);
+    return row;
+  }
+
+  /** The single actions of block n of a row: one, or the F and the B of an overlapped pair. */
+  function listParts(row, n) {
+    const first = { kind: String.fromCharCode(row.kinds[n]), stage: row.stages[n], microbatch: row.microbatches[n] };
+    if (row.kinds[n] !== PAIR) return [first];
+    const back = row.backs[n];
+    return [{ ...first, kind: "F" }, { kind: "B", stage: row.backStages[back], microbatch: row.backMicrobatches[back] }];
+  }
+
+  function nameDirection(picture, part) {
+    const down = picture.firstDown === null ? picture.stagesDown[part.stage] : part.microbatch >= picture.firstDown;
+    return down ? "down" : "up";
+  }
+
+  /** Index of the last entry of a rising array that is at most the value; -1 where none is. */
+  function findLast(values, value) {
+    let low = 0, high = values.length;
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (values[middle] <= value) low = middle + 1; else high = middle;
+    }
+    return low - 1;
+  }
+
+  function clamp(value, low, high) { return Math.min(Math.max(value, low), high); }
+  function writeNumber(value) { return String(Number(value.toPrecision(5))); }
+
+  // ---- time axis
+  function toX(time) { return GUTTER + (time - view.from) / (view.to - view.from) * (width - GUTTER - MARGIN); }
+  function toTime(x) { return view.from + (x - GUTTER) / (width - GUTTER - MARGIN) * (view.to - view.from); }
+
+  function setView(from, length) {
+    const shown = clamp(length, total * 1e-6, total);
+    view.from = clamp(from, 0, total - shown);
+    view.to = view.from + shown;
+    requestDrawing();
+  }
+
+  /** Shows ``factor`` times as much time; ``time`` stays where it is on the screen. */
+  function zoomAt(time, factor) {
+    const length = clamp((view.to - view.from) * factor, total * 1e-6, total);
+    setView(time - (time - view.from) / (view.to - view.from) * length, length);
+  }
+
+  function zoomMiddle(factor) { zoomAt((view.from + view.to) / 2, factor); }
+  function pan(time) { setView(view.from + time, view.to - view.from); }
+  function reset() { setView(0, total); }
+
+  function chooseStep(most) {
+    const least = (view.to - view.from) / most;
+    const power = 10 ** Math.floor(Math.log10(least));
+    return power * [1, 2, 5, 10].find((factor) => factor * power >= least * 0.999999);
+  }
+
+  // ---- drawing
+
+  function requestDrawing() {
+    pictures.forEach((picture) => { picture.stale = true; });
+    requestFrame();
+  }
+
+  function requestFrame() {
+    if (!waiting) requestAnimationFrame(() => { waiting = false; drawVisible(false); });
+    waiting = true;
+  }
+
+  /** Draws what changed and can be seen; the rest once it is scrolled to. */
+  function drawVisible(everything) {
+    const began = performance.now();
+    stats.blocks = 0;
+    for (const picture of pictures) {
+      const place = picture.canvas.getBoundingClientRect();
+      if (!everything && (!picture.stale || place.bottom < 0 || place.top > innerHeight)) continue;
+      drawPicture(picture);
+      picture.stale = false;
+    }
+    stats.frames += 1;
+    stats.milliseconds = performance.now() - began;
+  }
+
+  function fitCanvases() {
+    width = Math.max(360, document.querySelector(".plot").clientWidth);
+    for (const { canvas, height, pen } of pictures) {
+      const ratio = window.devicePixelRatio || 1;
+      canvas.width = Math.round(width * ratio);
+      canvas.height = Math.round(height * ratio);
+      canvas.style.width = `${width}px`;
+      canvas.style.height = `${height}px`;
+      pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+    }
+    drawVisible(true);
+  }
+
+  function readColours() {
+    const style = getComputedStyle(document.documentElement);
+    const names = ["ground", "ink", "muted", "grid", "frame", "idle", "hatch", "activations", "queued"];
+    for (const way of ["up", "down"]) for (const kind of "FBIW") names.push(`${way}-${kind}`);
+    colours = Object.fromEntries(names.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
+    hatch = makeHatch();
+  }
+
+  function makeHatch() {
+    const tile = document.createElement("canvas");
+    tile.width = tile.height = 6;
+    const pen = tile.getContext("2d");
+    pen.fillStyle = colours.idle;
+    pen.fillRect(0, 0, 6, 6);
+    pen.strokeStyle = colours.hatch;
+    pen.beginPath();
+    for (const shift of [-6, 0, 6]) { pen.moveTo(shift - 1, 7); pen.lineTo(shift + 7, -1); }
+    pen.stroke();
+    return pen.createPattern(tile, "repeat");
+  }
+
+  function drawPicture(picture) {
+    const { pen, rowHeight, stripHeight, height } = picture;
+    pen.globalAlpha = 1;
+    pen.fillStyle = colours.ground;
+    pen.fillRect(0, 0, width, height);
+    drawAxis(picture);
+    drawNames(picture);
+    pen.save();
+    pen.beginPath();
+    pen.rect(GUTTER, 0, width - GUTTER - MARGIN, height);
+    pen.clip();
+    picture.rows.forEach((row, rank) => {
+      const top = AXIS + rank * rowHeight;
+      drawIdle(picture, rank, top);
+      drawRow(picture, row, top);
+      drawMemory(picture, rank, picture.memoryTop + rank * stripHeight);
+    });
+    drawEnd(picture);
+    pen.restore();
+  }
+
+  function drawAxis({ pen, height }) {
+    const step = chooseStep((width - GUTTER - MARGIN) / 80);
+    pen.font = `11px system-ui, sans-serif`;
+    pen.textAlign = "center";
+    pen.textBaseline = "middle";
+    for (let n = Math.ceil(view.from / step - 1e-9); n * step <= view.to * (1 + 1e-12); n++) {
+      const x = Math.round(toX(n * step)) + 0.5;
+      pen.fillStyle = colours.grid;
+      pen.fillRect(x - 0.5, AXIS - 6, 1, height - AXIS);
+      pen.fillStyle = colours.muted;
+      pen.fillText(writeNumber(n * step), x, AXIS / 2 - 2);
+    }
+  }
+
+  function drawNames({ pen, rows, rowHeight, stripHeight, memoryTop, peakActivations, peakQueued }) {
+    pen.textBaseline = "middle";
+    pen.fillStyle = colours.muted;
+    pen.font = `12px system-ui, sans-serif`;
+    pen.textAlign = "left";
+    const heading = "memory per rank" + (width > 640 ? ", in micro-batches of 1/P of the model" : "");
+    pen.fillText(heading, GUTTER, memoryTop - HEADING / 2 + 2);
+    pen.fillText("peaks", width - MARGIN + 8, memoryTop - HEADING / 2 + 2);
+    for (let rank = 0; rank < rows.length; rank++) {
+      const strip = memoryTop + (rank + 0.5) * stripHeight;
+      pen.fillStyle = colours.ink;
+      pen.textAlign = "right";
+      pen.font = `${Math.min(12, rowHeight)}px system-ui, sans-serif`;
+      pen.fillText(`rank ${rank}`, GUTTER - 8, AXIS + (rank + 0.5) * rowHeight);
+      pen.font = `${Math.min(12, stripHeight - 2)}px system-ui, sans-serif`;
+      pen.fillText(`rank ${rank}`, GUTTER - 8, strip);
+      pen.textAlign = "left";
+      pen.fillStyle = colours.activations;
+      pen.fillText(writeNumber(peakActivations[rank]), width - MARGIN + 8, strip);
+      pen.fillStyle = colours.queued;
+      pen.fillText(writeNumber(peakQueued[rank]), width - MARGIN + 54, strip);
+    }
+  }
+
+  function drawIdle(picture, rank, top) {
+    const { starts, lengths } = picture.idle[rank];
+    const { pen, rowHeight } = picture;
+    pen.globalAlpha = 1;
+    pen.fillStyle = hatch;
+    for (let n = Math.max(0, findLast(starts, view.from)); n < starts.length && starts[n] < view.to; n++) {
+      const left = Math.max(toX(starts[n]), GUTTER);
+      const right = Math.min(toX(starts[n] + lengths[n]), width - MARGIN);
+      if (right - left > 0.3) pen.fillRect(left, top + 1, right - left, rowHeight - 2);
+    }
+  }
+
+  function drawRow(picture, row, top) {
+    const shown = lit.pinned ?? lit.hovered;
+    let painted = -Infinity, skipped = false;
+    for (let n = Math.max(0, findLast(row.starts, view.from)); n < row.starts.length && row.starts[n] < view.to; n++) {
+      const left = toX(row.starts[n]), right = toX(row.starts[n] + row.lengths[n]);
+      if (right < GUTTER) continue;
+      // Of many blocks on a pixel one is drawn, and each that is highlighted. Uneven picks: an even stride would meet
+      // the same of two alternating kinds again and again.
+      const thin = right - painted < 0.4 + 0.6 * ((n * 0.618034) % 1);
+      skipped ||= thin;
+      if (thin && (shown === null || !listParts(row, n).some((part) => part.microbatch === shown))) continue;
+      drawBlock(picture, listParts(row, n), skipped && left - painted < 1.2 ? painted : left, right, top, shown);
+      painted = right;
+      skipped = false;
+      stats.blocks += 1;
+    }
+  }
+
+  /** A single action fills its block; an overlapped pair has its F above, its B below and a frame around both. */
+  function drawBlock(picture, parts, left, right, top, shown) {
+    const { pen, rowHeight } = picture;
+    const gap = right - left > 4 ? 1 : 0;
+    const partHeight = (rowHeight - 2) / parts.length;
+    parts.forEach((part, n) => {
+      const matches = shown === null || part.microbatch === shown;
+      pen.globalAlpha = matches ? 1 : DIMMED;
+      pen.fillStyle = colours[`${nameDirection(picture, part)}-${part.kind}`];
+      pen.fillRect(left, top + 1 + n * partHeight, Math.max(right - left - gap, matches && shown !== null ? 1.5 : 0.5), partHeight);
+      drawLabel(pen, part, left, right - gap, top + 1 + n * partHeight, partHeight);
+    });
+    if (parts.length < 2 || right - left < 4) return;
+    pen.globalAlpha = shown === null || parts.some((part) => part.microbatch === shown) ? 1 : DIMMED;
+    pen.strokeStyle = colours.frame;
+    pen.lineWidth = right - left < 8 ? 0.75 : 1.5;
+    pen.strokeRect(left + pen.lineWidth / 2, top + 1.75, right - left - gap - pen.lineWidth, rowHeight - 3.5);
+  }
+
+  function drawLabel(pen, part, left, right, top, height) {
+    const text = part.kind + part.microbatch;
+    // Part of a block that begins left of the view: its label stays in view.
+    const start = Math.max(left, GUTTER), end = Math.min(right, width - MARGIN);
+    // One size for numbers of one and two digits in blocks of one width; a W is wide.
+    const letters = Math.max(3, text.length) + (part.kind === "W" ? 0.5 : 0);
+    const size = Math.min(12, height - 4, (end - start - 4) / (letters * 0.6));
+    if (size < 7) return;
+    pen.fillStyle = part.kind === "B" ? "#ffffff" : "#14161a";
+    pen.font = `${size}px system-ui, sans-serif`;
+    pen.textAlign = "center";
+    pen.textBaseline = "middle";
+    pen.fillText(text, (start + end) / 2, top + height / 2 + 0.5);
+  }
+
+  function drawEnd({ pen, makespan, memoryTop }) {
+    pen.globalAlpha = 1;
+    pen.fillStyle = colours.ink;
+    pen.fillRect(toX(makespan) - 0.75, AXIS - 6, 1.5, memoryTop - HEADING - AXIS + 8);
+  }
+
+  function drawMemory(picture, rank, top) {
+    const { pen, stripHeight, memory } = picture;
+    const base = top + stripHeight - 2;
+    const scale = (stripHeight - 5) / highest;
+    pen.globalAlpha = 1;
+    pen.fillStyle = colours.grid;
+    pen.fillRect(GUTTER, base, width - GUTTER - MARGIN, 1);
+    for (const [name, shade] of [["activations", 0.22], ["queued", 0]]) {
+      traceSteps(picture, memory[rank].times, memory[rank][name], base, scale);
+      pen.strokeStyle = pen.fillStyle = colours[name];
+      pen.globalAlpha = 1;
+      pen.lineWidth = 1.25;
+      pen.stroke();
+      pen.lineTo(toX(picture.makespan), base);
+      pen.lineTo(toX(0), base);
+      pen.globalAlpha = shade;
+      pen.fill();
+    }
+  }
+
+  /** Steps from level to level; of many changes on one pixel the highest is drawn, so that no peak is lost. */
+  function traceSteps({ pen, makespan }, times, levels, base, scale) {
+    let n = findLast(times, view.from);
+    let level = n < 0 ? 0 : levels[n], highestHere = level, x = toX(Math.max(view.from, 0));
+    pen.beginPath();
+    pen.moveTo(x, base - level * scale);
+    for (n += 1; n < times.length && times[n] <= view.to; n++) {
+      const next = toX(times[n]);
+      if (next - x >= 0.75) {
+        pen.lineTo(x, base - highestHere * scale);
+        pen.lineTo(x, base - level * scale);
+        pen.lineTo(next, base - level * scale);
+        x = next;
+        highestHere = levels[n];
+      }
+      level = levels[n];
+      highestHere = Math.max(highestHere, level);
+    }
+    pen.lineTo(x, base - highestHere * scale);
+    pen.lineTo(x, base - level * scale);
+    pen.lineTo(toX(Math.min(view.to, makespan)), base - level * scale);
+  }
+
+  // ---- what is under the pointer
+
+  function findTarget(picture, x, y) {
+    const time = toTime(x), ranks = picture.rows.length;
+    if (x < GUTTER || x > width - MARGIN || time > picture.makespan) return null;
+    const rank = Math.floor((y - AXIS) / picture.rowHeight);
+    if (rank >= 0 && rank < ranks) return findBlock(picture, rank, time, y) ?? findIdle(picture, rank, time);
+    const strip = Math.floor((y - picture.memoryTop) / picture.stripHeight);
+    return strip >= 0 && strip < ranks ? { type: "memory", rank: strip, time } : null;
+  }
+
+  function findBlock({ rows, rowHeight }, rank, time, y) {
+    const row = rows[rank], n = findLast(row.starts, time);
+    if (n < 0 || time > row.starts[n] + row.lengths[n]) return null;
+    const parts = listParts(row, n);
+    const lower = (y - AXIS) % rowHeight >= rowHeight / 2;
+    const part = parts[parts.length > 1 && lower ? 1 : 0];
+    return { type: "action", rank, parts, part, start: row.starts[n], length: row.lengths[n] };
+  }
+
+  function findIdle({ idle }, rank, time) {
+    const { starts, lengths, reasons } = idle[rank], n = findLast(starts, time);
+    if (n < 0 || time > starts[n] + lengths[n]) return null;
+    return { type: "idle", rank, reason: reasons[n], start: starts[n], length: lengths[n] };
+  }
+
+  /** The tooltip's lines. */
+  function describeTarget(picture, target) {
+    if (target.type === "memory") return describeMemory(picture, target);
+    const times = `start ${writeNumber(target.start)}, end ${writeNumber(target.start + target.length)}, duration ${writeNumber(target.length)}`;
+    if (target.type === "idle") return [`rank ${target.rank} is idle`, target.reason, times];
+    const names = target.parts.map((part) => part.stage + part.kind + part.microbatch);
+    const words = target.parts.map((part) => `${part.kind}: stage ${part.stage}, micro-batch ${part.microbatch}, ${nameDirection(picture, part)}`);
+    return [names.join(" & ") + (names.length > 1 ? " overlapped" : ""), ...words, `rank ${target.rank}`, times];
+  }
+
+  function describeMemory({ memory }, { rank, time }) {
+    const { times, activations, queued } = memory[rank], n = findLast(times, time);
+    const levels = n < 0 ? [0, 0] : [activations[n], queued[n]];
+    return [`rank ${rank} at ${writeNumber(time)}`, `live activations ${writeNumber(levels[0])}`, `queued weight gradients ${writeNumber(levels[1])}`];
+  }
+
+  function showTooltip(lines, x, y) {
+    tooltip.replaceChildren(...lines.map((line) => Object.assign(document.createElement("div"), { textContent: line })));
+    tooltip.hidden = false;
+    const { width: wide, height: high } = tooltip.getBoundingClientRect();
+    tooltip.style.left = `${x + 16 + wide > innerWidth ? Math.max(4, x - wide - 12) : x + 16}px`;
+    tooltip.style.top = `${y + 16 + high > innerHeight ? Math.max(4, y - high - 12) : y + 16}px`;
+  }
+
+  function light(changes) {
+    const before = lit.pinned ?? lit.hovered;
+    Object.assign(lit, changes);
+    if ((lit.pinned ?? lit.hovered) !== before) requestDrawing();
+  }
+
+  function pin(microbatch) {
+    field.value = microbatch ?? "";
+    light({ pinned: microbatch });
+  }
+
+  // ---- pointer and keys
+
+  function placePointer(picture, event) {
+    const place = picture.canvas.getBoundingClientRect();
+    return [event.clientX - place.left, event.clientY - place.top];
+  }
+
+  function hover(picture, event) {
+    const [x, y] = placePointer(picture, event);
+    const target = findTarget(picture, x, y);
+    light({ hovered: target?.part?.microbatch ?? null });
+    if (target) showTooltip(describeTarget(picture, target), event.clientX, event.clientY); else tooltip.hidden = true;
+    moveCursors(x);
+  }
+
+  /** The line at the pointer's time, through all pictures. */
+  function moveCursors(x) {
+    for (const { cursor } of pictures) {
+      cursor.hidden = x === null || x < GUTTER || x > width - MARGIN;
+      cursor.style.left = `${x}px`;
+    }
+  }
+
+  function leave() {
+    tooltip.hidden = true;
+    moveCursors(null);
+    light({ hovered: null });
+  }
+
+  function startDrag(picture, event) {
+    if (event.button !== 0) return;
+    drag = { x: event.clientX, y: event.clientY, moved: false };
+    picture.canvas.setPointerCapture(event.pointerId);
+  }
+
+  function moveDrag(event) {
+    const [right, down] = [event.clientX - drag.x, event.clientY - drag.y];
+    if (!drag.moved && Math.hypot(right, down) < 4) return;
+    if (!drag.moved) leave();
+    Object.assign(drag, { x: event.clientX, y: event.clientY, moved: true });
+    pan(-right / (width - GUTTER - MARGIN) * (view.to - view.from));
+    if (event.pointerType === "mouse") window.scrollBy(0, -down);
+  }
+
+  function endDrag(picture, event) {
+    const clicked = drag && !drag.moved;
+    drag = null;
+    if (!clicked) return;
+    const microbatch = findTarget(picture, ...placePointer(picture, event))?.part?.microbatch ?? null;
+    pin(microbatch === lit.pinned ? null : microbatch);
+  }
+
+  function turnWheel(picture, event) {
+    const [x] = placePointer(picture, event);
+    if (x < GUTTER || x > width - MARGIN) return; // beside the plot the wheel scrolls the page
+    event.preventDefault();
+    const scale = event.deltaMode === 1 ? 16 : 1;
+    const across = event.shiftKey ? event.deltaY || event.deltaX : Math.abs(event.deltaX) > Math.abs(event.deltaY) ? event.deltaX : 0;
+    if (across) pan(across * scale / (width - GUTTER - MARGIN) * (view.to - view.from));
+    else zoomAt(toTime(x), Math.exp(clamp(event.deltaY * scale, -400, 400) * 0.002));
+  }
+
+  function pressKey(event) {
+    if (event.key === "Escape") { pin(null); leave(); }
+    if (event.target === field || event.ctrlKey || event.metaKey || event.altKey) return;
+    const step = (view.to - view.from) / 8, closer = () => zoomMiddle(0.7), farther = () => zoomMiddle(1 / 0.7);
+    const moves = { ArrowLeft: () => pan(-step), ArrowRight: () => pan(step) };
+    const actions = { "+": closer, "=": closer, "-": farther, Home: reset, ...moves };
+    if (!Object.hasOwn(actions, event.key)) return;
+    event.preventDefault();
+    actions[event.key]();
+  }
+
+  function listen() {
+    for (const picture of pictures) {
+      const { canvas } = picture;
+      canvas.addEventListener("wheel", (event) => turnWheel(picture, event), { passive: false });
+      canvas.addEventListener("pointerdown", (event) => startDrag(picture, event));
+      canvas.addEventListener("pointermove", (event) => (drag ? moveDrag(event) : hover(picture, event)));
+      canvas.addEventListener("pointerup", (event) => endDrag(picture, event));
+      canvas.addEventListener("pointercancel", () => { drag = null; });
+      canvas.addEventListener("pointerleave", leave);
+      canvas.addEventListener("dblclick", reset);
+    }
+    document.addEventListener("keydown", pressKey);
+    document.addEventListener("scroll", requestFrame, { passive: true });
+    document.getElementById("zoom-in").addEventListener("click", () => zoomMiddle(0.7));
+    document.getElementById("zoom-out").addEventListener("click", () => zoomMiddle(1 / 0.7));
+    document.getElementById("reset").addEventListener("click", reset);
+    field.addEventListener("input", () => light({ pinned: field.value === "" ? null : Number(field.value) }));
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readColours(); drawVisible(true); });
+    new ResizeObserver(fitCanvases).observe(document.querySelector("main"));
+  }
+
+  field.max = Math.max(...pictures.map((picture) => picture.microbatches)) - 1;
+  readColours();
+  fitCanvases();
+  listen();
+
+  // For tests: what is shown, and where on the screen a time of a rank is (in memory: its strip).
+  window.counterflow = {
+    view, lit, stats, colours: () => colours,
+    locate(index, rank, time, share = 0.5, inMemory = false) {
+      const { canvas, rowHeight, stripHeight, memoryTop } = pictures[index];
+      const place = canvas.getBoundingClientRect();
+      const y = inMemory ? memoryTop + (rank + share) * stripHeight : AXIS + (rank + share) * rowHeight;
+      return { x: place.left + toX(time), y: place.top + y };
+    },
+  };
+})();

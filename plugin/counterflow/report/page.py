@@ -1,0 +1,142 @@
+"""The interactive page: one HTML file without network, its data as arrays in one JSON element."""
+
+import json
+import math
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from counterflow.report import colours
+from counterflow.report.picture import (
+    MAX_SPANS,
+    Picture,
+    clean_title,
+    find_idle,
+    flows_down,
+    have_pairs,
+    list_directions,
+    list_kinds,
+    prepare_pictures,
+    split_ranks,
+    summarise,
+    write_number,
+)
+from counterflow.schedule.actions import PAIR, Action
+from counterflow.schedule.layouts import BIDIRECTIONAL
+
+# A "<" or "&" in a title must not end the element that holds the JSON.
+_ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
+
+
+def render_html(pictures: Sequence[Picture]) -> str:
+    """Return one self-contained page: a timeline, or several compared on one time axis.
+
+    Raises `CounterflowError` for no picture, one without spans, or more than 2,000,000 spans in all.
+    """
+    pictures = prepare_pictures(pictures, MAX_SPANS, "the page")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_read("page.html")).render(
+        title=" / ".join(map(clean_title, pictures)),
+        pictures=[_describe(picture) for picture in pictures],
+        figures=list(dict.fromkeys(name for picture in pictures for name in summarise(picture))),
+        directions=[(way, colours.DIRECTION_NAMES[way]) for way in list_directions(pictures)],
+        kinds=[(kind, colours.KIND_NAMES[kind], colours.choose_text_colour(kind)) for kind in list_kinds(pictures)],
+        paired=have_pairs(pictures),
+        light=colours.LIGHT,
+        dark=colours.DARK,
+        style=Markup(_read("page.css")),
+        script=Markup(_read("page.js")),
+        data=Markup(_embed({"pictures": [encode_picture(picture) for picture in pictures]})),
+    )
+
+
+def encode_picture(picture: Picture) -> dict[str, Any]:
+    """Return what the page's script draws of a prepared picture, column by column and rank by rank.
+
+    ``rows``: kinds as one string (X for an overlapped pair), starts, lengths, stages, micro-batches; the B's of pairs
+    in order in ``backStages`` and ``backMicrobatches``. ``idle``: starts, lengths, reasons. ``memory``: levels from
+    each time on.
+    """
+    table, timeline = picture.table, picture.timeline
+    # Seven digits of the makespan: far below a pixel at any zoom, a third of the size.
+    digits = 7 - math.ceil(math.log10(timeline.makespan)) if timeline.makespan else 6
+
+    def trim(time: float) -> float:
+        return round(time, digits)
+
+    rows = []
+    for row in split_ranks(picture):
+        backs = [span.action.parts[1] for span in row if span.action.parts]
+        rows.append(
+            {
+                "kinds": "".join("X" if span.action.kind == PAIR else span.action.kind for span in row),
+                "starts": [trim(span.start) for span in row],
+                "lengths": [trim(span.end - span.start) for span in row],
+                "stages": [span.action.stage for span in row],
+                "microbatches": [span.action.microbatch for span in row],
+                "backStages": [back.stage for back in backs],
+                "backMicrobatches": [back.microbatch for back in backs],
+            }
+        )
+    idle = [
+        {
+            "starts": [trim(gap.start) for gap in gaps],
+            "lengths": [trim(gap.end - gap.start) for gap in gaps],
+            "reasons": [gap.reason for gap in gaps],
+        }
+        for gaps in find_idle(picture)
+    ]
+    bidirectional = table.layout.name == BIDIRECTIONAL
+    return {
+        "title": clean_title(picture),
+        "microbatches": table.microbatches,
+        "makespan": timeline.makespan,
+        # The first micro-batch that goes down, where the micro-batch says the direction; else the stage does.
+        "firstDown": table.microbatches // 2 if bidirectional else None,
+        "stagesDown": [int(flows_down(table, Action("F", stage, 0))) for stage in range(table.layout.last_stage + 1)],
+        "rows": rows,
+        "idle": idle,
+        "memory": [_encode_levels(picture, rank, digits) for rank in range(table.ranks)],
+        "peakActivations": _pad(timeline.peak_activations, table.ranks),
+        "peakQueued": _pad(timeline.peak_queued, table.ranks),
+    }
+
+
+def _encode_levels(picture: Picture, rank: int, digits: int) -> dict[str, list[float]]:
+    # The last of several changes at one time is the level that lasts.
+    changes = picture.timeline.memory[rank] if rank < picture.timeline.ranks else ()
+    levels = {round(held.time, digits): (held.activations, held.queued) for held in changes}
+    return {
+        "times": list(levels),
+        "activations": [activations for activations, _ in levels.values()],
+        "queued": [queued for _, queued in levels.values()],
+    }
+
+
+def _pad(values: Sequence[float], ranks: int) -> list[float]:
+    # A record may lack the last ranks.
+    return [*values, *[0.0] * (ranks - len(values))]
+
+
+def _describe(picture: Picture) -> dict[str, Any]:
+    """Return the words and figures of a picture's part of the page."""
+    table, timeline = picture.table, picture.timeline
+    busy = [sum(span.end - span.start for span in row) for row in split_ranks(picture)]
+    columns = [busy, [timeline.makespan - time for time in busy], timeline.peak_activations, timeline.peak_queued]
+    return {
+        "title": clean_title(picture),
+        "size": f"{table.ranks} ranks, {table.microbatches} micro-batches, {table.layout.name} layout",
+        "summary": summarise(picture),
+        "ranks": [[rank, *map(write_number, row)] for rank, row in enumerate(zip(*columns, strict=False))],
+    }
+
+
+def _embed(data: dict[str, Any]) -> str:
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).translate(_ESCAPES)
+
+
+def _read(name: str) -> str:
+    return files("counterflow.report").joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,188 @@
+"""What every rendering needs: one schedule with its times, which way its micro-batches go, and why its ranks idle."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from counterflow.errors import CounterflowError
+from counterflow.report.colours import SINGLES
+from counterflow.schedule.actions import Action
+from counterflow.schedule.layouts import BIDIRECTIONAL
+from counterflow.schedule.table import ScheduleTable
+from counterflow.schedule.timeline import Span, Timeline
+
+MAX_SPANS = 2_000_000
+MAX_TITLE = 200
+NO_REASON = "a recorded step does not say why"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One schedule to draw: ``timeline`` is a simulation of ``table`` or a recorded step of it."""
+
+    title: str
+    table: ScheduleTable
+    timeline: Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """A rank without work from ``start`` to ``end``, in the timeline's unit."""
+
+    rank: int
+    start: float
+    end: float
+    reason: str
+
+
+def prepare_pictures(pictures: Sequence[Picture], limit: int, form: str) -> list[Picture]:
+    """Return the pictures with times from 0 on: recorded steps do not start there.
+
+    Raises `CounterflowError` for what ``form`` (in words) cannot show: nothing, too much, or times of another table.
+    """
+    if not pictures:
+        raise CounterflowError(f"no picture given; {form} shows one or more: pass at least one Picture(title, table, timeline)")
+    spans = sum(len(picture.timeline.spans) for picture in pictures)
+    if spans > limit:
+        raise CounterflowError(
+            f"{spans:,} spans given; {form} shows at most {limit:,}: draw fewer micro-batches, ranks or schedules at once"
+        )
+    for picture in pictures:
+        _check_picture(picture)
+    return [_shift_to_zero(picture) for picture in pictures]
+
+
+def _check_picture(picture: Picture) -> None:
+    title, spans, layout = clean_title(picture), picture.timeline.spans, picture.table.layout
+    if not spans:
+        raise CounterflowError(f"picture {title!r} has no spans; at least one is needed: simulate the table or record a step")
+    for span in spans:
+        if not (math.isfinite(span.start) and math.isfinite(span.end) and span.start <= span.end):
+            raise CounterflowError(
+                f"picture {title!r}: {span.action} of rank {span.rank} runs from {span.start} to {span.end}; "
+                "allowed are finite times in order: record or simulate again"
+            )
+        if span.rank >= layout.ranks or any(single.stage > layout.last_stage for single in span.action.singles()):
+            raise CounterflowError(
+                f"picture {title!r}: {span.action} on rank {span.rank} given; the table has {layout.ranks} ranks and stages "
+                f"0 to {layout.last_stage}: pass the table that these times belong to"
+            )
+
+
+def clean_title(picture: Picture) -> str:
+    """Return the title in characters that any rendering can hold (no terminal codes, valid in XML), shortened."""
+    title = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in picture.title)
+    return title if len(title) <= MAX_TITLE else title[: MAX_TITLE - 1] + "…"
+
+
+def _shift_to_zero(picture: Picture) -> Picture:
+    timeline = picture.timeline
+    origin = min(span.start for span in timeline.spans)
+    if origin == 0:
+        return picture
+    spans = tuple(replace(span, start=span.start - origin, end=span.end - origin) for span in timeline.spans)
+    waits = tuple(replace(wait, start=wait.start - origin, end=wait.end - origin) for wait in timeline.waits)
+    return replace(picture, timeline=replace(timeline, spans=spans, waits=waits))
+
+
+def split_ranks(picture: Picture) -> list[list[Span]]:
+    """Return the spans of each rank of the table, in order of time."""
+    rows: list[list[Span]] = [[] for _ in range(picture.table.ranks)]
+    for span in picture.timeline.spans:
+        rows[span.rank].append(span)
+    for row in rows:
+        row.sort(key=lambda span: (span.start, span.end))
+    return rows
+
+
+def find_idle(picture: Picture) -> list[list[Idle]]:
+    """Return the idle spans of each rank: the simulation's with their reasons, or the gaps of a recorded step."""
+    rows: list[list[Idle]] = [[] for _ in range(picture.table.ranks)]
+    for idle in _list_waits(picture) if picture.timeline.waits else _list_gaps(picture):
+        rows[idle.rank].append(idle)
+    return rows
+
+
+def _list_waits(picture: Picture) -> Iterator[Idle]:
+    for wait in picture.timeline.waits:
+        yield Idle(wait.rank, wait.start, wait.end, wait.reason)
+
+
+def _list_gaps(picture: Picture) -> Iterator[Idle]:
+    for rank, row in enumerate(split_ranks(picture)):
+        free = 0.0
+        for span in row:
+            if span.start > free:
+                yield Idle(rank, free, span.start, f"before {span.action}; {NO_REASON}")
+            free = max(free, span.end)
+        if picture.timeline.makespan > free:
+            yield Idle(rank, free, picture.timeline.makespan, "nothing left to do")
+
+
+def flows_down(table: ScheduleTable, single: Action) -> bool:
+    """Tell whether a single action belongs to a forward pass from rank P-1 to rank 0 (else from 0 to P-1)."""
+    if table.layout.name == BIDIRECTIONAL:
+        return single.microbatch >= table.microbatches // 2
+    first_of_pass = single.stage - single.stage % table.ranks
+    return first_of_pass not in table.layout.stages[0]
+
+
+def list_directions(pictures: Sequence[Picture]) -> list[str]:
+    """Return which of ``up`` and ``down`` occur, for the legend."""
+    found = {flows_down(picture.table, single) for picture in pictures for single in _list_singles(picture)}
+    return [way for way, down in (("up", False), ("down", True)) if down in found]
+
+
+def list_kinds(pictures: Sequence[Picture]) -> list[str]:
+    """Return which of F, B, I and W occur, for the legend."""
+    found = {single.kind for picture in pictures for single in _list_singles(picture)}
+    return [kind for kind in SINGLES if kind in found]
+
+
+def have_pairs(pictures: Sequence[Picture]) -> bool:
+    """Tell whether an overlapped pair occurs, for the legend."""
+    return any(span.action.parts for picture in pictures for span in picture.timeline.spans)
+
+
+def _list_singles(picture: Picture) -> Iterator[Action]:
+    for span in picture.timeline.spans:
+        yield from span.action.singles()
+
+
+def summarise(picture: Picture) -> dict[str, str]:
+    """Return the figures of a picture, written for a reader; peaks are those of the rank with the highest."""
+    timeline = picture.timeline
+    figures = {
+        "makespan": write_number(timeline.makespan),
+        "bubble": f"{timeline.bubble:.1%}",
+        "peak activations": write_number(max(timeline.peak_activations)),
+        "peak queued": write_number(max(timeline.peak_queued)),
+    }
+    if timeline.peak_bytes:
+        figures["peak bytes"] = write_bytes(max(timeline.peak_bytes))
+    return figures
+
+
+def write_number(value: float) -> str:
+    """Return five significant digits, without exponent and trailing zeros."""
+    digits = 0 if value == 0 else max(0, 4 - math.floor(math.log10(abs(value))))
+    text = f"{value:.{digits}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def write_bytes(count: float) -> str:
+    """Return a number of bytes with a binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{write_number(count)} {unit}"
+        count /= 1024
+    return f"{write_number(count)} TiB"
+
+
+def choose_step(total: float, most: int) -> float:
+    """Return the distance of axis ticks, 1, 2 or 5 times a power of ten, so that ``total`` has at most ``most`` of them."""
+    least = total / max(most, 1)
+    if least <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(least))
+    return next((factor * power for factor in (1, 2, 5) if factor * power >= least), 10 * power)

@@ -1,0 +1,189 @@
+"""A static vector picture for papers: pictures stacked on one time axis, on white, text as text."""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from xml.sax.saxutils import escape
+
+from counterflow.report.colours import DIRECTION_NAMES, KIND_NAMES, LIGHT, choose_text_colour
+from counterflow.report.picture import (
+    Picture,
+    choose_step,
+    clean_title,
+    find_idle,
+    flows_down,
+    have_pairs,
+    list_directions,
+    list_kinds,
+    prepare_pictures,
+    split_ranks,
+    summarise,
+    write_number,
+)
+from counterflow.schedule.actions import Action
+from counterflow.schedule.table import ScheduleTable
+from counterflow.schedule.timeline import Span
+
+MAX_SVG_SPANS = 200_000
+
+# Pixels at the default size.
+GUTTER, MARGIN, ROW, HEAD, AXIS, LEGEND = 56.0, 14.0, 24.0, 44.0, 30.0, 30.0
+LEAST_WIDTH, MOST_WIDTH, BLOCK = 760.0, 1800.0, 20.0
+FONT, LEAST_FONT, CHARACTER = 10.0, 5.0, 0.6
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """Where one picture lies: its top, and how many pixels a unit of time takes."""
+
+    picture: Picture
+    top: float
+    scale: float
+
+    @property
+    def bottom(self) -> float:
+        return self.top + HEAD + ROW * self.picture.table.ranks
+
+    def place(self, time: float) -> float:
+        return GUTTER + time * self.scale
+
+
+def render_svg(pictures: Sequence[Picture]) -> str:
+    """Return an SVG document; blocks carry their action and times, idle spans their reason, as ``<title>``.
+
+    Raises `CounterflowError` for no picture, one without spans, or more than 200,000 spans in all.
+    """
+    pictures = prepare_pictures(pictures, MAX_SVG_SPANS, "an SVG")
+    total = max(picture.timeline.makespan for picture in pictures) or 1.0
+    width = _choose_width(pictures, total)
+    plots, top = [], 0.0
+    for picture in pictures:
+        plots.append(_Plot(picture, top, (width - GUTTER - MARGIN) / total))
+        top = plots[-1].bottom + 6
+    lines = [*_draw_frame(width, top + AXIS + LEGEND), *_draw_axis(plots, total, top)]
+    for plot in plots:
+        lines += _draw_plot(plot)
+    lines += _draw_legend(pictures, top + AXIS)
+    return "\n".join([*lines, "</svg>", ""])
+
+
+def _choose_width(pictures: Sequence[Picture], total: float) -> float:
+    """So wide that a usual block holds its label, within what a page can show."""
+    usual = statistics.median(span.end - span.start for picture in pictures for span in picture.timeline.spans)
+    wanted = total / usual * BLOCK if usual else LEAST_WIDTH
+    return round(GUTTER + MARGIN + min(max(wanted, LEAST_WIDTH), MOST_WIDTH))
+
+
+def _draw_frame(width: float, height: float) -> Iterator[str]:
+    yield (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}" '
+        f'font-family="Helvetica, Arial, DejaVu Sans, sans-serif" font-size="{FONT:g}">'
+    )
+    yield '<defs><pattern id="idle" width="5" height="5" patternUnits="userSpaceOnUse">'
+    yield f'<rect width="5" height="5" fill="{LIGHT["idle"]}"/>'
+    yield f'<path d="M-1 6L6 -1M-1 1L1 -1M4 6L6 4" stroke="{LIGHT["hatch"]}" stroke-width="0.7"/></pattern></defs>'
+    yield f'<rect width="{width:g}" height="{height:g}" fill="{LIGHT["ground"]}"/>'
+
+
+def _draw_axis(plots: list[_Plot], total: float, top: float) -> Iterator[str]:
+    """Ticks below all plots, with a thin line up through each."""
+    scale = plots[0].scale
+    step = choose_step(total, int(total * scale / 60))
+    for n in range(int(total / step * (1 + 1e-9)) + 1):
+        x = GUTTER + n * step * scale
+        for plot in plots:
+            yield _line(x, plot.top + HEAD - 2, x, plot.bottom + 2, LIGHT["grid"])
+        yield _line(x, top - 2, x, top + 3, LIGHT["muted"])
+        yield _text(x, top + 14, write_number(n * step), LIGHT["muted"], "middle")
+    yield _line(GUTTER, top - 2, GUTTER + total * scale, top - 2, LIGHT["muted"])
+    yield _text(GUTTER - 8, top + 14, "time", LIGHT["muted"], "end")
+
+
+def _draw_plot(plot: _Plot) -> Iterator[str]:
+    picture = plot.picture
+    figures = " · ".join(f"{name} {value}" for name, value in summarise(picture).items())
+    yield "<g>"
+    yield _text(GUTTER, plot.top + 18, clean_title(picture), LIGHT["ink"], "start", ' font-size="13" font-weight="bold"')
+    yield _text(GUTTER, plot.top + 34, figures, LIGHT["muted"], "start")
+    idle = find_idle(picture)
+    for rank, row in enumerate(split_ranks(picture)):
+        top = plot.top + HEAD + rank * ROW
+        yield _text(GUTTER - 8, top + ROW / 2 + 3.5, f"rank {rank}", LIGHT["ink"], "end")
+        for gap in idle[rank]:
+            left, right = plot.place(gap.start), plot.place(gap.end)
+            yield _rectangle("idle", left, top + 1, right - left, ROW - 2, "url(#idle)", f"rank {rank} is idle: {gap.reason}")
+        for span in row:
+            yield from _draw_block(plot, span, top)
+    yield "</g>"
+
+
+def _draw_block(plot: _Plot, span: Span, top: float) -> Iterator[str]:
+    """A single action fills its block; a pair has its F above, its B below and a frame around both."""
+    left, right = plot.place(span.start), plot.place(span.end)
+    parts = list(span.action.singles())
+    height = (ROW - 2) / len(parts)
+    times = f"{write_number(span.start)} to {write_number(span.end)}"
+    for n, part in enumerate(parts):
+        yield from _draw_part(plot.picture.table, part, left, right, top + 1 + n * height, height, times)
+    if len(parts) > 1:
+        stroke = min(1.2, (right - left) / 6)
+        inset = stroke / 2
+        yield (
+            f'<rect class="pair" x="{left + inset:.2f}" y="{top + 1 + inset:.2f}" width="{max(right - left - stroke, 0):.2f}" '
+            f'height="{ROW - 2 - stroke:.2f}" fill="none" stroke="{LIGHT["frame"]}" stroke-width="{stroke:.2f}"/>'
+        )
+
+
+def _draw_part(
+    table: ScheduleTable, part: Action, left: float, right: float, top: float, height: float, times: str
+) -> Iterator[str]:
+    way = "down" if flows_down(table, part) else "up"
+    gap = 0.6 if right - left > 4 else 0.0
+    yield _rectangle(f"{part.kind} {way}", left, top, right - left - gap, height, LIGHT[f"{way}-{part.kind}"], f"{part}, {times}")
+    label = f"{part.kind}{part.microbatch}"
+    # One size for numbers of one and two digits in blocks of one width; a W is wide.
+    letters = max(3.0, len(label)) + (0.5 if part.kind == "W" else 0.0)
+    size = min(FONT, height - 3.5, (right - left - 3) / (letters * CHARACTER))
+    if size >= LEAST_FONT:
+        middle, base = (left + right - gap) / 2, top + height / 2 + size * 0.36
+        yield _text(middle, base, label, choose_text_colour(part.kind), "middle", f' font-size="{size:.1f}"')
+
+
+def _draw_legend(pictures: Sequence[Picture], top: float) -> Iterator[str]:
+    x = GUTTER
+    for way in list_directions(pictures):
+        for kind in list_kinds(pictures):
+            yield _legend_box(x, top, LIGHT[f"{way}-{kind}"], LIGHT[f"{way}-{kind}"])
+            yield _text(x + 8, top + 12, kind, choose_text_colour(kind), "middle")
+            x += 17
+        yield _text(x + 4, top + 12, DIRECTION_NAMES[way], LIGHT["ink"], "start")
+        x += 4 + len(DIRECTION_NAMES[way]) * 5.2 + 14
+    words = ", ".join(f"{kind} {KIND_NAMES[kind]}" for kind in list_kinds(pictures))
+    yield _text(x, top + 12, words, LIGHT["muted"], "start")
+    x += len(words) * 5 + 14
+    if have_pairs(pictures):
+        yield _legend_box(x, top, LIGHT["up-F"], LIGHT["frame"])
+        yield f'<path d="M{x + 0.5:.2f} {top + 8:.2f}h15v7.5h-15z" fill="{LIGHT["up-B"]}"/>'
+        yield _text(x + 21, top + 12, "F and B overlapped", LIGHT["ink"], "start")
+        x += 126
+    yield _legend_box(x, top, "url(#idle)", LIGHT["hatch"])
+    yield _text(x + 21, top + 12, "idle", LIGHT["ink"], "start")
+
+
+def _legend_box(x: float, top: float, fill: str, stroke: str) -> str:
+    return f'<path d="M{x:.2f} {top:.2f}h16v16h-16z" fill="{fill}" stroke="{stroke}"/>'
+
+
+def _rectangle(name: str, x: float, y: float, width: float, height: float, fill: str, title: str) -> str:
+    return (
+        f'<rect class="{name}" x="{x:.2f}" y="{y:.2f}" width="{max(width, 0):.2f}" height="{height:.2f}" fill="{fill}">'
+        f"<title>{escape(title)}</title></rect>"
+    )
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
+    return f'<line x1="{x1:.2f}" y1="{y1:.2f}" x2="{x2:.2f}" y2="{y2:.2f}" stroke="{colour}" stroke-width="0.75"/>'
+
+
+def _text(x: float, y: float, text: str, colour: str, anchor: str, more: str = "") -> str:
+    return f'<text x="{x:.2f}" y="{y:.2f}" fill="{colour}" text-anchor="{anchor}"{more}>{escape(text)}</text>'

@@ -1,0 +1,403 @@
+"""The report page in a real browser: what it draws, and what it answers to pointer, wheel and keys."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from counterflow.report import Picture, render_html
+from counterflow.report.colours import DARK, LIGHT
+from counterflow.schedule import Span, Timeline, build
+from counterflow.schedule.costs import Costs
+from counterflow.schedule.simulation import simulate
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+NAMES = (os.environ.get("COUNTERFLOW_BROWSER"), "chromium", "chromium-browser", "google-chrome")
+COSTS = Costs(f=0.5, i=0.5, w=0.5, p2p=0.05, overlap=0.8)
+WIDTH, HEIGHT = 1400, 900
+# Through a copy: a canvas that is itself read slows down and says so.
+READ_PIXEL = """([index, x, y]) => {
+    const canvas = document.querySelectorAll("canvas")[index], place = canvas.getBoundingClientRect();
+    const copy = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+    copy.drawImage(canvas, Math.floor(x - place.left), Math.floor(y - place.top), 1, 1, 0, 0, 1, 1);
+    const values = [...copy.getImageData(0, 0, 1, 1).data.slice(0, 3)];
+    return "#" + values.map((value) => value.toString(16).padStart(2, "0")).join("");
+}"""
+
+
+def draw(name: str = "dualpipev", ranks: int = 8, microbatches: int = 20, title: str = "") -> Picture:
+    table = build(name, ranks, microbatches)
+    return Picture(title or name, table, simulate(table, COSTS))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    path = next((found for name in NAMES if name and (found := shutil.which(name))), None)
+    if path is None:
+        pytest.skip("no chromium found; install it (scripts/find-browser.sh) or set COUNTERFLOW_BROWSER=/path/to/chromium")
+    with sync_api.sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@dataclass
+class Opened:
+    """An open page, and what a test asks of it."""
+
+    page: Any
+
+    def ask(self, script: str) -> Any:
+        return self.page.evaluate(script)
+
+    def settle(self) -> None:
+        """Wait until what was asked for is drawn: a frame is drawn in the next animation frame."""
+        self.ask("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+    def locate(self, rank: int, time: float, share: float = 0.5, index: int = 0, memory: bool = False) -> tuple[float, float]:
+        """Where a time of a rank is in the window; ``share`` of the row's height from its top."""
+        point = self.ask(f"counterflow.locate({index}, {rank}, {time}, {share}, {str(memory).lower()})")
+        return point["x"], point["y"]
+
+    def hover(self, rank: int, time: float, share: float = 0.5, index: int = 0, memory: bool = False) -> str:
+        """Move the pointer there; return the tooltip, empty where none is shown."""
+        self.page.mouse.move(*self.locate(rank, time, share, index, memory))
+        self.settle()
+        return str(self.page.inner_text("#tooltip")) if self.page.is_visible("#tooltip") else ""
+
+    def pixel(self, rank: int, time: float, share: float = 0.5, index: int = 0, memory: bool = False) -> str:
+        """The colour that the canvas shows there, as #rrggbb."""
+        x, y = self.locate(rank, time, share, index, memory)
+        return str(self.page.evaluate(READ_PIXEL, [index, x, y]))
+
+    def time_at(self, x: float) -> float:
+        """The time that is shown at a place in the window."""
+        start, end = self.view()
+        left, right = self.locate(0, start)[0], self.locate(0, end)[0]
+        return start + (x - left) / (right - left) * (end - start)
+
+    def view(self) -> tuple[float, float]:
+        shown = self.ask("[counterflow.view.from, counterflow.view.to]")
+        return shown[0], shown[1]
+
+    def lit(self) -> tuple[int | None, int | None]:
+        """The micro-batches that are hovered and pinned."""
+        shown = self.ask("[counterflow.lit.hovered, counterflow.lit.pinned]")
+        return shown[0], shown[1]
+
+
+Open = Callable[..., Opened]
+
+
+@pytest.fixture
+def open_page(browser: Any, tmp_path: Path) -> Iterator[Open]:
+    """Opens pictures from a file; afterwards fails for anything on the console and for any request beyond the file."""
+    complaints: list[str] = []
+    contexts = []
+
+    def open_pictures(*pictures: Picture, scheme: str = "light", width: int = WIDTH) -> Opened:
+        path = tmp_path / "page.html"
+        path.write_text(render_html(pictures), encoding="utf-8")
+        context = browser.new_context(viewport={"width": width, "height": HEIGHT}, color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
+        page.on("request", lambda request: request.url == path.as_uri() or complaints.append(f"request: {request.url}"))
+        page.goto(path.as_uri())
+        opened = Opened(page)
+        opened.settle()
+        return opened
+
+    yield open_pictures
+    for context in contexts:
+        context.close()
+    assert not complaints
+
+
+def find_span(picture: Picture, kind: str, rank: int | None = None, least: int = 0) -> Span:
+    return next(
+        span
+        for span in picture.timeline.spans
+        if span.action.kind == kind and span.action.microbatch >= least and rank in (None, span.rank)
+    )
+
+
+def middle(span: Any) -> float:
+    return float(span.start + span.end) / 2
+
+
+def beside_label(span: Span) -> float:
+    """A time in the block but beside its label."""
+    return span.start + 0.12 * (span.end - span.start)
+
+
+# Neighbours (parts of the head, of a picture) whose boxes overlap.
+FIND_OVERLAPS = """() => {
+    const found = [];
+    const isLeft = (a, b) => a.right <= b.left + 0.5, isAbove = (a, b) => a.bottom <= b.top + 0.5;
+    const isApart = (a, b) => isLeft(a, b) || isLeft(b, a) || isAbove(a, b) || isAbove(b, a);
+    for (const group of ["header > *", ".tools > *", ".legend > li", ".figures > span", "section > *"]) {
+        const nodes = [...document.querySelectorAll(group)];
+        const boxes = nodes.map((node) => [node.textContent.trim(), node.getBoundingClientRect()]);
+        boxes.forEach(([text, box], n) => boxes.slice(n + 1).forEach(([other, next]) => {
+            if (!isApart(box, next)) found.push(`${group}: "${text}" and "${other}"`);
+        }));
+    }
+    return found;
+}"""
+
+
+# ---- what is drawn
+
+
+@pytest.mark.parametrize(("scheme", "colours"), [("light", LIGHT), ("dark", DARK)])
+def test_blocks_have_the_colours_of_their_kind_and_direction(open_page: Open, scheme: str, colours: dict[str, str]) -> None:
+    picture = draw("dualpipev", 4, 8)
+    page = open_page(picture, scheme=scheme)
+    last = picture.table.ranks  # stages from here on are on the way down
+    for span in (span for span in picture.timeline.spans if not span.action.parts):
+        way = "down" if span.action.stage >= last else "up"
+        found = page.pixel(span.rank, beside_label(span), share=0.2)
+        assert found == colours[f"{way}-{span.action.kind}"], f"{span.action} of rank {span.rank}"
+    assert page.pixel(0, 0, share=-0.1) not in (colours["up-F"], colours["down-F"])
+    assert page.ask("getComputedStyle(document.body).backgroundColor") == f"rgb{tuple(bytes.fromhex(colours['ground'][1:]))}"
+
+
+def test_each_action_is_one_block(open_page: Open) -> None:
+    picture = draw()
+    page = open_page(picture)
+    assert page.ask("counterflow.stats.blocks") == len(picture.timeline.spans)
+
+
+def test_pairs_are_framed_with_f_above_and_b_below(open_page: Open) -> None:
+    picture = draw("dualpipev", 4, 8)
+    page = open_page(picture)
+    pairs = [span for span in picture.timeline.spans if span.action.parts]
+    assert pairs
+    for span in pairs:
+        ways = ["down" if part.stage >= 4 else "up" for part in span.action.parts]
+        assert page.pixel(span.rank, beside_label(span), share=0.25) == LIGHT[f"{ways[0]}-F"], str(span.action)
+        assert page.pixel(span.rank, beside_label(span), share=0.75) == LIGHT[f"{ways[1]}-B"], str(span.action)
+    span, row = pairs[0], 32
+    for share in (1.5 / row, (row - 1.5) / row):
+        assert brightness(page.pixel(span.rank, beside_label(span), share)) < 200, "no frame above or below"
+    left = page.locate(span.rank, span.start)[0]
+    reads = [page.pixel(span.rank, page.time_at(left + step)) for step in (0, 1)]
+    assert min(map(brightness, reads)) < 260, f"no frame at the left: {reads}"
+
+
+def brightness(colour: str) -> int:
+    """Red, green and blue added up: 0 is black, 765 white."""
+    return sum(bytes.fromhex(colour[1:]))
+
+
+def test_memory_curves_show_what_is_held(open_page: Open) -> None:
+    picture = draw("1f1b", 4, 8)
+    page = open_page(picture)
+    end = picture.timeline.makespan
+    text = page.hover(0, end / 2, memory=True)
+    assert text.splitlines()[1:] == ["live activations 4", "queued weight gradients 0"]
+    assert page.pixel(0, end / 2, share=0.7, memory=True) != LIGHT["ground"], "no area under the curve"
+    assert page.pixel(3, end / 2, share=0.3, memory=True) == LIGHT["ground"], "the last rank holds one of four"
+    first = find_span(picture, "F", rank=3).start
+    low = 0.85
+    assert page.pixel(3, first * 0.9, low, memory=True) == LIGHT["ground"], "the last rank holds something before its first F"
+    assert page.pixel(3, first * 1.1, low, memory=True) != LIGHT["ground"], "the last rank holds nothing after its first F"
+
+
+# ---- hover, highlight
+
+
+@pytest.mark.parametrize("kind", ["F", "B", "I", "W"])
+def test_hovering_a_block_tells_its_action(open_page: Open, kind: str) -> None:
+    picture = draw()
+    page = open_page(picture)
+    span = find_span(picture, kind, rank=3)
+    lines = page.hover(3, middle(span)).splitlines()
+    assert lines[0] == str(span.action)
+    assert lines[1].startswith(f"{kind}: stage {span.action.stage}, micro-batch {span.action.microbatch}, ")
+    assert lines[2] == "rank 3"
+    assert lines[3].startswith(f"start {span.start:g}"[:8]) and f"duration {span.end - span.start:.5g}" in lines[3]
+
+
+def test_hovering_a_pair_tells_both_parts_and_lights_the_one_under_the_pointer(open_page: Open) -> None:
+    picture = draw()
+    page = open_page(picture)
+    span = find_span(picture, "F&B", rank=2)
+    forward, backward = span.action.parts
+    assert page.hover(2, middle(span), share=0.25).splitlines()[0] == f"{forward} & {backward} overlapped"
+    assert page.lit() == (forward.microbatch, None)
+    page.hover(2, middle(span), share=0.75)
+    assert page.lit() == (backward.microbatch, None)
+
+
+def test_hovering_idle_tells_its_reason(open_page: Open) -> None:
+    picture = draw()
+    page = open_page(picture)
+    for wait in sorted(picture.timeline.waits, key=lambda wait: wait.start - wait.end)[:10]:
+        lines = page.hover(wait.rank, middle(wait)).splitlines()
+        assert lines[:2] == [f"rank {wait.rank} is idle", wait.reason]
+    page.page.mouse.move(5, 5)
+    page.settle()
+    assert not page.page.is_visible("#tooltip")
+
+
+def test_hovering_dims_the_other_microbatches(open_page: Open) -> None:
+    picture = draw("1f1b", 4, 8)
+    page = open_page(picture)
+    lit, other = find_span(picture, "B", 0), find_span(picture, "B", 2, least=5)
+    page.hover(0, middle(lit))
+    same = next(span for span in picture.timeline.spans if span.rank == 3 and str(span.action) == "3B0")
+    assert page.pixel(3, beside_label(same), 0.2) == LIGHT["up-B"]
+    assert page.pixel(2, beside_label(other), 0.2) != LIGHT["up-B"]
+    page.page.mouse.move(5, 5)
+    page.settle()
+    assert page.pixel(2, beside_label(other), 0.2) == LIGHT["up-B"]
+
+
+def test_clicking_pins_and_escape_lets_go(open_page: Open) -> None:
+    picture = draw("1f1b", 4, 8)
+    page = open_page(picture)
+    span, other = find_span(picture, "B", 1, least=3), find_span(picture, "B", 2, least=5)
+    page.hover(1, middle(span))
+    page.page.mouse.down()
+    page.page.mouse.up()
+    page.page.mouse.move(5, 5)
+    page.settle()
+    assert page.lit()[1] == 3
+    assert page.page.input_value("#microbatch") == "3"
+    assert page.pixel(2, beside_label(other), 0.2) != LIGHT["up-B"]
+    page.page.keyboard.press("Escape")
+    page.settle()
+    assert page.lit() == (None, None)
+    assert page.pixel(2, beside_label(other), 0.2) == LIGHT["up-B"]
+
+
+def test_a_typed_microbatch_is_pinned(open_page: Open) -> None:
+    page = open_page(draw("1f1b", 4, 8))
+    page.page.fill("#microbatch", "5")
+    assert page.lit()[1] == 5
+    page.page.fill("#microbatch", "")
+    assert page.lit()[1] is None
+
+
+# ---- zoom and pan
+
+
+def test_the_wheel_zooms_around_the_pointer_and_reset_shows_everything(open_page: Open) -> None:
+    picture = draw()
+    page = open_page(picture)
+    whole = page.view()
+    assert whole == (0, pytest.approx(picture.timeline.makespan))
+    x, y = (round(place) for place in page.locate(3, 20.0))
+    time = page.time_at(x)
+    for resets in (
+        lambda: page.page.keyboard.press("Home"),
+        lambda: page.page.click("#reset"),
+        lambda: page.page.mouse.dblclick(x, y),
+    ):
+        page.page.mouse.move(x, y)
+        for _ in range(4):
+            page.page.mouse.wheel(0, -200)
+            page.settle()
+        start, end = page.view()
+        assert end - start < 0.4 * (whole[1] - whole[0]), "the wheel does not zoom"
+        assert page.locate(3, time)[0] == pytest.approx(x, abs=0.01), "the pointer's time moved"
+        resets()
+        page.settle()
+        assert page.view() == whole
+
+
+def test_dragging_pans_and_keys_zoom(open_page: Open) -> None:
+    page = open_page(draw())
+    page.page.keyboard.press("+")
+    page.page.keyboard.press("+")
+    start, end = page.view()
+    assert end - start == pytest.approx(0.49 * 60.5, rel=1e-3)
+    x, y = page.locate(2, start + 10)
+    page.page.mouse.move(x, y)
+    page.page.mouse.down()
+    page.page.mouse.move(x + 60, y, steps=3)
+    page.page.mouse.up()
+    page.settle()
+    assert page.locate(2, start + 10)[0] == pytest.approx(x + 60, abs=0.5)
+    assert page.lit()[1] is None, "a drag is no click"
+    page.page.keyboard.press("-")
+    page.page.keyboard.press("-")
+    assert page.view() == (0, pytest.approx(60.5))
+
+
+def test_zoomed_in_only_what_is_visible_is_drawn(open_page: Open) -> None:
+    picture = draw()
+    page = open_page(picture)
+    page.ask("Array.from({ length: 8 }, () => document.getElementById('zoom-in').click())")
+    page.settle()
+    start, end = page.view()
+    visible = [span for span in picture.timeline.spans if span.end > start and span.start < end]
+    assert 0 < len(visible) < 100
+    assert page.ask("counterflow.stats.blocks") == pytest.approx(len(visible), abs=2)
+
+
+# ---- comparison, size
+
+
+def test_compared_schedules_share_axis_and_highlight(open_page: Open) -> None:
+    pictures = [draw("1f1b", 4, 8), draw("interleaved", 4, 8), draw("dualpipev", 4, 8)]
+    page = open_page(*pictures)
+    longest = max(picture.timeline.makespan for picture in pictures)
+    assert page.view() == (0, pytest.approx(longest))
+    assert page.page.locator("canvas").count() == page.page.locator(".summary tbody tr").count() == 3
+    lefts = {round(page.locate(0, 3.0, index=index)[0], 3) for index in range(3)}
+    assert len(lefts) == 1, "one time is at three places"
+    page.page.fill("#microbatch", "7")
+    page.page.locator("canvas").nth(2).scroll_into_view_if_needed()
+    page.settle()
+    for index, picture in enumerate(pictures):
+        span = find_span(picture, "F", rank=0)
+        assert page.pixel(0, beside_label(span), 0.2, index) != LIGHT["up-F"], f"{picture.title}: micro-batch 0 is not dimmed"
+
+
+def test_hostile_titles_run_nothing(open_page: Open) -> None:
+    title = """</script><script>window.harm = 1</script><img src=x onerror="window.harm = 2">' " & é"""
+    page = open_page(draw("1f1b", 2, 2, title=title), draw("1f1b", 2, 3))
+    assert page.ask("window.harm") is None
+    assert page.page.locator("h2").first.inner_text() == title
+    assert page.page.title().startswith("</script>")
+
+
+def test_large_schedules_draw_in_reasonable_time(open_page: Open) -> None:
+    picture = draw("dualpipev", 64, 256)
+    page = open_page(picture)
+    blocks, milliseconds = page.ask("[counterflow.stats.blocks, counterflow.stats.milliseconds]")
+    assert blocks > 10_000
+    # About 0.1 s without a GPU; the bound allows for a busy machine.
+    assert milliseconds < 3000
+    span = find_span(picture, "F", rank=63)
+    assert page.hover(63, middle(span)).splitlines()[0] == str(span.action)
+    page.ask("Array.from({ length: 12 }, () => document.getElementById('zoom-in').click())")
+    page.settle()
+    assert page.ask("counterflow.stats.blocks") < 3000
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [380, 700, 1400])
+@pytest.mark.parametrize("names", [["1f1b"], ["1f1b", "interleaved", "dualpipev"]])
+def test_nothing_is_cut_or_covered(open_page: Open, names: list[str], width: int, scheme: str, tmp_path: Path) -> None:
+    page = open_page(*[draw(name, 4, 8) for name in names], width=width, scheme=scheme)
+    page.page.screenshot(path=str(tmp_path / "screen.png"), full_page=True)  # pytest keeps it for a look
+    assert page.ask("document.documentElement.scrollWidth") <= width
+    assert page.page.evaluate(FIND_OVERLAPS) == []
+
+
+def test_a_recorded_step_is_drawn_from_zero(open_page: Open) -> None:
+    picture = draw("1f1b", 2, 4)
+    spans = tuple(Span(s.rank, s.action, s.start + 500, s.end + 500) for s in picture.timeline.spans)
+    page = open_page(Picture("recorded", picture.table, Timeline(spans)))
+    assert page.view() == (0, pytest.approx(picture.timeline.makespan))
+    assert page.hover(1, 0.2).splitlines()[:2] == ["rank 1 is idle", "before 1F0; a recorded step does not say why"]
