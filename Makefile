@@ -23,6 +23,7 @@ train: setup
 	@$(BIN)/python examples/pretrain_moe/train.py $(TRAIN)
 
 test: lint
+	@bash scripts/find-browser.sh >/dev/null || true
 	@$(BIN)/python -m pytest
 
 lint: setup

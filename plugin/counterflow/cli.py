@@ -11,6 +11,7 @@ from typing import Any
 
 from counterflow.config import SCHEDULES
 from counterflow.errors import CounterflowError
+from counterflow.schedule_cli import add_schedule_commands
 from counterflow.version import __version__
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "deepspeed", "pydantic", "numpy")
@@ -111,6 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="list versions, the platform, and whether each seam into Megatron fits")
     doctor.add_argument("--json", action="store_true", help="print the report as JSON")
     doctor.set_defaults(run=run_doctor)
+    add_schedule_commands(commands)
     return parser
 
 

@@ -21,7 +21,9 @@ ROOMS = {
     "platform": (COMMON | {"patching"}, {"torch", "megatron"}),
     "megatron": (COMMON | {"config", "patching", "schedule", "runtime"}, {"torch", "megatron"}),
     "launch": (COMMON | {"config"}, set()),
-    "cli": (COMMON | {"config", "platform", "megatron"}, {"torch"}),
+    "report": (COMMON | {"schedule"}, set()),
+    "schedule_cli": (COMMON | {"schedule", "report"}, set()),
+    "cli": (COMMON | {"config", "platform", "megatron", "schedule_cli"}, {"torch"}),
     "__init__": (COMMON | {"config", "patching", "platform", "megatron"}, set()),
 }
 HEAVY = {"torch", "megatron", "deepspeed", "transformer_engine"}
@@ -51,6 +53,9 @@ def test_imports_point_downward(path: Path) -> None:
 
 
 def test_importing_loads_no_torch_and_no_megatron() -> None:
-    code = "import sys, counterflow.schedule, counterflow.config; print([m for m in ('torch', 'megatron') if m in sys.modules])"
+    code = (
+        "import sys, counterflow.config, counterflow.report, counterflow.schedule, counterflow.schedule_cli; "
+        "print([m for m in ('torch', 'megatron', 'numba', 'scipy') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,0 +1,253 @@
+"""``counterflow schedule``: look at schedules, compare them, search for one."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from counterflow.errors import CounterflowError, OptionError, ScheduleError
+from counterflow.report import Picture, render_html, render_svg, render_text, render_trace
+from counterflow.schedule import FAMILIES, Costs, ScheduleTable, build, read_csv, simulate, to_csv, validate
+from counterflow.schedule.transport import TRANSPORTS, count_receives_ahead
+
+OUTPUTS: dict[str, Callable[[list[Picture]], str]] = {"html": render_html, "svg": render_svg, "trace": render_trace}
+
+
+def add_schedule_commands(commands: Any) -> None:
+    """Add ``schedule show``, ``compare`` and ``search`` to the command's parser."""
+    schedule = commands.add_parser("schedule", help="show, compare and search pipeline schedules")
+    kinds = schedule.add_subparsers(required=True, metavar="COMMAND")
+    show = kinds.add_parser("show", help="simulate one schedule and draw it")
+    show.add_argument("schedule", metavar="NAME|FILE.csv", help=f"{', '.join(FAMILIES)}, or a table in CSV")
+    show.set_defaults(run=run_show)
+    compare = kinds.add_parser("compare", help="simulate several schedules for the same model, side by side")
+    compare.add_argument(
+        "schedules", metavar="NAME|FILE.csv", nargs="*", help="schedules to compare (default: all that fit these sizes)"
+    )
+    compare.set_defaults(run=run_compare)
+    search = kinds.add_parser("search", help="search a schedule for these costs and this memory")
+    search.set_defaults(run=run_search)
+    for parser in (show, compare, search):
+        _add_sizes(parser, parser is show)
+        _add_costs(parser, "chunk" if parser is show else "slice of the model (--max-chunks a rank)")
+        _add_outputs(parser)
+    for parser in (show, compare):
+        parser.add_argument("--vpp", type=int, metavar="N", help="chunks per rank of interleaved (default: 2)")
+        parser.add_argument("--ep-overlap", action="store_true", help="interleaved with Megatron's expert-communication overlap")
+    for parser in (compare, search):
+        parser.add_argument("--max-chunks", type=int, default=2, metavar="N", help="chunks per rank at most (default: 2)")
+        parser.add_argument(
+            "--max-activations", type=float, metavar="N", help="cap on a rank's live activations, in micro-batches"
+        )
+    search.add_argument("--seconds", type=float, default=15.0, metavar="S", help="time to search (default: 15)")
+    search.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another search (default: 0)")
+
+
+def _add_sizes(parser: argparse.ArgumentParser, from_file: bool) -> None:
+    needed = "; a file brings its own" if from_file else ""
+    parser.add_argument("--ranks", type=int, required=not from_file, metavar="P", help=f"pipeline ranks{needed}")
+    parser.add_argument("--microbatches", type=int, required=not from_file, metavar="M", help=f"micro-batches per step{needed}")
+
+
+def _add_costs(parser: argparse.ArgumentParser, unit: str) -> None:
+    group = parser.add_argument_group(
+        "costs", f"times of one micro-batch on one {unit}, in any one unit: a number, or one per stage"
+    )
+    default = "default: a rank's share is 1"
+    group.add_argument("--f", type=_read_numbers, metavar="T[,T…]", help=f"forward ({default})")
+    group.add_argument("--i", type=_read_numbers, metavar="T[,T…]", help=f"input gradient ({default})")
+    group.add_argument("--w", type=_read_numbers, metavar="T[,T…]", help=f"weight gradient ({default})")
+    group.add_argument("--p2p", type=float, default=0.0, metavar="T", help="time a result takes to the next rank (default: 0)")
+    group.add_argument(
+        "--overlap",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="time of an overlapped pair over the sum of its parts (default: 1)",
+    )
+    group.add_argument("--p2p-stops", action="store_true", help="ranks stop for transfers instead of computing beside them")
+    group.add_argument("--activation-bytes", type=_read_numbers, metavar="N[,N…]", help="a chunk's activations of a micro-batch")
+    group.add_argument("--queued-bytes", type=_read_numbers, metavar="N[,N…]", help="what a queued weight gradient keeps")
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--html", type=Path, metavar="FILE", help="write an interactive page, one self-contained file")
+    group.add_argument("--svg", type=Path, metavar="FILE", help="write a picture for papers")
+    group.add_argument("--trace", type=Path, metavar="FILE", help="write a trace for Perfetto (ui.perfetto.dev)")
+    group.add_argument(
+        "--csv", type=Path, metavar="FILE", help="write the table, in the notation of torch.distributed.pipelining"
+    )
+    group.add_argument("--json", action="store_true", help="print figures as JSON instead of a drawing")
+
+
+def _read_numbers(text: str) -> float | tuple[float, ...]:
+    numbers = tuple(float(part) for part in text.split(","))
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def run_show(given: argparse.Namespace) -> int:
+    """Draw one schedule in the terminal and into the files asked for."""
+    _check_outputs(given)
+    table = _load_table(given.schedule, given)
+    picture = Picture(given.schedule, table, simulate(table, _make_costs(given, table.layout.chunk_share)))
+    _write_outputs(given, [picture])
+    if given.json:
+        print(json.dumps(describe(picture), indent=2))
+    else:
+        print(render_text(picture, _find_width(), sys.stdout.isatty()))
+        ahead = ", ".join(f"{count} under {transport} P2P" for transport, count in _count_ahead(table).items())
+        print(f"receives to keep posted ahead: {ahead}")
+    return 0
+
+
+def run_compare(given: argparse.Namespace) -> int:
+    """Print a line per schedule, fastest first, and write the files asked for."""
+    from counterflow.schedule.search import list_families, merge_costs  # loads a compiler
+
+    _check_outputs(given)
+    costs = _make_costs(given, 1 / max(1, given.max_chunks)).spread(given.ranks * max(1, given.max_chunks))
+    cap = float("inf") if given.max_activations is None else given.max_activations
+    pictures = []
+    if given.schedules:
+        for name in given.schedules:
+            table = _load_table(name, given)
+            merged = merge_costs(costs, table.layout.last_stage + 1)
+            pictures.append(Picture(_title(table, name), table, simulate(table, merged)))
+    else:
+        known = list_families(given.ranks, given.microbatches, costs, given.max_chunks, cap)
+        pictures = [Picture(_title(table, table.name), table, timeline) for table, timeline in known]
+    if not pictures:
+        raise ScheduleError(f"no schedule fits {given.ranks} ranks, {given.microbatches} micro-batches and a cap of {cap:g}")
+    pictures.sort(key=lambda picture: picture.timeline.makespan)
+    _write_outputs(given, pictures)
+    if given.json:
+        print(json.dumps([describe(picture) for picture in pictures], indent=2))
+    else:
+        _print_comparison(pictures)
+    return 0
+
+
+def run_search(given: argparse.Namespace) -> int:
+    """Search, draw what was found, and say how it compares."""
+    from counterflow.schedule.search import search  # loads a compiler
+
+    _check_outputs(given)
+    found = search(
+        given.ranks, given.microbatches, _make_costs(given, 1 / max(1, given.max_chunks)), max_chunks=given.max_chunks,
+        max_activations=given.max_activations, seconds=given.seconds, seed=given.seed,
+    )  # fmt: skip
+    picture = Picture(f"{found.table.name} ({found.table.layout.name})", found.table, found.timeline)
+    _write_outputs(given, [picture])
+    if given.json:
+        extra = {"lower_bound": found.lower_bound, "gap": found.gap, "best_family": found.family}
+        print(json.dumps(describe(picture) | extra | {"best_family_makespan": found.family_makespan}, indent=2))
+        return 0
+    print(render_text(picture, _find_width(), sys.stdout.isatty()))
+    family = f"best family {found.family} {found.family_makespan:g}" if found.family else "no family fits the cap"
+    print(f"makespan {found.timeline.makespan:g}; lower bound {found.lower_bound:g} (gap {100 * found.gap:.2f} %); {family}")
+    if given.csv is None:
+        print("keep it with --csv FILE; train with --cf-schedule FILE")
+    return 0
+
+
+def describe(picture: Picture) -> dict[str, Any]:
+    """Return a picture's figures, as ``--json`` prints them."""
+    table, timeline = picture.table, picture.timeline
+    return {
+        "schedule": picture.title,
+        "layout": table.layout.name,
+        "ranks": table.ranks,
+        "microbatches": table.microbatches,
+        "makespan": timeline.makespan,
+        "bubble": timeline.bubble,
+        "peak_activations": timeline.peak_activations,
+        "peak_queued": timeline.peak_queued,
+        "peak_bytes": timeline.peak_bytes,
+        "receives_ahead": _count_ahead(table),
+    }
+
+
+def _print_comparison(pictures: list[Picture]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table("schedule", "layout", box=None, pad_edge=False)
+    for heading in ("makespan", "bubble", "activations", "queued W"):
+        grid.add_column(heading, justify="right")
+    for picture in pictures:
+        timeline = picture.timeline
+        grid.add_row(
+            picture.title, picture.table.layout.name, f"{timeline.makespan:.6g}", f"{100 * timeline.bubble:.2f} %",
+            f"{max(timeline.peak_activations):g}", f"{max(timeline.peak_queued):g}",
+        )  # fmt: skip
+    Console().print(grid)
+
+
+def _title(table: ScheduleTable, name: str) -> str:
+    if table.name != "interleaved":
+        return name
+    paired = any(action.parts for action in table.actions[0])
+    return f"{name} vpp {table.layout.chunks}" + (" ep-overlap" if paired else "")
+
+
+def _count_ahead(table: ScheduleTable) -> dict[str, int]:
+    return {transport: count_receives_ahead(table, transport) for transport in TRANSPORTS}
+
+
+def _load_table(name: str, given: argparse.Namespace) -> ScheduleTable:
+    if name.lower().endswith(".csv"):
+        table = read_csv(Path(name))
+        sizes = (("ranks", given.ranks, table.ranks), ("microbatches", given.microbatches, table.microbatches))
+        for what, asked, has in sizes:
+            if asked is not None and asked != has:
+                raise OptionError(f"--{what} {asked} given; {name} has {has}: drop --{what} or give another file")
+    else:
+        if given.ranks is None or given.microbatches is None:
+            raise OptionError(f"schedule {name} given without its size; add --ranks P and --microbatches M")
+        options = {"vpp": given.vpp} if given.vpp is not None else {}
+        options |= {"ep_overlap": True} if given.ep_overlap else {}
+        table = build(name, given.ranks, given.microbatches, **(options if name == "interleaved" else {}))
+    validate(table)
+    return table
+
+
+def _make_costs(given: argparse.Namespace, default: float) -> Costs:
+    f, i, w = (default if value is None else value for value in (given.f, given.i, given.w))
+    return Costs(
+        f, i, w, p2p=given.p2p, overlap=given.overlap, p2p_overlaps=not given.p2p_stops,
+        activation_bytes=given.activation_bytes, queued_bytes=given.queued_bytes,
+    )  # fmt: skip
+
+
+def _find_width() -> int:
+    return max(60, min(200, os.get_terminal_size().columns)) if sys.stdout.isatty() else 100
+
+
+def _check_outputs(given: argparse.Namespace) -> None:
+    """Before any work: every output can be written."""
+    for name in (*OUTPUTS, "csv"):
+        path = getattr(given, name)
+        if path is None:
+            continue
+        if path.is_dir():
+            raise OptionError(f"--{name} {path} is a folder; give the path of a file")
+        if not path.parent.is_dir():
+            raise OptionError(f"--{name} {path} cannot be written: there is no folder {path.parent}; make it first")
+
+
+def _write_outputs(given: argparse.Namespace, pictures: list[Picture]) -> None:
+    texts = {name: render(pictures) for name, render in OUTPUTS.items() if getattr(given, name) is not None}
+    if given.csv is not None:
+        if len(pictures) > 1:
+            raise OptionError(f"--csv {given.csv} takes one table and {len(pictures)} were compared; use schedule show")
+        texts["csv"] = to_csv(pictures[0].table)
+    for name, text in texts.items():
+        path = getattr(given, name)
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise CounterflowError(f"--{name} {path} cannot be written: {error.strerror}") from None

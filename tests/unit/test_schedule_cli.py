@@ -1,0 +1,110 @@
+"""``counterflow schedule`` as a user types it: what it prints, what it writes, and one line for bad input."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from counterflow.cli import main
+from counterflow.schedule import build, read_csv, validate
+
+
+def run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["schedule", *argv])
+    said = capsys.readouterr()
+    code = ended.value.code
+    return (code if isinstance(code, int) else 1), said.out, said.err
+
+
+def test_show_draws_and_writes_what_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = {kind: tmp_path / f"out.{kind}" for kind in ("html", "svg", "trace", "csv")}
+    files = [part for kind, path in paths.items() for part in (f"--{kind}", str(path))]
+    code, out, err = run(["show", "dualpipev", "--ranks", "4", "--microbatches", "10", "--overlap", "0.8", *files], capsys)
+    assert (code, err) == (0, "")
+    assert "makespan 28.8" in out and "rank 3" in out and "2 under blocking P2P, 1 under batched P2P" in out
+    assert read_csv(paths["csv"]).actions == build("dualpipev", 4, 10).actions
+    assert paths["html"].read_text().lstrip().startswith("<!DOCTYPE html>")
+    assert ElementTree.parse(paths["svg"]).getroot().tag.endswith("svg")
+    assert json.loads(paths["trace"].read_text())["traceEvents"]
+
+
+def test_show_reads_a_file_and_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "table.csv"
+    run(["show", "zbv", "--ranks", "4", "--microbatches", "8", "--csv", str(path)], capsys)
+    code, out, _ = run(["show", str(path), "--json", "--activation-bytes", "10", "--f", "1,1,1,1,1,1,1,2"], capsys)
+    figures = json.loads(out)
+    assert code == 0
+    assert figures["layout"] == "v" and figures["peak_activations"] == [4.0] * 4 and figures["peak_bytes"] == [80.0] * 4
+
+
+def test_compare_lists_the_fastest_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--ranks", "8", "--microbatches", "32", "--overlap", "0.8", "--max-chunks", "4"]
+    code, out, _ = run(["compare", *sizes], capsys)
+    lines = out.splitlines()
+    assert code == 0
+    assert "interleaved vpp 4 ep-overlap" in lines[1] and "85.8" in lines[1]
+    assert "dualpipev" in lines[2] and "86.8" in lines[2] and "8.5" in lines[2]
+    html = tmp_path / "compare.html"
+    code, out, _ = run(["compare", "1f1b", "zbv", *sizes, "--json", "--html", str(html)], capsys)
+    assert [row["schedule"] for row in json.loads(out)] == ["zbv", "1f1b"]
+    assert html.stat().st_size > 10_000
+
+
+def test_search_keeps_the_cap_and_says_how_far_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "found.csv"
+    sizes = ["--ranks", "4", "--microbatches", "8", "--overlap", "0.8", "--max-activations", "4.5", "--seconds", "0.5"]
+    code, out, _ = run(["search", *sizes, "--csv", str(path)], capsys)
+    assert code == 0 and "lower bound" in out and "best family" in out
+    validate(read_csv(path), max_activations=4.5)
+    code, out, _ = run(["search", *sizes, "--json"], capsys)
+    assert json.loads(out)["lower_bound"] <= json.loads(out)["makespan"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["show", "dualpipe", "--ranks", "5", "--microbatches", "20"], "needs an even number of ranks"),
+        (["show", "dualpipev", "--ranks", "4", "--microbatches", "7"], "needs at least 8 micro-batches"),
+        (["show", "zigzag", "--ranks", "4", "--microbatches", "8"], "schedule 'zigzag' is not known; allowed: gpipe, 1f1b"),
+        (["show", "1f1b"], "given without its size; add --ranks P and --microbatches M"),
+        (["show", "1f1b", "--ranks", "0", "--microbatches", "8"], "needs at least 1 of each"),
+        (["show", "none.csv"], "none.csv: cannot be read as a schedule table"),
+        (["show", "{bad}"], "line 2, cell 1: '1X0' is not an action"),
+        (["show", "{twice}"], "rank 0, position 1, action 0F0: 0F0 is computed twice"),
+        (["show", "{good}", "--ranks", "3"], "--ranks 3 given; {good} has 1: drop --ranks"),
+        (["show", "1f1b", "--ranks", "2", "--microbatches", "2", "--f", "-1"], "cost f -1.0 given"),
+        (["show", "1f1b", "--ranks", "2", "--microbatches", "2", "--w", "nan"], "cost w nan given"),
+        (
+            ["show", "1f1b", "--ranks", "2", "--microbatches", "2", "--f", "1,2,3"],
+            "cost f has 3 numbers; the layout has 2 stages",
+        ),
+        (["show", "1f1b", "--ranks", "2", "--microbatches", "2", "--svg", "nowhere/x.svg"], "there is no folder nowhere"),
+        (
+            ["show", "1f1b", "--ranks", "2", "--microbatches", "2", "--html", "/proc/x.html"],
+            "--html /proc/x.html cannot be written",
+        ),
+        (["compare", "--ranks", "2", "--microbatches", "8", "--max-activations", "0.1"], "no schedule fits 2 ranks"),
+        (
+            ["compare", "1f1b", "zbv", "--ranks", "2", "--microbatches", "8", "--csv", "x.csv"],
+            "takes one table and 2 were compared",
+        ),
+        (["search", "--ranks", "2", "--microbatches", "8", "--max-activations", "0.1"], "the smallest cap that does is 1"),
+        (["search", "--ranks", "2", "--microbatches", "8", "--max-chunks", "0"], "0 chunks given"),
+    ],
+)
+def test_bad_input_gets_one_line(argv: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {"bad": "0F0,0B0\n1X0\n", "twice": "0F0,0F0,0B0\n", "good": "0F0,0B0\n"}
+    for name, text in files.items():
+        (tmp_path / f"{name}.csv").write_text(text)
+    names = {name: str(tmp_path / f"{name}.csv") for name in files}
+    code, out, err = run([part.format(**names) for part in argv], capsys)
+    assert (code, out) == (2, "")
+    assert said.format(**names) in err and err.startswith("counterflow: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["show", "--help"], ["compare", "--help"], ["search", "--help"]])
+def test_help_is_there(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(argv, capsys)
+    assert code == 0 and "usage: counterflow schedule" in out
