@@ -10,7 +10,11 @@ class OptionError(CounterflowError):
 
 
 class ScheduleError(CounterflowError):
-    """A schedule table that cannot run; names rank, position and action."""
+    """A schedule table that cannot run; names rank, position and action, the first two also in ``place`` where known."""
+
+    def __init__(self, message: str, place: tuple[int, int | None] | None = None) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 class SeamError(CounterflowError):

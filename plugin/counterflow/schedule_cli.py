@@ -10,7 +10,7 @@ from typing import Any
 
 from counterflow.errors import CounterflowError, OptionError, ScheduleError
 from counterflow.report import Picture, render_html, render_svg, render_text, render_trace
-from counterflow.schedule import FAMILIES, Costs, ScheduleTable, build, read_csv, simulate, to_csv, validate
+from counterflow.schedule import FAMILIES, Costs, ScheduleTable, build, read_csv, simulate, to_csv
 from counterflow.schedule.transport import TRANSPORTS, count_receives_ahead
 
 OUTPUTS: dict[str, Callable[[list[Picture]], str]] = {"html": render_html, "svg": render_svg, "trace": render_trace}
@@ -98,7 +98,7 @@ def run_show(given: argparse.Namespace) -> int:
     if given.json:
         print(json.dumps(describe(picture), indent=2))
     else:
-        print(render_text(picture, _find_width(), sys.stdout.isatty()))
+        print(render_text(picture, _find_width(), sys.stdout.isatty()).rstrip())
         ahead = ", ".join(f"{count} under {transport} P2P" for transport, count in _count_ahead(table).items())
         print(f"receives to keep posted ahead: {ahead}")
     return 0
@@ -146,7 +146,7 @@ def run_search(given: argparse.Namespace) -> int:
         extra = {"lower_bound": found.lower_bound, "gap": found.gap, "best_family": found.family}
         print(json.dumps(describe(picture) | extra | {"best_family_makespan": found.family_makespan}, indent=2))
         return 0
-    print(render_text(picture, _find_width(), sys.stdout.isatty()))
+    print(render_text(picture, _find_width(), sys.stdout.isatty()).rstrip())
     family = f"best family {found.family} {found.family_makespan:g}" if found.family else "no family fits the cap"
     print(f"makespan {found.timeline.makespan:g}; lower bound {found.lower_bound:g} (gap {100 * found.gap:.2f} %); {family}")
     if given.csv is None:
@@ -205,14 +205,12 @@ def _load_table(name: str, given: argparse.Namespace) -> ScheduleTable:
         for what, asked, has in sizes:
             if asked is not None and asked != has:
                 raise OptionError(f"--{what} {asked} given; {name} has {has}: drop --{what} or give another file")
-    else:
-        if given.ranks is None or given.microbatches is None:
-            raise OptionError(f"schedule {name} given without its size; add --ranks P and --microbatches M")
-        options = {"vpp": given.vpp} if given.vpp is not None else {}
-        options |= {"ep_overlap": True} if given.ep_overlap else {}
-        table = build(name, given.ranks, given.microbatches, **(options if name == "interleaved" else {}))
-    validate(table)
-    return table
+        return table
+    if given.ranks is None or given.microbatches is None:
+        raise OptionError(f"schedule {name} given without its size; add --ranks P and --microbatches M")
+    options = {"vpp": given.vpp} if given.vpp is not None else {}
+    options |= {"ep_overlap": True} if given.ep_overlap else {}
+    return build(name, given.ranks, given.microbatches, **(options if name == "interleaved" else {}))
 
 
 def _make_costs(given: argparse.Namespace, default: float) -> Costs:

@@ -131,7 +131,12 @@ def test_nested_yaml_arguments_are_checked_alike() -> None:
         ),
         (to_csv(build("dualpipev", 2, 4)), 8, "is a table for 2 pipeline ranks, 4 micro-batches"),
         ("not,a,table", 8, "line 1, cell 1: 'not' is not an action"),
-        ("1F0\n0F0", 1, "no straight, looped or V layout"),
+        ("1F0\n2F0", 1, "are no layout of 2 ranks"),
+        (
+            to_csv(build("dualpipe", 2, 8)),
+            8,
+            "is a table on the bidirectional layout; this version builds Megatron models on straight",
+        ),
         ("0F0,3F0,0B0,3B0\n1F0,2F0,1B0,2B0", 1, "rank 0, position 2, action 0B0: waits for ever for 1B0"),
         ("0F0,0F1,3F0,3B0,0B0\n1F0,2F0,2B0,1B0", 2, "rank 0: 3F1 is missing"),
         ("0F1,0F0,3F1,3F0,3B1,3B0,0B1,0B0\n1F1,1F0,2F1,2F0,2B1,2B0,1B1,1B0", 2, "0F1 is out of order"),

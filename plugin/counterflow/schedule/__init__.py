@@ -7,9 +7,10 @@ from counterflow.errors import ScheduleError
 from counterflow.schedule.actions import Action, pair, parse_action
 from counterflow.schedule.costs import Costs
 from counterflow.schedule.families import FAMILIES, build, build_forward_only
+from counterflow.schedule.files import from_csv, read_csv, to_csv
 from counterflow.schedule.layouts import Layout, lay_bidirectional, lay_looped, lay_passes, lay_straight, lay_v
 from counterflow.schedule.simulation import simulate
-from counterflow.schedule.table import ScheduleTable, from_csv, read_csv, to_csv
+from counterflow.schedule.table import ScheduleTable
 from counterflow.schedule.timeline import Memory, Span, Timeline, Wait, dump_record, load_record
 from counterflow.schedule.validation import validate
 

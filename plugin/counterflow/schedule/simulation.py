@@ -97,7 +97,8 @@ class _Run:
                 missing = next(needed for needed in inputs if needed and needed not in self._made)
                 raise ScheduleError(
                     f"rank {rank}, position {self.position[rank]}, action {action}: "
-                    f"waits for ever for {missing}: the ranks wait for each other"
+                    f"waits for ever for {missing}: the ranks wait for each other",
+                    (rank, self.position[rank]),
                 )
 
 

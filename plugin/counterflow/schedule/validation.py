@@ -62,10 +62,10 @@ def _check_row(table: ScheduleTable, rank: int, forward_only: bool) -> None:
         for stage in held:
             for m in range(table.microbatches):
                 if table.rank_of(stage, m) == rank and not any((kind, stage, m) in seen for kind in kinds):
-                    raise ScheduleError(f"rank {rank}: {stage}{kinds[0]}{m} is missing")
+                    raise ScheduleError(f"rank {rank}: {stage}{kinds[0]}{m} is missing", (rank, None))
     for kind, stage, m in sorted(seen):
         if kind == "I" and ("W", stage, m) not in seen:
-            raise ScheduleError(f"rank {rank}: {stage}I{m} has no {stage}W{m}")
+            raise ScheduleError(f"rank {rank}: {stage}I{m} has no {stage}W{m}", (rank, None))
 
 
 def _check_memory(table: ScheduleTable, rank: int, max_activations: float | None, max_queued: float | None) -> None:
@@ -84,4 +84,4 @@ def _check_memory(table: ScheduleTable, rank: int, max_activations: float | None
 
 
 def _error(rank: int, position: int, action: Action, what: str) -> ScheduleError:
-    return ScheduleError(f"rank {rank}, position {position}, action {action}: {what}")
+    return ScheduleError(f"rank {rank}, position {position}, action {action}: {what}", (rank, position))

@@ -9,8 +9,8 @@ ranks s and P-1-s, M >= 2P micro-batches (even), F, B and W per stage, F&B an ov
 Micro-batches 0..M/2-1 enter at rank 0, M/2..M-1 at rank P-1. A rank's row is the DualPipeV row of its half of the ranks: the
 way there is the direction in which its own half is entered, the way back the other::
 
-    rank 0: 0F0 1F2 (0F1;1B2) (1F3;0B0) 1B3 0B1       DualPipeV on P/2 = 1 rank: 0F0 1F0 0F1 1B0 (1F1;0B0) ...
-    rank 1: 0F2 1F0 (0F3;1B0) (1F1;0B2) 1B1 0B3
+    rank 0: 0F0 1F2 0F1 1B2 (1F3;0B0) 1B3 0I1 0W1       micro-batches 0 and 1 enter here,
+    rank 1: 0F2 1F0 0F3 1B0 (1F1;0B2) 1B1 0I3 0W3       2 and 3 here
 """
 
 from counterflow.schedule.families.dualpipev import fill_row

@@ -4,7 +4,7 @@ Source: Qi et al., Zero Bubble Pipeline Parallelism, arXiv 2401.10241, section 2
 W per stage.
 
 - bubble per rank: (P-1)(F+I-W), a third of 1F1B's where F = I = W
-- live activations: P-r on rank r, and r queued weight gradients: together P, 1F1B's peak
+- live activations: P-r on rank r; with the r weight gradients it keeps back that makes P, 1F1B's peak
 
 ::
 
