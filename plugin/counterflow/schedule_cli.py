@@ -136,6 +136,11 @@ def run_search(given: argparse.Namespace) -> int:
     from counterflow.schedule.search import search  # loads a compiler
 
     _check_outputs(given)
+    if sys.stderr.isatty():
+        print(
+            f"searching for {given.seconds:g} s (an installation's first search compiles first)",
+            file=sys.stderr,
+        )
     found = search(
         given.ranks, given.microbatches, _make_costs(given, 1 / max(1, given.max_chunks)), max_chunks=given.max_chunks,
         max_activations=given.max_activations, seconds=given.seconds, seed=given.seed,

@@ -135,7 +135,7 @@ def test_nested_yaml_arguments_are_checked_alike() -> None:
         (
             to_csv(build("dualpipe", 2, 8)),
             8,
-            "is a table on the bidirectional layout; this version builds Megatron models on straight",
+            "is a table on the bidirectional layout; this version builds",
         ),
         ("0F0,3F0,0B0,3B0\n1F0,2F0,1B0,2B0", 1, "rank 0, position 2, action 0B0: waits for ever for 1B0"),
         ("0F0,0F1,3F0,3B0,0B0\n1F0,2F0,2B0,1B0", 2, "rank 0: 3F1 is missing"),

@@ -46,6 +46,9 @@ def test_compare_lists_the_fastest_first(tmp_path: Path, capsys: pytest.CaptureF
     assert code == 0
     assert "interleaved vpp 4 ep-overlap" in lines[1] and "85.8" in lines[1]
     assert "dualpipev" in lines[2] and "86.8" in lines[2] and "8.5" in lines[2]
+    stopping = run(["compare", "1f1b", *sizes, "--p2p", "0.1", "--p2p-stops", "--json"], capsys)[1]
+    beside = run(["compare", "1f1b", *sizes, "--p2p", "0.1", "--json"], capsys)[1]
+    assert json.loads(stopping)[0]["makespan"] > json.loads(beside)[0]["makespan"]
     html = tmp_path / "compare.html"
     code, out, _ = run(["compare", "1f1b", "zbv", *sizes, "--json", "--html", str(html)], capsys)
     assert [row["schedule"] for row in json.loads(out)] == ["zbv", "1f1b"]

@@ -14,8 +14,8 @@ The result is never worse than the best family that fits the cap, and comes with
 import itertools
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ import numpy as np
 from counterflow.errors import ScheduleError
 from counterflow.schedule import greedy
 from counterflow.schedule.bound import bound_makespan
-from counterflow.schedule.costs import Costs, spread_over
+from counterflow.schedule.costs import Costs, PerStage
 from counterflow.schedule.families import build
 from counterflow.schedule.families.rows import Row
 from counterflow.schedule.greedy import Array
@@ -132,14 +132,17 @@ def list_families(
 
 def merge_costs(costs: Costs, stages: int) -> Costs:
     """Return costs spread over more stages as costs of ``stages`` stages: neighbours are added up."""
-    assert not isinstance(costs.f, float | int)
-    each = len(costs.f) // stages
 
-    def merge(given: object) -> tuple[float, ...]:
-        numbers = spread_over(given, stages * each, "cost")  # type: ignore[arg-type]
-        return tuple(sum(numbers[stage * each : (stage + 1) * each]) for stage in range(stages))
+    def merge(given: PerStage | None) -> tuple[float, ...] | None:
+        if given is None:
+            return None
+        assert isinstance(given, Sequence), "spread first"
+        each = len(given) // stages
+        return tuple(sum(given[stage * each : (stage + 1) * each]) for stage in range(stages))
 
-    return Costs(merge(costs.f), merge(costs.i), merge(costs.w), costs.p2p, costs.overlap)
+    names = ("f", "i", "w", "activation_bytes", "queued_bytes")
+    merged: dict[str, Any] = {name: merge(getattr(costs, name)) for name in names}
+    return replace(costs, **merged)
 
 
 def _simulate_merged(table: ScheduleTable, costs: Costs) -> Timeline:
