@@ -12,13 +12,13 @@ and its B on slot n + 2S - 1 - s. How much that order counts against availabilit
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 
 # Tokens of a row, in the order of execution. Which stage and micro-batch they mean follows from the chunk orders.
-F, I, W, B, PAIR = range(5)  # noqa: E741
+F, I, W, PAIR = range(4)  # noqa: E741
 
 # A rank's policy: handicaps in time, unless said otherwise.
 RAMP = 0  # so many first backwards are the ramp (a count)
@@ -53,20 +53,44 @@ def compile_fast[Function: Callable[..., Any]](function: Function) -> Function:
     return compiled
 
 
-@compile_fast
-def build_greedily(
-    policy: Array, shift: Array, stages: Array, rank_of: Array, entry: Array, slot: float, f: Array, i: Array, w: Array,
-    p2p: float, overlap: float, cap: int, given: Array, given_chunks: Array, given_count: Array, stop: int,
-    tokens: Array, count: Array, chunks: Array,
-) -> float:  # fmt: skip
-    """Fill ``tokens[rank]``, ``count[rank]`` and ``chunks[F or B, rank]`` with a table; return its score.
+class Problem(NamedTuple):
+    """What a table is built for.
 
-    ``policy[rank]`` holds the numbers above, ``shift[F/I/pair, rank, n]`` a handicap of the rank's n-th F, I or pair.
-    ``stages[rank, chunk]``, ``rank_of[stage]``, ``entry[micro-batch]`` the slot of its stage 0, ``slot`` its length. ``cap``
-    bounds the live activations of a rank, and its queued weight gradients, in chunks. The first ``given_count[rank]`` tokens are
-    given. With ``stop`` F's per rank below all, ends once every rank has run them. Score: the makespan, or what a stopped
-    one still allows, and a little of the ranks' mean; `NEVER` where the cap is too small.
+    ``stages[rank, chunk]``, ``rank_of[stage]``, ``entry[micro-batch]`` the slot of its stage 0 in the regular order, ``slot`` its
+    length, ``costs[F/I/W, stage]``, and the cap in chunks: on a rank's live activations, and on its queued weight gradients.
     """
+
+    stages: Array
+    rank_of: Array
+    entry: Array
+    costs: Array
+    slot: float
+    p2p: float
+    overlap: float
+    cap: int
+
+
+class Rows(NamedTuple):
+    """Rows of a table: ``tokens[rank, n]``, ``lengths[rank]`` how many there are, ``chunks[F or I, rank, n]`` of its n-th."""
+
+    tokens: Array
+    lengths: Array
+    chunks: Array
+
+
+@compile_fast
+def build_greedily(policy: Array, shift: Array, problem: Problem, given: Rows, stop: int, rows: Rows) -> float:
+    """Fill ``rows`` with a table; return its score.
+
+    ``policy[rank]`` holds the numbers above, ``shift[F/I/pair, rank, n]`` a handicap of the rank's n-th F, I or pair. The rows
+    ``given`` come first. With ``stop`` F's per rank below all, ends once every rank has run them. Score: the makespan, or what a
+    stopped table still allows, and a little of the ranks' mean; `NEVER` where the cap is too small.
+    """
+    # One long function on purpose: taken apart, with its state handed over, it ran four to ten times slower.
+    stages, rank_of, entry, costs, slot, p2p, overlap, cap = problem
+    f, i, w = costs[0], costs[1], costs[2]
+    given_tokens, given_lengths, given_chunks = given
+    tokens, lengths, chunks = rows
     ranks, per_rank = stages.shape
     total = rank_of.shape[0]
     microbatches = entry.shape[0]
@@ -92,7 +116,7 @@ def build_greedily(
     f_choice = np.zeros(ranks, np.int64)
     b_choice = np.zeros(ranks, np.int64)
     changed = np.ones(ranks, np.bool_)
-    count[:] = 0
+    lengths[:] = 0
     finished = 0
     stopped = 0
     while finished < ranks and stopped < ranks:
@@ -103,7 +127,7 @@ def build_greedily(
                 choice[rank] = -1
                 mine = policy[rank]
                 now = clock[rank]
-                forced = given[rank, count[rank]] if count[rank] < given_count[rank] else -1
+                forced = given_tokens[rank, lengths[rank]] if lengths[rank] < given_lengths[rank] else -1
                 f_time = b_time = NEVER
                 if f_done[rank] < goal and (forced < 0 or forced in (F, PAIR)):
                     weight = slot * (mine[ORDER_F] if b_done[rank] else mine[ORDER_F_FIRST])
@@ -201,8 +225,8 @@ def build_greedily(
             return NEVER
         rank = acting
         kind = choice[rank]
-        tokens[rank, count[rank]] = kind
-        count[rank] += 1
+        tokens[rank, lengths[rank]] = kind
+        lengths[rank] += 1
         f_stage = b_stage = -1
         f_m = b_m = 0
         if kind in (F, PAIR):
@@ -212,7 +236,7 @@ def build_greedily(
             f_next[rank, chunk] += 1
             chunks[0, rank, f_done[rank]] = chunk
             f_done[rank] += 1
-        if kind in (I, B, PAIR):
+        if kind in (I, PAIR):
             chunk = b_choice[rank]
             b_stage = stages[rank, chunk]
             b_m = b_next[rank, chunk]
@@ -232,10 +256,6 @@ def build_greedily(
         elif kind == W:
             work = w[queue[rank, head[rank]]]
             head[rank] += 1
-        elif kind == B:
-            work = i[b_stage] + w[b_stage]
-            held[rank] -= 1
-            lone_b[rank] += 1
         else:
             work = f[f_stage] + i[b_stage] + w[b_stage]
         end = start[rank] + (overlap * work if kind == PAIR else work)
@@ -338,16 +358,16 @@ def change_shift(shift: Array, unit: float, low: int, high: int) -> None:
 
 @compile_fast
 def climb(
-    policy: Array, shift: Array, stages: Array, rank_of: Array, entry: Array, slot: float, f: Array, i: Array, w: Array,
-    p2p: float, overlap: float, cap: int, given: Array, given_chunks: Array, given_count: Array, stop: int,
-    tokens: Array, count: Array, chunks: Array, seed: int, draws: int, steps: int, low: int, high: int,
+    policy: Array, shift: Array, problem: Problem, given: Rows, stop: int, rows: Rows, seed: int, draws: int, steps: int,
+    low: int, high: int,
 ) -> float:  # fmt: skip
-    """Improve a policy in place: the best of ``draws`` random ones, then ``steps`` changes, accepted as in annealing.
+    """Improve a policy in place: the best of itself and ``draws`` random ones, then ``steps`` changes, accepted as in annealing.
 
-    Leaves the best table in ``tokens``, ``count`` and ``chunks``; returns its score.
+    Of each rank's actions, the ``low``-th to ``high``-th get handicaps of their own. Leaves the best table in ``rows``; returns
+    its score.
     """
     np.random.seed(seed)
-    unit = slot / (3.0 * overlap)
+    unit = problem.slot / (3.0 * problem.overlap)
     scratch = policy.copy()
     best_policy = policy.copy()
     best_shift = shift.copy()
@@ -355,10 +375,7 @@ def climb(
     for draw in range(draws + 1):
         if draw > 0:
             draw_policy(policy, unit)
-        score = build_greedily(
-            policy, shift, stages, rank_of, entry, slot, f, i, w, p2p, overlap, cap, given, given_chunks, given_count, stop,
-            tokens, count, chunks,
-        )  # fmt: skip
+        score = build_greedily(policy, shift, problem, given, stop, rows)
         if score < best:
             best = score
             best_policy[:] = policy
@@ -372,10 +389,7 @@ def climb(
             change_policy(policy, unit, scratch)
         else:
             change_shift(shift, unit, low, high)
-        score = build_greedily(
-            policy, shift, stages, rank_of, entry, slot, f, i, w, p2p, overlap, cap, given, given_chunks, given_count, stop,
-            tokens, count, chunks,
-        )  # fmt: skip
+        score = build_greedily(policy, shift, problem, given, stop, rows)
         if score <= current or np.random.random() < np.exp((current - score) / warmth):
             current = score
             kept_policy[:] = policy
@@ -389,7 +403,4 @@ def climb(
             shift[:] = kept_shift
     policy[:] = best_policy
     shift[:] = best_shift
-    return build_greedily(
-        policy, shift, stages, rank_of, entry, slot, f, i, w, p2p, overlap, cap, given, given_chunks, given_count, stop,
-        tokens, count, chunks,
-    )  # fmt: skip
+    return build_greedily(policy, shift, problem, given, stop, rows)

@@ -26,7 +26,7 @@ from counterflow.schedule.bound import bound_makespan
 from counterflow.schedule.costs import Costs, PerStage
 from counterflow.schedule.families import build
 from counterflow.schedule.families.rows import Row
-from counterflow.schedule.greedy import Array
+from counterflow.schedule.greedy import Array, Problem, Rows
 from counterflow.schedule.layouts import Layout, lay_passes
 from counterflow.schedule.simulation import simulate
 from counterflow.schedule.table import ScheduleTable
@@ -182,9 +182,6 @@ def _count_collisions(layout: Layout, group: int, spacing: int) -> int:
     return count
 
 
-Built = tuple[Array, Array, Array]
-
-
 @dataclass(order=True)
 class _Ramp:
     """A policy and handicaps for the first forwards of every rank, and the rows' beginnings that come of them."""
@@ -192,7 +189,7 @@ class _Ramp:
     score: float
     policy: Array = field(compare=False)
     shift: Array = field(compare=False)
-    given: Built = field(compare=False)
+    given: Rows = field(compare=False)
 
 
 @dataclass(order=True)
@@ -244,23 +241,26 @@ class _Bench:
         costs, self.microbatches = candidate.costs, microbatches
         self.ranks, self.goal = layout.ranks, layout.chunks * microbatches
         stages = layout.last_stage + 1
-        f, i, w = (np.asarray(given, dtype=float) for given in (costs.f, costs.i, costs.w))
-        slot = costs.overlap * float((f + i + w).sum()) / stages
+        each = np.asarray([costs.f, costs.i, costs.w], dtype=float)
         number = np.arange(microbatches)
-        self._problem = (
-            np.asarray(layout.stages),
-            np.asarray([layout.rank_of[stage] for stage in range(stages)]),
-            (number // group * group * layout.chunks + number % group * spacing).astype(float),
-            max(slot, 1e-9), f, i, w, float(costs.p2p), float(costs.overlap), candidate.cap,
-        )  # fmt: skip
+        self._problem = Problem(
+            stages=np.asarray(layout.stages),
+            rank_of=np.asarray([layout.rank_of[stage] for stage in range(stages)]),
+            entry=(number // group * group * layout.chunks + number % group * spacing).astype(float),
+            costs=each,
+            slot=max(costs.overlap * float(each.sum()) / stages, 1e-9),
+            p2p=float(costs.p2p),
+            overlap=float(costs.overlap),
+            cap=candidate.cap,
+        )
         self.nothing = self.empty()
 
-    def empty(self) -> Built:
-        """Return room for tokens, chunks and counts."""
-        return (
-            np.zeros((self.ranks, 3 * self.goal), np.int64),
-            np.zeros((2, self.ranks, self.goal), np.int64),
-            np.zeros(self.ranks, np.int64),
+    def empty(self) -> Rows:
+        """Return room for a table."""
+        return Rows(
+            tokens=np.zeros((self.ranks, 3 * self.goal), np.int64),
+            lengths=np.zeros(self.ranks, np.int64),
+            chunks=np.zeros((2, self.ranks, self.goal), np.int64),
         )
 
     def no_shift(self) -> Array:
@@ -269,32 +269,25 @@ class _Bench:
     def no_policy(self) -> Array:
         return np.zeros((self.ranks, greedy.POLICY))
 
-    def climb(
-        self, policy: Array, shift: Array, seed: int, draws: int, steps: int, given: Built, stop: int
-    ) -> tuple[float, Built]:
-        """Improve policy and shift in place; return the score and the tokens, chunks and counts of the table."""
-        tokens, chunks, count = self.empty()
-        low, high = (0, stop) if stop < self.goal else (int(given[2].any()) * self._count_forwards(given), self.goal)
-        score = greedy.climb(
-            policy, shift, *self._problem, given[0], given[1], given[2], stop, tokens, count, chunks,
-            seed, draws, steps, min(low, high - 1), high,
-        )  # fmt: skip
-        return score, (tokens, chunks, count)
+    def climb(self, policy: Array, shift: Array, seed: int, draws: int, steps: int, given: Rows, stop: int) -> tuple[float, Rows]:
+        """Improve policy and shift in place; return the score and the table."""
+        rows = self.empty()
+        low, high = (0, stop) if stop < self.goal else (self._count_forwards(given), self.goal)
+        score = greedy.climb(policy, shift, self._problem, given, stop, rows, seed, draws, steps, min(low, high - 1), high)
+        return score, rows
 
-    def build(self, policy: Array, shift: Array, given: Built, stop: int) -> Built:
+    def build(self, policy: Array, shift: Array, given: Rows, stop: int) -> Rows:
         """Return the table of one policy."""
         return self.climb(policy, shift, 0, 0, 0, given, stop)[1]
 
-    def _count_forwards(self, given: Built) -> int:
-        return min(
-            int(np.isin(row[:length], (greedy.F, greedy.PAIR)).sum()) for row, length in zip(given[0], given[2], strict=True)
-        )
+    def _count_forwards(self, given: Rows) -> int:
+        rows = zip(given.tokens, given.lengths, strict=True)
+        return min(int(np.isin(tokens[:count], (greedy.F, greedy.PAIR)).sum()) for tokens, count in rows)
 
-    def cut(self, built: Built, forwards: int) -> Built:
+    def cut(self, rows: Rows, forwards: int) -> Rows:
         """Keep each rank's tokens up to its ``forwards``-th forward."""
-        tokens, chunks, _ = built
-        done = np.cumsum(np.isin(tokens, (greedy.F, greedy.PAIR)), axis=1)
-        return tokens, chunks, np.argmax(done >= forwards, axis=1) + 1
+        done = np.cumsum(np.isin(rows.tokens, (greedy.F, greedy.PAIR)), axis=1)
+        return rows._replace(lengths=np.argmax(done >= forwards, axis=1) + 1)
 
     def measure_pace(self) -> float:
         """Return the seconds that one table takes to build."""
@@ -302,7 +295,7 @@ class _Bench:
         self.climb(self.no_policy(), self.no_shift(), 0, PACE_BUILDS, 0, self.nothing, self.goal)
         return max(1e-6, (time.monotonic() - begun) / (PACE_BUILDS + 2))
 
-    def measure(self, built: Built, candidate: _Candidate) -> float:
+    def measure(self, built: Rows, candidate: _Candidate) -> float:
         return simulate(_make_table(candidate.layout, self.microbatches, built), candidate.costs).makespan
 
 
@@ -391,7 +384,7 @@ class _Stretched:
         spread[:, :, spread.shape[2] - (shift.shape[2] - half) :] = shift[:, :, half:]
         return spread
 
-    def _keep(self, built: Built) -> None:
+    def _keep(self, built: Rows) -> None:
         self.table = _make_table(self._candidate.layout, self._bench.microbatches, built)
         complete = all(sum(1 for _ in self.table.singles(rank)) >= 2 * self._bench.goal for rank in range(self.table.ranks))
         self.makespan = simulate(self.table, self._candidate.costs).makespan if complete else math.inf
@@ -407,10 +400,10 @@ class _Stretched:
                 self._keep(built)
 
 
-def _make_table(layout: Layout, microbatches: int, built: Built) -> ScheduleTable:
+def _make_table(layout: Layout, microbatches: int, built: Rows) -> ScheduleTable:
     """Write the greedy's tokens as actions."""
     rows = []
-    for held, tokens, f_chunks, b_chunks, count in zip(layout.stages, built[0], *built[1], built[2], strict=True):
+    for held, tokens, count, f_chunks, b_chunks in zip(layout.stages, built.tokens, built.lengths, *built.chunks, strict=True):
         row = Row()
         forwards, backwards = iter(f_chunks), iter(b_chunks)
         for token in tokens[:count]:
@@ -421,7 +414,7 @@ def _make_table(layout: Layout, microbatches: int, built: Built) -> ScheduleTabl
                     row.weight()
                 case greedy.PAIR:
                     row.overlap(held[next(forwards)], held[next(backwards)])
-                case backward:
-                    row.backward(held[next(backwards)], split=backward == greedy.I)
+                case _:
+                    row.backward(held[next(backwards)], split=True)
         rows.append(tuple(row.actions))
     return ScheduleTable("searched", layout, microbatches, tuple(rows))
