@@ -37,6 +37,7 @@ from counterflow.schedule.validation import validate
 MAX_FREE_PASSES = 4
 RAMPS_KEPT = 3
 PLANS_KEPT = 4
+CANDIDATES_STRETCHED = 3
 # Shares of the time: looking for plans on few micro-batches, then stretching them to all.
 PLANNING_SHARE = 0.6
 MAX_TURN_SECONDS = 0.6
@@ -326,13 +327,15 @@ def _search_tables(
             _take_turns(candidate, bench, now + max(0.0, ends - now) / (len(alive) - place), turns)
         alive.sort(key=lambda one: one[0].makespan)
         alive = alive[: math.ceil(len(alive) / 2)]
-    chosen = sorted((c for c in hopeful if c.plans), key=lambda c: c.makespan)[:RAMPS_KEPT]
+    chosen = sorted((c for c in hopeful if c.plans), key=lambda c: c.makespan)[:CANDIDATES_STRETCHED]
+    if few == microbatches:
+        # What was measured is the whole table.
+        return [_Stretched(candidate, microbatches, candidate.plans[0]).table for candidate in chosen[:1]]
     stretched = [_Stretched(candidate, microbatches, plan) for candidate in chosen for plan in candidate.plans]
-    if not stretched:
+    best = min(stretched, key=lambda one: one.makespan, default=None)
+    if best is None or best.makespan == math.inf:
         return []
-    best = min(stretched, key=lambda one: one.makespan)
-    if few < microbatches:
-        best.improve(deadline, turns)
+    best.improve(deadline, turns)
     return [best.table]
 
 
