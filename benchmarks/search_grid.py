@@ -111,7 +111,7 @@ def summarise(outcomes: list[Outcome]) -> dict[str, float]:
 def main() -> None:
     """Run the grid, a line per case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=18.0, help="time of each search (default: 18)")
+    parser.add_argument("--seconds", type=float, default=17.0, help="time of each search (default: 17)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="searches side by side, a core each (default: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all outcomes there")
