@@ -11,7 +11,7 @@ from typing import Any
 
 from counterflow.config import Options
 from counterflow.errors import OptionError
-from counterflow.megatron.schedule import choose_layout
+from counterflow.megatron.tables import choose_layout
 
 
 def name_layout(args: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from counterflow.config import SCHEDULES, Options
 from counterflow.errors import OptionError, ScheduleError
-from counterflow.megatron.schedule import build_table, choose_layout
+from counterflow.megatron.tables import build_table, choose_layout
 from counterflow.schedule.layouts import LOOPED, STRAIGHT, V
 
 

@@ -5,9 +5,7 @@
 gradient finaliser are called as upstream's schedules call them.
 """
 
-import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,196 +13,16 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import schedules as upstream
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
-from torch.utils._pytree import tree_map
 
 from counterflow.config import Options
 from counterflow.errors import OptionError
-from counterflow.megatron.mirror import run_mirrored
-from counterflow.megatron.model import WAY_BACK
+from counterflow.megatron.gradient_sync import GradientSync
+from counterflow.megatron.tables import build_table, choose_layout
+from counterflow.megatron.work import MegatronWork, Step, move_to_last_rank
 from counterflow.runtime.executor import run_row
 from counterflow.runtime.mailbox import Channels, Mailbox, TransferPlan
 from counterflow.runtime.recorder import Recorder
-from counterflow.schedule import ScheduleTable, build, build_forward_only, lay_looped, lay_straight, lay_v, read_csv, validate
-from counterflow.schedule.layouts import LOOPED, STRAIGHT, Layout, V
-
-
-def choose_layout(options: Options, ranks: int, chunks: int) -> Layout:
-    """Return the layout that the named schedule, or the file's table, runs on."""
-    if options.schedule_file is not None:
-        layout = read_csv(options.schedule_file).layout
-        if layout.name not in (STRAIGHT, LOOPED, V):
-            raise OptionError(
-                f"--cf-schedule {options.schedule_file} is a table on the {layout.name} layout; this version builds Megatron "
-                f"models on {STRAIGHT}, {LOOPED} and {V} layouts: give a table on one of them"
-            )
-        return layout
-    if options.schedule == "dualpipev":
-        return lay_v(ranks)
-    return lay_looped(ranks, chunks) if chunks > 1 else lay_straight(ranks)
-
-
-def build_table(options: Options, ranks: int, microbatches: int, chunks: int, group: int | None = None) -> ScheduleTable:
-    """Build and validate the training table for these sizes; a file's table must have them."""
-    if options.schedule_file is not None:
-        table = read_csv(options.schedule_file)
-        given = (table.ranks, table.microbatches, table.layout.chunks)
-        if given != (ranks, microbatches, chunks):
-            raise OptionError(
-                f"--cf-schedule {options.schedule_file} is a table for {given[0]} pipeline ranks, {given[1]} micro-batches "
-                f"and {given[2]} chunks per rank; this run has {ranks}, {microbatches} and {chunks}"
-            )
-        _require_rising_forwards(table)
-    else:
-        sizes = {"vpp": chunks, "group": group} if options.schedule == "interleaved" else {}
-        assert options.schedule is not None
-        table = build(options.schedule, ranks, microbatches, **{k: v for k, v in sizes.items() if v is not None})
-    validate(table)
-    return table
-
-
-def _require_rising_forwards(table: ScheduleTable) -> None:
-    # Each chunk draws micro-batches from its own data iterator, in order.
-    for rank in range(table.ranks):
-        reached: dict[int, int] = {}
-        for single in table.singles(rank):
-            if single.kind == "F" and single.microbatch != reached.setdefault(single.stage, 0):
-                raise OptionError(
-                    f"{table.name}: rank {rank}: {single} is out of order; each stage takes micro-batches 0, 1, 2, …"
-                )
-            if single.kind == "F":
-                reached[single.stage] += 1
-
-
-@dataclass
-class _Step:
-    """What one call of `forward_backward` was given, and what its forwards gather."""
-
-    forward_step_func: Callable[..., Any]
-    data_iterators: list[Any]
-    chunks: list[Any]
-    config: Any
-    table: ScheduleTable
-    cp_size: int
-    forward_only: bool
-    collect_non_loss_data: bool
-    first_val_step: bool | None
-    losses: list[Any]
-    num_tokens: torch.Tensor
-
-
-class _GradientSync:
-    """When gradients and parameters are synchronised: from a chunk's last backward, to its first forward."""
-
-    def __init__(self, step: _Step, rank: int) -> None:
-        self._config, self._chunks = step.config, step.chunks
-        self._layout = step.table.layout
-        self._no_sync: contextlib.ExitStack | None = None
-        self._synced: set[int] = set()
-        self._last_backward = {s.stage: s.microbatch for s in step.table.singles(rank) if s.kind in "BI"}
-        started = dict.fromkeys(s.stage for s in step.table.singles(rank) if s.kind == "F")
-        self._parameters_due = [] if step.forward_only else list(started)
-
-    def pause(self) -> None:
-        """Keep gradient reductions from starting."""
-        if self._no_sync is None:
-            no_sync = self._config.no_sync_func or contextlib.nullcontext
-            self._no_sync = contextlib.ExitStack()
-            for function in no_sync if isinstance(no_sync, list) else [no_sync]:
-                self._no_sync.enter_context(function())
-
-    def resume(self) -> None:
-        """Let gradient reductions start."""
-        if self._no_sync is not None:
-            self._no_sync.close()
-            self._no_sync = None
-
-    def start_parameters(self, count: int) -> None:
-        """Start the parameter gather of the next ``count`` chunks to run forward."""
-        for stage in self._parameters_due[:count]:
-            _call_for_chunk(self._config.param_sync_func, self._layout.chunk_of(stage), self._chunks)
-        del self._parameters_due[:count]
-
-    def before_backward(self, stage: int, microbatch: int) -> None:
-        """In a chunk's last backward, bucket reductions start from the gradient hooks themselves."""
-        if self._config.grad_sync_func is None and self._last_backward[stage] == microbatch:
-            self.resume()
-            self._synced.add(stage)
-
-    def after_backward(self, stage: int, microbatch: int) -> None:
-        """After a chunk's last backward, start its reduction where the trainer wants it started by call."""
-        if self._config.grad_sync_func is not None and self._last_backward[stage] == microbatch:
-            self._start_gradients(stage)
-        self.pause()
-
-    def finish(self) -> None:
-        """Start the reductions of chunks that have not been started."""
-        self.resume()
-        for stage in self._last_backward:
-            if self._config.grad_sync_func is not None and stage not in self._synced:
-                self._start_gradients(stage)
-
-    def _start_gradients(self, stage: int) -> None:
-        self.resume()
-        _call_for_chunk(self._config.grad_sync_func, self._layout.chunk_of(stage), self._chunks)
-        self._synced.add(stage)
-
-
-def _call_for_chunk(function: Any, chunk: int, chunks: list[Any]) -> None:
-    """Call Megatron's sync function, one or one per chunk, with the chunk's parameters."""
-    if function is not None:
-        (function[chunk] if isinstance(function, list) else function)(chunks[chunk].parameters())
-
-
-class _MegatronWork:
-    """One F or B of a (stage, micro-batch) with upstream's step functions."""
-
-    def __init__(self, step: _Step, sync: _GradientSync) -> None:
-        self._step, self._sync = step, sync
-        self._layout = step.table.layout
-        self._inputs: dict[tuple[int, int], torch.Tensor | None] = {}
-        self._outputs: dict[tuple[int, int], torch.Tensor] = {}
-
-    def forward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor:
-        step, chunk = self._step, self._layout.chunk_of(stage)
-        if microbatch == 0:
-            self._sync.start_parameters(1)
-        if received is not None:
-            received.requires_grad_(not step.forward_only)
-        mirrored = self._layout.name == V and chunk == WAY_BACK
-        output: torch.Tensor
-        output, num_tokens = upstream.forward_step(
-            run_mirrored(step.forward_step_func) if mirrored else step.forward_step_func,
-            step.data_iterators[chunk],
-            step.chunks[chunk],
-            step.table.microbatches,
-            received,
-            step.losses,
-            step.config,
-            cp_group_size=step.cp_size,
-            collect_non_loss_data=step.collect_non_loss_data,
-            is_first_microbatch=upstream.check_first_val_step(step.first_val_step, step.forward_only, microbatch == 0),
-            current_microbatch=microbatch,
-            vp_stage=chunk if self._layout.chunks > 1 else None,
-            is_last_stage=stage == self._layout.last_stage,
-        )
-        step.num_tokens += num_tokens.to(step.num_tokens.device)
-        if not step.forward_only:
-            self._inputs[stage, microbatch] = received
-            self._outputs[stage, microbatch] = output
-        return output
-
-    def release_output(self, stage: int, microbatch: int) -> None:
-        if not self._step.forward_only:
-            free = self._step.config.deallocate_pipeline_outputs
-            upstream.deallocate_output_tensor(self._outputs[stage, microbatch], free)
-
-    def backward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor | None:
-        self._sync.before_backward(stage, microbatch)
-        gradient: torch.Tensor | None = upstream.backward_step(
-            self._inputs.pop((stage, microbatch)), self._outputs.pop((stage, microbatch)), received, self._step.config
-        )
-        self._sync.after_backward(stage, microbatch)
-        return gradient
+from counterflow.schedule import build_forward_only
 
 
 class PipelineSchedule:
@@ -252,7 +70,7 @@ class PipelineSchedule:
 
         channels = self._open_channels(groups.pp)
         plan = self._plan(channels, num_microbatches, len(chunks), config, forward_only, device)
-        step = _Step(
+        step = Step(
             forward_step_func, iterators, chunks, config, plan.table, groups.cp.size(), forward_only,
             collect_non_loss_data, first_val_step, [], torch.zeros([], dtype=torch.int, device=device),
         )  # fmt: skip
@@ -271,11 +89,11 @@ class PipelineSchedule:
             config.timers("forward-backward").stop()
         return step.losses
 
-    def _run(self, step: _Step, channels: Channels, mailbox: Mailbox) -> None:
+    def _run(self, step: Step, channels: Channels, mailbox: Mailbox) -> None:
         rank = channels.rank
         recorder = None if step.forward_only else self._open_recorder(channels)
-        sync = _GradientSync(step, rank)
-        work = _MegatronWork(step, sync)
+        sync = GradientSync(step.config, step.chunks, step.table, rank, step.forward_only)
+        work = MegatronWork(step, sync)
         if step.forward_only:
             run_row(step.table, rank, work, mailbox)
             return
@@ -315,25 +133,3 @@ class PipelineSchedule:
             on_gpu = torch.device(torch.cuda.current_device()).type == "cuda"
             self._recorder = Recorder(self._options.record, channels.pipeline_ranks, channels.rank, on_gpu)
         return self._recorder
-
-
-def move_to_last_rank(step: _Step, pp_group: Any, rank: int) -> None:
-    """Hand losses and token counts from the rank that computed them to the one that Megatron reads.
-
-    A V ends on pipeline rank 0; Megatron's loop reads losses, and broadcasts token counts, from the
-    last rank. On a GPU this waits for the losses once per step (untested on GPU).
-    """
-    layout = step.table.layout
-    source, target = layout.rank_of[layout.last_stage], layout.ranks - 1
-    if source == target:
-        return
-    ranks = dist.get_process_group_ranks(pp_group)
-    device = step.num_tokens.device
-    if rank == source:
-        payload = tree_map(lambda value: value.cpu() if torch.is_tensor(value) else value, [step.losses, step.num_tokens])
-        dist.send_object_list(payload, ranks[target], group=pp_group, device=device)
-        step.losses = []
-    elif rank == target:
-        received: list[Any] = [None, None]
-        dist.recv_object_list(received, ranks[source], group=pp_group, device=device)
-        step.losses, step.num_tokens = tree_map(lambda v: v.to(device) if torch.is_tensor(v) else v, received)

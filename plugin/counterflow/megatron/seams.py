@@ -217,7 +217,8 @@ def install_schedule(patches: Patches, options: Options) -> None:
     """Take the schedule, and for a V the builders, data sets and checkpoint check."""
     from counterflow.megatron.checkpoint import refuse_other_layout
     from counterflow.megatron.model import lay_out_as_v, mirror_dataset_provider
-    from counterflow.megatron.schedule import PipelineSchedule, choose_layout
+    from counterflow.megatron.schedule import PipelineSchedule
+    from counterflow.megatron.tables import choose_layout
 
     pipeline = PipelineSchedule(options)
     _take(patches, GET_SCHEDULE, lambda original: _choose_schedule(original, pipeline))

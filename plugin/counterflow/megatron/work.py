@@ -1,0 +1,110 @@
+"""One F or B of a (stage, micro-batch), with upstream's own step functions; what one call of the schedule gathers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import schedules as upstream
+from torch.utils._pytree import tree_map
+
+from counterflow.megatron.gradient_sync import GradientSync
+from counterflow.megatron.mirror import run_mirrored
+from counterflow.megatron.model import WAY_BACK
+from counterflow.schedule import ScheduleTable
+from counterflow.schedule.layouts import V
+
+
+@dataclass
+class Step:
+    """What one call of `forward_backward` was given, and what its forwards gather."""
+
+    forward_step_func: Callable[..., Any]
+    data_iterators: list[Any]
+    chunks: list[Any]
+    config: Any
+    table: ScheduleTable
+    cp_size: int
+    forward_only: bool
+    collect_non_loss_data: bool
+    first_val_step: bool | None
+    losses: list[Any]
+    num_tokens: torch.Tensor
+
+
+class MegatronWork:
+    """One F or B of a (stage, micro-batch) with upstream's step functions."""
+
+    def __init__(self, step: Step, sync: GradientSync) -> None:
+        self._step, self._sync = step, sync
+        self._layout = step.table.layout
+        self._inputs: dict[tuple[int, int], torch.Tensor | None] = {}
+        self._outputs: dict[tuple[int, int], torch.Tensor] = {}
+
+    def forward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor:
+        """Run upstream's ``forward_step``; of the last stage, losses and token counts are kept."""
+        step, chunk = self._step, self._layout.chunk_of(stage)
+        if microbatch == 0:
+            self._sync.start_parameters(1)
+        if received is not None:
+            received.requires_grad_(not step.forward_only)
+        mirrored = self._layout.name == V and chunk == WAY_BACK
+        output: torch.Tensor
+        output, num_tokens = upstream.forward_step(
+            run_mirrored(step.forward_step_func) if mirrored else step.forward_step_func,
+            step.data_iterators[chunk],
+            step.chunks[chunk],
+            step.table.microbatches,
+            received,
+            step.losses,
+            step.config,
+            cp_group_size=step.cp_size,
+            collect_non_loss_data=step.collect_non_loss_data,
+            is_first_microbatch=upstream.check_first_val_step(step.first_val_step, step.forward_only, microbatch == 0),
+            current_microbatch=microbatch,
+            vp_stage=chunk if self._layout.chunks > 1 else None,
+            is_last_stage=stage == self._layout.last_stage,
+        )
+        step.num_tokens += num_tokens.to(step.num_tokens.device)
+        if not step.forward_only:
+            self._inputs[stage, microbatch] = received
+            self._outputs[stage, microbatch] = output
+        return output
+
+    def release_output(self, stage: int, microbatch: int) -> None:
+        """Free the output's data as upstream does (``deallocate_pipeline_outputs``)."""
+        if not self._step.forward_only:
+            free = self._step.config.deallocate_pipeline_outputs
+            upstream.deallocate_output_tensor(self._outputs[stage, microbatch], free)
+
+    def backward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor | None:
+        """Run upstream's ``backward_step``."""
+        self._sync.before_backward(stage, microbatch)
+        gradient: torch.Tensor | None = upstream.backward_step(
+            self._inputs.pop((stage, microbatch)), self._outputs.pop((stage, microbatch)), received, self._step.config
+        )
+        self._sync.after_backward(stage, microbatch)
+        return gradient
+
+
+def move_to_last_rank(step: Step, pp_group: Any, rank: int) -> None:
+    """Hand losses and token counts from the rank that computed them to the one that Megatron reads.
+
+    A V ends on pipeline rank 0; Megatron's loop reads losses, and broadcasts token counts, from the
+    last rank. On a GPU this waits for the losses once per step (untested on GPU).
+    """
+    layout = step.table.layout
+    source, target = layout.rank_of[layout.last_stage], layout.ranks - 1
+    if source == target:
+        return
+    ranks = dist.get_process_group_ranks(pp_group)
+    device = step.num_tokens.device
+    if rank == source:
+        payload = tree_map(lambda value: value.cpu() if torch.is_tensor(value) else value, [step.losses, step.num_tokens])
+        dist.send_object_list(payload, ranks[target], group=pp_group, device=device)
+        step.losses = []
+    elif rank == target:
+        received: list[Any] = [None, None]
+        dist.recv_object_list(received, ranks[source], group=pp_group, device=device)
+        step.losses, step.num_tokens = tree_map(lambda v: v.to(device) if torch.is_tensor(v) else v, received)
