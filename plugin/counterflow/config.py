@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from counterflow.errors import CounterflowError, OptionError
 
-SCHEDULES = ("1f1b", "interleaved", "dualpipev")
-PLANNED_SCHEDULES = ("gpipe", "zb-h1", "zbv", "dualpipe", "auto")
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev")
+# Their tables have no I: nothing to split.
+UNSPLIT_SCHEDULES = ("gpipe", "1f1b", "interleaved")
+PLANNED_SCHEDULES = ("dualpipe", "auto")
 # How long the other ranks wait for rank 0 to say what is wrong; imports differ by seconds between ranks.
 SPEAKING_SECONDS = 20
 PLATFORMS = ("auto", "cpu", "cuda")
@@ -28,6 +30,10 @@ class Options(BaseModel):
     """Pipeline schedule: a name of `SCHEDULES` or the path of a table in CSV; None leaves Megatron's."""
     platform: Literal["auto", "cpu", "cuda"] = "auto"
     """Where ranks run: ``auto`` takes the CPU where no GPU is found."""
+    zero_bubble: bool | None = None
+    """Whether an I leaves its weight gradients to the W; None: where the model can split. Off, an I runs as a whole B."""
+    stall_limit: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Seconds to wait for another pipeline rank before giving up; None: as long as the trainer's process groups wait."""
     record: Path | None = None
     """Directory for the recorded timeline of every training step."""
 
@@ -62,6 +68,20 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         choices=PLATFORMS,
         default="auto",
         help="cpu: run Megatron on CPU ranks over gloo; auto: cpu where no GPU is found; cuda: never (default: auto)",
+    )
+    group.add_argument(
+        "--cf-zero-bubble",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="split backward passes where the schedule has I and W; without it an I runs as a whole B "
+        "(default: on where the model can split)",
+    )
+    group.add_argument(
+        "--cf-stall-limit",
+        type=float,
+        metavar="SECONDS",
+        help="how long to wait for another pipeline rank before every rank says where it stood and ends "
+        "(default: --distributed-timeout-minutes)",
     )
     group.add_argument("--cf-record", metavar="DIR", help="write every training step's timeline to DIR")
     return parser

@@ -19,3 +19,7 @@ class ScheduleError(CounterflowError):
 
 class SeamError(CounterflowError):
     """An upstream symbol is missing or does not have the shape that a seam expects."""
+
+
+class PipelineError(CounterflowError):
+    """A training step that could not go on: names the rank, its action, what it waited for, and where that comes from."""

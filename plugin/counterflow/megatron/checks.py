@@ -68,7 +68,7 @@ def _get(args: Any, name: str, default: Any) -> Any:
 def _read_layout_name(options: Options) -> str:
     if options.schedule_file is not None:
         return choose_layout(options, 0, 0).name
-    return {"1f1b": STRAIGHT, "interleaved": LOOPED, "dualpipev": V}[str(options.schedule)]
+    return choose_layout(options, 2, 2 if options.schedule == "interleaved" else 1).name
 
 
 def _check_world_size(args: Any, ranks: int) -> None:
@@ -119,7 +119,6 @@ def _check_chunks(schedule: str, layout: str, chunks: int | None) -> None:
 def _check_unsupported(args: Any, schedule: str) -> None:
     """What no table runs yet."""
     refused = {
-        "variable_seq_lengths": "--variable-seq-lengths",
         "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
         "num_microbatches_with_partial_activation_checkpoints": "--num-microbatches-with-partial-activation-checkpoints",
         "fine_grained_activation_offloading": "--fine-grained-activation-offloading",

@@ -7,15 +7,22 @@ from counterflow.schedule import ScheduleTable
 
 
 class GradientSync:
-    """When gradients and parameters are synchronised: from a chunk's last backward, to its first forward."""
+    """When gradients and parameters are synchronised: from a chunk's last weight gradients, and to its first forward.
 
-    def __init__(self, config: Any, chunks: list[Any], table: ScheduleTable, rank: int, forward_only: bool) -> None:
+    ``zero_bubble`` says whether weight gradients come with the table's W or, the I run as a whole B, before.
+    """
+
+    def __init__(
+        self, config: Any, chunks: list[Any], table: ScheduleTable, rank: int, *, zero_bubble: bool, forward_only: bool
+    ) -> None:
         self._config, self._chunks = config, chunks
         self._layout = table.layout
         self._no_sync: contextlib.ExitStack | None = None
         self._synced: set[int] = set()
-        self._last_backward = {s.stage: s.microbatch for s in table.singles(rank) if s.kind in "BI"}
-        started = dict.fromkeys(s.stage for s in table.singles(rank) if s.kind == "F")
+        singles = list(table.singles(rank))
+        self._first_forward = {s.stage: s.microbatch for s in reversed(singles) if s.kind == "F"}
+        self._last_gradients = {s.stage: s for s in singles if s.kind in ("BW" if zero_bubble else "BI")}
+        started = dict.fromkeys(s.stage for s in singles if s.kind == "F")
         self._parameters_due = [] if forward_only else list(started)
 
     def pause(self) -> None:
@@ -38,28 +45,40 @@ class GradientSync:
             _call_for_chunk(self._config.param_sync_func, self._layout.chunk_of(stage), self._chunks)
         del self._parameters_due[:count]
 
+    def before_forward(self, stage: int, microbatch: int) -> bool:
+        """Tell whether this is the chunk's first forward; then start the parameter gather of the next one."""
+        is_first = self._first_forward[stage] == microbatch
+        if is_first:
+            self.start_parameters(1)
+        return is_first
+
     def before_backward(self, stage: int, microbatch: int) -> None:
-        """In a chunk's last backward, bucket reductions start from the gradient hooks themselves."""
-        if self._config.grad_sync_func is None and self._last_backward[stage] == microbatch:
+        """In a backward that completes a chunk's gradients, bucket reductions start from the gradient hooks themselves."""
+        last = self._last_gradients[stage]
+        if self._config.grad_sync_func is None and last.microbatch == microbatch and last.kind != "W":
             self.resume()
             self._synced.add(stage)
 
-    def after_backward(self, stage: int, microbatch: int) -> None:
-        """After a chunk's last backward, start its reduction where the trainer wants it started by call."""
-        if self._config.grad_sync_func is not None and self._last_backward[stage] == microbatch:
+    def finish_backward(self, stage: int, microbatch: int) -> None:
+        """Once a chunk's weight gradients are all there, start its reduction; keep the others from starting theirs."""
+        if self._last_gradients[stage].microbatch == microbatch and stage not in self._synced:
             self._start_gradients(stage)
         self.pause()
 
     def finish(self) -> None:
-        """Start the reductions of chunks that have not been started."""
+        """Let reductions start, and start those of chunks that had no backward."""
         self.resume()
-        for stage in self._last_backward:
-            if self._config.grad_sync_func is not None and stage not in self._synced:
-                self._start_gradients(stage)
+        for stage in set(self._last_gradients) - self._synced:
+            self._start_gradients(stage)
 
     def _start_gradients(self, stage: int) -> None:
         self.resume()
-        _call_for_chunk(self._config.grad_sync_func, self._layout.chunk_of(stage), self._chunks)
+        chunk = self._layout.chunk_of(stage)
+        if self._config.grad_sync_func is not None:
+            _call_for_chunk(self._config.grad_sync_func, chunk, self._chunks)
+        elif self._chunks[chunk].ddp_config.overlap_grad_reduce:
+            # A W completes no backward whose hooks could start the buckets one by one.
+            self._chunks[chunk].start_grad_sync()
         self._synced.add(stage)
 
 

@@ -6,6 +6,7 @@ gradient finaliser are called as upstream's schedules call them.
 """
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,9 +20,12 @@ from counterflow.errors import OptionError
 from counterflow.megatron.gradient_sync import GradientSync
 from counterflow.megatron.tables import build_table, choose_layout
 from counterflow.megatron.work import MegatronWork, Step, move_to_last_rank
-from counterflow.runtime.executor import run_row
-from counterflow.runtime.mailbox import Channels, Mailbox, TransferPlan
+from counterflow.megatron.zero_bubble import watch_reductions
+from counterflow.runtime.executor import run_program
+from counterflow.runtime.lowering import Program, lower
+from counterflow.runtime.mailbox import Channels, Mailbox
 from counterflow.runtime.recorder import Recorder
+from counterflow.runtime.watch import Watch, find_store
 from counterflow.schedule import build_forward_only
 
 
@@ -30,9 +34,10 @@ class PipelineSchedule:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._plans: dict[tuple[int, bool], TransferPlan] = {}
+        self._programs: dict[tuple[int, bool], Program] = {}
         self._channels: Channels | None = None
         self._recorder: Recorder | None = None
+        self._watch: Watch | None = None
         self._training_steps = 0
 
     def forward_backward(
@@ -69,17 +74,17 @@ class PipelineSchedule:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
 
         channels = self._open_channels(groups.pp)
-        plan = self._plan(channels, num_microbatches, len(chunks), config, forward_only, device)
+        program = self._lower(channels, num_microbatches, chunks, config, forward_only, device)
         step = Step(
-            forward_step_func, iterators, chunks, config, plan.table, groups.cp.size(), forward_only,
+            forward_step_func, iterators, chunks, config, program.table, groups.cp.size(), forward_only,
             collect_non_loss_data, first_val_step, [], torch.zeros([], dtype=torch.int, device=device),
         )  # fmt: skip
         (shape,) = upstream.get_tensor_shapes(
             seq_length=seq_length, micro_batch_size=micro_batch_size, decoder_seq_length=decoder_seq_length,
             config=config, tp_group=groups.tp, cp_group=groups.cp,
         )  # fmt: skip
-        mailbox = Mailbox(channels, plan, tuple(shape), config.pipeline_dtype, device)
-        self._run(step, channels, mailbox)
+        mailbox = Mailbox(channels, None if config.variable_seq_lengths else tuple(shape), config.pipeline_dtype, device)
+        self._run(step, program, channels, mailbox)
         move_to_last_rank(step, groups.pp, rank)
 
         if config.finalize_model_grads_func is not None and not forward_only:
@@ -89,42 +94,54 @@ class PipelineSchedule:
             config.timers("forward-backward").stop()
         return step.losses
 
-    def _run(self, step: Step, channels: Channels, mailbox: Mailbox) -> None:
-        rank = channels.rank
-        recorder = None if step.forward_only else self._open_recorder(channels)
-        sync = GradientSync(step.config, step.chunks, step.table, rank, step.forward_only)
+    def _run(self, step: Step, program: Program, channels: Channels, mailbox: Mailbox) -> None:
+        zero_bubble = self._options.zero_bubble is not False
+        sync = GradientSync(
+            step.config, step.chunks, program.table, channels.rank, zero_bubble=zero_bubble, forward_only=step.forward_only
+        )
         work = MegatronWork(step, sync)
+        watch = self._open_watch(channels)
+        watch.begin(self._training_steps)
         if step.forward_only:
-            run_row(step.table, rank, work, mailbox)
+            run_program(program, work, mailbox, watch=watch)
             return
+        recorder = self._open_recorder(channels)
         sync.pause()
         sync.start_parameters(1)
-        run_row(step.table, rank, work, mailbox, recorder)
+        run_program(program, work, mailbox, zero_bubble=zero_bubble, recorder=recorder, watch=watch)
         sync.finish()
         if recorder is not None:
-            recorder.write_step(self._training_steps, step.table.name)
+            recorder.write_step(self._training_steps, program.table.name)
         self._training_steps += 1
 
-    def _plan(
-        self, channels: Channels, microbatches: int, chunks: int, config: Any, forward_only: bool, device: torch.device
-    ) -> TransferPlan:
+    def _lower(
+        self, channels: Channels, microbatches: int, chunks: list[Any], config: Any, forward_only: bool, device: torch.device
+    ) -> Program:
         key, ranks = (microbatches, forward_only), len(channels.pipeline_ranks)
-        if key not in self._plans:
+        if key not in self._programs:
             if forward_only:
-                table = build_forward_only(choose_layout(self._options, ranks, chunks), microbatches)
+                table = build_forward_only(choose_layout(self._options, ranks, len(chunks)), microbatches)
             else:
                 group = getattr(config, "microbatch_group_size_per_vp_stage", None)
-                table = build_table(self._options, ranks, microbatches, chunks, group)
-            self._plans[key] = TransferPlan(table)
-            channels.connect(self._plans[key], device)
-        return self._plans[key]
+                table = build_table(self._options, ranks, microbatches, len(chunks), group)
+                watch_reductions(chunks)
+            self._programs[key] = lower(table, channels.rank)
+            channels.connect(self._programs[key], device)
+        return self._programs[key]
 
     def _open_channels(self, pp_group: Any) -> Channels:
         if self._channels is None:
             # New groups wait for half an hour by default; these are to wait as long as Megatron's own.
             timeout = pp_group._get_backend(torch.device(torch.cuda.current_device())).options._timeout
+            if self._options.stall_limit is not None:
+                timeout = timedelta(seconds=self._options.stall_limit)
             self._channels = Channels(dist.get_process_group_ranks(pp_group), pp_group.rank(), timeout)
         return self._channels
+
+    def _open_watch(self, channels: Channels) -> Watch:
+        if self._watch is None:
+            self._watch = Watch(find_store(), channels.pipeline_ranks, channels.rank)
+        return self._watch
 
     def _open_recorder(self, channels: Channels) -> Recorder | None:
         if self._options.record is None:

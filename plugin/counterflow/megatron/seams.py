@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
-from counterflow.config import Options, add_flags, fail, merge_options, read_mapping
+from counterflow.config import UNSPLIT_SCHEDULES, Options, add_flags, fail, merge_options, read_mapping
 from counterflow.errors import CounterflowError, OptionError, SeamError
 from counterflow.patching import Patches
 from counterflow.schedule.layouts import V
@@ -38,7 +38,7 @@ class Seam:
         except ImportError as error:
             absent = isinstance(error, ModuleNotFoundError) and self.module.startswith(error.name or "\0")
             return None if self.optional and absent else f"cannot be imported: {error}"
-        target = getattr(home, self.symbol, None)
+        target = self._find(home)
         if target is None:
             return None if self.optional else "does not exist"
         found = tuple(inspect.signature(inspect.unwrap(target)).parameters)
@@ -49,9 +49,14 @@ class Seam:
     def is_present(self) -> bool:
         """Tell whether this version of Megatron has the symbol."""
         try:
-            return hasattr(importlib.import_module(self.module), self.symbol)
+            return self._find(importlib.import_module(self.module)) is not None
         except ImportError:
             return False
+
+    def _find(self, home: Any) -> Any:
+        for name in self.symbol.split("."):
+            home = getattr(home, name, None)
+        return home
 
 
 ADD_ARGUMENTS = Seam("megatron.training.arguments", "add_megatron_arguments", ("parser",), "flags in the script's --help")
@@ -109,6 +114,16 @@ LOAD_CHECKPOINT = Seam(
     "megatron.training.checkpointing", "_load_base_checkpoint", ("load_dir", "args"), "optimizer state of another layout"
 )
 
+SPLIT_LINEAR = Seam(
+    "megatron.core.tensor_parallel.layers",
+    "LinearWithGradAccumulationAndAsyncCommunication.forward",
+    (
+        "ctx", "input", "weight", "bias", "gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel",
+        "grad_output_buffer", "wgrad_deferral_limit", "tp_group",
+    ),
+    "zero bubble: weight gradients of local linears",
+)  # fmt: skip
+
 SEAMS = (
     ADD_ARGUMENTS,
     PARSE_ARGS,
@@ -123,6 +138,7 @@ SEAMS = (
     BUILD_STAGES,
     BUILD_ITERATORS,
     LOAD_CHECKPOINT,
+    SPLIT_LINEAR,
 )
 
 
@@ -192,7 +208,7 @@ def _prepare_after(parse_args: Callable[..., Any], patches: Patches, options: Op
             setattr(parsed, f"cf_{name}", value)
         # Megatron parses again for its fault tolerance; wrapping twice would mirror a V back to a loop.
         if chosen.schedule is not None and not is_installed:
-            install_schedule(patches, chosen)
+            install_schedule(patches, chosen, getattr(parsed, "transformer_impl", "") == "transformer_engine")
             is_installed = True
         return parsed
 
@@ -213,13 +229,18 @@ def _merge_yaml(parsed: Any, options: Options) -> Options:
     return merge_options(given, options)
 
 
-def install_schedule(patches: Patches, options: Options) -> None:
-    """Take the schedule, and for a V the builders, data sets and checkpoint check."""
+def install_schedule(patches: Patches, options: Options, has_transformer_engine: bool) -> None:
+    """Take the schedule, split backward passes, and for a V the builders, data sets and checkpoint check."""
     from counterflow.megatron.checkpoint import refuse_other_layout
     from counterflow.megatron.model import lay_out_as_v, mirror_dataset_provider
     from counterflow.megatron.schedule import PipelineSchedule
     from counterflow.megatron.tables import choose_layout
+    from counterflow.megatron.zero_bubble import delay_engine_weight_grads, split_local_linears
 
+    if options.zero_bubble is not False and options.schedule not in UNSPLIT_SCHEDULES:
+        split_local_linears(patches)
+        if has_transformer_engine:
+            delay_engine_weight_grads(patches)
     pipeline = PipelineSchedule(options)
     _take(patches, GET_SCHEDULE, lambda original: _choose_schedule(original, pipeline))
     _take(patches, LOAD_CHECKPOINT, refuse_other_layout)

@@ -16,7 +16,7 @@ def choose_layout(options: Options, ranks: int, chunks: int) -> Layout:
                 f"models on {STRAIGHT}, {LOOPED} and {V} layouts: give a table on one of them"
             )
         return layout
-    if options.schedule == "dualpipev":
+    if options.schedule in ("dualpipev", "zbv"):
         return lay_v(ranks)
     return lay_looped(ranks, chunks) if chunks > 1 else lay_straight(ranks)
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from counterflow.megatron.gradient_sync import GradientSync
 from counterflow.megatron.mirror import run_mirrored
 from counterflow.megatron.model import WAY_BACK
+from counterflow.megatron.zero_bubble import defer_engine_weight_grads
 from counterflow.schedule import ScheduleTable
 from counterflow.schedule.layouts import V
 
@@ -45,8 +46,7 @@ class MegatronWork:
     def forward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor:
         """Run upstream's ``forward_step``; of the last stage, losses and token counts are kept."""
         step, chunk = self._step, self._layout.chunk_of(stage)
-        if microbatch == 0:
-            self._sync.start_parameters(1)
+        is_first = self._sync.before_forward(stage, microbatch)
         if received is not None:
             received.requires_grad_(not step.forward_only)
         mirrored = self._layout.name == V and chunk == WAY_BACK
@@ -61,7 +61,7 @@ class MegatronWork:
             step.config,
             cp_group_size=step.cp_size,
             collect_non_loss_data=step.collect_non_loss_data,
-            is_first_microbatch=upstream.check_first_val_step(step.first_val_step, step.forward_only, microbatch == 0),
+            is_first_microbatch=upstream.check_first_val_step(step.first_val_step, step.forward_only, is_first),
             current_microbatch=microbatch,
             vp_stage=chunk if self._layout.chunks > 1 else None,
             is_last_stage=stage == self._layout.last_stage,
@@ -84,8 +84,12 @@ class MegatronWork:
         gradient: torch.Tensor | None = upstream.backward_step(
             self._inputs.pop((stage, microbatch)), self._outputs.pop((stage, microbatch)), received, self._step.config
         )
-        self._sync.after_backward(stage, microbatch)
+        defer_engine_weight_grads(self._step.chunks[self._layout.chunk_of(stage)])
         return gradient
+
+    def finish_backward(self, stage: int, microbatch: int) -> None:
+        """Start the chunk's gradient reduction where these were its last weight gradients."""
+        self._sync.finish_backward(stage, microbatch)
 
 
 def move_to_last_rank(step: Step, pp_group: Any, rank: int) -> None:

@@ -1,19 +1,23 @@
-"""Run one rank's row of a schedule table. Knows stages and tensors, not whose model it runs.
+"""Run one rank's program. Knows stages and tensors, not whose model it runs.
 
-The trainer supplies `Work`: a forward and a backward of one (stage, micro-batch). The table says when;
-the mailbox moves what crosses ranks; what stays on the rank (the turn of a V) is handed over here.
+The trainer supplies `Work`: a forward and a backward of one (stage, micro-batch). The program says when;
+the mailbox moves what crosses ranks; what stays on the rank (the turn of a V) is handed over here, and so is the
+weight-gradient work that an I leaves for its W.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from counterflow.errors import ScheduleError
+from counterflow.runtime.lowering import Part, Program, Step
 from counterflow.runtime.mailbox import Mailbox
 from counterflow.runtime.recorder import Recorder
-from counterflow.schedule.actions import Action
-from counterflow.schedule.dependencies import Result, find_input, find_receiver, find_result
-from counterflow.schedule.table import ScheduleTable
+from counterflow.runtime.watch import Watch
+from counterflow.runtime.weight_grads import hold_weight_grads
+from counterflow.schedule.actions import PAIR, Action
+from counterflow.schedule.dependencies import Result
 
 
 class Work(Protocol):
@@ -23,56 +27,136 @@ class Work(Protocol):
         """Return the stage's output; ``received`` is the input, None on the first stage."""
 
     def backward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor | None:
-        """Return the input gradient; ``received`` is the output's gradient, None on the last stage."""
+        """Return the input gradient; ``received`` is the output's gradient, None on the last stage.
+
+        In an I, what it gives to `defer_weight_grad` runs at the W.
+        """
+
+    def finish_backward(self, stage: int, microbatch: int) -> None:
+        """All weight gradients of this (stage, micro-batch) are there."""
 
     def release_output(self, stage: int, microbatch: int) -> None:
         """The output has been handed on: its data may be freed."""
 
 
-def run_row(table: ScheduleTable, rank: int, work: Work, mailbox: Mailbox, recorder: Recorder | None = None) -> None:
-    """Run ``table.actions[rank]`` from left to right.
+@runtime_checkable
+class PairWork(Protocol):
+    """Work that runs the parts of an overlapped pair together."""
 
-    Overlapped pairs run one part after the other. Without a zero-bubble split, an I runs as a whole
-    B and its W does nothing.
-    """
-    local: dict[Result, torch.Tensor] = {}
-    for action in table.actions[rank]:
-        if recorder is not None:
-            recorder.start(action)
-        for single in action.singles():
-            if single.kind != "W":
-                _run_single(table, rank, single, work, mailbox, local, recorder)
-        if recorder is not None:
-            recorder.stop()
-    mailbox.finish()
+    def forward_backward(
+        self, forward: Action, received: torch.Tensor | None, backward: Action, gradient: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the output of the F and the input gradient of the B."""
 
 
-def _run_single(
-    table: ScheduleTable,
-    rank: int,
-    single: Action,
+def run_program(
+    program: Program,
     work: Work,
     mailbox: Mailbox,
-    local: dict[Result, torch.Tensor],
-    recorder: Recorder | None,
+    *,
+    zero_bubble: bool = True,
+    recorder: Recorder | None = None,
+    watch: Watch | None = None,
 ) -> None:
-    source = find_input(single, table.layout.last_stage)
-    received = None
-    if source is not None:
-        received = local.pop(source) if source in local else mailbox.receive(source)
-    if recorder is not None:
-        recorder.begin_compute()
-    if single.kind == "F":
-        result: torch.Tensor | None = work.forward(single.stage, single.microbatch, received)
-    else:
-        result = work.backward(single.stage, single.microbatch, received)
-    message, receiver = find_result(single), find_receiver(table, single)
-    if message is not None and receiver is not None:
-        if result is None:
-            raise ScheduleError(f"{single} gave nothing to send on; is all of stage {single.stage} frozen?")
-        if receiver == rank:
-            local[message] = result.detach()
+    """Run the program's steps in order.
+
+    Without ``zero_bubble`` an I runs as a whole B and its W does nothing. The parts of a pair run one after the other
+    unless the work is a `PairWork`. An error is told to the other ranks (``watch``) and raised with the action it came from.
+    """
+    run = _Run(work, mailbox, zero_bubble, recorder, watch)
+    try:
+        for position, step in enumerate(program.steps):
+            if watch is not None:
+                watch.enter(position, step)
+            run.run_step(step)
+        mailbox.finish()
+        run.require_empty()
+    except Exception as error:
+        if watch is not None:
+            raise watch.explain(error) from error
+        raise
+
+
+class _Run:
+    """One run of a program: what is held between its actions."""
+
+    def __init__(self, work: Work, mailbox: Mailbox, zero_bubble: bool, recorder: Recorder | None, watch: Watch | None) -> None:
+        self._work, self._mailbox, self._recorder, self._watch = work, mailbox, recorder, watch
+        self._pair_work = work if isinstance(work, PairWork) else None
+        self._zero_bubble = zero_bubble
+        self._kept: dict[Result, torch.Tensor] = {}
+        self._queues: dict[tuple[int, int], list[Callable[[], None]]] = {}
+
+    def run_step(self, step: Step) -> None:
+        """Run one action: its inputs, its work, its results."""
+        self._mailbox.post(step.posts)
+        if self._recorder is not None:
+            self._recorder.start(step.action)
+        if step.action.kind == PAIR and self._pair_work is not None:
+            self._run_pair(self._pair_work, *step.parts)
         else:
-            mailbox.send(message, receiver, result)
-    if single.kind == "F":
-        work.release_output(single.stage, single.microbatch)
+            for part in step.parts:
+                self._run_part(part)
+        if self._recorder is not None:
+            self._recorder.stop()
+
+    def _run_part(self, part: Part) -> None:
+        kind, stage, microbatch = part.single.kind, part.single.stage, part.single.microbatch
+        if kind == "W" and not self._zero_bubble:
+            return
+        received = self._fetch(part)
+        self._begin_compute()
+        if kind == "F":
+            self._hand_on(part, self._work.forward(stage, microbatch, received))
+            self._work.release_output(stage, microbatch)
+        elif kind == "I" and self._zero_bubble:
+            with hold_weight_grads() as queue:
+                gradient = self._work.backward(stage, microbatch, received)
+            self._queues[stage, microbatch] = queue
+            self._hand_on(part, gradient)
+        elif kind == "W":
+            for compute in self._queues.pop((stage, microbatch)):
+                compute()
+            self._work.finish_backward(stage, microbatch)
+        else:
+            self._hand_on(part, self._work.backward(stage, microbatch, received))
+            self._work.finish_backward(stage, microbatch)
+
+    def _run_pair(self, work: PairWork, forward: Part, backward: Part) -> None:
+        received, gradient = self._fetch(forward), self._fetch(backward)
+        self._begin_compute()
+        output, input_gradient = work.forward_backward(forward.single, received, backward.single, gradient)
+        self._hand_on(forward, output)
+        self._work.release_output(forward.single.stage, forward.single.microbatch)
+        self._hand_on(backward, input_gradient)
+        self._work.finish_backward(backward.single.stage, backward.single.microbatch)
+
+    def _fetch(self, part: Part) -> torch.Tensor | None:
+        if part.receive is not None:
+            if self._watch is not None:
+                self._watch.waiting = part.receive
+            tensor = self._mailbox.receive(part.receive)
+            if self._watch is not None:
+                self._watch.waiting = None
+            return tensor
+        return self._kept.pop(part.take) if part.take is not None else None
+
+    def _hand_on(self, part: Part, result: torch.Tensor | None) -> None:
+        if part.send is None and part.keep is None:
+            return
+        if result is None:
+            raise ScheduleError(f"{part.single} gave nothing to send on; is all of stage {part.single.stage} frozen?")
+        if part.send is not None:
+            self._mailbox.send(part.send, result)
+        if part.keep is not None:
+            self._kept[part.keep] = result.detach()
+
+    def _begin_compute(self) -> None:
+        if self._recorder is not None:
+            self._recorder.begin_compute()
+
+    def require_empty(self) -> None:
+        """Raise where a weight gradient was left undone: the optimizer would not miss it."""
+        if self._queues:
+            stage, microbatch = next(iter(self._queues))
+            raise ScheduleError(f"the weight gradients of stage {stage}, micro-batch {microbatch} were never computed")

@@ -1,19 +1,16 @@
 """Point-to-point transfers of one rank: sends that never wait, receives posted ahead of their use."""
 
 from collections import deque
-from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from counterflow.errors import ScheduleError
-from counterflow.runtime.messages import list_messages
-from counterflow.schedule.dependencies import Result
-from counterflow.schedule.table import ScheduleTable
+from counterflow.runtime.lowering import Program, Transfer
 
-# Receives kept posted on each incoming channel beyond what is needed now.
-POSTED_AHEAD = 2
+# Room for a tensor's shape in the header that goes before it where shapes vary.
+MAX_DIMENSIONS = 4
 
 
 class Channels:
@@ -29,6 +26,7 @@ class Channels:
     def __init__(self, pipeline_ranks: list[int], rank: int, timeout: timedelta) -> None:
         self.pipeline_ranks = pipeline_ranks
         self.rank = rank
+        self.timeout = timeout
         # Collective over these ranks alone: the other pipelines make their own.
         higher = dist.new_group(pipeline_ranks, timeout, use_local_synchronization=True, group_desc="CF_HIGHER")
         lower = dist.new_group(pipeline_ranks, timeout, use_local_synchronization=True, group_desc="CF_LOWER")
@@ -39,108 +37,122 @@ class Channels:
         """Return the group for messages from ``sender`` to ``receiver`` (pipeline ranks)."""
         return self._to_higher if sender < receiver else self._to_lower
 
-    def connect(self, plan: "TransferPlan", device: torch.device) -> None:
-        """Before a table's first run: connect each directed pair in one order, and compare digests.
+    def connect(self, program: Program, device: torch.device) -> None:
+        """Before a table's first run: compare tables across all ranks, then connect each directed pair in one order.
 
         Without the common order, ranks that connect lazily in the order of their own work can wait
-        for each other for ever. Raises `ScheduleError` where a neighbour runs another table.
+        for each other for ever. Raises `ScheduleError` on every rank where one has another table.
         """
-        strangers = []
-        for sender, receiver in sorted(plan.messages):
-            digest = torch.tensor([plan.table.digest], dtype=torch.int64, device=device)
+        table = program.table
+        mine = torch.tensor([table.digest], dtype=torch.int64, device=device)
+        digests = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        # All pipelines, not this one alone: their ranks meet in the experts' all-to-all.
+        dist.all_gather(digests, mine)
+        others = [rank for rank, digest in enumerate(digests) if int(digest) != int(digests[0])]
+        if others:
+            raise ScheduleError(
+                f"ranks {_shorten(others)} have another table than rank 0 (here {table.name}, digest {table.digest:x}): "
+                "give every rank the same --cf-schedule and, of a file, the same contents"
+            )
+        pairs = {(s, r) for s in range(table.ranks) for r in _list_receivers(program, s)}
+        for sender, receiver in sorted(pairs):
             group = self.pick_group(sender, receiver)
             if self.rank == sender:
-                dist.send(digest, self.pipeline_ranks[receiver], group=group)
+                dist.send(mine, self.pipeline_ranks[receiver], group=group)
             elif self.rank == receiver:
-                dist.recv(digest, self.pipeline_ranks[sender], group=group)
-                strangers += [sender] if int(digest) != plan.table.digest else []
-        # Only now, so that no neighbour is left waiting for a rank that has given up.
-        if strangers:
-            raise ScheduleError(
-                f"pipeline rank {self.rank} and its neighbour {strangers[0]} have different tables ({plan.table.name}): "
-                "give every rank the same --cf-schedule and the same file"
-            )
+                dist.recv(mine, self.pipeline_ranks[sender], group=group)
 
 
-class TransferPlan:
-    """A table with its messages listed: made once, used by every run of the table."""
-
-    def __init__(self, table: ScheduleTable) -> None:
-        self.table = table
-        self.messages = list_messages(table)
+def _shorten(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
 
-@dataclass
-class _Inbox:
-    """One incoming channel: the messages still to post, in the sender's order, and those posted."""
-
-    sender: int
-    waiting: deque[Result]
-    posted: dict[Result, tuple[torch.Tensor, dist.Work]] = field(default_factory=dict)
+def _list_receivers(program: Program, sender: int) -> set[int]:
+    """Return the ranks that ``sender`` sends to: the homes of the stages beside its own."""
+    layout = program.table.layout
+    beside = {stage + way for stage in layout.stages[sender] for way in (-1, 1)}
+    return {home for stage in beside for home in layout.homes.get(stage, ())} - {sender}
 
 
 class Mailbox:
-    """The transfers of one rank during one run of a table; every tensor has one shape and type."""
+    """The transfers of one rank during one run of its program.
 
-    def __init__(
-        self, channels: Channels, plan: TransferPlan, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> None:
+    Every tensor has one ``shape`` and type. With ``shape`` None shapes vary, and a header goes before each tensor: then
+    nothing is received ahead, since a tensor's size is known only once its header is there.
+    """
+
+    def __init__(self, channels: Channels, shape: tuple[int, ...] | None, dtype: torch.dtype, device: torch.device) -> None:
         self._channels = channels
-        self._table = plan.table
         self._shape, self._dtype, self._device = shape, dtype, device
         self._sent: deque[tuple[torch.Tensor, dist.Work]] = deque()
-        self._inbox_of: dict[Result, _Inbox] = {}
-        for (sender, receiver), messages in plan.messages.items():
-            if receiver == channels.rank:
-                inbox = _Inbox(sender, deque(messages))
-                self._inbox_of.update(dict.fromkeys(messages, inbox))
-                self._post(inbox, POSTED_AHEAD)
+        self._posted: dict[int, tuple[torch.Tensor, dist.Work]] = {}
+        # Where shapes vary: what each peer sends next, in its order, and what has been taken before it was needed.
+        self._expected: dict[int, deque[Transfer]] = {}
+        self._taken: dict[int, torch.Tensor] = {}
+        # Waiting on a GPU orders streams and returns; a time limit there would stop the host instead.
+        self._limit = (channels.timeout,) if device.type == "cpu" else ()
 
-    def _post(self, inbox: _Inbox, count: int) -> None:
-        for _ in range(min(count, len(inbox.waiting))):
-            message = inbox.waiting.popleft()
-            buffer = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-            group = self._channels.pick_group(inbox.sender, self._channels.rank)
-            source = self._channels.pipeline_ranks[inbox.sender]
-            work = dist.irecv(buffer, source, group=group, tag=self._tag(message))
-            assert work is not None  # this rank is in the group
-            inbox.posted[message] = (buffer, work)
+    def post(self, transfers: tuple[Transfer, ...]) -> None:
+        """Post receives, so that their senders find them open."""
+        for transfer in transfers:
+            if self._shape is None:
+                self._expected.setdefault(transfer.peer, deque()).append(transfer)
+                continue
+            self._posted[transfer.tag] = self._start_receive(transfer, self._shape, self._dtype, transfer.tag)
 
-    def _tag(self, message: Result) -> int:
-        # Gloo matches by tag; NCCL ignores it and keeps the order, which is the same on both ends.
-        stages = self._table.layout.last_stage + 1
-        return (message.microbatch * stages + message.stage) * 2 + (message.kind == "B")
-
-    def send(self, message: Result, receiver: int, tensor: torch.Tensor) -> None:
-        """Start sending ``tensor`` to a rank; returns at once. The caller may free or reuse the tensor object."""
-        if tuple(tensor.shape) != self._shape or tensor.dtype != self._dtype:
-            raise ScheduleError(
-                f"stage {message.stage} gave {tuple(tensor.shape)} {tensor.dtype} for micro-batch {message.microbatch}; "
-                f"the pipeline sends {self._shape} {self._dtype}"
-            )
-        self._forget_finished()
-        group = self._channels.pick_group(self._channels.rank, receiver)
-        # A tensor object of our own keeps the storage when the caller frees the output's data.
-        own = tensor.detach().contiguous()
-        work = dist.isend(own, self._channels.pipeline_ranks[receiver], group=group, tag=self._tag(message))
-        assert work is not None  # this rank is in the group
-        self._sent.append((own, work))
-
-    def receive(self, message: Result) -> torch.Tensor:
-        """Wait for a message and return its tensor; posts the next receives of that channel."""
-        inbox = self._inbox_of[message]
-        while message not in inbox.posted:
-            self._post(inbox, 1)
-        tensor, work = inbox.posted.pop(message)
-        self._post(inbox, POSTED_AHEAD - len(inbox.posted))
-        work.wait()
+    def receive(self, transfer: Transfer) -> torch.Tensor:
+        """Wait for a message that has been posted and return its tensor."""
+        if self._shape is None:
+            while transfer.tag not in self._taken:
+                coming = self._expected[transfer.peer].popleft()
+                self._taken[coming.tag] = self._receive_any_shape(coming)
+            return self._taken.pop(transfer.tag)
+        tensor, work = self._posted.pop(transfer.tag)
+        work.wait(*self._limit)
         return tensor
 
-    def _forget_finished(self) -> None:
+    def send(self, transfer: Transfer, tensor: torch.Tensor) -> None:
+        """Start sending ``tensor``; returns at once. The caller may free or reuse the tensor object."""
+        if tensor.dtype != self._dtype or (self._shape is not None and tensor.shape != self._shape):
+            message = transfer.message
+            raise ScheduleError(
+                f"stage {message.stage} gave {tuple(tensor.shape)} {tensor.dtype} for micro-batch {message.microbatch}; "
+                f"the pipeline sends {self._shape or 'any shape'} {self._dtype}: all stages must agree on it"
+            )
         while self._sent and self._sent[0][1].is_completed():
             self._sent.popleft()
+        if self._shape is None:
+            header = [tensor.dim(), *tensor.shape, *[0] * (MAX_DIMENSIONS - tensor.dim())]
+            self._start_send(torch.tensor(header, device=self._device), transfer, transfer.tag * 2)
+            self._start_send(tensor.detach().contiguous(), transfer, transfer.tag * 2 + 1)
+        else:
+            # A tensor object of our own keeps the storage when the caller frees the output's data.
+            self._start_send(tensor.detach().contiguous(), transfer, transfer.tag)
 
     def finish(self) -> None:
         """Wait until everything sent has left."""
         while self._sent:
-            self._sent.popleft()[1].wait()
+            self._sent.popleft()[1].wait(*self._limit)
+
+    def _receive_any_shape(self, transfer: Transfer) -> torch.Tensor:
+        header, work = self._start_receive(transfer, (1 + MAX_DIMENSIONS,), torch.int64, transfer.tag * 2)
+        work.wait(*self._limit)
+        dimensions, *shape = header.tolist()
+        tensor, work = self._start_receive(transfer, tuple(shape[:dimensions]), self._dtype, transfer.tag * 2 + 1)
+        work.wait(*self._limit)
+        return tensor
+
+    def _start_receive(
+        self, transfer: Transfer, shape: tuple[int, ...], dtype: torch.dtype, tag: int
+    ) -> tuple[torch.Tensor, dist.Work]:
+        buffer = torch.empty(shape, dtype=dtype, device=self._device)
+        group = self._channels.pick_group(transfer.peer, self._channels.rank)
+        work = dist.irecv(buffer, self._channels.pipeline_ranks[transfer.peer], group=group, tag=tag)
+        assert work is not None  # this rank is in the group
+        return buffer, work
+
+    def _start_send(self, tensor: torch.Tensor, transfer: Transfer, tag: int) -> None:
+        group = self._channels.pick_group(self._channels.rank, transfer.peer)
+        work = dist.isend(tensor, self._channels.pipeline_ranks[transfer.peer], group=group, tag=tag)
+        assert work is not None  # this rank is in the group
+        self._sent.append((tensor, work))

@@ -25,7 +25,8 @@ def hold_weight_grads() -> Iterator[list[Callable[[], None]]]:
     global _held
     if _held is not None:
         raise RuntimeError("weight gradients are held already: an I runs inside another I")
-    _held = queue = []
+    queue: list[Callable[[], None]] = []
+    _held = queue
     try:
         yield queue
     finally:

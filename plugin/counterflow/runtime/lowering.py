@@ -1,0 +1,103 @@
+"""Insert communication into a table: what one rank receives, computes and sends, in order.
+
+A table says what is computed. Everything else follows from it: a stage's output goes to the next stage, its input gradient to
+the one before; results that stay on the rank are handed over. Sends follow their action at once. Receives are posted
+ahead: on each channel (one sender to this rank) the next messages, in the order in which the sender makes them. Both ends
+derive that order from the same table, so no message needs a header, and one FIFO per channel is enough, as NCCL provides.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from counterflow.schedule.actions import Action
+from counterflow.schedule.dependencies import Result, find_input, find_receiver, find_result
+from counterflow.schedule.table import ScheduleTable
+
+# Receives kept posted on each channel beyond what is needed now: their senders never find the door closed.
+POSTED_AHEAD = 2
+
+
+class Transfer(NamedTuple):
+    """One message between this rank and ``peer`` (a pipeline rank). Gloo matches by ``tag``; NCCL by order."""
+
+    message: Result
+    peer: int
+    tag: int
+
+    def __str__(self) -> str:
+        return f"{self.message} of rank {self.peer} (tag {self.tag})"
+
+
+class Part(NamedTuple):
+    """A single action: its input is received, or was kept by an earlier part; its result is sent, or kept for a later one."""
+
+    single: Action
+    receive: Transfer | None
+    take: Result | None
+    send: Transfer | None
+    keep: Result | None
+
+
+class Step(NamedTuple):
+    """One action of a row: receives to post as it comes up, then its parts."""
+
+    action: Action
+    posts: tuple[Transfer, ...]
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What one pipeline rank does; ``steps`` has one entry per action of the table's row."""
+
+    table: ScheduleTable
+    rank: int
+    steps: tuple[Step, ...]
+
+
+def lower(table: ScheduleTable, rank: int) -> Program:
+    """Return the program of one rank; the table must be valid."""
+    channels = list_incoming(table, rank)
+    place_of = {message: (sender, place) for sender, messages in channels.items() for place, message in enumerate(messages)}
+    posted = dict.fromkeys(channels, 0)
+    steps = []
+    for action in table.actions[rank]:
+        parts = tuple(_lower_single(table, rank, single, place_of) for single in action.singles())
+        posts: list[Transfer] = []
+        for sender, messages in channels.items():
+            needed = [place_of[part.receive.message][1] + 1 for part in parts if part.receive and part.receive.peer == sender]
+            end = max(posted[sender], max(needed, default=0) + POSTED_AHEAD)
+            posts += [Transfer(message, sender, make_tag(table, message)) for message in messages[posted[sender] : end]]
+            posted[sender] = end
+        steps.append(Step(action, tuple(posts), parts))
+    return Program(table, rank, tuple(steps))
+
+
+def list_incoming(table: ScheduleTable, rank: int) -> dict[int, list[Result]]:
+    """Return what each other rank sends to ``rank``, in the order in which it is made."""
+    incoming: dict[int, list[Result]] = {}
+    for sender in range(table.ranks):
+        for single in table.singles(sender) if sender != rank else ():
+            result = find_result(single)
+            if result is not None and find_receiver(table, single) == rank:
+                incoming.setdefault(sender, []).append(result)
+    return incoming
+
+
+def _lower_single(table: ScheduleTable, rank: int, single: Action, place_of: dict[Result, tuple[int, int]]) -> Part:
+    needed, made, receiver = find_input(single, table.layout.last_stage), find_result(single), find_receiver(table, single)
+    comes = needed is not None and needed in place_of
+    goes = made is not None and receiver is not None and receiver != rank
+    return Part(
+        single,
+        receive=Transfer(needed, place_of[needed][0], make_tag(table, needed)) if needed is not None and comes else None,
+        take=None if comes else needed,
+        send=Transfer(made, receiver, make_tag(table, made)) if made and receiver is not None and goes else None,
+        keep=made if receiver == rank else None,
+    )
+
+
+def make_tag(table: ScheduleTable, message: Result) -> int:
+    """Return a number that no other message of the table has."""
+    stages = table.layout.last_stage + 1
+    return (message.microbatch * stages + message.stage) * 2 + (message.kind == "B")

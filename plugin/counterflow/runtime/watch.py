@@ -1,0 +1,148 @@
+"""Let a stalled or failed pipeline explain itself.
+
+Each rank tells the others where it is: a thread writes its state (step, action, what it waits for, its last actions) to
+the store of the process group about once a second. When a wait fails or takes too long, or an action raises, a rank writes why it
+ends, reads what the others last said, and follows who waits for whom to the rank where it began. A rank that was
+killed has said nothing for a while; its last words are there all the same.
+"""
+
+import json
+import threading
+import time
+from collections import deque
+from typing import Any, TypedDict
+
+import torch.distributed as dist
+
+from counterflow.errors import PipelineError
+from counterflow.runtime.lowering import Step, Transfer
+from counterflow.schedule.actions import Action
+
+RECENT = 6
+# Ranks whose heartbeat the store takes in a second; larger runs speak less often.
+BEATS_PER_SECOND = 1000
+# How many heartbeats to wait for a peer that is ending too to say so, or that still runs to be heard again.
+LISTEN_BEATS = 2.5
+
+
+class State(TypedDict):
+    """What a rank says of itself. Times are seconds, ``time`` since the epoch."""
+
+    time: float
+    step: int
+    action: str
+    position: int
+    seconds: float
+    waits: str | None
+    waits_for: int | None
+    recent: list[str]
+    ended: str | None
+
+
+class Watch:
+    """Where this rank is, told to the others. ``rank`` is its place among the pipeline's global ranks."""
+
+    def __init__(self, store: Any, pipeline_ranks: list[int], rank: int) -> None:
+        self._store = dist.distributed_c10d.PrefixStore("counterflow/watch", store)
+        self._pipeline_ranks, self._rank = pipeline_ranks, rank
+        self._step_number = 0
+        self._position = 0
+        self._action: Action | None = None
+        self._since = time.monotonic()
+        self._recent: deque[Action] = deque(maxlen=RECENT)
+        self.waiting: Transfer | None = None
+        self._stop = threading.Event()
+        self._interval = max(1.0, dist.get_world_size() / BEATS_PER_SECOND)
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="counterflow-watch")
+        self._thread.start()
+
+    def begin(self, step: int) -> None:
+        """A training or evaluation step begins."""
+        self._step_number = step
+
+    def enter(self, position: int, step: Step) -> None:
+        """The rank has come to this action."""
+        if self._action is not None:
+            self._recent.append(self._action)
+        self._position, self._action, self._since = position, step.action, time.monotonic()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._interval):
+            try:
+                self._store.set(self._key(self._rank), json.dumps(self._describe(None)))
+            except Exception:  # the store ends before this rank does
+                return
+
+    def _describe(self, ended: str | None) -> State:
+        waiting = self.waiting
+        return State(
+            time=time.time(),
+            step=self._step_number,
+            action=str(self._action),
+            position=self._position,
+            seconds=round(time.monotonic() - self._since, 1),
+            waits=str(waiting) if waiting else None,
+            waits_for=waiting.peer if waiting else None,
+            recent=[str(action) for action in self._recent],
+            ended=ended,
+        )
+
+    def explain(self, error: Exception) -> PipelineError:
+        """Tell the others that this rank ends; return the error to raise, with what the others say."""
+        first_line = (str(error).splitlines() or [""])[0]
+        self._stop.set()
+        mine = self._describe(f"{type(error).__name__}: {first_line}")
+        try:
+            self._store.set(self._key(self._rank), json.dumps(mine))
+            others = self._follow(mine)
+        except Exception as failure:  # the store may have ended with its rank
+            others = [f"the others could not be asked ({type(failure).__name__}): the rank that keeps the store is gone"]
+        return PipelineError("; ".join([self._phrase(self._rank, mine, f"ended with {mine['ended']}"), *others]))
+
+    def _follow(self, state: State) -> list[str]:
+        """Return what the rank waited for says, and the one that it waits for, to where it began."""
+        said: list[str] = []
+        seen = {self._rank}
+        while state["waits_for"] is not None and state["waits_for"] not in seen:
+            rank = state["waits_for"]
+            seen.add(rank)
+            heard, lives = self._listen(rank)
+            if heard is None:
+                return [*said, f"rank {rank} has never said anything"]
+            state = heard
+            age = f"last heard {time.time() - state['time']:.0f} s ago"
+            ended = f"ended with {state['ended']}" if state["ended"] else age
+            said.append(self._phrase(rank, state, f"still runs, {age}" if lives else ended))
+            if not lives and not state["ended"]:
+                said[-1] += ": it was killed or its machine is gone"
+                return said
+        return said
+
+    def _listen(self, rank: int) -> tuple[State | None, bool]:
+        """Return the last words of a rank, and whether it is still there; gives one that is ending too time to say so."""
+        key, first = self._key(rank), None
+        state: State | None = None
+        deadline = time.monotonic() + LISTEN_BEATS * self._interval
+        while time.monotonic() < deadline:
+            if self._store.check([key]):
+                state = json.loads(self._store.get(key))
+                assert state is not None
+                if state["ended"] is not None:
+                    return state, False
+                first = first or state["time"]
+            time.sleep(0.1)
+        return state, state is not None and state["time"] != first
+
+    def _phrase(self, rank: int, state: State, end: str) -> str:
+        where = f"{state['action']} (step {state['step']}, position {state['position']})"
+        doing = f"waited {state['seconds']} s in {where} for {state['waits']}" if state["waits"] else f"was in {where}"
+        recent = " ".join(state["recent"]) or "none"
+        return f"rank {rank} (global rank {self._pipeline_ranks[rank]}) {doing}, {end}, actions before: {recent}"
+
+    def _key(self, rank: int) -> str:
+        return str(self._pipeline_ranks[rank])
+
+
+def find_store() -> Any:
+    """Return the store that the default process group was made with."""
+    return dist.distributed_c10d._get_default_store()
