@@ -15,8 +15,9 @@ from megatron.core.pipeline_parallel import schedules as upstream
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 
-from counterflow.config import Options
+from counterflow.config import AUTO, Options
 from counterflow.errors import OptionError
+from counterflow.megatron.auto import AutoTable
 from counterflow.megatron.gradient_sync import GradientSync
 from counterflow.megatron.tables import build_table, choose_layout
 from counterflow.megatron.work import MegatronWork, Step, move_to_last_rank
@@ -24,20 +25,22 @@ from counterflow.megatron.zero_bubble import watch_reductions
 from counterflow.runtime.executor import run_program
 from counterflow.runtime.lowering import Program, lower
 from counterflow.runtime.mailbox import Channels, Mailbox
-from counterflow.runtime.recorder import Recorder
+from counterflow.runtime.recorder import Recorder, append_record
 from counterflow.runtime.watch import Watch, find_store
-from counterflow.schedule import build_forward_only
+from counterflow.schedule import ScheduleTable, build_forward_only
 
 
 class PipelineSchedule:
-    """`forward_backward` with the options it runs under; keeps the tables it has built."""
+    """`forward_backward` with the options it runs under; keeps what it has opened and lowered."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._programs: dict[tuple[int, bool], Program] = {}
+        self._zero_bubble = options.zero_bubble is not False
+        self._tables: dict[tuple[int, bool], ScheduleTable] = {}
+        self._programs: dict[tuple[bool, int], Program] = {}
         self._channels: Channels | None = None
-        self._recorder: Recorder | None = None
         self._watch: Watch | None = None
+        self._auto: AutoTable | None = None
         self._training_steps = 0
 
     def forward_backward(
@@ -73,10 +76,11 @@ class PipelineSchedule:
         if config.timers is not None:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
 
-        channels = self._open_channels(groups.pp)
-        program = self._lower(channels, num_microbatches, chunks, config, forward_only, device)
+        channels, watch = self._open(groups.pp, device)
+        table = self._choose_table(channels, num_microbatches, len(chunks), config, forward_only)
+        program = self._lower(table, channels, forward_only, device)
         step = Step(
-            forward_step_func, iterators, chunks, config, program.table, groups.cp.size(), forward_only,
+            forward_step_func, iterators, chunks, config, table, groups.cp.size(), forward_only,
             collect_non_loss_data, first_val_step, [], torch.zeros([], dtype=torch.int, device=device),
         )  # fmt: skip
         (shape,) = upstream.get_tensor_shapes(
@@ -84,7 +88,11 @@ class PipelineSchedule:
             config=config, tp_group=groups.tp, cp_group=groups.cp,
         )  # fmt: skip
         mailbox = Mailbox(channels, None if config.variable_seq_lengths else tuple(shape), config.pipeline_dtype, device)
-        self._run(step, program, channels, mailbox)
+        watch.begin(self._training_steps)
+        if forward_only:
+            run_program(program, MegatronWork(step, self._make_sync(step, channels)), mailbox, watch=watch)
+        else:
+            self._train(step, program, channels, mailbox, watch)
         move_to_last_rank(step, groups.pp, rank)
 
         if config.finalize_model_grads_func is not None and not forward_only:
@@ -94,59 +102,58 @@ class PipelineSchedule:
             config.timers("forward-backward").stop()
         return step.losses
 
-    def _run(self, step: Step, program: Program, channels: Channels, mailbox: Mailbox) -> None:
-        zero_bubble = self._options.zero_bubble is not False
-        sync = GradientSync(
-            step.config, step.chunks, program.table, channels.rank, zero_bubble=zero_bubble, forward_only=step.forward_only
-        )
+    def _train(self, step: Step, program: Program, channels: Channels, mailbox: Mailbox, watch: Watch) -> None:
+        measured = self._auto is not None and self._auto.is_measuring
+        is_recorded = measured or self._options.record is not None
+        recorder = Recorder(channels.rank, step.num_tokens.is_cuda) if is_recorded else None
+        sync = self._make_sync(step, channels)
         work = MegatronWork(step, sync)
-        watch = self._open_watch(channels)
-        watch.begin(self._training_steps)
-        if step.forward_only:
-            run_program(program, work, mailbox, watch=watch)
-            return
-        recorder = self._open_recorder(channels)
+        if self._training_steps == 0:
+            watch_reductions(step.chunks)
         sync.pause()
         sync.start_parameters(1)
-        run_program(program, work, mailbox, zero_bubble=zero_bubble, recorder=recorder, watch=watch)
+        run_program(program, work, mailbox, zero_bubble=self._zero_bubble, recorder=recorder, watch=watch)
         sync.finish()
-        if recorder is not None:
-            recorder.write_step(self._training_steps, program.table.name)
+        spans = recorder.take_spans() if recorder is not None else []
+        if self._auto is not None and measured:
+            self._auto.note(spans)
+        if self._options.record is not None:
+            name = program.table.name
+            append_record(self._options.record, channels.pipeline_ranks, channels.rank, self._training_steps, name, spans)
         self._training_steps += 1
 
-    def _lower(
-        self, channels: Channels, microbatches: int, chunks: list[Any], config: Any, forward_only: bool, device: torch.device
-    ) -> Program:
+    def _make_sync(self, step: Step, channels: Channels) -> GradientSync:
+        return GradientSync(
+            step.config, step.chunks, step.table, channels.rank, zero_bubble=self._zero_bubble, forward_only=step.forward_only
+        )
+
+    def _choose_table(self, channels: Channels, microbatches: int, chunks: int, config: Any, forward_only: bool) -> ScheduleTable:
+        if self._auto is not None and not forward_only:
+            return self._auto.choose(microbatches)
         key, ranks = (microbatches, forward_only), len(channels.pipeline_ranks)
+        if key not in self._tables and forward_only:
+            self._tables[key] = build_forward_only(choose_layout(self._options, ranks, chunks), microbatches)
+        elif key not in self._tables:
+            group = getattr(config, "microbatch_group_size_per_vp_stage", None)
+            self._tables[key] = build_table(self._options, ranks, microbatches, chunks, group)
+        return self._tables[key]
+
+    def _lower(self, table: ScheduleTable, channels: Channels, forward_only: bool, device: torch.device) -> Program:
+        key = forward_only, table.digest
         if key not in self._programs:
-            if forward_only:
-                table = build_forward_only(choose_layout(self._options, ranks, len(chunks)), microbatches)
-            else:
-                group = getattr(config, "microbatch_group_size_per_vp_stage", None)
-                table = build_table(self._options, ranks, microbatches, len(chunks), group)
-                watch_reductions(chunks)
             self._programs[key] = lower(table, channels.rank)
             channels.connect(self._programs[key], device)
         return self._programs[key]
 
-    def _open_channels(self, pp_group: Any) -> Channels:
-        if self._channels is None:
+    def _open(self, pp_group: Any, device: torch.device) -> tuple[Channels, Watch]:
+        if self._channels is None or self._watch is None:
             # New groups wait for half an hour by default; these are to wait as long as Megatron's own.
-            timeout = pp_group._get_backend(torch.device(torch.cuda.current_device())).options._timeout
+            timeout = pp_group._get_backend(device).options._timeout
             if self._options.stall_limit is not None:
                 timeout = timedelta(seconds=self._options.stall_limit)
-            self._channels = Channels(dist.get_process_group_ranks(pp_group), pp_group.rank(), timeout)
-        return self._channels
-
-    def _open_watch(self, channels: Channels) -> Watch:
-        if self._watch is None:
-            self._watch = Watch(find_store(), channels.pipeline_ranks, channels.rank)
-        return self._watch
-
-    def _open_recorder(self, channels: Channels) -> Recorder | None:
-        if self._options.record is None:
-            return None
-        if self._recorder is None:
-            on_gpu = torch.device(torch.cuda.current_device()).type == "cuda"
-            self._recorder = Recorder(self._options.record, channels.pipeline_ranks, channels.rank, on_gpu)
-        return self._recorder
+            ranks = dist.get_process_group_ranks(pp_group)
+            self._channels = Channels(ranks, pp_group.rank(), timeout)
+            self._watch = Watch(find_store(), ranks, pp_group.rank())
+            if self._options.schedule == AUTO:
+                self._auto = AutoTable(len(ranks), device, has_pairs=False)
+        return self._channels, self._watch

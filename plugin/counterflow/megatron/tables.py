@@ -1,6 +1,6 @@
 """Which layout and table a ``--cf-schedule`` means for a run's sizes."""
 
-from counterflow.config import Options
+from counterflow.config import AUTO, Options
 from counterflow.errors import OptionError
 from counterflow.schedule import ScheduleTable, build, lay_looped, lay_straight, lay_v, read_csv, validate
 from counterflow.schedule.layouts import LOOPED, STRAIGHT, Layout, V
@@ -16,7 +16,7 @@ def choose_layout(options: Options, ranks: int, chunks: int) -> Layout:
                 f"models on {STRAIGHT}, {LOOPED} and {V} layouts: give a table on one of them"
             )
         return layout
-    if options.schedule in ("dualpipev", "zbv"):
+    if options.schedule in ("dualpipev", "zbv", AUTO):
         return lay_v(ranks)
     return lay_looped(ranks, chunks) if chunks > 1 else lay_straight(ranks)
 
@@ -35,7 +35,9 @@ def build_table(options: Options, ranks: int, microbatches: int, chunks: int, gr
     else:
         sizes = {"vpp": chunks, "group": group} if options.schedule == "interleaved" else {}
         assert options.schedule is not None
-        table = build(options.schedule, ranks, microbatches, **{k: v for k, v in sizes.items() if v is not None})
+        # What auto finds later has the sizes of what it runs first.
+        name = "zbv" if options.schedule == AUTO else options.schedule
+        table = build(name, ranks, microbatches, **{k: v for k, v in sizes.items() if v is not None})
     validate(table)
     return table
 

@@ -1,4 +1,4 @@
-"""Write down when each action ran (``--cf-record DIR``).
+"""Write down when each action ran: for ``--cf-record DIR``, and for what actions cost.
 
 A span starts when the action's first input is there, so waiting shows as idle time, as in a simulated
 timeline. On a CPU the host's clock is the truth. On a GPU the host only issues work, so CUDA events
@@ -16,15 +16,10 @@ from counterflow.schedule.timeline import Span, dump_record
 
 
 class Recorder:
-    """Collects one rank's spans and appends them, a line per step, to ``DIR/timeline-rank<r>.jsonl``.
+    """Collects the spans of one rank, its place among the pipeline's ranks."""
 
-    ``pipeline_ranks`` are the global ranks of the pipeline, ``rank`` this one's place among them.
-    """
-
-    def __init__(self, directory: Path, pipeline_ranks: list[int], rank: int, use_cuda_events: bool) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self._path = directory / f"timeline-rank{pipeline_ranks[rank]:05d}.jsonl"
-        self._pipeline, self._rank = pipeline_ranks[0], rank
+    def __init__(self, rank: int, use_cuda_events: bool) -> None:
+        self._rank = rank
         self._use_cuda_events = use_cuda_events
         self._marks: list[tuple[Action, Any, Any]] = []
         self._action: Action | None = None
@@ -62,12 +57,22 @@ class Recorder:
         host, event = self._base
         return float(host + event.elapsed_time(mark) / 1000.0)
 
-    def write_step(self, step: int, schedule: str) -> None:
-        """Append the spans of one step and forget them."""
+    def take_spans(self) -> list[Span]:
+        """Return the spans of one step, in seconds of the host's clock, and forget them."""
         if self._use_cuda_events:
             torch.cuda.synchronize()
         spans = [Span(self._rank, action, self._seconds(b), self._seconds(e)) for action, b, e in self._marks]
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(dump_record(step, schedule, self._pipeline, self._rank, spans) + "\n")
         self._marks.clear()
         self._base = None
+        return spans
+
+
+def append_record(directory: Path, pipeline_ranks: list[int], rank: int, step: int, schedule: str, spans: list[Span]) -> None:
+    """Append one rank's spans of a step, as a line, to ``DIR/timeline-rank<global rank>.jsonl``.
+
+    ``pipeline_ranks`` are the global ranks of the pipeline, ``rank`` this one's place among them.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    line = dump_record(step, schedule, pipeline_ranks[0], rank, spans)
+    with (directory / f"timeline-rank{pipeline_ranks[rank]:05d}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")

@@ -14,7 +14,7 @@ The result is never worse than the best family that fits the cap, and comes with
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,8 +74,9 @@ def search(
     max_activations: float | None = None,
     seconds: float = 10.0,
     seed: int = 0,
+    layout: Layout | None = None,
 ) -> Found:
-    """Find a fast table on at most ``max_chunks`` chunks a rank.
+    """Find a fast table on at most ``max_chunks`` chunks a rank, or on one ``layout`` that has as many.
 
     ``costs`` are those of the finest cut, ``max_chunks`` stages a rank (a number, or one per stage in forward order); layouts
     with fewer chunks merge neighbours. ``max_activations`` caps every rank's live activations, in micro-batches of 1/P of the
@@ -96,9 +97,12 @@ def search(
     costs = costs.spread(ranks * max_chunks)
     _compile()
     deadline = time.monotonic() + seconds
-    families = list(list_families(ranks, microbatches, costs, max_chunks, cap))
+    families = [
+        known for known in list_families(ranks, microbatches, costs, max_chunks, cap) if layout in (None, known[0].layout)
+    ]
     best = min(families, key=lambda known: known[1].makespan, default=None)
-    candidates = _list_candidates(ranks, microbatches, costs, max_chunks, cap)
+    layouts = list_layouts(ranks, max_chunks) if layout is None else [layout]
+    candidates = _list_candidates(layouts, microbatches, costs, cap)
     lower_bound = min(candidate.bound for candidate in candidates)
     tables = _search_tables(candidates, microbatches, deadline, seed, best[1].makespan if best else math.inf)
     found = [(table, _simulate_merged(table, costs)) for table in tables] + families
@@ -231,9 +235,9 @@ class _Candidate:
         return self.plans[0].makespan if self.plans else math.inf
 
 
-def _list_candidates(ranks: int, microbatches: int, costs: Costs, max_chunks: int, cap: float) -> list[_Candidate]:
+def _list_candidates(layouts: Iterable[Layout], microbatches: int, costs: Costs, cap: float) -> list[_Candidate]:
     candidates = []
-    for layout in list_layouts(ranks, max_chunks):
+    for layout in layouts:
         merged = merge_costs(costs, layout.last_stage + 1)
         bound = bound_makespan(layout, microbatches, merged, cap)
         chunks = int(cap * layout.chunks + 1e-9)
