@@ -153,7 +153,7 @@ class PipelineSchedule:
                 timeout = timedelta(seconds=self._options.stall_limit)
             ranks = dist.get_process_group_ranks(pp_group)
             self._channels = Channels(ranks, pp_group.rank(), timeout)
-            self._watch = Watch(find_store(), ranks, pp_group.rank())
+            self._watch = Watch(find_store(), ranks, pp_group.rank(), timeout.total_seconds())
             if self._options.schedule == AUTO:
                 self._auto = AutoTable(len(ranks), device, has_pairs=False)
         return self._channels, self._watch

@@ -3,7 +3,8 @@
 Each rank tells the others where it is: a thread writes its state (step, action, what it waits for, its last actions) to
 the store of the process group about once a second. When a wait fails or takes too long, or an action raises, a rank writes why it
 ends, reads what the others last said, and follows who waits for whom to the rank where it began. A rank that was
-killed has said nothing for a while; its last words are there all the same.
+killed has said nothing for a while; its last words are there all the same. Where a connection broke, a rank speaks at once:
+a launcher ends the others as soon as it sees the first one dead.
 """
 
 import json
@@ -40,11 +41,15 @@ class State(TypedDict):
 
 
 class Watch:
-    """Where this rank is, told to the others. ``rank`` is its place among the pipeline's global ranks."""
+    """Where this rank is, told to the others. ``rank`` is its place among the pipeline's global ranks.
 
-    def __init__(self, store: Any, pipeline_ranks: list[int], rank: int) -> None:
+    A wait that ends with an error before ``limit`` seconds was cut off; one that lasted as long was for a rank that is late.
+    """
+
+    def __init__(self, store: Any, pipeline_ranks: list[int], rank: int, limit: float) -> None:
         self._store = dist.distributed_c10d.PrefixStore("counterflow/watch", store)
         self._pipeline_ranks, self._rank = pipeline_ranks, rank
+        self._limit = limit
         self._step_number = 0
         self._position = 0
         self._action: Action | None = None
@@ -89,49 +94,49 @@ class Watch:
 
     def explain(self, error: Exception) -> PipelineError:
         """Tell the others that this rank ends; return the error to raise, with what the others say."""
-        first_line = (str(error).splitlines() or [""])[0]
+        # Gloo adds advice to its first sentence.
+        first = (str(error).splitlines() or [""])[0].partition(". ")[0]
         self._stop.set()
-        mine = self._describe(f"{type(error).__name__}: {first_line}")
+        mine = self._describe(f"{type(error).__name__}: {first}")
+        is_late = mine["waits"] is not None and mine["seconds"] >= 0.9 * self._limit
         try:
             self._store.set(self._key(self._rank), json.dumps(mine))
-            others = self._follow(mine)
+            others = self._follow(mine, LISTEN_BEATS * self._interval if is_late else 0.0)
         except Exception as failure:  # the store may have ended with its rank
             others = [f"the others could not be asked ({type(failure).__name__}): the rank that keeps the store is gone"]
         return PipelineError("; ".join([self._phrase(self._rank, mine, f"ended with {mine['ended']}"), *others]))
 
-    def _follow(self, state: State) -> list[str]:
+    def _follow(self, state: State, patience: float) -> list[str]:
         """Return what the rank waited for says, and the one that it waits for, to where it began."""
         said: list[str] = []
         seen = {self._rank}
         while state["waits_for"] is not None and state["waits_for"] not in seen:
             rank = state["waits_for"]
             seen.add(rank)
-            heard, lives = self._listen(rank)
+            heard, lives = self._listen(rank, patience)
             if heard is None:
                 return [*said, f"rank {rank} has never said anything"]
             state = heard
             age = f"last heard {time.time() - state['time']:.0f} s ago"
-            ended = f"ended with {state['ended']}" if state["ended"] else age
-            said.append(self._phrase(rank, state, f"still runs, {age}" if lives else ended))
-            if not lives and not state["ended"]:
-                said[-1] += ": it was killed or its machine is gone"
-                return said
+            if state["ended"]:
+                said.append(self._phrase(rank, state, f"ended with {state['ended']}"))
+            elif lives:
+                said.append(self._phrase(rank, state, f"still runs, {age}"))
+            else:
+                said.append(self._phrase(rank, state, f"is gone, {age}: killed, or its machine lost"))
+                break
         return said
 
-    def _listen(self, rank: int) -> tuple[State | None, bool]:
-        """Return the last words of a rank, and whether it is still there; gives one that is ending too time to say so."""
+    def _listen(self, rank: int, patience: float) -> tuple[State | None, bool]:
+        """Return the last words of a rank, and whether it speaks again; one that is ending too gets time to say so."""
         key, first = self._key(rank), None
-        state: State | None = None
-        deadline = time.monotonic() + LISTEN_BEATS * self._interval
-        while time.monotonic() < deadline:
-            if self._store.check([key]):
-                state = json.loads(self._store.get(key))
-                assert state is not None
-                if state["ended"] is not None:
-                    return state, False
-                first = first or state["time"]
+        deadline = time.monotonic() + patience
+        while True:
+            state: State | None = json.loads(self._store.get(key)) if self._store.check([key]) else None
+            first = first or (state and state["time"])
+            if (state is not None and state["ended"] is not None) or time.monotonic() >= deadline:
+                return state, state is not None and state["time"] != first
             time.sleep(0.1)
-        return state, state is not None and state["time"] != first
 
     def _phrase(self, rank: int, state: State, end: str) -> str:
         where = f"{state['action']} (step {state['step']}, position {state['position']})"

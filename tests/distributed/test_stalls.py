@@ -1,0 +1,75 @@
+"""When a rank dies, fails, is late or has another table, every other rank ends in time and says where it stood."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from stall_cases import CASES, RANKS
+
+WORKER = Path(__file__).with_name("stall_worker.py")
+
+
+def run_ranks(case: str) -> tuple[list[int], list[str]]:
+    """Return each rank's exit status and what it said."""
+    # As under torchrun, the store is not in a rank: it outlives them.
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    # Importing torch takes a minute on a busy machine; what is bounded here is a hang.
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(RANKS),
+        "OMP_NUM_THREADS": "1",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), case],
+            env={**environment, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(RANKS)
+    ]
+    errors = []
+    for rank in ranks:
+        try:
+            errors.append(rank.communicate(timeout=240)[1])
+        except subprocess.TimeoutExpired:
+            rank.kill()
+            errors.append("HUNG")
+    said = [next((line for line in text.splitlines() if line.startswith("said: ")), text[-2000:]) for text in errors]
+    return [rank.returncode for rank in ranks], said
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_rank_says_where_it_stood(case: str) -> None:
+    how, at = CASES[case]
+    statuses, said = run_ranks(case)
+    assert all(status != 0 for status in statuses), said
+    assert "HUNG" not in said, f"{case}: a rank waits for ever: {said}"
+    survivors = [rank for rank in range(RANKS) if how not in ("killed", "late") or rank != 2]
+    if how == "table":
+        assert all("ranks 2 have another table than rank 0" in text for text in said), said
+        return
+    for rank in survivors:
+        assert f"rank {rank} (global rank {rank})" in said[rank], f"rank {rank} does not say where it was: {said[rank]}"
+        assert "position" in said[rank] and "actions before: " in said[rank]
+    others = [said[rank] for rank in survivors if rank != 2]
+    assert all("tag " in text for text in others), f"who was waited for is not said: {others}"
+    # Ranks 1 and 3 are beside it: what rank 2 was doing is to be found with one of them at least.
+    blamed = [text for text in others if "; rank 2 (global rank 2)" in text]
+    assert blamed, others
+    if how == "killed":
+        assert any(f"rank 2 (global rank 2) was in {at}" in text and "is gone" in text for text in blamed), blamed
+    elif how == "late":
+        assert any(f"rank 2 (global rank 2) was in {at}" in text and "still runs" in text for text in blamed), blamed
+    else:
+        message = {"nan": "found NaN", "shape": "stage 5 gave (3, 2)", "dtype": "torch.float64"}[how]
+        assert message in said[2]
+        assert any(message in text for text in blamed), blamed
