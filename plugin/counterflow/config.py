@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from counterflow.errors import CounterflowError, OptionError
 
 AUTO = "auto"
-SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev", AUTO)
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev", "dualpipe", AUTO)
 # Their tables have no I: nothing to split.
 UNSPLIT_SCHEDULES = ("gpipe", "1f1b", "interleaved")
-PLANNED_SCHEDULES = ("dualpipe",)
+PLANNED_SCHEDULES = ()
 # How long the other ranks wait for rank 0 to say what is wrong; imports differ by seconds between ranks.
 SPEAKING_SECONDS = 20
 PLATFORMS = ("auto", "cpu", "cuda")
