@@ -184,7 +184,7 @@ def _check_crosslinked(args: Any, ranks: int, schedule: str) -> None:
     if replicas % 2:
         raise OptionError(
             f"--cf-schedule {schedule} cross-links data-parallel replicas in pairs; this run has {replicas} "
-            f"(replicas of {ranks} pipeline ranks): start an even number of replicas, or choose dualpipev"
+            f"(replicas of {_count_model_ranks(args, ranks)} ranks): start an even number of replicas, or choose dualpipev"
         )
     if getattr(args, "dataloader_type", None) == "external":
         raise OptionError(
@@ -228,5 +228,8 @@ def count_microbatches(args: Any, ranks: int) -> int | None:
 
 
 def _count_replicas(args: Any, ranks: int) -> int:
-    model_ranks = int(_get(args, "tensor_model_parallel_size", 1)) * int(_get(args, "context_parallel_size", 1)) * ranks
-    return int(os.environ.get("WORLD_SIZE", _get(args, "world_size", 1))) // model_ranks
+    return int(os.environ.get("WORLD_SIZE", _get(args, "world_size", 1))) // _count_model_ranks(args, ranks)
+
+
+def _count_model_ranks(args: Any, ranks: int) -> int:
+    return int(_get(args, "tensor_model_parallel_size", 1) * _get(args, "context_parallel_size", 1) * ranks)
