@@ -13,10 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from counterflow.errors import CounterflowError, OptionError
 
 AUTO = "auto"
-SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev", AUTO)
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev", "dualpipe", AUTO)
 # Their tables have no I: nothing to split.
 UNSPLIT_SCHEDULES = ("gpipe", "1f1b", "interleaved")
-PLANNED_SCHEDULES = ("dualpipe",)
 # How long the other ranks wait for rank 0 to say what is wrong; imports differ by seconds between ranks.
 SPEAKING_SECONDS = 20
 PLATFORMS = ("auto", "cpu", "cuda")
@@ -47,8 +46,7 @@ class Options(BaseModel):
             if not Path(value).is_file():
                 raise ValueError(f"schedule file {value!r} does not exist")
             return value
-        later = " (planned, not in this version)" if value in PLANNED_SCHEDULES else ""
-        raise ValueError(f"schedule {value!r} is not known{later}; allowed: {', '.join(SCHEDULES)} or a table FILE.csv")
+        raise ValueError(f"schedule {value!r} is not known; allowed: {', '.join(SCHEDULES)} or a table FILE.csv")
 
     @property
     def schedule_file(self) -> Path | None:

@@ -30,6 +30,7 @@ SCHEDULES = {
     "interleaved": ["--cf-schedule", "interleaved", "--num-virtual-stages-per-pipeline-rank", "2"],
     "dualpipev": ["--cf-schedule", "dualpipev"],
 }
+DUALPIPE = ["--cf-schedule", "dualpipe"]
 VARIANTS = {
     "overlap": OVERLAPPED,
     "overlap, not aligned": UNALIGNED,
@@ -83,6 +84,14 @@ def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
         source = f"{saved}, plain"
         resumed = ["--load", str(directory / source), "--ckpt-step", str(SAVED)]
         add(f"{source} -> {loaded}", TWO_STAGES, SCHEDULES[loaded], resumed, steps=RESUMED)
+
+    # Two replicas cross-linked, the expert-parallel group spans the pair; the checkpoint is that of a V.
+    add("dualpipe, sharded", TWO_STAGES, start, SHARDED, DUALPIPE, save_to("dualpipe, sharded", SAVED))
+    add("dualpipe, overlap, per-token loss", TWO_STAGES, start, OVERLAPPED, VARIANTS["per-token loss"], DUALPIPE, steps=3)
+    for saved, loaded, chosen in (("dualpipe", "1f1b", SCHEDULES["1f1b"]), ("dualpipev", "dualpipe", DUALPIPE)):
+        source = f"{saved}, sharded"
+        resumed = ["--load", str(directory / source), "--ckpt-step", str(SAVED)]
+        add(f"{source} -> {loaded}", TWO_STAGES, SHARDED, chosen, resumed, steps=RESUMED)
 
     for variant, flags in VARIANTS.items():
         if variant in OWN_REFERENCE:

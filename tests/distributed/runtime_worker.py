@@ -26,6 +26,7 @@ from counterflow.schedule import (
     build,
     build_forward_only,
     from_csv,
+    lay_bidirectional,
     lay_looped,
     lay_v,
     simulate,
@@ -214,7 +215,7 @@ def main() -> None:
     check_gradients(channels, build("zbv", ranks, 2 * ranks), zero_bubble=False)
     check_gradients(channels, build("zbv", ranks, 2 * ranks), shape_of=vary_shape)
     check_bidirectional(channels, build("dualpipe", ranks, 4 * ranks))
-    for layout in (lay_v(ranks), lay_looped(ranks, 2)):
+    for layout in (lay_v(ranks), lay_looped(ranks, 2), lay_bidirectional(ranks)):
         with torch.no_grad():
             work = run(channels, build_forward_only(layout, 6), train=False)
         total = torch.tensor(work.outputs)

@@ -76,6 +76,25 @@ def test_resume_without_the_distributed_optimizer(runs: Runs, saved: str, loaded
     assert_same_steps(runs[f"{saved}, plain -> {loaded}"], runs["megatron 1f1b, plain"])
 
 
+def test_cross_linked_replicas_train_like_megatron(runs: Runs) -> None:
+    # A loss against the labels of the rank's own replica, not the partner's, is far off from the first step on.
+    assert len(runs["dualpipe, sharded"]["steps"]) == STEPS
+    assert_same_steps(runs["dualpipe, sharded"], runs["megatron 1f1b, sharded"])
+    expected = runs["megatron 1f1b, sharded"]["evaluations"]
+    assert runs["dualpipe, sharded"]["evaluations"] == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_cross_linked_replicas_reduce_early_and_count_the_partners_tokens(runs: Runs) -> None:
+    assert_same_steps(runs["dualpipe, overlap, per-token loss"], runs["megatron 1f1b, plain"])
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("dualpipe", "1f1b"), ("dualpipev", "dualpipe")])
+def test_cross_linked_replicas_share_checkpoints_with_others(runs: Runs, saved: str, loaded: str) -> None:
+    run = runs[f"{saved}, sharded -> {loaded}"]
+    assert [step["iteration"] for step in run["steps"]] == list(range(SAVED + 1, RESUMED + 1))
+    assert_same_steps(run, runs["megatron 1f1b, sharded"])
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dualpipev_with(runs: Runs, variant: str) -> None:
     reference = runs[f"megatron 1f1b, {variant if variant in OWN_REFERENCE else 'plain'}"]

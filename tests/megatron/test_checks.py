@@ -10,7 +10,7 @@ import pytest
 from counterflow.config import Options
 from counterflow.errors import CounterflowError, OptionError
 from counterflow.megatron.checks import count_microbatches, prepare_arguments
-from counterflow.schedule import build, to_csv
+from counterflow.schedule import ScheduleTable, build, to_csv
 
 
 def make_arguments(**given: Any) -> Namespace:
@@ -62,6 +62,27 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
             {"pipeline_model_parallel_size": 1},
             "needs at least 2 pipeline ranks; --pipeline-model-parallel-size is 1",
         ),
+        (
+            "dualpipe",
+            {"world_size": 6, "expert_model_parallel_size": 1, "global_batch_size": 12},
+            "cross-links data-parallel replicas in pairs; this run has 3 (replicas of 2 ranks): start an even number",
+        ),
+        ("dualpipe", {"world_size": 2, "expert_model_parallel_size": 1}, "this run has 1 (replicas of 2 ranks)"),
+        (
+            "dualpipe",
+            {"world_size": 8, "tensor_model_parallel_size": 4, "expert_tensor_parallel_size": 1},
+            "this run has 1 (replicas of 8 ranks)",
+        ),
+        (
+            "dualpipe",
+            {"global_batch_size": 6},
+            "dualpipe: 3 micro-batches per replica on 2 pipeline ranks given; it needs at least 4",
+        ),
+        ("dualpipe", {"pipeline_model_parallel_size": 1}, "needs at least 2 pipeline ranks"),
+        ("dualpipe", {"num_virtual_stages_per_pipeline_rank": 4}, "(VPP 2), 4 chunks per rank given"),
+        ("dualpipe", {"num_layers": 6}, "6 layers cannot be laid out on 4 stages"),
+        ("dualpipe", {"dataloader_type": "external"}, "--dataloader-type external given, single and cyclic are allowed"),
+        ("dualpipe", {"logits_load_dir": "x"}, "does not run with --logits-load-dir"),
         ("1f1b", {"pipeline_model_parallel_size": 1}, "needs at least 2 pipeline ranks"),
         ("1f1b", {"num_virtual_stages_per_pipeline_rank": 2}, "holds 1 model chunk per pipeline rank, 2 chunks per rank given"),
         ("interleaved", {}, "holds 2 or more model chunks per pipeline rank (VPP), none given"),
@@ -80,15 +101,16 @@ def test_refused(schedule: str, given: dict[str, Any], said: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_dualpipev_asks_for_its_two_chunks() -> None:
+@pytest.mark.parametrize("schedule", ["dualpipev", "dualpipe"])
+def test_a_v_asks_for_its_two_chunks(schedule: str) -> None:
     args = make_arguments()
-    prepare_arguments(args, Options(schedule="dualpipev"))
+    prepare_arguments(args, Options(schedule=schedule))
     assert args.num_virtual_stages_per_pipeline_rank == 2
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "dualpipev"])
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "dualpipev", "dualpipe"])
 def test_accepted(schedule: str) -> None:
-    chunks = {"1f1b": None, "interleaved": 4, "dualpipev": 2}[schedule]
+    chunks = {"1f1b": None, "interleaved": 4, "dualpipev": 2, "dualpipe": 2}[schedule]
     prepare_arguments(make_arguments(num_virtual_stages_per_pipeline_rank=chunks), Options(schedule=schedule))
 
 
@@ -135,7 +157,19 @@ def test_nested_yaml_arguments_are_checked_alike() -> None:
         (
             to_csv(build("dualpipe", 2, 8)),
             8,
-            "is a table on the bidirectional layout; this version builds",
+            "is a table for 2 pipeline ranks, 8 micro-batches and 2 chunks per rank; "
+            "this run has 4, 16 and 2 (two replicas of 2 and 8)",
+        ),
+        ("0F0,1F1,1B1,0B0\n1F0,0F1,1B0,0B1", 1, "this run has 4, 2 and 2 (two replicas of 2 and 1)"),
+        (
+            to_csv(build("dualpipe", 4, 8)).replace("0I2,0W2,0I3,0W3", "0I2,0I3,0W2,0W3"),
+            4,
+            "ranks 0 and 3 are data-parallel peers and must run the same stages in the same order",
+        ),
+        (
+            to_csv(build("dualpipe", 4, 8)).translate(str.maketrans("45", "54")),
+            4,
+            "rank 0: 3F5 is out of order; there each stage takes micro-batches 4, 5, 6, …",
         ),
         ("0F0,3F0,0B0,3B0\n1F0,2F0,1B0,2B0", 1, "rank 0, position 2, action 0B0: waits for ever for 1B0"),
         ("0F0,0F1,3F0,3B0,0B0\n1F0,2F0,2B0,1B0", 2, "rank 0: 3F1 is missing"),
@@ -150,7 +184,8 @@ def test_a_file_that_cannot_be_the_schedule_is_refused(tmp_path: Path, table: st
     assert said in str(raised.value)
 
 
-def test_a_file_of_the_right_size_is_accepted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("table", [build("dualpipev", 2, 8), build("dualpipe", 4, 16)], ids=["dualpipev", "dualpipe"])
+def test_a_file_of_the_right_size_is_accepted(tmp_path: Path, table: ScheduleTable) -> None:
     path = tmp_path / "table.csv"
-    path.write_text(to_csv(build("dualpipev", 2, 8)))
+    path.write_text(to_csv(table))
     prepare_arguments(make_arguments(), Options(schedule=str(path)))

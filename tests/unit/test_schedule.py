@@ -19,6 +19,7 @@ from counterflow.schedule import (
     build,
     build_forward_only,
     from_csv,
+    lay_bidirectional,
     lay_looped,
     lay_passes,
     lay_straight,
@@ -64,6 +65,10 @@ def test_families_build_valid_tables_that_survive_a_file(table: ScheduleTable) -
 def test_forward_only_tables_are_valid_in_every_layout(ranks: int, microbatches: int, chunks: int) -> None:
     for layout in (lay_straight(ranks), lay_looped(ranks, chunks), lay_v(ranks)):
         validate(build_forward_only(layout, microbatches))
+    table = build_forward_only(lay_bidirectional(2 * ranks), 2 * microbatches)
+    validate(table)
+    rows = [[(action.kind, action.stage) for action in row] for row in table.actions]
+    assert rows == rows[::-1], "mirrored ranks whose experts exchange tokens would wait for each other for ever"
 
 
 def can_run(table: ScheduleTable) -> bool:

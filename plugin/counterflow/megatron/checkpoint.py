@@ -11,18 +11,18 @@ from typing import Any
 
 from counterflow.config import Options
 from counterflow.errors import OptionError
-from counterflow.megatron.tables import choose_layout
+from counterflow.megatron.tables import choose_layout, name_model_layout
 
 
 def name_layout(args: Any) -> str:
-    """Return the layout (``straight 1``, ``looped 2``, ``v 2``) under which these arguments train."""
+    """Return the model's layout (``straight 1``, ``looped 2``, ``v 2``) under which these arguments train."""
     chunks = getattr(args, "virtual_pipeline_model_parallel_size", None) or 1
     schedule = getattr(args, "cf_schedule", None)
     # model_construct: a file named in an old checkpoint need not exist any more to be a file's name.
     options = Options.model_construct(schedule=schedule)
     if options.schedule_file is not None and not options.schedule_file.is_file():
         return f"that of {schedule}"
-    return f"{choose_layout(options, 2, chunks).name} {chunks}"
+    return f"{name_model_layout(choose_layout(options, 2, chunks))} {chunks}"
 
 
 def refuse_other_layout(load_base_checkpoint: Callable[..., Any]) -> Callable[..., Any]:

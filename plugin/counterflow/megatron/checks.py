@@ -10,8 +10,8 @@ from typing import Any
 
 from counterflow.config import SCHEDULES, Options
 from counterflow.errors import OptionError, ScheduleError
-from counterflow.megatron.tables import build_table, choose_layout
-from counterflow.schedule.layouts import LOOPED, STRAIGHT, V
+from counterflow.megatron.tables import build_table, choose_layout, count_replicas, name_model_layout
+from counterflow.schedule.layouts import LOOPED, STRAIGHT, Layout, V
 
 
 def prepare_arguments(args: Any, options: Options) -> None:
@@ -34,8 +34,9 @@ def prepare_arguments(args: Any, options: Options) -> None:
             "set it to 2 or more, or drop --cf-schedule"
         )
     _check_world_size(flat, ranks)
-    layout = _read_layout_name(options)
     chunks = count_chunks(flat, ranks)
+    table_layout = _read_layout(options, ranks)
+    layout = name_model_layout(table_layout)
     if layout == V and chunks is None:
         _owner(args, "num_virtual_stages_per_pipeline_rank").num_virtual_stages_per_pipeline_rank = 2
         chunks = 2
@@ -43,6 +44,8 @@ def prepare_arguments(args: Any, options: Options) -> None:
     _check_unsupported(flat, options.schedule)
     if layout == V:
         _check_v(flat, ranks, options.schedule)
+    if count_replicas(table_layout) > 1:
+        _check_crosslinked(flat, ranks, options.schedule)
     _check_table(flat, ranks, chunks or 1, options)
 
 
@@ -65,10 +68,9 @@ def _get(args: Any, name: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def _read_layout_name(options: Options) -> str:
-    if options.schedule_file is not None:
-        return choose_layout(options, 0, 0).name
-    return choose_layout(options, 2, 2 if options.schedule == "interleaved" else 1).name
+def _read_layout(options: Options, ranks: int) -> Layout:
+    # Interleaved is looped whatever the number of chunks asked for, which is checked against it.
+    return choose_layout(options, ranks, 2 if options.schedule == "interleaved" else 1)
 
 
 def _check_world_size(args: Any, ranks: int) -> None:
@@ -176,6 +178,32 @@ def _check_v(args: Any, ranks: int, schedule: str) -> None:
         )
 
 
+def _check_crosslinked(args: Any, ranks: int, schedule: str) -> None:
+    """What cannot be linked in pairs, or would give a rank another replica's labels."""
+    replicas = _count_replicas(args, ranks)
+    if replicas % 2:
+        raise OptionError(
+            f"--cf-schedule {schedule} cross-links data-parallel replicas in pairs; this run has {replicas} "
+            f"(replicas of {_count_model_ranks(args, ranks)} ranks): start an even number of replicas, or choose dualpipev"
+        )
+    if getattr(args, "dataloader_type", None) == "external":
+        raise OptionError(
+            f"--cf-schedule {schedule} computes each loss in the partner replica and reads the labels there: "
+            "--dataloader-type external given, single and cyclic are allowed, whose samplers are known"
+        )
+    reading = {
+        "perform_rl_step": "--perform-rl-step",
+        "logits_load_dir": "--logits-load-dir",
+        "logits_save_dir": "--logits-save-dir",
+    }
+    for name, flag in reading.items():
+        if getattr(args, name, None):
+            raise OptionError(
+                f"--cf-schedule {schedule} does not run with {flag}, which takes a rank's micro-batches for its own "
+                "replica's: drop one of the two, or choose dualpipev"
+            )
+
+
 def _check_table(args: Any, ranks: int, chunks: int, options: Options) -> None:
     microbatches = count_microbatches(args, ranks)
     if microbatches is None:
@@ -193,8 +221,15 @@ def count_microbatches(args: Any, ranks: int) -> int | None:
     micro = getattr(args, "micro_batch_size", None)
     if micro is None:
         return None
-    model_ranks = _get(args, "tensor_model_parallel_size", 1) * _get(args, "context_parallel_size", 1) * ranks
-    replicas = int(os.environ.get("WORLD_SIZE", _get(args, "world_size", 1))) // model_ranks
+    replicas = _count_replicas(args, ranks)
     rampup = getattr(args, "rampup_batch_size", None)
     batch = int(rampup[0]) if rampup else _get(args, "global_batch_size", micro * replicas)
     return int(batch // (micro * replicas))
+
+
+def _count_replicas(args: Any, ranks: int) -> int:
+    return int(os.environ.get("WORLD_SIZE", _get(args, "world_size", 1))) // _count_model_ranks(args, ranks)
+
+
+def _count_model_ranks(args: Any, ranks: int) -> int:
+    return int(_get(args, "tensor_model_parallel_size", 1) * _get(args, "context_parallel_size", 1) * ranks)

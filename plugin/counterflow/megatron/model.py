@@ -36,9 +36,14 @@ def lay_out_as_v(build_chunk: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
+def is_for_way_back(provider: Any) -> bool:
+    """Tell whether Megatron builds chunk 1's data sets with this provider."""
+    return isinstance(provider, partial) and provider.keywords.get("vp_stage") == WAY_BACK
+
+
 def mirror_dataset_provider(provider: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a data set provider: for chunk 1 it decides as on the mirrored pipeline rank."""
-    if isinstance(provider, partial) and provider.keywords.get("vp_stage") == WAY_BACK:
+    if is_for_way_back(provider):
         mirrored = run_mirrored(provider)
         mirrored.is_distributed = getattr(provider, "is_distributed", False)  # type: ignore[attr-defined]
         return mirrored

@@ -18,8 +18,9 @@ from megatron.core.utils import get_model_config
 from counterflow.config import AUTO, Options
 from counterflow.errors import OptionError
 from counterflow.megatron.auto import AutoTable
+from counterflow.megatron.crosslink import link_pipelines
 from counterflow.megatron.gradient_sync import GradientSync
-from counterflow.megatron.tables import build_table, choose_layout
+from counterflow.megatron.tables import build_table, choose_layout, count_replicas
 from counterflow.megatron.work import MegatronWork, Step, move_to_last_rank
 from counterflow.megatron.zero_bubble import watch_reductions
 from counterflow.runtime.executor import run_program
@@ -76,11 +77,11 @@ class PipelineSchedule:
         if config.timers is not None:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
 
-        channels, watch = self._open(groups.pp, device)
-        table = self._choose_table(channels, num_microbatches, len(chunks), config, forward_only)
+        channels, watch = self._open(groups.pp, len(chunks), device)
+        table = self._choose_table(groups.pp.size(), num_microbatches, len(chunks), config, forward_only)
         program = self._lower(table, channels, forward_only, device)
         step = Step(
-            forward_step_func, iterators, chunks, config, table, groups.cp.size(), forward_only,
+            forward_step_func, iterators, chunks, config, table, num_microbatches, groups.cp.size(), forward_only,
             collect_non_loss_data, first_val_step, [], torch.zeros([], dtype=torch.int, device=device),
         )  # fmt: skip
         (shape,) = upstream.get_tensor_shapes(
@@ -127,12 +128,13 @@ class PipelineSchedule:
             step.config, step.chunks, step.table, channels.rank, zero_bubble=self._zero_bubble, forward_only=step.forward_only
         )
 
-    def _choose_table(self, channels: Channels, microbatches: int, chunks: int, config: Any, forward_only: bool) -> ScheduleTable:
+    def _choose_table(self, ranks: int, microbatches: int, chunks: int, config: Any, forward_only: bool) -> ScheduleTable:
         if self._auto is not None and not forward_only:
             return self._auto.choose(microbatches)
-        key, ranks = (microbatches, forward_only), len(channels.pipeline_ranks)
+        key = (microbatches, forward_only)
         if key not in self._tables and forward_only:
-            self._tables[key] = build_forward_only(choose_layout(self._options, ranks, chunks), microbatches)
+            layout = choose_layout(self._options, ranks, chunks)
+            self._tables[key] = build_forward_only(layout, count_replicas(layout) * microbatches)
         elif key not in self._tables:
             group = getattr(config, "microbatch_group_size_per_vp_stage", None)
             self._tables[key] = build_table(self._options, ranks, microbatches, chunks, group)
@@ -145,15 +147,17 @@ class PipelineSchedule:
             channels.connect(self._programs[key], device)
         return self._programs[key]
 
-    def _open(self, pp_group: Any, device: torch.device) -> tuple[Channels, Watch]:
+    def _open(self, pp_group: Any, chunks: int, device: torch.device) -> tuple[Channels, Watch]:
         if self._channels is None or self._watch is None:
             # New groups wait for half an hour by default; these are to wait as long as Megatron's own.
             timeout = pp_group._get_backend(device).options._timeout
             if self._options.stall_limit is not None:
                 timeout = timedelta(seconds=self._options.stall_limit)
-            ranks = dist.get_process_group_ranks(pp_group)
-            self._channels = Channels(ranks, pp_group.rank(), timeout)
-            self._watch = Watch(find_store(), ranks, pp_group.rank(), timeout.total_seconds())
+            ranks, rank = dist.get_process_group_ranks(pp_group), pp_group.rank()
+            if count_replicas(choose_layout(self._options, len(ranks), chunks)) > 1:
+                ranks, rank = link_pipelines(ranks)
+            self._channels = Channels(ranks, rank, timeout)
+            self._watch = Watch(find_store(), ranks, rank, timeout.total_seconds())
             if self._options.schedule == AUTO:
                 self._auto = AutoTable(len(ranks), device, has_pairs=False)
         return self._channels, self._watch

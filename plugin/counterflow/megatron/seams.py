@@ -94,6 +94,7 @@ FREE_OUTPUT = Seam(
     "frees what has been sent",
 )
 SET_RANK = Seam("megatron.core.parallel_state", "set_pipeline_model_parallel_rank", ("rank",), "V layout, mirrored rank")
+SET_DATA_RANK = Seam("megatron.core.parallel_state", "set_data_parallel_rank", ("rank",), "full DualPipe, the partner's data")
 GET_MODEL = Seam(
     "megatron.training.training", "get_model", ("model_provider_func", "model_type", "wrap_with_ddp"), "V layout, model provider"
 )
@@ -134,6 +135,7 @@ SEAMS = (
     CHECK_FIRST,
     FREE_OUTPUT,
     SET_RANK,
+    SET_DATA_RANK,
     GET_MODEL,
     BUILD_STAGES,
     BUILD_ITERATORS,
@@ -232,9 +234,10 @@ def _merge_yaml(parsed: Any, options: Options) -> Options:
 def install_schedule(patches: Patches, options: Options, has_transformer_engine: bool) -> None:
     """Take the schedule, split backward passes, and for a V the builders, data sets and checkpoint check."""
     from counterflow.megatron.checkpoint import refuse_other_layout
+    from counterflow.megatron.crosslink import read_partners_data
     from counterflow.megatron.model import lay_out_as_v, mirror_dataset_provider
     from counterflow.megatron.schedule import PipelineSchedule
-    from counterflow.megatron.tables import choose_layout
+    from counterflow.megatron.tables import choose_layout, count_replicas, name_model_layout
     from counterflow.megatron.zero_bubble import delay_engine_weight_grads, split_local_linears
 
     if options.zero_bubble is not False and options.schedule not in UNSPLIT_SCHEDULES:
@@ -244,11 +247,14 @@ def install_schedule(patches: Patches, options: Options, has_transformer_engine:
     pipeline = PipelineSchedule(options)
     _take(patches, GET_SCHEDULE, lambda original: _choose_schedule(original, pipeline))
     _take(patches, LOAD_CHECKPOINT, refuse_other_layout)
-    if choose_layout(options, 2, 2).name == V:
+    layout = choose_layout(options, 2, 2)
+    if name_model_layout(layout) == V:
         _take(patches, GET_MODEL, lambda original: _wrap_first(original, lay_out_as_v))
         if BUILD_STAGES.is_present():
             _take(patches, BUILD_STAGES, lambda original: _wrap_first(original, lay_out_as_v))
         _take(patches, BUILD_ITERATORS, lambda original: _wrap_first(original, mirror_dataset_provider))
+    if count_replicas(layout) > 1:
+        _take(patches, BUILD_ITERATORS, read_partners_data)
 
 
 def _wrap_first(function: Callable[..., Any], wrap: Callable[[Any], Any]) -> Callable[..., Any]:

@@ -1,37 +1,74 @@
-"""Which layout and table a ``--cf-schedule`` means for a run's sizes."""
+"""Which layout and table a ``--cf-schedule`` means for a run's sizes.
+
+Two layouts, not to be taken for one another: the table's, over all ranks that the table spans, and the model's, by which
+Megatron deals the stages of one replica. They differ in full DualPipe alone: a bidirectional table spans two replicas of
+a V model.
+"""
 
 from counterflow.config import AUTO, Options
-from counterflow.errors import OptionError
-from counterflow.schedule import ScheduleTable, build, lay_looped, lay_straight, lay_v, read_csv, validate
-from counterflow.schedule.layouts import LOOPED, STRAIGHT, Layout, V
+from counterflow.errors import OptionError, ScheduleError
+from counterflow.schedule import (
+    ScheduleTable,
+    build,
+    lay_bidirectional,
+    lay_looped,
+    lay_straight,
+    lay_v,
+    read_csv,
+    validate,
+)
+from counterflow.schedule.layouts import BIDIRECTIONAL, LOOPED, STRAIGHT, Layout, V
 
 
 def choose_layout(options: Options, ranks: int, chunks: int) -> Layout:
-    """Return the layout that the named schedule, or the file's table, runs on."""
+    """Return the layout of the table that the named schedule, or the file, means on ``ranks`` pipeline ranks."""
     if options.schedule_file is not None:
         layout = read_csv(options.schedule_file).layout
-        if layout.name not in (STRAIGHT, LOOPED, V):
+        if layout.name not in (STRAIGHT, LOOPED, V, BIDIRECTIONAL):
             raise OptionError(
                 f"--cf-schedule {options.schedule_file} is a table on the {layout.name} layout; this version builds Megatron "
-                f"models on {STRAIGHT}, {LOOPED} and {V} layouts: give a table on one of them"
+                f"models for {STRAIGHT}, {LOOPED}, {V} and {BIDIRECTIONAL} layouts: give a table on one of them"
             )
         return layout
     if options.schedule in ("dualpipev", "zbv", AUTO):
         return lay_v(ranks)
+    if options.schedule == "dualpipe":
+        return lay_bidirectional(2 * ranks)
     return lay_looped(ranks, chunks) if chunks > 1 else lay_straight(ranks)
 
 
+def name_model_layout(layout: Layout) -> str:
+    """Return the name of the layout on which Megatron builds the model that runs a table of ``layout``."""
+    return V if layout.name == BIDIRECTIONAL else layout.name
+
+
+def count_replicas(layout: Layout) -> int:
+    """Return how many data-parallel replicas a table of ``layout`` spans."""
+    return 2 if layout.name == BIDIRECTIONAL else 1
+
+
 def build_table(options: Options, ranks: int, microbatches: int, chunks: int, group: int | None = None) -> ScheduleTable:
-    """Build and validate the training table for these sizes; a file's table must have them."""
+    """Build and validate the training table for these sizes, each of one replica; a file's table must have them."""
     if options.schedule_file is not None:
         table = read_csv(options.schedule_file)
+        replicas = count_replicas(table.layout)
         given = (table.ranks, table.microbatches, table.layout.chunks)
-        if given != (ranks, microbatches, chunks):
+        needed = (replicas * ranks, replicas * microbatches, chunks)
+        if given != needed:
+            pair = f" (two replicas of {ranks} and {microbatches})" if replicas == 2 else ""
             raise OptionError(
                 f"--cf-schedule {options.schedule_file} is a table for {given[0]} pipeline ranks, {given[1]} micro-batches "
-                f"and {given[2]} chunks per rank; this run has {ranks}, {microbatches} and {chunks}"
+                f"and {given[2]} chunks per rank; this run has {needed[0]}, {needed[1]} and {needed[2]}{pair}"
             )
         _require_rising_forwards(table)
+        _require_mirrored_rows(table)
+    elif options.schedule == "dualpipe":
+        if microbatches < 2 * ranks:
+            raise ScheduleError(
+                f"dualpipe: {microbatches} micro-batches per replica on {ranks} pipeline ranks given; "
+                f"it needs at least {2 * ranks} (two per pipeline rank)"
+            )
+        table = build("dualpipe", 2 * ranks, 2 * microbatches)
     else:
         sizes = {"vpp": chunks, "group": group} if options.schedule == "interleaved" else {}
         assert options.schedule is not None
@@ -47,9 +84,26 @@ def _require_rising_forwards(table: ScheduleTable) -> None:
     for rank in range(table.ranks):
         reached: dict[int, int] = {}
         for single in table.singles(rank):
-            if single.kind == "F" and single.microbatch != reached.setdefault(single.stage, 0):
+            first = 0 if table.rank_of(single.stage, 0) == rank else table.microbatches // 2
+            if single.kind == "F" and single.microbatch != reached.setdefault(single.stage, first):
                 raise OptionError(
-                    f"{table.name}: rank {rank}: {single} is out of order; each stage takes micro-batches 0, 1, 2, …"
+                    f"{table.name}: rank {rank}: {single} is out of order; "
+                    f"there each stage takes micro-batches {first}, {first + 1}, {first + 2}, …"
                 )
             if single.kind == "F":
                 reached[single.stage] += 1
+
+
+def _require_mirrored_rows(table: ScheduleTable) -> None:
+    # Ranks r and P-1-r are data-parallel peers: they reduce gradients, and expert-parallel groups that span the
+    # pair exchange tokens, in the order of their rows.
+    if table.layout.name != BIDIRECTIONAL:
+        return
+    for rank in range(table.ranks // 2):
+        peer = table.ranks - 1 - rank
+        here, there = ([[(s.kind, s.stage) for s in a.singles()] for a in table.actions[r]] for r in (rank, peer))
+        if here != there:
+            raise OptionError(
+                f"{table.name}: ranks {rank} and {peer} are data-parallel peers and must run the same stages "
+                "in the same order, each with its own micro-batches; their rows differ"
+            )

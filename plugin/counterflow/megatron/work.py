@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from counterflow.megatron.gradient_sync import GradientSync
 from counterflow.megatron.mirror import run_mirrored
 from counterflow.megatron.model import WAY_BACK
+from counterflow.megatron.tables import name_model_layout
 from counterflow.megatron.zero_bubble import defer_engine_weight_grads
 from counterflow.schedule import ScheduleTable
 from counterflow.schedule.layouts import V
@@ -26,6 +27,8 @@ class Step:
     chunks: list[Any]
     config: Any
     table: ScheduleTable
+    microbatches: int
+    """Micro-batches of this replica: those of the table, half of them where the table spans two replicas."""
     cp_size: int
     forward_only: bool
     collect_non_loss_data: bool
@@ -49,20 +52,21 @@ class MegatronWork:
         is_first = self._sync.before_forward(stage, microbatch)
         if received is not None:
             received.requires_grad_(not step.forward_only)
-        mirrored = self._layout.name == V and chunk == WAY_BACK
+        mirrored = name_model_layout(self._layout) == V and chunk == WAY_BACK
         output: torch.Tensor
         output, num_tokens = upstream.forward_step(
             run_mirrored(step.forward_step_func) if mirrored else step.forward_step_func,
             step.data_iterators[chunk],
             step.chunks[chunk],
-            step.table.microbatches,
+            step.microbatches,
             received,
             step.losses,
             step.config,
             cp_group_size=step.cp_size,
             collect_non_loss_data=step.collect_non_loss_data,
             is_first_microbatch=upstream.check_first_val_step(step.first_val_step, step.forward_only, is_first),
-            current_microbatch=microbatch,
+            # Where a table spans two replicas, a chunk runs one half of its micro-batches.
+            current_microbatch=microbatch % step.microbatches,
             vp_stage=chunk if self._layout.chunks > 1 else None,
             is_last_stage=stage == self._layout.last_stage,
         )
@@ -95,11 +99,12 @@ class MegatronWork:
 def move_to_last_rank(step: Step, pp_group: Any, rank: int) -> None:
     """Hand losses and token counts from the rank that computed them to the one that Megatron reads.
 
-    A V ends on pipeline rank 0; Megatron's loop reads losses, and broadcasts token counts, from the
-    last rank. On a GPU this waits for the losses once per step (untested on GPU).
+    A V ends on pipeline rank 0, each of two cross-linked replicas too (there with the partner's losses, which the sum over
+    replicas does not tell apart); Megatron's loop reads losses, and broadcasts token counts, from the last rank. On a GPU this
+    waits for the losses once per step (untested on GPU).
     """
-    layout = step.table.layout
-    source, target = layout.rank_of[layout.last_stage], layout.ranks - 1
+    layout, target = step.table.layout, pp_group.size() - 1
+    source = next(r for r in range(pp_group.size()) if layout.last_stage in layout.stages[r])
     if source == target:
         return
     ranks = dist.get_process_group_ranks(pp_group)

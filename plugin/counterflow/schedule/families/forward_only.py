@@ -1,4 +1,4 @@
-"""Forwards alone, for evaluation, on any layout.
+"""Forwards alone, for evaluation, on any layout; in a bidirectional one each direction's as if it were alone.
 
 ::
 
@@ -12,9 +12,18 @@ from counterflow.schedule.table import ScheduleTable
 
 
 def build_forward_only(layout: Layout, microbatches: int) -> ScheduleTable:
-    """Return the forwards of a layout with one home a stage: ordered by the tick stage + micro-batch, deep stages first."""
+    """Return the forwards of a layout: ordered by the tick stage + micro-batch, deep stages first.
+
+    A stage of two homes runs half of the (even number of) micro-batches on each, the second half's ticks counted from its own
+    first: mirrored ranks run the same stages in the same order.
+    """
     rows = []
-    for stages in layout.stages:
-        forwards = [Action("F", stage, m) for stage in stages for m in range(microbatches)]
-        rows.append(tuple(sorted(forwards, key=lambda a: (a.stage + a.microbatch, -a.stage))))
+    for rank, stages in enumerate(layout.stages):
+        ticks = []
+        for stage in stages:
+            homes = layout.homes[stage]
+            own = microbatches // len(homes)
+            first = homes.index(rank) * own
+            ticks += [(stage + m, -stage, Action("F", stage, first + m)) for m in range(own)]
+        rows.append(tuple(action for *_, action in sorted(ticks, key=lambda tick: tick[:2])))
     return ScheduleTable("forward-only", layout, microbatches, tuple(rows))
