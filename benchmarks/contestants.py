@@ -25,7 +25,7 @@ from counterflow.platform import install_cpu
 from counterflow.runtime.executor import run_program
 from counterflow.runtime.lowering import lower
 from counterflow.runtime.mailbox import Channels, Mailbox
-from counterflow.runtime.recorder import Recorder
+from counterflow.runtime.recorder import Recorder, append_record
 from counterflow.runtime.weight_grads import defer_weight_grad
 from counterflow.schedule import Layout, ScheduleTable, build, from_csv, lay_looped, lay_straight, lay_v
 
@@ -159,7 +159,7 @@ class OursContestant:
         seconds = size.find_sleep(layout.chunks)
         stages = {stage: SleepingStage(log, seconds) for stage in layout.stages[channels.rank]}
         self._work = StageWork(stages, layout.last_stage)
-        self._recorder = Recorder(records / schedule, channels.pipeline_ranks, channels.rank, use_cuda_events=False)
+        self._recorder, self._records = Recorder(channels.rank, use_cuda_events=False), records / schedule
 
     def step(self) -> None:
         """Run one step on this rank."""
@@ -167,7 +167,8 @@ class OursContestant:
 
     def finish_step(self, number: int) -> None:
         """Write the step's record."""
-        self._recorder.write_step(number, self.table.name)
+        channels, spans = self._channels, self._recorder.take_spans()
+        append_record(self._records, channels.pipeline_ranks, channels.rank, number, self.table.name, spans)
 
 
 class TorchContestant:

@@ -34,6 +34,7 @@ LEAST_SAVED = (
     ("counterflow zbv", "torch ScheduleZBVZeroBubble", 0.08),
 )
 MOST_EXECUTOR_SECONDS = 100e-6
+PIPED_WIDTH = 150
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,11 @@ def print_results(results: list[Result], figures: list[Figure], console: Console
     """Print who took how long, fastest first, then the figures."""
     for seconds in dict.fromkeys(result.seconds for result in results):
         rows = sorted((result for result in results if result.seconds == seconds), key=lambda result: result.best)
-        grid = Table("contestant", box=None, pad_edge=False, title=f"F = I = W = {1000 * seconds:g} ms, ms per step")
+        console.print(f"[bold]F = I = W = {1000 * seconds:g} ms; a step in ms, and its bubble[/]")
+        grid = Table(box=None, pad_edge=False)
+        grid.add_column("contestant", no_wrap=True)
         for heading in ("best", "median", "simulated", "best/sim.", "median/sim.", "bubble", "simulated"):
-            grid.add_column(heading, justify="right")
+            grid.add_column(heading, justify="right", no_wrap=True)
         for row in rows:
             times = (f"{1000 * time:.1f}" for time in (row.best, row.median, row.simulated_makespan))
             ratios = (f"{time / row.simulated_makespan:.4f}" for time in (row.best, row.median))
@@ -161,7 +164,7 @@ def draw_bars(results: list[Result]) -> str:
 
 def measure(given: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Start the ranks and return what rank 0 wrote."""
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("runtime_worker.py")), "--out", str(given.out)]
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("runtime_rank.py")), "--out", str(given.out)]
     command += ["--microbatches", str(given.microbatches), "--rounds", str(given.steps)]
     command += ["--milliseconds", *(f"{milliseconds:g}" for milliseconds in given.milliseconds)]
     for stale in given.out.glob("record-*/*/timeline-rank*.jsonl"):
@@ -194,7 +197,7 @@ def main() -> None:
     if given.json:
         print(json.dumps({**measured, "figures": [asdict(figure) for figure in figures]}, indent=2))
     else:
-        print_results(results, figures, Console())
+        print_results(results, figures, Console(width=None if sys.stdout.isatty() else PIPED_WIDTH))
         print(f"pictures, records and all steps: {given.out}")
     sys.exit(0 if all(figure.reached for figure in figures) else 1)
 

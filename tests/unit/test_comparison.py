@@ -132,6 +132,8 @@ def test_costs_are_the_records_medians() -> None:
     assert estimate_costs(table, simulate(table, costs)).overlap == pytest.approx(0.75)
     found = estimate_costs(table, simulate(table, costs), w=0.004)
     assert (found.f, found.i, found.w) == (pytest.approx(costs.f), pytest.approx(costs.i), (0.004,) * stages)
+    expected = estimate_costs(table, simulate(table, costs), f=0.005, i=0.01, w=0.0025)
+    assert expected.overlap == pytest.approx(0.75), "pairs that are slow like their parts count as badly overlapped"
     whole = build("1f1b", 4, 8)
     found = estimate_costs(whole, simulate(whole, Costs(1.0, 1.0, 2.0)))
     assert (found.i, found.w) == ((3.0,) * 4, (0.0,) * 4)

@@ -139,17 +139,25 @@ def estimate_costs(
         if ("B", stage) in medians and ("I", stage) not in medians:
             medians |= {("I", stage): medians["B", stage], ("W", stage): 0.0}
     needed = {single.kind for rank in range(table.ranks) for single in table.singles(rank)}
-    found: dict[str, Any] = {
-        name: [_find_median(medians, kind, stage) if needed & set(users) else 0.0 for stage in stages] if value is None else value
-        for name, value, kind, users in (("f", f, "F", "F"), ("i", i, "I", "IB"), ("w", w, "W", "WB"))
+    given: dict[str, Any] = {
+        name: value for name, value in (("f", f), ("i", i), ("w", w), ("overlap", overlap)) if value is not None
     }
-    costs = Costs(**found).spread(len(stages))
-    if overlap is not None:
-        return replace(costs, overlap=overlap)
+    recorded: dict[str, Any] = {}
+    for name, kind, users in (("f", "F", "F"), ("i", "I", "IB"), ("w", "W", "WB")):
+        if not needed & set(users):
+            recorded[name] = 0.0
+        elif any(other == kind for other, _ in medians) or name not in given:
+            recorded[name] = [_find_median(medians, kind, stage) for stage in stages]
+        else:
+            recorded[name] = given[name]
+    costs = Costs(**recorded).spread(len(stages))
+    # Against the recorded parts, not the given ones: what is slower than expected is not badly overlapped.
     pairs = [(span.end - span.start, costs.time(span.action)) for span in measured.spans if span.action.kind == PAIR]
     ratios = [length / together for length, together in pairs if together > 0]
-    # Costs take a pair for at most twice the sum of its parts.
-    return replace(costs, overlap=min(2.0, max(1e-6, statistics.median(ratios)))) if ratios else costs
+    if ratios:
+        # Costs take a pair for at most twice the sum of its parts.
+        costs = replace(costs, overlap=min(2.0, max(1e-6, statistics.median(ratios))))
+    return replace(costs, **given).spread(len(stages))
 
 
 def _find_median(medians: dict[tuple[str, int], float], kind: str, stage: int) -> float:
