@@ -5,12 +5,23 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from counterflow.errors import CounterflowError, OptionError, ScheduleError
-from counterflow.report import Picture, render_html, render_svg, render_text, render_trace
-from counterflow.schedule import FAMILIES, Costs, ScheduleTable, build, read_csv, simulate, to_csv
+from counterflow.report import (
+    Picture,
+    describe_differences,
+    render_html,
+    render_svg,
+    render_text,
+    render_trace,
+    write_differences,
+)
+from counterflow.schedule import FAMILIES, Costs, ScheduleTable, build, load_record, read_csv, simulate, to_csv
+from counterflow.schedule.comparison import compare, estimate_costs, fit_record
+from counterflow.schedule.timeline import find_last_step
 from counterflow.schedule.transport import TRANSPORTS, count_receives_ahead
 
 OUTPUTS: dict[str, Callable[[list[Picture]], str]] = {"html": render_html, "svg": render_svg, "trace": render_trace}
@@ -22,6 +33,7 @@ def add_schedule_commands(commands: Any) -> None:
     kinds = schedule.add_subparsers(required=True, metavar="COMMAND")
     show = kinds.add_parser("show", help="simulate one schedule and draw it")
     show.add_argument("schedule", metavar="NAME|FILE.csv", help=f"{', '.join(FAMILIES)}, or a table in CSV")
+    _add_record(show)
     show.set_defaults(run=run_show)
     compare = kinds.add_parser("compare", help="simulate several schedules for the same model, side by side")
     compare.add_argument(
@@ -64,13 +76,23 @@ def _add_costs(parser: argparse.ArgumentParser, unit: str) -> None:
     group.add_argument(
         "--overlap",
         type=float,
-        default=1.0,
         metavar="X",
         help="time of an overlapped pair over the sum of its parts (default: 1)",
     )
     group.add_argument("--p2p-stops", action="store_true", help="ranks stop for transfers instead of computing beside them")
     group.add_argument("--activation-bytes", type=_read_numbers, metavar="N[,N…]", help="a chunk's activations of a micro-batch")
     group.add_argument("--queued-bytes", type=_read_numbers, metavar="N[,N…]", help="what a queued weight gradient keeps")
+
+
+def _add_record(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "a recorded step", "lays what was measured over the simulation; costs are in seconds then, by default those of the record"
+    )
+    group.add_argument("--record", type=Path, metavar="DIR", help="the folder that --cf-record wrote")
+    group.add_argument("--step", type=int, metavar="N", help="the recorded step (default: the last that all ranks have)")
+    group.add_argument(
+        "--pipeline", type=int, metavar="N", help="of data-parallel pipelines, the global rank of one's first rank (default: 0)"
+    )
 
 
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
@@ -93,6 +115,11 @@ def run_show(given: argparse.Namespace) -> int:
     """Draw one schedule in the terminal and into the files asked for."""
     _check_outputs(given)
     table = _load_table(given.schedule, given)
+    if given.record is not None:
+        return _show_record(given, table)
+    for name in ("step", "pipeline"):
+        if getattr(given, name) is not None:
+            raise OptionError(f"--{name} {getattr(given, name)} given without a record; add --record DIR or drop --{name}")
     picture = Picture(given.schedule, table, simulate(table, _make_costs(given, table.layout.chunk_share)))
     _write_outputs(given, [picture])
     if given.json:
@@ -101,6 +128,32 @@ def run_show(given: argparse.Namespace) -> int:
         print(render_text(picture, _find_width(), sys.stdout.isatty()).rstrip())
         ahead = ", ".join(f"{count} under {transport} P2P" for transport, count in _count_ahead(table).items())
         print(f"receives to keep posted ahead: {ahead}")
+    return 0
+
+
+def _show_record(given: argparse.Namespace, table: ScheduleTable) -> int:
+    """Draw a recorded step over its simulation, and say where the two part."""
+    pipeline = given.pipeline or 0
+    step = find_last_step(given.record, pipeline) if given.step is None else given.step
+    recorded = load_record(given.record, step, pipeline)
+    try:
+        ran, measured = fit_record(table, recorded)
+    except ScheduleError as error:
+        raise ScheduleError(f"{given.record}, step {step}, and {given.schedule} do not fit: {error}") from None
+    found = estimate_costs(ran, measured, given.f, given.i, given.w, given.overlap)
+    costs = replace(found, p2p=given.p2p, p2p_overlaps=not given.p2p_stops)
+    comparison = compare(ran, measured, simulate(ran, costs), costs.p2p)
+    pictures = [
+        Picture(f"{given.schedule}: simulated", ran, comparison.simulated),
+        Picture(f"{given.schedule}: measured (step {step})", ran, measured),
+    ]
+    _write_outputs(given, pictures)
+    if given.json:
+        print(json.dumps({"schedule": given.schedule, "step": step, **describe_differences(comparison, costs)}, indent=2))
+        return 0
+    for picture in pictures:
+        print(render_text(picture, _find_width(), sys.stdout.isatty()).rstrip())
+    print(write_differences(comparison, costs).rstrip())
     return 0
 
 
@@ -221,7 +274,7 @@ def _load_table(name: str, given: argparse.Namespace) -> ScheduleTable:
 def _make_costs(given: argparse.Namespace, default: float) -> Costs:
     f, i, w = (default if value is None else value for value in (given.f, given.i, given.w))
     return Costs(
-        f, i, w, p2p=given.p2p, overlap=given.overlap, p2p_overlaps=not given.p2p_stops,
+        f, i, w, p2p=given.p2p, overlap=1.0 if given.overlap is None else given.overlap, p2p_overlaps=not given.p2p_stops,
         activation_bytes=given.activation_bytes, queued_bytes=given.queued_bytes,
     )  # fmt: skip
 
@@ -245,7 +298,7 @@ def _check_outputs(given: argparse.Namespace) -> None:
 def _write_outputs(given: argparse.Namespace, pictures: list[Picture]) -> None:
     texts = {name: render(pictures) for name, render in OUTPUTS.items() if getattr(given, name) is not None}
     if given.csv is not None:
-        if len(pictures) > 1:
+        if len({picture.table for picture in pictures}) > 1:
             raise OptionError(f"--csv {given.csv} takes one table and {len(pictures)} were compared; use schedule show")
         texts["csv"] = to_csv(pictures[0].table)
     for name, text in texts.items():

@@ -1,10 +1,11 @@
 """When each action of a schedule ran: what a simulation predicts and what a recorded run gives back."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from counterflow.errors import ScheduleError
 from counterflow.schedule.actions import Action, parse_action
@@ -137,26 +138,51 @@ def dump_record(step: int, schedule: str, pipeline: int, rank: int, spans: Itera
 def load_record(directory: Path, step: int, pipeline: int = 0) -> Timeline:
     """Read one step of one pipeline from the ``timeline-rank*.jsonl`` files that ``--cf-record`` wrote.
 
-    Raises `ScheduleError` where there is no such step or a file is not a record.
+    Of a step recorded twice, as after a resume, the later counts. Raises `ScheduleError` where there is no such step or a file is
+    not a record.
     """
-    spans: list[Span] = []
+    rows: dict[int, list[Span]] = {}
+    for record, where in _read_lines(directory):
+        if (record["step"], record["pipeline"]) == (step, pipeline):
+            rank, spans = _parse_spans(record, where)
+            rows[rank] = spans
+    if not any(rows.values()):
+        raise ScheduleError(f"{directory}: no recorded spans of step {step}, pipeline {pipeline}; record with --cf-record DIR")
+    return Timeline(tuple(span for rank in sorted(rows) for span in rows[rank]))
+
+
+def find_last_step(directory: Path, pipeline: int = 0) -> int:
+    """Return the last step that every recorded rank of the pipeline has; raises `ScheduleError` where there is none."""
+    steps: dict[int, set[int]] = {}
+    for record, _ in _read_lines(directory):
+        if record["pipeline"] == pipeline:
+            steps.setdefault(record["rank"], set()).add(record["step"])
+    common = set.intersection(*steps.values()) if steps else set()
+    if not common:
+        raise ScheduleError(f"{directory}: no recorded step of pipeline {pipeline}; record with --cf-record DIR")
+    return max(common)
+
+
+def _read_lines(directory: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield each line of each rank's file as written by `dump_record`, and where it is."""
     for path in sorted(Path(directory).glob("timeline-rank*.jsonl")):
         if path.stat().st_size > MAX_RECORD_BYTES:
             raise ScheduleError(f"{path}: larger than {MAX_RECORD_BYTES} bytes; not a recorded timeline")
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8", errors="replace") as lines:
             for number, line in enumerate(lines, start=1):
-                spans.extend(_parse_line(line, step, pipeline, f"{path}, line {number}"))
-    if not spans:
-        raise ScheduleError(f"{directory}: no recorded spans of step {step}, pipeline {pipeline}; record with --cf-record DIR")
-    return Timeline(tuple(spans))
+                where = f"{path}, line {number}"
+                try:
+                    record = json.loads(line)
+                    if not all(isinstance(record[key], int) for key in ("step", "pipeline", "rank")):
+                        raise ValueError("step, pipeline and rank are to be whole numbers")
+                    yield record, where
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ScheduleError(f"{where}: not a recorded timeline: {error}") from error
 
 
-def _parse_line(line: str, step: int, pipeline: int, where: str) -> list[Span]:
+def _parse_spans(record: dict[str, Any], where: str) -> tuple[int, list[Span]]:
     try:
-        record = json.loads(line)
-        if (record["step"], record["pipeline"]) != (step, pipeline):
-            return []
-        rank = int(record["rank"])
-        return [Span(rank, parse_action(action), float(start), float(end)) for action, start, end in record["spans"]]
+        rank = record["rank"]
+        return rank, [Span(rank, parse_action(action), float(start), float(end)) for action, start, end in record["spans"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ScheduleError(f"{where}: not a recorded timeline: {error}") from error
