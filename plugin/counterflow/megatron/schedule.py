@@ -159,5 +159,5 @@ class PipelineSchedule:
             self._channels = Channels(ranks, rank, timeout)
             self._watch = Watch(find_store(), ranks, rank, timeout.total_seconds())
             if self._options.schedule == AUTO:
-                self._auto = AutoTable(len(ranks), device, has_pairs=False)
+                self._auto = AutoTable(pp_group, has_pairs=False, splits=self._zero_bubble)
         return self._channels, self._watch
