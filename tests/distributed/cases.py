@@ -30,6 +30,21 @@ SCHEDULES = {
     "interleaved": ["--cf-schedule", "interleaved", "--num-virtual-stages-per-pipeline-rank", "2"],
     "dualpipev": ["--cf-schedule", "dualpipev"],
 }
+# How the other families go: what each of them alone exercises.
+FAMILIES = {
+    "gpipe": ["--cf-schedule", "gpipe"],
+    "zb-h1": ["--cf-schedule", "zb-h1", *OVERLAPPED],
+    "zbv": ["--cf-schedule", "zbv", *UNALIGNED],
+    "dualpipev, no zero bubble": ["--cf-schedule", "dualpipev", "--no-cf-zero-bubble"],
+    "auto": ["--cf-schedule", "auto", *SHARDED],
+}
+DATA = Path(__file__).resolve().parents[1] / "data"
+SEARCHED = {
+    "searched V": ["--cf-schedule", str(DATA / "searched-v.csv")],
+    "searched looped": [
+        *("--cf-schedule", str(DATA / "searched-looped.csv"), "--num-virtual-stages-per-pipeline-rank", "2"),
+    ],
+}
 DUALPIPE = ["--cf-schedule", "dualpipe"]
 VARIANTS = {
     "overlap": OVERLAPPED,
@@ -74,6 +89,11 @@ def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
     add("no flag", TWO_STAGES, start, SHARDED)
     add("table.csv", TWO_STAGES, start, ["--cf-schedule", str(directory / "table.csv")], steps=3)
     add("recorded", TWO_STAGES, start, SCHEDULES["dualpipev"], ["--cf-record", str(directory / "record")], steps=3)
+
+    for name, chosen in FAMILIES.items():
+        add(name, TWO_STAGES, start, chosen, steps=STEPS if name == "auto" else 4)
+    for name, chosen in SEARCHED.items():
+        add(name, TWO_STAGES, start, chosen, steps=4)
 
     for saved in SCHEDULES:
         for loaded, chosen in SCHEDULES.items():

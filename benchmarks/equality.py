@@ -1,0 +1,113 @@
+"""Does every schedule train like Megatron? ``python benchmarks/equality.py [--seeds 1234 4321]``.
+
+Ten steps of the example's MoE model, made small, on four CPU ranks: plain Megatron 1F1B, then every family and twenty
+searched tables (layouts, micro-batch costs and memory caps of their own) from the same weights. Prints by how much losses and
+gradient norms differ at most.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "examples" / "pretrain_moe"), str(ROOT / "tests" / "distributed")]
+
+from cases import SMALL, TWO_STAGES  # noqa: E402
+from counterflow.schedule import Costs, Layout, lay_looped, lay_straight, lay_v, to_csv  # noqa: E402
+from counterflow.schedule.search import search  # noqa: E402
+from data import prepare_text  # noqa: E402
+from ranks import start_ranks  # noqa: E402
+from train import read_flags  # noqa: E402
+
+STEPS, MICROBATCHES, TOLERANCE = 10, 6, 1e-5
+CASES_PER_START = 12
+REFERENCE = "megatron 1f1b"
+FAMILIES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev", "dualpipe", "auto")
+CHUNKS = ["--num-virtual-stages-per-pipeline-rank", "2"]
+
+
+def write_searched_tables(directory: Path, count: int) -> dict[str, list[str]]:
+    """Search ``count`` tables that differ; return the flags of each by its name."""
+    rng = random.Random(0)
+    found: dict[str, list[str]] = {}
+    layouts: list[Layout] = [lay_v(2), lay_looped(2, 2), lay_v(2), lay_straight(2)]
+    digests: set[int] = set()
+    while len(found) < count:
+        layout = layouts[len(found) % len(layouts)]
+        stages = layout.last_stage + 1
+        f, i, w = ([rng.uniform(1, 4) for _ in range(stages)] for _ in range(3))
+        costs = Costs(f=f, i=i, w=w, overlap=rng.choice((1.0, 0.8)))
+        cap = rng.choice((2.0, 2.5, 3.0, 6.0))
+        table = search(
+            2, MICROBATCHES, costs, max_chunks=layout.chunks, max_activations=cap, seconds=0.5, seed=len(found), layout=layout
+        ).table
+        if table.digest in digests:
+            continue
+        digests.add(table.digest)
+        name = f"searched {len(found)}: {layout.name}, cap {cap:g}"
+        path = directory / f"searched-{len(found)}.csv"
+        path.write_text(to_csv(table))
+        found[name] = ["--cf-schedule", str(path), *(CHUNKS if layout.name == "looped" else [])]
+    return found
+
+
+def list_cases(directory: Path, seed: int, tables: int) -> list[dict[str, Any]]:
+    """Return the cases: initial weights, the reference, then what is compared with it."""
+    text = prepare_text(directory / "text", max_bytes=2**21)
+    base = [*read_flags("deepseek-v3-small.args"), *read_flags("cpu.args"), *SMALL, *TWO_STAGES, "--seed", str(seed)]
+    base += ["--data-path", str(text), "--data-cache-path", str(directory / "cache")]
+    start = ["--load", str(directory / "initial"), "--finetune", "--no-load-optim", "--no-load-rng", "--train-iters", str(STEPS)]
+    save = ["--save", str(directory / "initial"), "--save-interval", "1", "--train-iters", "1"]
+    cases = [{"name": "initial", "plugin": False, "flags": [*base, *save]}]
+    cases.append({"name": REFERENCE, "plugin": False, "flags": [*base, *start]})
+    chosen = {name: ["--cf-schedule", name, *(CHUNKS if name == "interleaved" else [])] for name in FAMILIES}
+    chosen |= write_searched_tables(directory, tables)
+    return cases + [{"name": name, "plugin": True, "flags": [*base, *start, *flags]} for name, flags in chosen.items()]
+
+
+def run_cases(cases: list[dict[str, Any]], directory: Path) -> dict[str, list[dict[str, float]]]:
+    """Run the cases on four ranks; return the steps of each."""
+    worker = str(ROOT / "tests" / "distributed" / "worker.py")
+    steps: dict[str, list[dict[str, float]]] = {}
+    for first in range(0, len(cases), CASES_PER_START):
+        given, results = directory / f"cases-{first}.json", directory / f"results-{first}.json"
+        given.write_text(json.dumps(cases[first : first + CASES_PER_START]))
+        start_ranks(4, [sys.executable, "-W", "ignore", worker, str(given), str(results)], directory / "logs")
+        steps |= {run["name"]: run["steps"] for run in json.loads(results.read_text())}
+    return steps
+
+
+def find_difference(steps: list[dict[str, float]], expected: list[dict[str, float]]) -> float:
+    """Return the largest relative difference of losses and gradient norms; infinity where a step is missing."""
+    if len(steps) != len(expected):
+        return math.inf
+    pairs = [(mine[key], other[key]) for mine, other in zip(steps, expected, strict=True) for key in ("loss", "grad_norm")]
+    return max(abs(mine - other) / abs(other) if math.isfinite(mine) else math.inf for mine, other in pairs)
+
+
+def main() -> None:
+    """Run, print a line per schedule, end with status 1 where one differs."""
+    parser = argparse.ArgumentParser(description="Compare every schedule's losses and gradient norms with plain Megatron's.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1234], help="a run of everything per seed (default: 1234)")
+    parser.add_argument("--tables", type=int, default=20, metavar="N", help="searched tables (default: 20)")
+    given = parser.parse_args()
+    worst = 0.0
+    for seed in given.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            steps = run_cases(list_cases(Path(folder), seed, given.tables), Path(folder))
+        for name, found in steps.items():
+            if name not in ("initial", REFERENCE):
+                difference = find_difference(found, steps[REFERENCE])
+                worst = max(worst, difference)
+                print(f"seed {seed}  {name:34} {len(found)} steps, differs by {difference:.1e} at most", flush=True)
+    print(f"largest difference {worst:.1e}, allowed {TOLERANCE:g}: {'PASS' if worst <= TOLERANCE else 'NOT REACHED'}")
+    sys.exit(worst > TOLERANCE)
+
+
+if __name__ == "__main__":
+    main()
