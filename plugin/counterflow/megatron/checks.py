@@ -143,16 +143,6 @@ def _check_unsupported(args: Any, schedule: str) -> None:
 
 def _check_v(args: Any, ranks: int, schedule: str) -> None:
     """What a model that ends on its first rank cannot have yet."""
-    if not getattr(args, "untie_embeddings_and_output_weights", False):
-        raise OptionError(
-            f"--cf-schedule {schedule} does not run with tied embeddings in this version (first and last stage share a rank): "
-            "add --untie-embeddings-and-output-weights"
-        )
-    if getattr(args, "mtp_num_layers", None):
-        raise OptionError(
-            f"--cf-schedule {schedule} does not run with multi-token prediction in this version: "
-            f"--mtp-num-layers {args.mtp_num_layers} given, drop it"
-        )
     saves = getattr(args, "save", None) or getattr(args, "load", None)
     if saves and getattr(args, "ckpt_format", "torch_dist") != "torch_dist":
         raise OptionError(

@@ -17,6 +17,7 @@ from megatron.core.utils import get_model_config
 
 from counterflow.config import Options
 from counterflow.errors import OptionError
+from counterflow.megatron.embeddings import add_embedding_gradients
 from counterflow.megatron.gradient_sync import GradientSync
 from counterflow.megatron.tables import build_table, choose_layout
 from counterflow.megatron.work import MegatronWork, Step, move_to_last_rank
@@ -27,6 +28,7 @@ from counterflow.runtime.mailbox import Channels, Mailbox
 from counterflow.runtime.recorder import Recorder
 from counterflow.runtime.watch import Watch, find_store
 from counterflow.schedule import build_forward_only
+from counterflow.schedule.layouts import V
 
 
 class PipelineSchedule:
@@ -90,6 +92,8 @@ class PipelineSchedule:
         if config.finalize_model_grads_func is not None and not forward_only:
             tokens = step.num_tokens if config.calculate_per_token_loss else None
             config.finalize_model_grads_func(chunks, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
+            if plan.table.layout.name == V:
+                add_embedding_gradients(chunks)
         if config.timers is not None:
             config.timers("forward-backward").stop()
         return step.losses

@@ -94,6 +94,12 @@ FREE_OUTPUT = Seam(
     "frees what has been sent",
 )
 SET_RANK = Seam("megatron.core.parallel_state", "set_pipeline_model_parallel_rank", ("rank",), "V layout, mirrored rank")
+MAKE_GROUPS = Seam(
+    "megatron.core.parallel_state",
+    "initialize_model_parallel",
+    ("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    "V layout, copies of the embedding",
+)
 GET_MODEL = Seam(
     "megatron.training.training", "get_model", ("model_provider_func", "model_type", "wrap_with_ddp"), "V layout, model provider"
 )
@@ -134,6 +140,7 @@ SEAMS = (
     CHECK_FIRST,
     FREE_OUTPUT,
     SET_RANK,
+    MAKE_GROUPS,
     GET_MODEL,
     BUILD_STAGES,
     BUILD_ITERATORS,
@@ -232,6 +239,7 @@ def _merge_yaml(parsed: Any, options: Options) -> Options:
 def install_schedule(patches: Patches, options: Options, has_transformer_engine: bool) -> None:
     """Take the schedule, split backward passes, and for a V the builders, data sets and checkpoint check."""
     from counterflow.megatron.checkpoint import refuse_other_layout
+    from counterflow.megatron.embeddings import keep_embeddings_on_first_rank
     from counterflow.megatron.model import lay_out_as_v, mirror_dataset_provider
     from counterflow.megatron.schedule import PipelineSchedule
     from counterflow.megatron.tables import choose_layout
@@ -245,6 +253,7 @@ def install_schedule(patches: Patches, options: Options, has_transformer_engine:
     _take(patches, GET_SCHEDULE, lambda original: _choose_schedule(original, pipeline))
     _take(patches, LOAD_CHECKPOINT, refuse_other_layout)
     if choose_layout(options, 2, 2).name == V:
+        _take(patches, MAKE_GROUPS, keep_embeddings_on_first_rank)
         _take(patches, GET_MODEL, lambda original: _wrap_first(original, lay_out_as_v))
         if BUILD_STAGES.is_present():
             _take(patches, BUILD_STAGES, lambda original: _wrap_first(original, lay_out_as_v))
