@@ -16,65 +16,108 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples" / "pretrain_moe"), str(ROOT / "tests" / "distributed")]
 
-STEPS = 4
+STEPS = 3
 TOLERANCE = 1e-5
 REFERENCE = "megatron 1f1b"
+INITIAL = "initial weights"
+CASES_PER_START = 10
 
 
 @dataclass(frozen=True)
-class Combination:
-    """Flags that are added to the small model's, and flags that are taken away from it.
+class Variant:
+    """Flags that change how a model trains and leave its numbers as they are.
 
-    A flag taken away goes with its values. ``by_schedule`` adds what only some schedules need; the reference is
-    named `REFERENCE` there.
+    A flag in ``drop`` goes with its values. ``layouts`` replaces the chunks that a schedule is given by default.
     """
 
     name: str
     add: str = ""
     drop: tuple[str, ...] = ()
-    by_schedule: dict[str, str] = field(default_factory=dict)
-    model: str = "moe"
+    layouts: dict[str, str] = field(default_factory=dict)
 
 
-DENSE = ("--num-experts", "--moe-layer-freq", "--moe-ffn-hidden-size", "--moe-shared-expert-intermediate-size",
-    "--moe-router-topk", "--moe-router-num-groups", "--moe-router-group-topk", "--moe-router-score-function",
-    "--moe-router-topk-scaling-factor", "--moe-router-enable-expert-bias", "--moe-router-bias-update-rate",
-    "--moe-router-load-balancing-type", "--moe-router-dtype", "--moe-token-dispatcher-type",
-    "--expert-model-parallel-size")  # fmt: skip
-UNTIE = "--untie-embeddings-and-output-weights"
+@dataclass(frozen=True)
+class Model:
+    """Flags that change the numbers, so that plain Megatron 1F1B runs with them too; then the variants."""
+
+    name: str
+    add: str = ""
+    drop: tuple[str, ...] = ()
+    variants: tuple[Variant, ...] = (Variant("as it is"),)
+
+
 SHARDED = "--use-distributed-optimizer"
 OVERLAPPED = f"{SHARDED} --overlap-grad-reduce --overlap-param-gather"
+UNTIE = "--untie-embeddings-and-output-weights"
+CHUNKS = "--num-virtual-stages-per-pipeline-rank"
+SELECTIVE = "--recompute-granularity selective --recompute-modules"
+FULL = "--recompute-granularity full --recompute-num-layers 1 --recompute-method"
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 1"
+LAYOUT = "--pipeline-model-parallel-layout"
 
-COMBINATIONS = (
-    Combination("plain"),
-    Combination("tied", drop=(UNTIE,)),
-    Combination("tied, sharded", SHARDED, drop=(UNTIE,)),
-    Combination("tied, overlap", OVERLAPPED, drop=(UNTIE,)),
-    Combination("tied, bf16, overlap", f"--bf16 {OVERLAPPED}", drop=(UNTIE,)),
-    Combination("tied, per-token loss", "--calculate-per-token-loss", drop=(UNTIE,)),
-    Combination("MTP", "--mtp-num-layers 1"),
-    Combination("MTP, overlap", f"--mtp-num-layers 1 {OVERLAPPED}"),
-    Combination("MTP, tied", "--mtp-num-layers 1", drop=(UNTIE,)),
-    Combination("MTP, tied, overlap", f"--mtp-num-layers 1 {OVERLAPPED}", drop=(UNTIE,)),
+EXPERTS = (
+    "--num-experts", "--moe-layer-freq", "--moe-ffn-hidden-size", "--moe-shared-expert-intermediate-size", "--moe-router-topk",
+    "--moe-router-num-groups", "--moe-router-group-topk", "--moe-router-score-function", "--moe-router-topk-scaling-factor",
+    "--moe-router-enable-expert-bias", "--moe-router-bias-update-rate", "--moe-router-load-balancing-type",
+    "--moe-router-dtype", "--moe-token-dispatcher-type", "--expert-model-parallel-size",
+)  # fmt: skip
+OPTIMIZERS = (
+    Variant("as it is"),
+    Variant("sharded", SHARDED),
+    Variant("overlap", OVERLAPPED),
 )
-
+MODELS = (
+    Model(
+        "moe",
+        variants=(
+            *OPTIMIZERS,
+            Variant("EP 1", "--expert-model-parallel-size 1"),
+            Variant("allgather", "--moe-token-dispatcher-type allgather"),
+            Variant("per-token loss", "--calculate-per-token-loss"),
+            *(Variant(f"recompute {module}", f"{SELECTIVE} {module}") for module in
+              ("core_attn", "moe", "mlp", "layernorm", "moe_act", "shared_experts")),
+            Variant("recompute uniform", f"{FULL} uniform"),
+            Variant("recompute block", f"{FULL} block"),
+            Variant("layout", layouts={"1f1b": f"{LAYOUT} Ettt|tL", "": f"{LAYOUT} Et|t|tt|L"}),
+            Variant("uneven ends", "--decoder-first-pipeline-num-layers 1", layouts={"": f"{CHUNKS} 1"}),
+        ),
+    ),
+    Model("bf16", "--bf16", variants=OPTIMIZERS),
+    Model("tied", drop=(UNTIE,), variants=(*OPTIMIZERS, Variant("per-token loss", "--calculate-per-token-loss"))),
+    Model("tied, bf16", "--bf16", drop=(UNTIE,), variants=OPTIMIZERS),
+    Model("MTP", "--mtp-num-layers 1", variants=(*OPTIMIZERS,
+        Variant("per-token loss", "--calculate-per-token-loss"),
+        Variant("layout", layouts={"1f1b": f"{LAYOUT} Ettt|tmL", "": f"{LAYOUT} Et|t|tt|mL"}))),
+    # Expert tensor parallelism is 2 too where no flag sets it.
+    Model("TP 2", TP2, variants=(*OPTIMIZERS,
+        Variant("ETP 1, EP 2", "--expert-tensor-parallel-size 1 --expert-model-parallel-size 2"),
+        Variant("recompute uniform", f"{FULL} uniform"))),
+    Model("TP 2, tied", TP2, drop=(UNTIE,), variants=OPTIMIZERS),
+    Model("dense, TP 2", "--tensor-model-parallel-size 2", drop=EXPERTS),
+    Model("CP 2", "--context-parallel-size 2"),
+    Model("aux loss", "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 --moe-z-loss-coeff 1e-3",
+        drop=("--moe-router-enable-expert-bias", "--moe-router-bias-update-rate"), variants=OPTIMIZERS),
+    Model("rampup", "--rampup-batch-size 8 4 16"),
+    Model("dense, learned positions, tied", "--position-embedding-type learned_absolute",
+        drop=("--position-embedding-type", "--normalization", "--swiglu", "--disable-bias-linear", "--norm-epsilon", UNTIE, *EXPERTS)),
+)  # fmt: skip
 SCHEDULES = ("1f1b", "interleaved", "dualpipev")
 
 
-def list_flags(combination: Combination, schedule: str, text: Path, directory: Path) -> list[str]:
-    """Return the whole command line of one run."""
+def list_flags(model: Model, variant: Variant, schedule: str, text: Path, directory: Path) -> list[str]:
+    """Return the whole command line of one run; the reference takes no layout."""
     from cases import SCHEDULES as CHOOSE
     from cases import SMALL, TWO_STAGES
     from train import read_flags
 
     flags = [*read_flags("deepseek-v3-small.args"), *read_flags("cpu.args"), *SMALL, *TWO_STAGES]
     flags += ["--data-path", str(text), "--data-cache-path", str(directory / "cache"), "--train-iters", str(STEPS)]
-    flags = drop_flags(flags, (SHARDED, *combination.drop))
-    flags += combination.add.split()
-    extra = combination.by_schedule.get(schedule)
+    flags += ["--global-batch-size", "8"]
+    flags = [*drop_flags(flags, (SHARDED, *model.drop, *variant.drop)), *model.add.split(), *variant.add.split()]
+    layout = variant.layouts.get(schedule, variant.layouts.get(""))
     if schedule in CHOOSE:
-        flags += CHOOSE[schedule][:2] if extra is not None else CHOOSE[schedule]
-    return flags + (extra or "").split()
+        flags += CHOOSE[schedule] if layout is None else [*CHOOSE[schedule][:2], *layout.split()]
+    return flags
 
 
 def drop_flags(flags: list[str], dropped: tuple[str, ...]) -> list[str]:
@@ -88,15 +131,20 @@ def drop_flags(flags: list[str], dropped: tuple[str, ...]) -> list[str]:
     return kept
 
 
-def list_cases(combination: Combination, schedules: list[str], text: Path, directory: Path) -> list[dict[str, Any]]:
-    """Return the runs of one combination: the weights that all start from, the reference and the schedules."""
-    first = list_flags(combination, REFERENCE, text, directory)
-    first[first.index("--train-iters") + 1] = "1"
-    cases = [{"name": "initial", "plugin": False, "flags": [*first, "--save", str(directory), "--save-interval", "1"]}]
+def list_cases(
+    model: Model, variants: list[Variant], schedules: list[str], text: Path, directory: Path
+) -> list[dict[str, Any]]:
+    """Return the runs of one model: the weights that all start from, the reference, each variant under each schedule."""
+    own = Variant("")
+    first = [*list_flags(model, own, REFERENCE, text, directory), "--train-iters", "1"]
+    first += ["--save", str(directory), "--save-interval", "1"]
     start = ["--load", str(directory), "--finetune", "--no-load-optim", "--no-load-rng"]
-    for schedule in (REFERENCE, *schedules):
-        flags = [*list_flags(combination, schedule, text, directory), *start]
-        cases.append({"name": schedule, "plugin": schedule != REFERENCE, "flags": flags, "may_fail": True})
+    reference = list_flags(model, own, REFERENCE, text, directory) + start
+    cases = [{"name": INITIAL, "plugin": False, "flags": first}, {"name": REFERENCE, "plugin": False, "flags": reference}]
+    for variant in variants:
+        for schedule in schedules:
+            flags = list_flags(model, variant, schedule, text, directory) + start
+            cases.append({"name": f"{variant.name:<20} {schedule}", "plugin": True, "flags": flags, "may_fail": True})
     return cases
 
 
@@ -107,7 +155,8 @@ def run_cases(cases: list[dict[str, Any]], directory: Path) -> Iterator[dict[str
     given, results = directory / "cases.json", directory / "results.json"
     worker = str(ROOT / "tests" / "distributed" / "worker.py")
     while cases:
-        given.write_text(json.dumps(cases))
+        started = cases[:CASES_PER_START]
+        given.write_text(json.dumps(started))
         results.write_text("[]")
         error = "ended without a word"
         try:
@@ -116,22 +165,24 @@ def run_cases(cases: list[dict[str, Any]], directory: Path) -> Iterator[dict[str
             error = str(caught)
         done = json.loads(results.read_text())
         yield from done
+        if len(done) < len(started):
+            ended = started[len(done)]["name"]
+            yield {"name": ended, "steps": [], "evaluations": [], "error": error}
+            if ended in (INITIAL, REFERENCE):
+                return
+            done.append({})
         cases = cases[len(done) :]
-        if cases:
-            yield {"name": cases[0]["name"], "steps": [], "evaluations": [], "error": error}
-            cases = cases[1:] if cases[0]["name"] != "initial" else []
 
 
 def compare(run: dict[str, Any], reference: dict[str, Any]) -> str:
-    """Say how far a run's losses, gradient norms and evaluations are from the reference's."""
+    """Say how far a run's losses and gradient norms are from the reference's."""
     if run["error"] is not None:
-        return str(run["error"])
+        return str(run["error"]).splitlines()[0]
     pairs = [
         (own[name], other[name])
         for own, other in zip(run["steps"], reference["steps"], strict=True)
         for name in ("loss", "grad_norm")
     ]
-    pairs += list(zip(run["evaluations"], reference["evaluations"], strict=True))
     worst = max(abs(own - other) / abs(other) for own, other in pairs)
     return f"{'agrees' if worst <= TOLERANCE else 'DIFFERS'} ({worst:.1e})"
 
@@ -141,23 +192,24 @@ def main() -> None:
     from data import prepare_text
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", help="combinations whose name is this, or starts so with a * (repeatable)")
+    parser.add_argument("--models", nargs="+", default=[model.name for model in MODELS])
+    parser.add_argument("--variants", nargs="+", help="the names of some variants (default: all)")
     parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         text = prepare_text(Path(folder) / "text", max_bytes=2**21)
-        for number, combination in enumerate(COMBINATIONS):
-            if options.only and not any(Path(combination.name).match(only) for only in options.only):
+        for model in MODELS:
+            variants = [one for one in model.variants if not options.variants or one.name in options.variants]
+            if model.name not in options.models or not variants:
                 continue
-            directory = Path(folder) / str(number)
+            directory = Path(folder) / model.name.replace(" ", "-")
             directory.mkdir()
-            reference: dict[str, Any] = {"steps": [], "evaluations": []}
-            for run in run_cases(list_cases(combination, options.schedules, text, directory), directory):
+            reference: dict[str, Any] = {}
+            for run in run_cases(list_cases(model, variants, options.schedules, text, directory), directory):
                 if run["name"] == REFERENCE:
                     reference = run
-                said = compare(run, reference) if run["name"] != "initial" or run["error"] else ""
-                if said:
-                    print(f"{combination.name:<28} {run['name']:<14} {said}", flush=True)
+                elif run["name"] != INITIAL or run["error"] is not None:
+                    print(f"{model.name:<12} {run['name']:<34} {run.get('seconds', 0):5.1f} s  {compare(run, reference)}", flush=True)
 
 
 if __name__ == "__main__":
