@@ -41,6 +41,7 @@ def prepare_arguments(args: Any, options: Options) -> None:
         chunks = 2
     _check_chunks(options.schedule, layout, chunks)
     _check_unsupported(flat, options.schedule)
+    _check_multi_token_prediction(flat, options.schedule, layout)
     if layout == V:
         _check_v(flat, ranks, options.schedule)
     _check_table(flat, ranks, chunks or 1, options)
@@ -138,6 +139,23 @@ def _check_unsupported(args: Any, schedule: str) -> None:
         raise OptionError(
             f"--cf-schedule {schedule} does not run under CUDA graphs: --cuda-graph-impl {graph} given, none is allowed; "
             "full-iteration and per-chunk graphs fix the order that the schedule decides"
+        )
+
+
+def _check_multi_token_prediction(args: Any, schedule: str, layout: str) -> None:
+    given = getattr(args, "mtp_num_layers", None)
+    if not given:
+        return
+    if not getattr(args, "untie_embeddings_and_output_weights", False):
+        raise OptionError(
+            f"--mtp-num-layers {given} with tied embeddings: on several pipeline ranks Megatron-Core gives the last stage an "
+            "output weight of its own, which its checkpoints refuse: add --untie-embeddings-and-output-weights"
+        )
+    stages = getattr(args, "pipeline_model_parallel_layout", None)
+    if layout == V and isinstance(stages, str) and "m" in stages.rpartition("|")[0]:
+        raise OptionError(
+            f"--cf-schedule {schedule} keeps all copies of the embedding on the first rank, where a V begins and ends: "
+            f"--pipeline-model-parallel-layout {stages} has an MTP layer (m) before the last stage, move it to the last"
         )
 
 

@@ -85,14 +85,16 @@ class PipelineSchedule:
             seq_length=seq_length, micro_batch_size=micro_batch_size, decoder_seq_length=decoder_seq_length,
             config=config, tp_group=groups.tp, cp_group=groups.cp,
         )  # fmt: skip
-        mailbox = Mailbox(channels, None if config.variable_seq_lengths else tuple(shape), config.pipeline_dtype, device)
+        # An MTP layer on a stage of its own hands on its output beside its input: longer than what it was given.
+        varies = config.variable_seq_lengths or getattr(config, "mtp_standalone", False)
+        mailbox = Mailbox(channels, None if varies else tuple(shape), config.pipeline_dtype, device)
         self._run(step, program, channels, mailbox)
         move_to_last_rank(step, groups.pp, rank)
 
         if config.finalize_model_grads_func is not None and not forward_only:
             tokens = step.num_tokens if config.calculate_per_token_loss else None
             config.finalize_model_grads_func(chunks, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
-            if plan.table.layout.name == V:
+            if program.table.layout.name == V:
                 add_embedding_gradients(chunks)
         if config.timers is not None:
             config.timers("forward-backward").stop()

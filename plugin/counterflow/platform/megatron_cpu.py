@@ -126,7 +126,9 @@ def install(patches: Patches) -> None:
     patches.replace(rng, "_get_cuda_rng_state", lambda original: _get_rng_state)
     patches.replace(rng, "_set_cuda_rng_state", lambda original: _set_rng_state)
     patches.replace(moe_utils, "maybe_move_tensor_to_cpu", lambda original: _keep_on_cpu)
-    patches.set(torch_norm.WrappedTorchNorm, "__new__", staticmethod(_allow_sequence_parallel(torch_norm.WrappedTorchNorm.__new__)))
+    patches.set(
+        torch_norm.WrappedTorchNorm, "__new__", staticmethod(_allow_sequence_parallel(torch_norm.WrappedTorchNorm.__new__))
+    )
     patches.replace(dataset_utils, "compile_helpers", _compile_where_missing)
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _mend_torch_adam(patches, distrib_optimizer.DistributedOptimizer)
