@@ -79,7 +79,7 @@ MODELS = (
               ("core_attn", "moe", "mlp", "layernorm", "moe_act", "shared_experts")),
             Variant("recompute uniform", f"{FULL} uniform"),
             Variant("recompute block", f"{FULL} block"),
-            Variant("layout", layouts={"1f1b": f"{LAYOUT} Ettt|tL", "": f"{LAYOUT} Et|t|tt|L"}),
+            Variant("layout", layouts={"straight": f"{LAYOUT} Ettt|tL", "two chunks": f"{LAYOUT} Et|t|tt|L"}),
         ),
     ),
     Model("bf16", "--bf16", variants=OPTIMIZERS),
@@ -87,7 +87,7 @@ MODELS = (
     Model("tied, bf16", "--bf16", drop=(UNTIE,), variants=OPTIMIZERS),
     Model("MTP", "--mtp-num-layers 1", variants=(*OPTIMIZERS,
         Variant("per-token loss", "--calculate-per-token-loss"),
-        Variant("layout", layouts={"1f1b": f"{LAYOUT} Ettt|tmL", "": f"{LAYOUT} Et|t|tt|mL"}))),
+        Variant("layout", layouts={"straight": f"{LAYOUT} Ettt|tmL", "two chunks": f"{LAYOUT} Et|t|tt|mL"}))),
     # Expert tensor parallelism is 2 too where no flag sets it.
     Model("TP 2", TP2, variants=(*OPTIMIZERS,
         Variant("ETP 1, EP 2", "--expert-tensor-parallel-size 1 --expert-model-parallel-size 2"),
@@ -96,20 +96,20 @@ MODELS = (
     Model("dense, TP 2", "--tensor-model-parallel-size 2", drop=EXPERTS),
     Model("CP 2", "--context-parallel-size 2"),
     Model("6 layers", "--num-layers 6 --moe-layer-freq ([0]*1+[1]*5)", variants=(
-        Variant("first rank 2", "--decoder-first-pipeline-num-layers 2", layouts={"1f1b": "", "": f"{CHUNKS} 2"}),
-        Variant("last rank 2", "--decoder-last-pipeline-num-layers 2", layouts={"1f1b": "", "": f"{CHUNKS} 2"}))),
+        Variant("first rank 2", "--decoder-first-pipeline-num-layers 2", layouts={"straight": "", "two chunks": f"{CHUNKS} 2"}),
+        Variant("last rank 2", "--decoder-last-pipeline-num-layers 2", layouts={"straight": "", "two chunks": f"{CHUNKS} 2"}))),
     Model("aux loss", "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 --moe-z-loss-coeff 1e-3",
         drop=("--moe-router-enable-expert-bias", "--moe-router-bias-update-rate"), variants=OPTIMIZERS),
     Model("rampup", "--rampup-batch-size 8 4 16"),
     Model("dense, learned positions, tied", "--position-embedding-type learned_absolute",
         drop=("--position-embedding-type", "--normalization", "--swiglu", "--disable-bias-linear", UNTIE, *EXPERTS)),
 )  # fmt: skip
-SCHEDULES = ("1f1b", "interleaved", "dualpipev")
+# By layout: straight, looped, V.
+FAMILIES = {"1f1b": "", "zb-h1": "", "interleaved": f"{CHUNKS} 2", "dualpipev": "", "zbv": ""}
 
 
 def list_flags(model: Model, variant: Variant, schedule: str, text: Path, directory: Path) -> list[str]:
     """Return the whole command line of one run; the reference takes no layout."""
-    from cases import SCHEDULES as CHOOSE
     from cases import SMALL, TWO_STAGES
     from train import read_flags
 
@@ -117,9 +117,10 @@ def list_flags(model: Model, variant: Variant, schedule: str, text: Path, direct
     flags += ["--data-path", str(text), "--data-cache-path", str(directory / "cache"), "--train-iters", str(STEPS)]
     flags += ["--global-batch-size", "8"]
     flags = [*drop_flags(flags, (SHARDED, *model.drop, *variant.drop)), *model.add.split(), *variant.add.split()]
-    layout = variant.layouts.get(schedule, variant.layouts.get(""))
-    if schedule in CHOOSE:
-        flags += CHOOSE[schedule] if layout is None else [*CHOOSE[schedule][:2], *layout.split()]
+    if schedule != REFERENCE:
+        straight = schedule in ("1f1b", "zb-h1")
+        layout = variant.layouts.get("straight" if straight else "two chunks", FAMILIES[schedule])
+        flags += ["--cf-schedule", schedule, *layout.split()]
     return flags
 
 
@@ -196,7 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=[model.name for model in MODELS])
     parser.add_argument("--variants", nargs="+", help="the names of some variants (default: all)")
-    parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES))
+    parser.add_argument("--schedules", nargs="+", default=list(FAMILIES))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         text = prepare_text(Path(folder) / "text", max_bytes=2**21)
