@@ -20,6 +20,9 @@ TWO_STAGES = "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2".s
 FOUR_STAGES = (
     "--seed 4321 --pipeline-model-parallel-size 4 --num-layers 8 --moe-layer-freq ([0]*1+[1]*7) --global-batch-size 8".split()
 )
+TENSOR_PARALLEL = "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel".split()
+MTP = ["--mtp-num-layers", "1"]
+UNTIE = "--untie-embeddings-and-output-weights"
 RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
 SHARDED = ["--use-distributed-optimizer"]
 OVERLAPPED = [*SHARDED, "--overlap-grad-reduce", "--overlap-param-gather"]
@@ -124,6 +127,41 @@ def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
     add("megatron 1f1b, four stages", FOUR_STAGES, begin, plugin=False, steps=3)
     for schedule, chosen in SCHEDULES.items():
         add(f"{schedule}, four stages", FOUR_STAGES, begin, chosen, steps=3)
+
+    # Tied embeddings: the last stage's output weight is a copy of the first stage's embedding.
+    add(
+        "megatron 1f1b, tied",
+        TWO_STAGES,
+        start,
+        OVERLAPPED,
+        save_to("megatron 1f1b, tied", 2),
+        plugin=False,
+        steps=4,
+        without=UNTIE,
+    )
+    add(
+        "dualpipev, tied",
+        TWO_STAGES,
+        start,
+        OVERLAPPED,
+        SCHEDULES["dualpipev"],
+        save_to("dualpipev, tied", 2),
+        steps=4,
+        without=UNTIE,
+    )
+    for saved, loaded in (("megatron 1f1b", "dualpipev"), ("dualpipev", "1f1b")):
+        resumed = ["--load", str(directory / f"{saved}, tied"), "--ckpt-step", "2"]
+        add(f"{saved}, tied -> {loaded}", TWO_STAGES, OVERLAPPED, SCHEDULES[loaded], resumed, steps=4, without=UNTIE)
+
+    # One layer of multi-token prediction, on the last stage, which holds a copy of the embedding for it.
+    add("initial, MTP", TWO_STAGES, MTP, save_to("initial, MTP", 1), plugin=False, steps=1)
+    begin = start_from("initial, MTP")
+    add("megatron 1f1b, MTP", TWO_STAGES, MTP, begin, plugin=False, steps=3)
+    uneven = ["--pipeline-model-parallel-layout", "Et|tt|t|mL"]
+    add("dualpipev, MTP, uneven layout", TWO_STAGES, MTP, begin, OVERLAPPED, SCHEDULES["dualpipev"], uneven, steps=3)
+
+    # The reference has neither: splitting a layer leaves the numbers as they are.
+    add("dualpipev, TP 2", TENSOR_PARALLEL, start, SCHEDULES["dualpipev"], steps=3)
 
     # Optimizer state written under one layout in a form that only fits it; refused under another.
     add("fitted", TWO_STAGES, SHARDED, SCHEDULES["dualpipev"], save_to("fitted", 2), steps=2, without=RESHARDABLE)

@@ -116,6 +116,32 @@ def test_four_pipeline_ranks_and_another_seed(runs: Runs, schedule: str) -> None
     assert_same_steps(runs[f"{schedule}, four stages"], runs["megatron 1f1b, four stages"])
 
 
+def test_tied_embeddings(runs: Runs) -> None:
+    assert_same_steps(runs["dualpipev, tied"], runs["megatron 1f1b, tied"])
+    untied = [step["loss"] for step in runs["megatron 1f1b, plain"]["steps"]]
+    assert runs["dualpipev, tied"]["steps"][1]["loss"] != pytest.approx(untied[1], rel=1e-3), "the embeddings were not tied"
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("megatron 1f1b", "dualpipev"), ("dualpipev", "1f1b")])
+def test_tied_embeddings_resume_under_another_schedule(runs: Runs, saved: str, loaded: str) -> None:
+    run = runs[f"{saved}, tied -> {loaded}"]
+    assert [step["iteration"] for step in run["steps"]] == [3, 4]
+    assert_same_steps(run, runs["megatron 1f1b, tied"])
+
+
+def test_multi_token_prediction_on_an_uneven_layout(runs: Runs) -> None:
+    run, reference = runs["dualpipev, MTP, uneven layout"], runs["megatron 1f1b, MTP"]
+    assert_same_steps(run, reference)
+    logged = [step["mtp_loss"] for step in run["steps"]]
+    assert logged == pytest.approx([step["mtp_loss"] for step in reference["steps"]], rel=TOLERANCE), (
+        "the last rank logs other losses of the predicted token than Megatron"
+    )
+
+
+def test_tensor_and_sequence_parallel(runs: Runs) -> None:
+    assert_same_steps(runs["dualpipev, TP 2"], runs["megatron 1f1b, plain"])
+
+
 def test_layout_bound_optimizer_state_is_refused_under_another_layout(runs: Runs) -> None:
     error = runs["fitted -> interleaved"]["error"]
     assert error is not None

@@ -28,14 +28,24 @@ class Log:
         self.evaluations: list[float] = []
 
     def attach(self) -> None:
+        from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
         from megatron.training import training
 
         log, evaluate = training.training_log, training.evaluate
 
         def training_log(loss_dict: Any, total: Any, lr: Any, iteration: int, *args: Any, **kwargs: Any) -> Any:
             loss = float(loss_dict["lm loss"]) if loss_dict else float("nan")
-            # Positions: loss_scale, report_memory_flag, skipped_iter, grad_norm.
-            self.steps.append({"iteration": iteration, "loss": loss, "grad_norm": float(args[3]), "skipped": int(args[2])})
+            predicted = MTPLossLoggingHelper.tracker.get("loss_values")
+            self.steps.append(
+                {
+                    "iteration": iteration,
+                    "loss": loss,
+                    # Positions: loss_scale, report_memory_flag, skipped_iter, grad_norm.
+                    "grad_norm": float(args[3]),
+                    "skipped": int(args[2]),
+                    "mtp_loss": float(predicted.sum()) if predicted is not None else None,
+                }
+            )
             return log(loss_dict, total, lr, iteration, *args, **kwargs)
 
         def logged_evaluate(*args: Any, **kwargs: Any) -> Any:
@@ -75,10 +85,12 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
 def forget_megatron() -> None:
     """Put Megatron's process-wide state back to what it is after import; keep the world group."""
     from megatron.core import parallel_state
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
     from megatron.training.training import destroy_global_state
     from torch.distributed import distributed_c10d as c10d
 
     destroy_global_state()
+    MTPLossLoggingHelper.tracker.clear()
     parallel_state.set_pipeline_model_parallel_rank(None)
     torch.distributed.barrier()
     for group in list(c10d._world.pg_map):

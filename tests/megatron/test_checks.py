@@ -51,8 +51,16 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         ("dualpipev", {"rampup_batch_size": ["4", "4", "100"]}, "2 micro-batches on 2 ranks given"),
         ("dualpipev", {"num_layers": 6}, "6 layers cannot be laid out on 4 stages"),
         ("dualpipev", {"num_layers": 6}, "multiple of 4 (4 or 8)"),
-        ("dualpipev", {"untie_embeddings_and_output_weights": False}, "add --untie-embeddings-and-output-weights"),
-        ("dualpipev", {"mtp_num_layers": 1}, "--mtp-num-layers 1 given, drop it"),
+        (
+            "1f1b",
+            {"mtp_num_layers": 1, "untie_embeddings_and_output_weights": False},
+            "add --untie-embeddings-and-output-weights",
+        ),
+        (
+            "dualpipev",
+            {"mtp_num_layers": 1, "pipeline_model_parallel_layout": "Ettt|tt|ttm|L"},
+            "has an MTP layer (m) before the last stage, move it to the last",
+        ),
         ("dualpipev", {"cuda_graph_impl": "full_iteration"}, "--cuda-graph-impl full_iteration given, none is allowed"),
         ("dualpipev", {"num_virtual_stages_per_pipeline_rank": 4}, "4 chunks per rank given: set --num-virtual-stages"),
         ("dualpipev", {"num_layers_per_virtual_pipeline_stage": 1}, "(VPP 2), 4 chunks per rank given"),
@@ -106,6 +114,18 @@ def test_a_v_asks_for_its_two_chunks(schedule: str) -> None:
     args = make_arguments()
     prepare_arguments(args, Options(schedule=schedule))
     assert args.num_virtual_stages_per_pipeline_rank == 2
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"untie_embeddings_and_output_weights": False},
+        {"mtp_num_layers": 1},
+        {"mtp_num_layers": 1, "pipeline_model_parallel_layout": "Ettt|tt|ttt|mL"},
+    ],
+)
+def test_a_v_may_share_its_embedding(given: dict[str, Any]) -> None:
+    prepare_arguments(make_arguments(**given), Options(schedule="dualpipev"))
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "dualpipev", "dualpipe"])

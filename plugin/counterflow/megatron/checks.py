@@ -42,6 +42,7 @@ def prepare_arguments(args: Any, options: Options) -> None:
         chunks = 2
     _check_chunks(options.schedule, layout, chunks)
     _check_unsupported(flat, options.schedule)
+    _check_multi_token_prediction(flat, options.schedule, layout)
     if layout == V:
         _check_v(flat, ranks, options.schedule)
     if count_replicas(table_layout) > 1:
@@ -143,18 +144,25 @@ def _check_unsupported(args: Any, schedule: str) -> None:
         )
 
 
-def _check_v(args: Any, ranks: int, schedule: str) -> None:
-    """What a model that ends on its first rank cannot have yet."""
+def _check_multi_token_prediction(args: Any, schedule: str, layout: str) -> None:
+    given = getattr(args, "mtp_num_layers", None)
+    if not given:
+        return
     if not getattr(args, "untie_embeddings_and_output_weights", False):
         raise OptionError(
-            f"--cf-schedule {schedule} does not run with tied embeddings in this version (first and last stage share a rank): "
-            "add --untie-embeddings-and-output-weights"
+            f"--mtp-num-layers {given} with tied embeddings: on several pipeline ranks Megatron-Core gives the last stage an "
+            "output weight of its own, which its checkpoints refuse: add --untie-embeddings-and-output-weights"
         )
-    if getattr(args, "mtp_num_layers", None):
+    stages = getattr(args, "pipeline_model_parallel_layout", None)
+    if layout == V and isinstance(stages, str) and "m" in stages.rpartition("|")[0]:
         raise OptionError(
-            f"--cf-schedule {schedule} does not run with multi-token prediction in this version: "
-            f"--mtp-num-layers {args.mtp_num_layers} given, drop it"
+            f"--cf-schedule {schedule} keeps all copies of the embedding on the first rank, where a V begins and ends: "
+            f"--pipeline-model-parallel-layout {stages} has an MTP layer (m) before the last stage, move it to the last"
         )
+
+
+def _check_v(args: Any, ranks: int, schedule: str) -> None:
+    """What a model that ends on its first rank cannot have yet."""
     saves = getattr(args, "save", None) or getattr(args, "load", None)
     if saves and getattr(args, "ckpt_format", "torch_dist") != "torch_dist":
         raise OptionError(

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron.core import parallel_state
 
+from counterflow.megatron.embeddings import copy_embedding
 from counterflow.megatron.mirror import hold_mirrored_rank, mirror_collection, run_mirrored
 
 WAY_BACK = 1
@@ -18,9 +19,12 @@ def lay_out_as_v(build_chunk: Callable[..., Any]) -> Callable[..., Any]:
     process groups by keyword or as its first argument, as both of Megatron's build paths call it.
     """
 
+    built: list[Any] = []
+
     def build(*args: Any, vp_stage: int | None = None, **kwargs: Any) -> Any:
         if vp_stage != WAY_BACK:
-            return build_chunk(*args, vp_stage=vp_stage, **kwargs)
+            built[:] = [build_chunk(*args, vp_stage=vp_stage, **kwargs)]
+            return built[0]
         if "pg_collection" in kwargs:
             kwargs["pg_collection"] = mirror_collection(kwargs["pg_collection"])
         else:
@@ -31,6 +35,8 @@ def lay_out_as_v(build_chunk: Callable[..., Any]) -> Callable[..., Any]:
             kwargs["post_process"] = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
             chunk = build_chunk(*args, vp_stage=vp_stage, **kwargs)
         chunk.sharded_state_dict = run_mirrored(chunk.sharded_state_dict)
+        copy_embedding([*built, chunk])
+        built.clear()
         return chunk
 
     return build

@@ -19,8 +19,9 @@ from counterflow.config import AUTO, Options
 from counterflow.errors import OptionError
 from counterflow.megatron.auto import AutoTable
 from counterflow.megatron.crosslink import link_pipelines
+from counterflow.megatron.embeddings import add_embedding_gradients
 from counterflow.megatron.gradient_sync import GradientSync
-from counterflow.megatron.tables import build_table, choose_layout, count_replicas
+from counterflow.megatron.tables import build_table, choose_layout, count_replicas, name_model_layout
 from counterflow.megatron.work import MegatronWork, Step, move_to_last_rank
 from counterflow.megatron.zero_bubble import watch_reductions
 from counterflow.runtime.executor import run_program
@@ -29,6 +30,7 @@ from counterflow.runtime.mailbox import Channels, Mailbox
 from counterflow.runtime.recorder import Recorder, append_record
 from counterflow.runtime.watch import Watch, find_store
 from counterflow.schedule import ScheduleTable, build_forward_only
+from counterflow.schedule.layouts import V
 
 
 class PipelineSchedule:
@@ -88,7 +90,9 @@ class PipelineSchedule:
             seq_length=seq_length, micro_batch_size=micro_batch_size, decoder_seq_length=decoder_seq_length,
             config=config, tp_group=groups.tp, cp_group=groups.cp,
         )  # fmt: skip
-        mailbox = Mailbox(channels, None if config.variable_seq_lengths else tuple(shape), config.pipeline_dtype, device)
+        # An MTP layer on a stage of its own hands on its output beside its input: longer than what it was given.
+        varies = config.variable_seq_lengths or getattr(config, "mtp_standalone", False)
+        mailbox = Mailbox(channels, None if varies else tuple(shape), config.pipeline_dtype, device)
         watch.begin(self._training_steps)
         if forward_only:
             run_program(program, MegatronWork(step, self._make_sync(step, channels)), mailbox, watch=watch)
@@ -99,6 +103,8 @@ class PipelineSchedule:
         if config.finalize_model_grads_func is not None and not forward_only:
             tokens = step.num_tokens if config.calculate_per_token_loss else None
             config.finalize_model_grads_func(chunks, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
+            if name_model_layout(table.layout) == V:
+                add_embedding_gradients(chunks)
         if config.timers is not None:
             config.timers("forward-backward").stop()
         return step.losses

@@ -95,6 +95,12 @@ FREE_OUTPUT = Seam(
 )
 SET_RANK = Seam("megatron.core.parallel_state", "set_pipeline_model_parallel_rank", ("rank",), "V layout, mirrored rank")
 SET_DATA_RANK = Seam("megatron.core.parallel_state", "set_data_parallel_rank", ("rank",), "full DualPipe, the partner's data")
+MAKE_GROUPS = Seam(
+    "megatron.core.parallel_state",
+    "initialize_model_parallel",
+    ("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    "V layout, copies of the embedding",
+)
 GET_MODEL = Seam(
     "megatron.training.training", "get_model", ("model_provider_func", "model_type", "wrap_with_ddp"), "V layout, model provider"
 )
@@ -136,6 +142,7 @@ SEAMS = (
     FREE_OUTPUT,
     SET_RANK,
     SET_DATA_RANK,
+    MAKE_GROUPS,
     GET_MODEL,
     BUILD_STAGES,
     BUILD_ITERATORS,
@@ -235,6 +242,7 @@ def install_schedule(patches: Patches, options: Options, has_transformer_engine:
     """Take the schedule, split backward passes, and for a V the builders, data sets and checkpoint check."""
     from counterflow.megatron.checkpoint import refuse_other_layout
     from counterflow.megatron.crosslink import read_partners_data
+    from counterflow.megatron.embeddings import keep_embeddings_on_first_rank
     from counterflow.megatron.model import lay_out_as_v, mirror_dataset_provider
     from counterflow.megatron.schedule import PipelineSchedule
     from counterflow.megatron.tables import choose_layout, count_replicas, name_model_layout
@@ -249,6 +257,7 @@ def install_schedule(patches: Patches, options: Options, has_transformer_engine:
     _take(patches, LOAD_CHECKPOINT, refuse_other_layout)
     layout = choose_layout(options, 2, 2)
     if name_model_layout(layout) == V:
+        _take(patches, MAKE_GROUPS, keep_embeddings_on_first_rank)
         _take(patches, GET_MODEL, lambda original: _wrap_first(original, lay_out_as_v))
         if BUILD_STAGES.is_present():
             _take(patches, BUILD_STAGES, lambda original: _wrap_first(original, lay_out_as_v))

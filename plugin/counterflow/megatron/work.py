@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from counterflow.megatron.gradient_sync import GradientSync
 from counterflow.megatron.mirror import run_mirrored
 from counterflow.megatron.model import WAY_BACK
+from counterflow.megatron.prediction_log import add_prediction_losses, take_prediction_losses
 from counterflow.megatron.tables import name_model_layout
 from counterflow.megatron.zero_bubble import defer_engine_weight_grads
 from counterflow.schedule import ScheduleTable
@@ -100,8 +101,9 @@ def move_to_last_rank(step: Step, pp_group: Any, rank: int) -> None:
     """Hand losses and token counts from the rank that computed them to the one that Megatron reads.
 
     A V ends on pipeline rank 0, each of two cross-linked replicas too (there with the partner's losses, which the sum over
-    replicas does not tell apart); Megatron's loop reads losses, and broadcasts token counts, from the last rank. On a GPU this
-    waits for the losses once per step (untested on GPU).
+    replicas does not tell apart); Megatron's loop reads losses, and broadcasts token counts, from the last rank. So it is with
+    the losses of multi-token prediction, which upstream gathers for its log. On a GPU this waits for the losses once per step
+    (untested on GPU).
     """
     layout, target = step.table.layout, pp_group.size() - 1
     source = next(r for r in range(pp_group.size()) if layout.last_stage in layout.stages[r])
@@ -110,10 +112,12 @@ def move_to_last_rank(step: Step, pp_group: Any, rank: int) -> None:
     ranks = dist.get_process_group_ranks(pp_group)
     device = step.num_tokens.device
     if rank == source:
-        payload = tree_map(lambda value: value.cpu() if torch.is_tensor(value) else value, [step.losses, step.num_tokens])
+        payload = [step.losses, step.num_tokens, take_prediction_losses()]
+        payload = tree_map(lambda value: value.cpu() if torch.is_tensor(value) else value, payload)
         dist.send_object_list(payload, ranks[target], group=pp_group, device=device)
         step.losses = []
     elif rank == target:
-        received: list[Any] = [None, None]
+        received: list[Any] = [None, None, None]
         dist.recv_object_list(received, ranks[source], group=pp_group, device=device)
-        step.losses, step.num_tokens = tree_map(lambda v: v.to(device) if torch.is_tensor(v) else v, received)
+        step.losses, step.num_tokens, predicted = tree_map(lambda v: v.to(device) if torch.is_tensor(v) else v, received)
+        add_prediction_losses(predicted)

@@ -3,6 +3,7 @@
 Each is replaced where it lives and wherever it was imported by name; see `platform.cpu` for the rest.
 """
 
+import copy
 import importlib
 import logging
 import os
@@ -82,6 +83,23 @@ def _leave_step_alone(set_states: Any) -> Any:
     return set_all_but_step
 
 
+def _allow_sequence_parallel(new: Any) -> Any:
+    @wraps(new)
+    def build_norm(cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+        if not config.sequence_parallel:
+            return new(cls, config, *args, **kwargs)
+        # A norm works token by token and runs on a part of the sequence as it is. Upstream refuses torch's only because
+        # nothing marks its parameters as those whose gradients are summed over the tensor-parallel ranks.
+        config = copy.copy(config)
+        config.sequence_parallel = False
+        norm = new(cls, config, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = True
+        return norm
+
+    return build_norm
+
+
 class _SilenceForkWarning(logging.Filter):
     """Drops the tracker's warning that the CPU random state changed: here it is the CUDA state too."""
 
@@ -102,11 +120,15 @@ def install(patches: Patches) -> None:
     from megatron.core.datasets import utils as dataset_utils
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.tensor_parallel import random as rng
+    from megatron.core.transformer import torch_norm
     from megatron.core.transformer.moe import moe_utils
 
     patches.replace(rng, "_get_cuda_rng_state", lambda original: _get_rng_state)
     patches.replace(rng, "_set_cuda_rng_state", lambda original: _set_rng_state)
     patches.replace(moe_utils, "maybe_move_tensor_to_cpu", lambda original: _keep_on_cpu)
+    patches.set(
+        torch_norm.WrappedTorchNorm, "__new__", staticmethod(_allow_sequence_parallel(torch_norm.WrappedTorchNorm.__new__))
+    )
     patches.replace(dataset_utils, "compile_helpers", _compile_where_missing)
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _mend_torch_adam(patches, distrib_optimizer.DistributedOptimizer)

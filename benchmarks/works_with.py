@@ -1,0 +1,222 @@
+"""What each schedule works with: `python benchmarks/works_with.py [--only WORD] [--schedules dualpipev]`.
+
+Trains a small model for a few steps on four CPU ranks under plain Megatron 1F1B and under each schedule, from one
+checkpoint, with each combination of flags in turn, and says by how much losses and gradient norms differ.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "examples" / "pretrain_moe"), str(ROOT / "tests" / "distributed")]
+
+STEPS = 3
+TOLERANCE = 1e-5
+REFERENCE = "megatron 1f1b"
+INITIAL = "initial weights"
+CASES_PER_START = 10
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Flags that change how a model trains and leave its numbers as they are.
+
+    A flag in ``drop`` goes with its values. ``layouts`` replaces the chunks that a schedule is given by default.
+    """
+
+    name: str
+    add: str = ""
+    drop: tuple[str, ...] = ()
+    layouts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Flags that change the numbers, so that plain Megatron 1F1B runs with them too; then the variants."""
+
+    name: str
+    add: str = ""
+    drop: tuple[str, ...] = ()
+    variants: tuple[Variant, ...] = (Variant("as it is"),)
+
+
+SHARDED = "--use-distributed-optimizer"
+OVERLAPPED = f"{SHARDED} --overlap-grad-reduce --overlap-param-gather"
+UNTIE = "--untie-embeddings-and-output-weights"
+CHUNKS = "--num-virtual-stages-per-pipeline-rank"
+SELECTIVE = "--recompute-granularity selective --recompute-modules"
+FULL = "--recompute-granularity full --recompute-num-layers 1 --recompute-method"
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 1"
+LAYOUT = "--pipeline-model-parallel-layout"
+
+EXPERTS = (
+    "--num-experts", "--moe-layer-freq", "--moe-ffn-hidden-size", "--moe-shared-expert-intermediate-size", "--moe-router-topk",
+    "--moe-router-num-groups", "--moe-router-group-topk", "--moe-router-score-function", "--moe-router-topk-scaling-factor",
+    "--moe-router-enable-expert-bias", "--moe-router-bias-update-rate", "--moe-router-load-balancing-type",
+    "--moe-router-dtype", "--moe-token-dispatcher-type", "--expert-model-parallel-size",
+)  # fmt: skip
+OPTIMIZERS = (
+    Variant("as it is"),
+    Variant("sharded", SHARDED),
+    Variant("overlap", OVERLAPPED),
+)
+MODELS = (
+    Model(
+        "moe",
+        variants=(
+            *OPTIMIZERS,
+            Variant("EP 1", "--expert-model-parallel-size 1"),
+            Variant("allgather", "--moe-token-dispatcher-type allgather"),
+            Variant("per-token loss", "--calculate-per-token-loss"),
+            *(Variant(f"recompute {module}", f"{SELECTIVE} {module}") for module in
+              ("core_attn", "moe", "mlp", "layernorm", "moe_act", "shared_experts")),
+            Variant("recompute uniform", f"{FULL} uniform"),
+            Variant("recompute block", f"{FULL} block"),
+            Variant("layout", layouts={"straight": f"{LAYOUT} Ettt|tL", "two chunks": f"{LAYOUT} Et|t|tt|L"}),
+        ),
+    ),
+    Model("bf16", "--bf16", variants=OPTIMIZERS),
+    Model("tied", drop=(UNTIE,), variants=(*OPTIMIZERS, Variant("per-token loss", "--calculate-per-token-loss"))),
+    Model("tied, bf16", "--bf16", drop=(UNTIE,), variants=OPTIMIZERS),
+    Model("MTP", "--mtp-num-layers 1", variants=(*OPTIMIZERS,
+        Variant("per-token loss", "--calculate-per-token-loss"),
+        Variant("layout", layouts={"straight": f"{LAYOUT} Ettt|tmL", "two chunks": f"{LAYOUT} Et|t|tt|mL"}))),
+    # Expert tensor parallelism is 2 too where no flag sets it.
+    Model("TP 2", TP2, variants=(*OPTIMIZERS,
+        Variant("ETP 1, EP 2", "--expert-tensor-parallel-size 1 --expert-model-parallel-size 2"),
+        Variant("recompute uniform", f"{FULL} uniform"))),
+    Model("TP 2, tied", TP2, drop=(UNTIE,), variants=OPTIMIZERS),
+    Model("dense, TP 2", "--tensor-model-parallel-size 2", drop=EXPERTS),
+    Model("CP 2", "--context-parallel-size 2"),
+    Model("6 layers", "--num-layers 6 --moe-layer-freq ([0]*1+[1]*5)", variants=(
+        Variant("first rank 2", "--decoder-first-pipeline-num-layers 2", layouts={"straight": "", "two chunks": f"{CHUNKS} 2"}),
+        Variant("last rank 2", "--decoder-last-pipeline-num-layers 2", layouts={"straight": "", "two chunks": f"{CHUNKS} 2"}))),
+    Model("aux loss", "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 --moe-z-loss-coeff 1e-3",
+        drop=("--moe-router-enable-expert-bias", "--moe-router-bias-update-rate"), variants=OPTIMIZERS),
+    Model("rampup", "--rampup-batch-size 8 4 16"),
+    Model("dense, learned positions, tied", "--position-embedding-type learned_absolute",
+        drop=("--position-embedding-type", "--normalization", "--swiglu", "--disable-bias-linear", UNTIE, *EXPERTS)),
+)  # fmt: skip
+# By layout: straight, looped, V.
+FAMILIES = {"1f1b": "", "zb-h1": "", "interleaved": f"{CHUNKS} 2", "dualpipev": "", "zbv": ""}
+
+
+def list_flags(model: Model, variant: Variant, schedule: str, text: Path, directory: Path) -> list[str]:
+    """Return the whole command line of one run; the reference takes no layout."""
+    from cases import SMALL, TWO_STAGES
+    from train import read_flags
+
+    flags = [*read_flags("deepseek-v3-small.args"), *read_flags("cpu.args"), *SMALL, *TWO_STAGES]
+    flags += ["--data-path", str(text), "--data-cache-path", str(directory / "cache"), "--train-iters", str(STEPS)]
+    flags += ["--global-batch-size", "8"]
+    flags = [*drop_flags(flags, (SHARDED, *model.drop, *variant.drop)), *model.add.split(), *variant.add.split()]
+    if schedule != REFERENCE:
+        straight = schedule in ("1f1b", "zb-h1")
+        layout = variant.layouts.get("straight" if straight else "two chunks", FAMILIES[schedule])
+        flags += ["--cf-schedule", schedule, *layout.split()]
+    return flags
+
+
+def drop_flags(flags: list[str], dropped: tuple[str, ...]) -> list[str]:
+    """Take flags with their values out of a command line."""
+    kept, dropping = [], False
+    for word in flags:
+        if word.startswith("--"):
+            dropping = word in dropped
+        if not dropping:
+            kept.append(word)
+    return kept
+
+
+def list_cases(model: Model, variants: list[Variant], schedules: list[str], text: Path, directory: Path) -> list[dict[str, Any]]:
+    """Return the runs of one model: the weights that all start from, the reference, each variant under each schedule."""
+    own = Variant("")
+    first = [*list_flags(model, own, REFERENCE, text, directory), "--train-iters", "1"]
+    first += ["--save", str(directory), "--save-interval", "1"]
+    start = ["--load", str(directory), "--finetune", "--no-load-optim", "--no-load-rng"]
+    reference = list_flags(model, own, REFERENCE, text, directory) + start
+    cases = [{"name": INITIAL, "plugin": False, "flags": first}, {"name": REFERENCE, "plugin": False, "flags": reference}]
+    for variant in variants:
+        for schedule in schedules:
+            flags = list_flags(model, variant, schedule, text, directory) + start
+            cases.append({"name": f"{variant.name:<20} {schedule}", "plugin": True, "flags": flags, "may_fail": True})
+    return cases
+
+
+def run_cases(cases: list[dict[str, Any]], directory: Path) -> Iterator[dict[str, Any]]:
+    """Run the cases in turn, many in a start; one that ends its start badly is left out of the next."""
+    from ranks import RankError, start_ranks
+
+    given, results = directory / "cases.json", directory / "results.json"
+    worker = str(ROOT / "tests" / "distributed" / "worker.py")
+    while cases:
+        started = cases[:CASES_PER_START]
+        given.write_text(json.dumps(started))
+        results.write_text("[]")
+        error = "ended without a word"
+        try:
+            start_ranks(4, [sys.executable, "-W", "ignore", worker, str(given), str(results)], directory / "logs")
+        except RankError as caught:
+            error = str(caught)
+        done = json.loads(results.read_text())
+        yield from done
+        if len(done) < len(started):
+            ended = started[len(done)]["name"]
+            yield {"name": ended, "steps": [], "evaluations": [], "error": error}
+            if ended in (INITIAL, REFERENCE):
+                return
+            done.append({})
+        cases = cases[len(done) :]
+
+
+def compare(run: dict[str, Any], reference: dict[str, Any]) -> str:
+    """Say how far a run's losses and gradient norms are from the reference's."""
+    if run["error"] is not None:
+        return str(run["error"]).splitlines()[0]
+    pairs = [
+        (own[name], other[name])
+        for own, other in zip(run["steps"], reference["steps"], strict=True)
+        for name in ("loss", "grad_norm", "mtp_loss")
+        if other[name] is not None
+    ]
+    worst = max(abs(own - other) / abs(other) if own is not None else inf for own, other in pairs)
+    return f"{'agrees' if worst <= TOLERANCE else 'DIFFERS'} ({worst:.1e})"
+
+
+def main() -> None:
+    """Run the chosen part of the matrix and print a line for each run."""
+    from data import prepare_text
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=[model.name for model in MODELS])
+    parser.add_argument("--variants", nargs="+", help="the names of some variants (default: all)")
+    parser.add_argument("--schedules", nargs="+", default=list(FAMILIES))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        text = prepare_text(Path(folder) / "text", max_bytes=2**21)
+        for model in MODELS:
+            variants = [one for one in model.variants if not options.variants or one.name in options.variants]
+            if model.name not in options.models or not variants:
+                continue
+            directory = Path(folder) / model.name.replace(" ", "-")
+            directory.mkdir()
+            reference: dict[str, Any] = {}
+            for run in run_cases(list_cases(model, variants, options.schedules, text, directory), directory):
+                if run["name"] == REFERENCE:
+                    reference = run
+                elif run["name"] != INITIAL or run["error"] is not None:
+                    print(
+                        f"{model.name:<12} {run['name']:<34} {run.get('seconds', 0):5.1f} s  {compare(run, reference)}",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Embeddings of which a V holds two copies, both on pipeline rank 0: in its first and in its last stage.
+
+With tied embeddings the last stage's output weight, and with multi-token prediction its embedding, is a copy of the first
+stage's embedding. Upstream expects the copies on the first and the last pipeline rank and keeps them equal by collectives
+between the two. In a V both are here: the copy is filled and the gradients are added without a message.
+
+Upstream's marks are kept: it gives both copies, ``shared_embedding``, gradient buckets of their own, so that the shards of
+a distributed optimizer lie alike in both; the second is ``shared``, so that norms count it once; checkpoints name both by
+the first one's key.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+
+def keep_embeddings_on_first_rank(initialize_model_parallel: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap upstream's making of process groups: the embedding group is pipeline rank 0 alone."""
+
+    @wraps(initialize_model_parallel)
+    def initialize(*args: Any, **kwargs: Any) -> Any:
+        return initialize_model_parallel(*args, **{**kwargs, "get_embedding_ranks": lambda pipeline_ranks: pipeline_ranks[:1]})
+
+    return initialize
+
+
+def copy_embedding(chunks: list[Any]) -> None:
+    """Fill the last stage's copy with the first stage's embedding; upstream leaves zeros in it."""
+    copies = _find_copies(chunks)
+    for copy in copies[1:]:
+        copy.data.copy_(copies[0].data)
+
+
+def add_embedding_gradients(chunks: list[Any]) -> None:
+    """Give both copies the sum of their gradients, after these have been reduced over the data-parallel ranks.
+
+    Of a reduce-scattered gradient only this rank's shard is valid; it is the same part of both copies.
+    """
+    copies = [copy for copy in _find_copies(chunks) if copy.requires_grad]
+    if len(copies) > 1:
+        gradients = [getattr(copy, "main_grad", copy.grad) for copy in copies]
+        for gradient in gradients[1:]:
+            gradients[0].add_(gradient)
+        for gradient in gradients[1:]:
+            gradient.copy_(gradients[0])
+
+
+def _find_copies(chunks: list[Any]) -> list[Any]:
+    """Return the marked parameters in the order of the stages; [] where nothing is shared or on other ranks."""
+    return [parameter for chunk in chunks for parameter in chunk.parameters() if getattr(parameter, "shared_embedding", False)]
