@@ -130,7 +130,7 @@ def draw_steps(out: Path, results: list[Result], ranks: int, microbatches: int) 
         costs = Costs(result.seconds, result.seconds, result.seconds)
         measured = load_record(out / f"record-{size}" / "dualpipev", step)
         pictures = [
-            Picture("simulated", table, simulate(table, costs)),
+            Picture("simulated, pairs as one block", table, simulate(table, costs)),
             Picture(f"measured (step {step})", table, measured),
         ]
         (out / f"dualpipev-{size}.html").write_text(render_html(pictures), encoding="utf-8")
