@@ -97,7 +97,7 @@ def read_flags(argv: Sequence[str]) -> Options:
     known = [option for action in parser._actions for option in action.option_strings]
     for token in rest:
         flag = token.split("=", 1)[0]
-        if flag.startswith("--cf-"):
+        if flag.startswith(("--cf-", "--no-cf-")):
             close = difflib.get_close_matches(flag, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise OptionError(f"{flag} is not a flag of this version of counterflow; allowed: {', '.join(known)}{hint}")
@@ -115,7 +115,7 @@ def read_mapping(given: Mapping[str, Any]) -> Options:
             allowed = ", ".join(Options.model_fields)
             raise OptionError(f"counterflow has no option {name!r}; allowed: {allowed}") from None
         message = first["msg"].removeprefix("Value error, ")
-        raise OptionError(f"--cf-{name}: {message} (given: {first['input']!r})") from None
+        raise OptionError(f"--cf-{name.replace('_', '-')}: {message} (given: {first['input']!r})") from None
 
 
 def merge_options(base: Options, over: Options) -> Options:
