@@ -51,7 +51,8 @@ def forward_step(data, model, return_schedule_plan=False):
 def run(kind):
     for parameter in model.parameters():
         parameter.main_grad, parameter.grad = torch.zeros_like(parameter), None
-    step = Step(forward_step, [iter(tokens)], [model], config, table, 2, 1, False, False, None, [], torch.zeros([], dtype=torch.int))
+    count = torch.zeros([], dtype=torch.int)
+    step = Step(forward_step, [iter(tokens)], [model], config, table, 2, 1, False, False, None, [], count)
     work = kind(step, GradientSync(config, [model], table, 0, zero_bubble=True, forward_only=False))
     work.forward(0, 0, None)
     if kind is MegatronWork:

@@ -80,7 +80,8 @@ def build_table(options: Options, ranks: int, microbatches: int, chunks: int, gr
     if options.overlap and not any(action.parts for row in table.actions for action in row):
         raise OptionError(
             f"--cf-overlap runs overlapped pairs F&B and {options.schedule} has none with {microbatches} micro-batches on "
-            f"{ranks} ranks: choose interleaved, dualpipev, dualpipe or auto, give a table with OVERLAP_F_B cells, or drop --cf-overlap"
+            f"{ranks} ranks: choose interleaved, dualpipev, dualpipe or auto, give a table with OVERLAP_F_B cells, or drop "
+            "--cf-overlap"
         )
     return table
 
