@@ -137,6 +137,8 @@ def _let_streams_run(patches: Patches) -> None:
     # The submitter has ordered the node; in the worker it just runs.
     patches.set(utils.ScheduleNode, "stream_acquire_context", lambda self, name=None: contextlib.nullcontext())
     patches.set(Plan, "run", _run_on_workers(Plan.run, streams.Stream(), lambda: utils.get_comm_stream()))
+
+
 def _allow_sequence_parallel(new: Any) -> Any:
     @wraps(new)
     def build_norm(cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
