@@ -29,13 +29,16 @@ def compute_loss(loss_mask: Any, output: torch.Tensor) -> tuple[torch.Tensor, to
     return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.to(loss.dtype)])}
 
 
-def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Any]:
-    """Run one micro-batch through one model chunk; only the first and the last stage read data."""
+def forward_step(
+    data_iterator: Iterator[dict[str, torch.Tensor]], model: Any, return_schedule_plan: bool = False
+) -> tuple[torch.Tensor, Any]:
+    """Run one micro-batch through one model chunk, or return the plan to do so; only the first and the last stage read data."""
     batch: dict[str, torch.Tensor | None] = dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids"))
     if is_first_or_last_pipeline_stage(get_attr_wrapped_model(model, "vp_stage")):
         read = next(data_iterator)
         batch = {name: read[name].cuda(non_blocking=True) for name in batch}
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
+    run = model.build_schedule_plan if return_schedule_plan else model
+    output = run(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
     return output, partial(compute_loss, batch["loss_mask"])
 
 

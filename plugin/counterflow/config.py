@@ -28,6 +28,8 @@ class Options(BaseModel):
 
     schedule: str | None = None
     """Pipeline schedule: a name of `SCHEDULES` or the path of a table in CSV; None leaves Megatron's."""
+    overlap: bool = False
+    """Whether overlapped pairs F&B hide expert communication behind compute, on Megatron's layer schedule plans."""
     platform: Literal["auto", "cpu", "cuda"] = "auto"
     """Where ranks run: ``auto`` takes the CPU where no GPU is found."""
     zero_bubble: bool | None = None
@@ -61,6 +63,11 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--cf-schedule",
         metavar="NAME|FILE.csv",
         help=f"pipeline schedule: {', '.join(SCHEDULES)}, or a table in CSV; without it Megatron's own runs",
+    )
+    group.add_argument(
+        "--cf-overlap",
+        action="store_true",
+        help="run the schedule's overlapped pairs F&B so that one side's expert all-to-all hides behind the other's compute",
     )
     group.add_argument(
         "--cf-platform",

@@ -17,6 +17,7 @@ USAGE = """usage: python -m counterflow.launch SCRIPT [ARGS...]
 
 Runs a Megatron training script with counterflow's flags:
   --cf-schedule NAME|FILE.csv   1f1b, interleaved, dualpipev, or a table in CSV
+  --cf-overlap                  hide expert all-to-all behind compute in the schedule's overlapped pairs
   --cf-platform auto|cpu|cuda   cpu runs on CPU ranks over gloo; auto does so where no GPU is found
   --cf-record DIR               write every training step's timeline to DIR
 All other arguments are the script's own; SCRIPT --help lists them together."""

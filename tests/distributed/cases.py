@@ -55,10 +55,11 @@ VARIANTS = {
     "per-token loss": ["--calculate-per-token-loss"],
     "fp16, dynamic loss scale": ["--fp16", "--initial-loss-scale", "65536", "--loss-scale-window", "2"],
     "bf16": ["--bf16"],
+    "bf16, overlapped pairs": ["--bf16", "--cf-overlap", *OVERLAPPED],
     "selective recompute": ["--recompute-granularity", "selective", "--recompute-modules", "core_attn", "moe"],
 }
-# These change the numbers; the others must leave plain Megatron's as they are.
-OWN_REFERENCE = ("fp16, dynamic loss scale", "bf16")
+# These change the numbers, and to whose; the others must leave plain Megatron's as they are.
+OWN_REFERENCE = {"fp16, dynamic loss scale": "fp16, dynamic loss scale", "bf16": "bf16", "bf16, overlapped pairs": "bf16"}
 
 
 def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
@@ -117,9 +118,10 @@ def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
         add(f"{source} -> {loaded}", TWO_STAGES, SHARDED, chosen, resumed, steps=RESUMED)
 
     for variant, flags in VARIANTS.items():
-        if variant in OWN_REFERENCE:
+        if variant == OWN_REFERENCE.get(variant):
             add(f"megatron 1f1b, {variant}", TWO_STAGES, start, flags, plugin=False, steps=3)
         add(f"dualpipev, {variant}", TWO_STAGES, start, flags, SCHEDULES["dualpipev"], steps=3)
+    add("interleaved, overlapped pairs", TWO_STAGES, start, ["--bf16", "--cf-overlap"], SCHEDULES["interleaved"], steps=3)
     add("interleaved, overlap", TWO_STAGES, start, OVERLAPPED, SCHEDULES["interleaved"], steps=3)
 
     add("initial, four stages", FOUR_STAGES, save_to("initial, four stages", 1), plugin=False, steps=1)

@@ -103,8 +103,14 @@ def test_cross_linked_replicas_share_checkpoints_with_others(runs: Runs, saved: 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dualpipev_with(runs: Runs, variant: str) -> None:
-    reference = runs[f"megatron 1f1b, {variant if variant in OWN_REFERENCE else 'plain'}"]
+    reference = runs[f"megatron 1f1b, {OWN_REFERENCE.get(variant, 'plain')}"]
     assert_same_steps(runs[f"dualpipev, {variant}"], reference)
+
+
+def test_overlapped_pairs_train_and_evaluate_as_without(runs: Runs) -> None:
+    run, reference = runs["dualpipev, bf16, overlapped pairs"], runs["megatron 1f1b, bf16"]
+    assert run["evaluations"] == pytest.approx(reference["evaluations"], rel=TOLERANCE)
+    assert_same_steps(runs["interleaved, overlapped pairs"], reference)
 
 
 def test_interleaved_with_overlap(runs: Runs) -> None:

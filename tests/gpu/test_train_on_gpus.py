@@ -16,9 +16,9 @@ LOSS = re.compile(r"^step +\d+/\d+  loss ([\d.]+)", re.MULTILINE)
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
-def train(directory: Path, schedule: str, *flags: str) -> list[float]:
+def train(directory: Path, schedule: str, *flags: str, ranks: int = 2) -> list[float]:
     command = [sys.executable, str(TRAIN), "--dir", str(directory), "--platform", "cuda", "--schedule", schedule]
-    done = subprocess.run([*command, "--iters", "8", "--ranks", "2", *flags], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "--iters", "8", "--ranks", str(ranks), *flags], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [float(loss) for loss in LOSS.findall(done.stdout)]
 
@@ -36,3 +36,14 @@ def test_schedules_agree_over_nccl_from_one_checkpoint(tmp_path: Path) -> None:
     start = ["--load", str(tmp_path / "run" / "checkpoints"), "--finetune", "--no-load-optim", "--no-load-rng"]
     reference = train(tmp_path / "a", "1f1b", *start)
     assert train(tmp_path / "b", "dualpipev", *start) == pytest.approx(reference, rel=1e-3)
+
+
+def test_overlapped_pairs_agree_on_cuda_streams(tmp_path: Path) -> None:
+    flags = ["--bf16", "--expert-model-parallel-size", "2"]
+    if torch.cuda.device_count() < 4:
+        pytest.skip("needs four GPUs: two pipeline ranks of two expert-parallel ranks")
+    train(tmp_path / "run", "dualpipev", *flags, ranks=4)
+    start = ["--load", str(tmp_path / "run" / "checkpoints"), "--finetune", "--no-load-optim", "--no-load-rng"]
+    reference = train(tmp_path / "a", "dualpipev", *flags, *start, ranks=4)
+    found = train(tmp_path / "b", "dualpipev", *flags, *start, "--cf-overlap", ranks=4)
+    assert found == pytest.approx(reference, rel=1e-3)

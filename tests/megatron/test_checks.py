@@ -144,6 +144,43 @@ def test_without_a_schedule_nothing_is_checked_or_set() -> None:
     assert vars(args) == before
 
 
+@pytest.mark.parametrize(
+    ("schedule", "given", "said"),
+    [
+        (
+            None,
+            {},
+            "--cf-overlap overlaps the pairs of a --cf-schedule and none is given: add --cf-schedule interleaved or dualpipev",
+        ),
+        (
+            "1f1b",
+            {},
+            "runs overlapped pairs F&B and 1f1b has none with 8 micro-batches on 2 ranks: choose interleaved, dualpipev",
+        ),
+        ("zbv", {}, "and zbv has none with 8 micro-batches"),
+    ],
+)
+def test_overlap_without_pairs_is_refused(schedule: str | None, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError) as raised:
+        prepare_arguments(make_arguments(**given), Options(schedule=schedule, overlap=True))
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "dualpipev", "auto"])
+def test_overlap_turns_upstreams_own_flag_on(schedule: str) -> None:
+    args = make_arguments(num_virtual_stages_per_pipeline_rank=2, overlap_moe_expert_parallel_comm=False)
+    prepare_arguments(args, Options(schedule=schedule, overlap=True))
+    assert args.overlap_moe_expert_parallel_comm is True
+
+
+def test_upstreams_flag_alone_points_to_ours() -> None:
+    args = make_arguments(overlap_moe_expert_parallel_comm=True)
+    with pytest.raises(OptionError, match="does not take --overlap-moe-expert-parallel-comm: give --cf-overlap in its place"):
+        prepare_arguments(args, Options(schedule="dualpipev"))
+    prepare_arguments(args, Options(schedule="dualpipev", overlap=True))
+
+
 def test_a_record_without_a_schedule_would_stay_empty() -> None:
     with pytest.raises(OptionError, match="--cf-record x records the steps of a --cf-schedule and none is given"):
         prepare_arguments(make_arguments(), Options(record=Path("x")))

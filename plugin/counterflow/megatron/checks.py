@@ -20,6 +20,11 @@ def prepare_arguments(args: Any, options: Options) -> None:
     Raises `OptionError`, the same on every rank.
     """
     if options.schedule is None:
+        if options.overlap:
+            raise OptionError(
+                "--cf-overlap overlaps the pairs of a --cf-schedule and none is given: add --cf-schedule interleaved or "
+                "dualpipev; Megatron's own schedule overlaps with --overlap-moe-expert-parallel-comm"
+            )
         if options.record is not None:
             raise OptionError(
                 f"--cf-record {options.record} records the steps of a --cf-schedule and none is given: "
@@ -41,13 +46,16 @@ def prepare_arguments(args: Any, options: Options) -> None:
         _owner(args, "num_virtual_stages_per_pipeline_rank").num_virtual_stages_per_pipeline_rank = 2
         chunks = 2
     _check_chunks(options.schedule, layout, chunks)
-    _check_unsupported(flat, options.schedule)
+    _check_unsupported(flat, options.schedule, options.overlap)
     _check_multi_token_prediction(flat, options.schedule, layout)
     if layout == V:
         _check_v(flat, ranks, options.schedule)
     if count_replicas(table_layout) > 1:
         _check_crosslinked(flat, ranks, options.schedule)
     _check_table(flat, ranks, chunks or 1, options)
+    if options.overlap:
+        # Upstream's own flag, so that upstream refuses what its schedule plans cannot do.
+        _owner(args, "overlap_moe_expert_parallel_comm").overlap_moe_expert_parallel_comm = True
 
 
 def flatten(args: Any) -> Any:
@@ -119,10 +127,9 @@ def _check_chunks(schedule: str, layout: str, chunks: int | None) -> None:
         )
 
 
-def _check_unsupported(args: Any, schedule: str) -> None:
+def _check_unsupported(args: Any, schedule: str, overlap: bool) -> None:
     """What no table runs yet."""
     refused = {
-        "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
         "num_microbatches_with_partial_activation_checkpoints": "--num-microbatches-with-partial-activation-checkpoints",
         "fine_grained_activation_offloading": "--fine-grained-activation-offloading",
         "defer_embedding_wgrad_compute": "--defer-embedding-wgrad-compute",
@@ -136,6 +143,11 @@ def _check_unsupported(args: Any, schedule: str) -> None:
     for name, flag in refused.items():
         if getattr(args, name, None):
             raise OptionError(f"--cf-schedule {schedule} does not run with {flag} in this version: drop one of the two")
+    if getattr(args, "overlap_moe_expert_parallel_comm", None) and not overlap:
+        raise OptionError(
+            f"--cf-schedule {schedule} does not take --overlap-moe-expert-parallel-comm: give --cf-overlap "
+            "in its place, which turns it on"
+        )
     graph = getattr(args, "cuda_graph_impl", None) or "none"
     if graph != "none":
         raise OptionError(

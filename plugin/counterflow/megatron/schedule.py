@@ -21,6 +21,7 @@ from counterflow.megatron.auto import AutoTable
 from counterflow.megatron.crosslink import link_pipelines
 from counterflow.megatron.embeddings import add_embedding_gradients
 from counterflow.megatron.gradient_sync import GradientSync
+from counterflow.megatron.overlap import OverlapWork
 from counterflow.megatron.tables import build_table, choose_layout, count_replicas, name_model_layout
 from counterflow.megatron.work import MegatronWork, Step, move_to_last_rank
 from counterflow.megatron.zero_bubble import watch_reductions
@@ -114,7 +115,7 @@ class PipelineSchedule:
         is_recorded = measured or self._options.record is not None
         recorder = Recorder(channels.rank, step.num_tokens.is_cuda) if is_recorded else None
         sync = self._make_sync(step, channels)
-        work = MegatronWork(step, sync)
+        work = OverlapWork(step, sync) if self._options.overlap else MegatronWork(step, sync)
         if self._training_steps == 0:
             watch_reductions(step.chunks)
         sync.pause()
@@ -165,5 +166,5 @@ class PipelineSchedule:
             self._channels = Channels(ranks, rank, timeout)
             self._watch = Watch(find_store(), ranks, rank, timeout.total_seconds())
             if self._options.schedule == AUTO:
-                self._auto = AutoTable(pp_group, has_pairs=False, splits=self._zero_bubble)
+                self._auto = AutoTable(pp_group, has_pairs=self._options.overlap, splits=self._zero_bubble)
         return self._channels, self._watch

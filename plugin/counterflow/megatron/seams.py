@@ -117,6 +117,25 @@ BUILD_ITERATORS = Seam(
     ("build_train_valid_test_datasets_provider",),
     "V layout, data sets",
 )
+COMBINED_STEP = Seam(
+    "megatron.core.pipeline_parallel.combined_1f1b",
+    "combined_forward_backward_step",
+    (
+        "forward_step_func",
+        "data_iterator",
+        "f_model",
+        "num_microbatches",
+        "input_tensor",
+        "forward_data_store",
+        "b_model",
+        "b_input_tensor",
+        "b_output_tensor",
+        "b_output_tensor_grad",
+        "config",
+        "f_model_chunk_id",
+    ),  # fmt: skip
+    "F, B and F&B under --cf-overlap",
+)
 LOAD_CHECKPOINT = Seam(
     "megatron.training.checkpointing", "_load_base_checkpoint", ("load_dir", "args"), "optimizer state of another layout"
 )
@@ -146,6 +165,7 @@ SEAMS = (
     GET_MODEL,
     BUILD_STAGES,
     BUILD_ITERATORS,
+    COMBINED_STEP,
     LOAD_CHECKPOINT,
     SPLIT_LINEAR,
 )
@@ -248,13 +268,17 @@ def install_schedule(patches: Patches, options: Options, has_transformer_engine:
     from counterflow.megatron.tables import choose_layout, count_replicas, name_model_layout
     from counterflow.megatron.zero_bubble import delay_engine_weight_grads, split_local_linears
 
-    if options.zero_bubble is not False and options.schedule not in UNSPLIT_SCHEDULES:
+    if options.zero_bubble is not False and (options.overlap or options.schedule not in UNSPLIT_SCHEDULES):
         split_local_linears(patches)
         if has_transformer_engine:
             delay_engine_weight_grads(patches)
     pipeline = PipelineSchedule(options)
     _take(patches, GET_SCHEDULE, lambda original: _choose_schedule(original, pipeline))
     _take(patches, LOAD_CHECKPOINT, refuse_other_layout)
+    if options.overlap:
+        from counterflow.megatron.overlap import defer_inside_plans
+
+        defer_inside_plans(patches)
     layout = choose_layout(options, 2, 2)
     if name_model_layout(layout) == V:
         _take(patches, MAKE_GROUPS, keep_embeddings_on_first_rank)

@@ -70,12 +70,19 @@ def build_table(options: Options, ranks: int, microbatches: int, chunks: int, gr
             )
         table = build("dualpipe", 2 * ranks, 2 * microbatches)
     else:
-        sizes = {"vpp": chunks, "group": group} if options.schedule == "interleaved" else {}
+        sizes = {"vpp": chunks, "group": group, "ep_overlap": options.overlap} if options.schedule == "interleaved" else {}
         assert options.schedule is not None
         # What auto finds later has the sizes of what it runs first.
-        name = "zbv" if options.schedule == AUTO else options.schedule
+        measured = "dualpipev" if options.overlap else "zbv"
+        name = measured if options.schedule == AUTO else options.schedule
         table = build(name, ranks, microbatches, **{k: v for k, v in sizes.items() if v is not None})
     validate(table)
+    if options.overlap and not any(action.parts for row in table.actions for action in row):
+        raise OptionError(
+            f"--cf-overlap runs overlapped pairs F&B and {options.schedule} has none with {microbatches} micro-batches on "
+            f"{ranks} ranks: choose interleaved, dualpipev, dualpipe or auto, give a table with OVERLAP_F_B cells, or drop "
+            "--cf-overlap"
+        )
     return table
 
 

@@ -48,15 +48,26 @@ class MegatronWork:
         self._outputs: dict[tuple[int, int], torch.Tensor] = {}
 
     def forward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor:
-        """Run upstream's ``forward_step``; of the last stage, losses and token counts are kept."""
-        step, chunk = self._step, self._layout.chunk_of(stage)
+        """Run a forward; of the last stage, losses and token counts are kept."""
+        is_first = self._prepare_forward(stage, microbatch, received)
+        output, num_tokens = self._forward_step(stage, microbatch, received, is_first)
+        self._keep(stage, microbatch, received, output, num_tokens)
+        return output
+
+    def _prepare_forward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> bool:
+        """Return whether this is the chunk's first forward."""
         is_first = self._sync.before_forward(stage, microbatch)
         if received is not None:
-            received.requires_grad_(not step.forward_only)
-        mirrored = name_model_layout(self._layout) == V and chunk == WAY_BACK
-        output: torch.Tensor
+            received.requires_grad_(not self._step.forward_only)
+        return is_first
+
+    def _forward_step(
+        self, stage: int, microbatch: int, received: torch.Tensor | None, is_first: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run upstream's ``forward_step``; return the output and the number of tokens."""
+        step, chunk = self._step, self._layout.chunk_of(stage)
         output, num_tokens = upstream.forward_step(
-            run_mirrored(step.forward_step_func) if mirrored else step.forward_step_func,
+            run_mirrored(step.forward_step_func) if self._is_mirrored(stage) else step.forward_step_func,
             step.data_iterators[chunk],
             step.chunks[chunk],
             step.microbatches,
@@ -71,11 +82,18 @@ class MegatronWork:
             vp_stage=chunk if self._layout.chunks > 1 else None,
             is_last_stage=stage == self._layout.last_stage,
         )
-        step.num_tokens += num_tokens.to(step.num_tokens.device)
-        if not step.forward_only:
+        return output, num_tokens
+
+    def _is_mirrored(self, stage: int) -> bool:
+        return name_model_layout(self._layout) == V and self._layout.chunk_of(stage) == WAY_BACK
+
+    def _keep(
+        self, stage: int, microbatch: int, received: torch.Tensor | None, output: torch.Tensor, num_tokens: torch.Tensor
+    ) -> None:
+        self._step.num_tokens += num_tokens.to(self._step.num_tokens.device)
+        if not self._step.forward_only:
             self._inputs[stage, microbatch] = received
             self._outputs[stage, microbatch] = output
-        return output
 
     def release_output(self, stage: int, microbatch: int) -> None:
         """Free the output's data as upstream does (``deallocate_pipeline_outputs``)."""
@@ -84,8 +102,12 @@ class MegatronWork:
             upstream.deallocate_output_tensor(self._outputs[stage, microbatch], free)
 
     def backward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor | None:
-        """Run upstream's ``backward_step``."""
+        """Run a backward."""
         self._sync.before_backward(stage, microbatch)
+        return self._backward_step(stage, microbatch, received)
+
+    def _backward_step(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor | None:
+        """Run upstream's ``backward_step``."""
         gradient: torch.Tensor | None = upstream.backward_step(
             self._inputs.pop((stage, microbatch)), self._outputs.pop((stage, microbatch)), received, self._step.config
         )

@@ -3,11 +3,13 @@
 Each is replaced where it lives and wherever it was imported by name; see `platform.cpu` for the rest.
 """
 
+import contextlib
 import copy
 import importlib
 import logging
 import os
 import sys
+from concurrent.futures import Future
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 
 from counterflow.patching import Patches
+from counterflow.platform import streams
 
 
 def _get_rng_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
@@ -83,6 +86,59 @@ def _leave_step_alone(set_states: Any) -> Any:
     return set_all_but_step
 
 
+def _submit_node(run: Any) -> Any:
+    """Wrap a schedule node's forward or backward: it is submitted to its stream's worker, and its future returned.
+
+    Events are waited for and recorded here, in the order of issue, as CUDA has it.
+    """
+
+    @wraps(run)
+    def submit(self: Any, *inputs: Any) -> Any:
+        stream = self.stream() if callable(self.stream) else self.stream
+        if streams.is_home(stream):
+            return run(self, *inputs)
+        self.stream = stream
+        self.event.wait(stream)
+        output = stream.submit(lambda: run(self, *_read_inputs(inputs)))
+        self.event.record(stream)
+        return output
+
+    return submit
+
+
+def _read_inputs(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    # What another node is to make stands as one future for all of it.
+    if len(inputs) != 1 or not isinstance(inputs[0], Future):
+        return inputs
+    made = inputs[0].result()
+    return made if isinstance(made, tuple) else (made,)
+
+
+def _run_on_workers(run: Any, compute: streams.Stream, get_comm_stream: Any) -> Any:
+    """Wrap a chunk plan's ``run``: upstream's order of issue, with compute and communication on two workers."""
+
+    @wraps(run)
+    def run_on_workers(*args: Any, **kwargs: Any) -> Any:
+        with streams.issue_to(compute):
+            output = run(*args, **kwargs)
+        streams.join(compute, get_comm_stream())
+        return output.result() if isinstance(output, Future) else output
+
+    return staticmethod(run_on_workers)
+
+
+def _let_streams_run(patches: Patches) -> None:
+    """Give overlapped F&B (Megatron's layer schedule plans) streams that run at once."""
+    from megatron.core.models.common.model_chunk_schedule_plan import TransformerModelChunkSchedulePlan as Plan
+    from megatron.core.pipeline_parallel import utils
+
+    for name in ("_forward", "_backward"):
+        patches.set(utils.ScheduleNode, name, _submit_node(getattr(utils.ScheduleNode, name)))
+    # The submitter has ordered the node; in the worker it just runs.
+    patches.set(utils.ScheduleNode, "stream_acquire_context", lambda self, name=None: contextlib.nullcontext())
+    patches.set(Plan, "run", _run_on_workers(Plan.run, streams.Stream(), lambda: utils.get_comm_stream()))
+
+
 def _allow_sequence_parallel(new: Any) -> Any:
     @wraps(new)
     def build_norm(cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -130,6 +186,7 @@ def install(patches: Patches) -> None:
         torch_norm.WrappedTorchNorm, "__new__", staticmethod(_allow_sequence_parallel(torch_norm.WrappedTorchNorm.__new__))
     )
     patches.replace(dataset_utils, "compile_helpers", _compile_where_missing)
+    _let_streams_run(patches)
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _mend_torch_adam(patches, distrib_optimizer.DistributedOptimizer)
     silence = _SilenceForkWarning()

@@ -1,0 +1,201 @@
+"""F and B through Megatron's layer schedule plans (``--cf-overlap``): in a pair, one side's expert all-to-all hides behind the
+other's compute.
+
+Upstream's ``combined_forward_backward_step`` takes a forward and a backward of independent model chunks and issues their nodes
+(attention, dispatch, experts, combine) alternately to a compute and a communication stream. What an F leaves for its B is then a
+plan, not an autograd graph of the whole chunk, so a lone F and a lone B go through plans as well.
+
+In a pair, the weight gradients of a layer's experts and attention (`defer_weight_grad`) run where upstream places
+``backward_dw``: behind the input gradients, so that the next all-to-all need not wait for them.
+"""
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.pipeline_parallel import combined_1f1b
+from megatron.core.pipeline_parallel.utils import ScheduleNode, set_streams
+
+from counterflow.errors import OptionError, SeamError
+from counterflow.megatron.gradient_sync import GradientSync
+from counterflow.megatron.mirror import hold_mirrored_rank
+from counterflow.megatron.work import MegatronWork, Step
+from counterflow.patching import Patches
+from counterflow.runtime.weight_grads import defer_weight_grad, hold_weight_grads
+from counterflow.schedule.actions import Action
+
+
+class _Forward(NamedTuple):
+    """An F, what it starts from, and whether it is the chunk's first of the step."""
+
+    stage: int
+    microbatch: int
+    received: torch.Tensor | None
+    is_first: bool
+
+
+class _Backward(NamedTuple):
+    """A B or I, and the gradient of its output."""
+
+    stage: int
+    microbatch: int
+    received: torch.Tensor | None
+
+
+class OverlapWork(MegatronWork):
+    """One F, one B, or an overlapped pair of both, through upstream's schedule plans."""
+
+    def __init__(self, step: Step, sync: GradientSync) -> None:
+        super().__init__(step, sync)
+        require_schedule_plans(step.forward_step_func)
+        # Before 0.18 the communication stream has no priority.
+        priority = {"high_priority": getattr(step.config, "high_priority_a2a_comm_stream", False)}
+        set_streams(**(priority if "high_priority" in inspect.signature(set_streams).parameters else {}))
+
+    def forward_backward(
+        self, forward: Action, received: torch.Tensor | None, backward: Action, gradient: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the pair's F and B overlapped; returns the F's output and the B's input gradient.
+
+        Deferred weight gradients come after the gradient hooks of their layer, so no hook may start a reduction here: where this
+        is the chunk's last backward, `finish_backward` starts them all.
+        """
+        is_first = self._prepare_forward(forward.stage, forward.microbatch, received)
+        f = _Forward(forward.stage, forward.microbatch, received, is_first)
+        with _defer_in_nodes():
+            output, num_tokens, input_gradient = self._run_plans(f, _Backward(backward.stage, backward.microbatch, gradient))
+        self._keep(*f[:3], output, num_tokens)
+        return output, input_gradient
+
+    def release_output(self, stage: int, microbatch: int) -> None:
+        """Free the output's data; a loss is one number, and the plan's backward starts from it as it is."""
+        if stage != self._layout.last_stage:
+            super().release_output(stage, microbatch)
+
+    def _forward_step(
+        self, stage: int, microbatch: int, received: torch.Tensor | None, is_first: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        output, num_tokens, _ = self._run_plans(_Forward(stage, microbatch, received, is_first), None)
+        return output, num_tokens
+
+    def _backward_step(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor | None:
+        return self._run_plans(None, _Backward(stage, microbatch, received))[2]
+
+    def _run_plans(self, f: _Forward | None, b: _Backward | None) -> tuple[Any, Any, torch.Tensor | None]:
+        """Return the F's output and token count and the B's input gradient; None for what is not asked for."""
+        step, layout = self._step, self._layout
+        f_chunk = layout.chunk_of(f.stage) if f is not None else None
+        key = (b.stage, b.microbatch) if b is not None else None
+        # An F's nodes and its loss may ask where in the pipeline they are; a B's nodes do not.
+        with hold_mirrored_rank() if f is not None and self._is_mirrored(f.stage) else nullcontext():
+            result: tuple[Any, Any, torch.Tensor | None] = combined_1f1b.combined_forward_backward_step(
+                step.forward_step_func,
+                step.data_iterators[f_chunk] if f_chunk is not None else None,
+                step.chunks[f_chunk] if f_chunk is not None else None,
+                step.microbatches,
+                f.received if f is not None else None,
+                step.losses,
+                step.chunks[layout.chunk_of(b.stage)] if b is not None else None,
+                self._inputs.pop(key) if key is not None else None,
+                self._outputs.pop(key) if key is not None else None,
+                b.received if b is not None else None,
+                step.config,
+                f_model_chunk_id=f_chunk if layout.chunks > 1 else None,
+                is_first_microbatch=f is not None and f.is_first,
+                current_microbatch=f.microbatch % step.microbatches if f is not None else None,
+            )
+        return result
+
+
+def require_schedule_plans(forward_step_func: Callable[..., Any]) -> None:
+    """Raise `OptionError` unless the script's ``forward_step`` can return a schedule plan."""
+    parameters = inspect.signature(forward_step_func).parameters.values()
+    if not any(p.name == "return_schedule_plan" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        name = getattr(forward_step_func, "__name__", "forward_step")
+        raise OptionError(
+            f"--cf-overlap needs a {name}(data_iterator, model, return_schedule_plan=False) that returns "
+            "model.build_schedule_plan(…) in place of the output when asked, as Megatron's pretrain_gpt.py does; the script's "
+            f"{name} does not take return_schedule_plan: add it or drop --cf-overlap"
+        )
+
+
+# In a pair, the nodes whose weight gradients wait for their `backward_dw`; elsewhere None.
+_waiting: list[Any] | None = None
+
+
+@contextmanager
+def _defer_in_nodes() -> Iterator[None]:
+    """Let nodes defer their weight gradients to their ``backward_dw`` inside the block; raises where one is never called."""
+    global _waiting
+    _waiting = []
+    try:
+        yield
+        if _waiting:
+            names = ", ".join(node.name for node in _waiting)
+            raise RuntimeError(f"upstream did not call backward_dw on {names}: their weight gradients would be lost")
+    finally:
+        _waiting = None
+
+
+def defer_inside_plans(patches: Patches) -> None:
+    """Let the nodes of a pair's plan run their weight gradients where upstream calls ``backward_dw``."""
+    node = _find_layer_node()
+    for name, wrap in (("backward_impl", _hold_in_node), ("backward_dw", _run_held)):
+        if not hasattr(node, name):
+            raise SeamError(f"{node.__module__}.{node.__name__}.{name} does not exist in this megatron-core: drop --cf-overlap")
+        patches.set(node, name, wrap(getattr(node, name)))
+
+
+def _find_layer_node() -> Any:
+    """Return upstream's class of a layer's nodes, which has moved between versions."""
+    home = "megatron.core.models.common.utils"
+    if importlib.util.find_spec(home) is None:  # before 0.19
+        home = "megatron.core.models.gpt.fine_grained_callables"
+    return importlib.import_module(home).TransformerLayerNode
+
+
+def _hold_in_node(backward_impl: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a layer node's backward: in a pair, the weight gradients that it defers wait for the node's ``backward_dw``."""
+
+    @wraps(backward_impl)
+    def run_and_hold(self: Any, *args: Any) -> Any:
+        # The nodes on which upstream calls `backward_dw` are those that were given modules for it.
+        if _waiting is None or not self.bwd_dw_callables:
+            return backward_impl(self, *args)
+        with hold_weight_grads() as self.cf_held:
+            result = backward_impl(self, *args)
+        _waiting.append(self)
+        return result
+
+    return run_and_hold
+
+
+def _run_held(backward_dw: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Wrap a layer node's ``backward_dw``: what the node held runs there, on its stream; in an I, at the W."""
+
+    def compute(node: Any) -> tuple[()]:
+        assert _waiting is not None
+        _waiting.remove(node)
+        for fn in node.cf_held:
+            fn()
+        return ()
+
+    @wraps(backward_dw)
+    def run_both(self: Any) -> None:
+        if _waiting is None:
+            # Transformer Engine's modules (untested on GPU): at once in a B, at the W in an I.
+            if self.delay_wgrad_compute:
+                defer_weight_grad(partial(backward_dw, self))
+            return
+        if self.bwd_dw_callables:
+            # A node of its own runs on the stream, wherever that may be; its place in the stream's order is enough.
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ScheduleNode(partial(compute, self), self.stream, event, name=f"{self.name} weight gradients").forward()
+        backward_dw(self)
+
+    return run_both

@@ -1,0 +1,43 @@
+"""What a CUDA device means where there is none: the CPU, wherever Python code names one."""
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+def map_device(device: Any) -> Any:
+    """Return the CPU device where a CUDA one was named (string, index or device), else ``device``."""
+    if isinstance(device, torch.device):
+        return CPU if device.type == "cuda" else device
+    if isinstance(device, str):
+        return CPU if device.startswith("cuda") else device
+    # A bare index means a CUDA ordinal; bool is an int and is never a device.
+    return CPU if isinstance(device, int) and not isinstance(device, bool) else device
+
+
+def _call_type(tensor: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
+    # Megatron's optimizers sort parameters by type names and know only those of CUDA tensors.
+    if dtype is None:
+        return tensor.type().replace("torch.", "torch.cuda.", 1)
+    return tensor.type(dtype.replace("torch.cuda.", "torch.", 1) if isinstance(dtype, str) else dtype, **kwargs)
+
+
+class CudaOnCpu(TorchFunctionMode):
+    """Maps ``device="cuda"``, ``.cuda()``, ``.to("cuda")`` and CUDA type names to the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": map_device(kwargs["device"])}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.to and len(args) > 1 and isinstance(args[1], (str, torch.device, int)):
+            args = (args[0], map_device(args[1]), *args[2:])
+        elif func is torch.Tensor.type:
+            return _call_type(*args, **kwargs)
+        elif func is torch.Tensor.pin_memory:
+            return args[0]
+        return func(*args, **kwargs)
