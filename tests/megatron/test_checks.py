@@ -97,7 +97,6 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         ("interleaved", {"num_virtual_stages_per_pipeline_rank": 2, "global_batch_size": 10}, "a multiple of 2"),
         ("1f1b", {"world_size": 3}, "3 ranks do not fit TP x CP x PP = 1 x 1 x 2 = 2: start a multiple of 2 ranks"),
         ("1f1b", {"world_size": 6}, "6 ranks do not fit EP x ETP x PP = 2 x 1 x 2 = 4"),
-        ("1f1b", {"variable_seq_lengths": True}, "does not run with --variable-seq-lengths"),
         ("1f1b", {"use_megatron_fsdp": True}, "does not run with --use-megatron-fsdp"),
         ("dualpipev", {"save": "x", "ckpt_format": "torch"}, "--ckpt-format torch given, torch_dist is allowed"),
     ],
