@@ -9,6 +9,7 @@ import json
 import runpy
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     except Exception as caught:
         if not case.get("may_fail"):
             raise
+        # Ranks may fail differently; the one that writes the results knows only its own.
+        traceback.print_exc()
         error = f"{type(caught).__name__}: {caught}"
     log.detach()
     forget_megatron()

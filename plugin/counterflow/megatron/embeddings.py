@@ -6,12 +6,15 @@ between the two. In a V both are here: the copy is filled and the gradients are 
 
 Upstream's marks are kept: it gives both copies, ``shared_embedding``, gradient buckets of their own, so that the shards of
 a distributed optimizer lie alike in both; the second is ``shared``, so that norms count it once; checkpoints name both by
-the first one's key.
+the first one's key, under which one of the two is saved.
 """
 
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
+
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 
 def keep_embeddings_on_first_rank(initialize_model_parallel: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,6 +46,25 @@ def add_embedding_gradients(chunks: list[Any]) -> None:
             gradients[0].add_(gradient)
         for gradient in gradients[1:]:
             gradient.copy_(gradients[0])
+
+
+def save_copies_once(distribute_main_replicas: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap upstream's choice of what each rank saves: of two copies on one rank the first is saved.
+
+    Upstream marks a shard as this rank's to save by the shard's name, which two copies share.
+    """
+
+    @wraps(distribute_main_replicas)
+    def distribute(sharded_state_dict: Any, *args: Any, **kwargs: Any) -> None:
+        distribute_main_replicas(sharded_state_dict, *args, **kwargs)
+        chosen: set[Any] = set()
+        for shard in nested_values(sharded_state_dict):
+            if isinstance(shard, ShardedTensor) and shard.replica_id == 0:
+                name = (shard.key, shard.global_offset)
+                shard.replica_id = int(name in chosen)
+                chosen.add(name)
+
+    return distribute
 
 
 def _find_copies(chunks: list[Any]) -> list[Any]:

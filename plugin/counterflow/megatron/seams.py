@@ -136,6 +136,12 @@ COMBINED_STEP = Seam(
     ),  # fmt: skip
     "F, B and F&B under --cf-overlap",
 )
+SAVE_SHARDS = Seam(
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "distribute_main_replicas_with_precomputed_distribution",
+    ("sharded_state_dict", "parallelization_group", "precomputed_distribution"),
+    "V layout, checkpoints with copies of the embedding",
+)
 LOAD_CHECKPOINT = Seam(
     "megatron.training.checkpointing", "_load_base_checkpoint", ("load_dir", "args"), "optimizer state of another layout"
 )
@@ -166,6 +172,7 @@ SEAMS = (
     BUILD_STAGES,
     BUILD_ITERATORS,
     COMBINED_STEP,
+    SAVE_SHARDS,
     LOAD_CHECKPOINT,
     SPLIT_LINEAR,
 )
@@ -262,7 +269,7 @@ def install_schedule(patches: Patches, options: Options, has_transformer_engine:
     """Take the schedule, split backward passes, and for a V the builders, data sets and checkpoint check."""
     from counterflow.megatron.checkpoint import refuse_other_layout
     from counterflow.megatron.crosslink import read_partners_data
-    from counterflow.megatron.embeddings import keep_embeddings_on_first_rank
+    from counterflow.megatron.embeddings import keep_embeddings_on_first_rank, save_copies_once
     from counterflow.megatron.model import lay_out_as_v, mirror_dataset_provider
     from counterflow.megatron.schedule import PipelineSchedule
     from counterflow.megatron.tables import choose_layout, count_replicas, name_model_layout
@@ -282,6 +289,7 @@ def install_schedule(patches: Patches, options: Options, has_transformer_engine:
     layout = choose_layout(options, 2, 2)
     if name_model_layout(layout) == V:
         _take(patches, MAKE_GROUPS, keep_embeddings_on_first_rank)
+        _take(patches, SAVE_SHARDS, save_copies_once)
         _take(patches, GET_MODEL, lambda original: _wrap_first(original, lay_out_as_v))
         if BUILD_STAGES.is_present():
             _take(patches, BUILD_STAGES, lambda original: _wrap_first(original, lay_out_as_v))
