@@ -32,6 +32,16 @@ class Channels:
         lower = dist.new_group(pipeline_ranks, timeout, use_local_synchronization=True, group_desc="CF_LOWER")
         assert isinstance(higher, dist.ProcessGroup) and isinstance(lower, dist.ProcessGroup)  # this rank is in them
         self._to_higher, self._to_lower = higher, lower
+        # A group counts its ranks in the order of their global ranks, which need not be the pipeline's.
+        self._place_of = [dist.get_group_rank(higher, global_rank) for global_rank in pipeline_ranks]
+
+    def start_send(self, tensor: torch.Tensor, receiver: int, tag: int) -> dist.Work:
+        """Start sending to a pipeline rank; the group's own call, since ``dist.isend`` around it takes as long again."""
+        return self.pick_group(self.rank, receiver).send([tensor], self._place_of[receiver], tag)
+
+    def start_receive(self, buffer: torch.Tensor, sender: int, tag: int) -> dist.Work:
+        """Start receiving from a pipeline rank."""
+        return self.pick_group(sender, self.rank).recv([buffer], self._place_of[sender], tag)
 
     def pick_group(self, sender: int, receiver: int) -> dist.ProcessGroup:
         """Return the group for messages from ``sender`` to ``receiver`` (pipeline ranks)."""
@@ -146,13 +156,7 @@ class Mailbox:
         self, transfer: Transfer, shape: tuple[int, ...], dtype: torch.dtype, tag: int
     ) -> tuple[torch.Tensor, dist.Work]:
         buffer = torch.empty(shape, dtype=dtype, device=self._device)
-        group = self._channels.pick_group(transfer.peer, self._channels.rank)
-        work = dist.irecv(buffer, self._channels.pipeline_ranks[transfer.peer], group=group, tag=tag)
-        assert work is not None  # this rank is in the group
-        return buffer, work
+        return buffer, self._channels.start_receive(buffer, transfer.peer, tag)
 
     def _start_send(self, tensor: torch.Tensor, transfer: Transfer, tag: int) -> None:
-        group = self._channels.pick_group(self._channels.rank, transfer.peer)
-        work = dist.isend(tensor, self._channels.pipeline_ranks[transfer.peer], group=group, tag=tag)
-        assert work is not None  # this rank is in the group
-        self._sent.append((tensor, work))
+        self._sent.append((tensor, self._channels.start_send(tensor, transfer.peer, tag)))
