@@ -10,7 +10,9 @@ a launcher ends the others as soon as it sees the first one dead.
 import json
 import threading
 import time
+import weakref
 from collections import deque
+from functools import partial
 from typing import Any, TypedDict
 
 import torch.distributed as dist
@@ -58,8 +60,10 @@ class Watch:
         self.waiting: Transfer | None = None
         self._stop = threading.Event()
         self._interval = max(1.0, dist.get_world_size() / BEATS_PER_SECOND)
-        self._thread = threading.Thread(target=self._beat, daemon=True, name="counterflow-watch")
-        self._thread.start()
+        # The thread ends with this object, not the other way round.
+        weakref.finalize(self, self._stop.set)
+        beat = partial(_beat, weakref.ref(self), self._stop, self._interval)
+        threading.Thread(target=beat, daemon=True, name="counterflow-watch").start()
 
     def begin(self, step: int) -> None:
         """A training or evaluation step begins."""
@@ -71,12 +75,12 @@ class Watch:
             self._recent.append(self._action)
         self._position, self._action, self._since = position, step.action, time.monotonic()
 
-    def _beat(self) -> None:
-        while not self._stop.wait(self._interval):
-            try:
-                self._store.set(self._key(self._rank), json.dumps(self._describe(None)))
-            except Exception:  # the store ends before this rank does
-                return
+    def tell(self) -> None:
+        """Write where this rank is to the store."""
+        self._write(self._describe(None))
+
+    def _write(self, state: State) -> None:
+        self._store.set(self._key(self._rank), json.dumps(state))
 
     def _describe(self, ended: str | None) -> State:
         waiting = self.waiting
@@ -88,7 +92,7 @@ class Watch:
             seconds=round(time.monotonic() - self._since, 1),
             waits=str(waiting) if waiting else None,
             waits_for=waiting.peer if waiting else None,
-            recent=[str(action) for action in self._recent],
+            recent=[str(action) for action in tuple(self._recent)],  # the other thread adds to it
             ended=ended,
         )
 
@@ -100,7 +104,7 @@ class Watch:
         mine = self._describe(f"{type(error).__name__}: {first}")
         is_late = mine["waits"] is not None and mine["seconds"] >= 0.9 * self._limit
         try:
-            self._store.set(self._key(self._rank), json.dumps(mine))
+            self._write(mine)
             others = self._follow(mine, LISTEN_BEATS * self._interval if is_late else 0.0)
         except Exception as failure:  # the store may have ended with its rank
             others = [f"the others could not be asked ({type(failure).__name__}): the rank that keeps the store is gone"]
@@ -146,6 +150,18 @@ class Watch:
 
     def _key(self, rank: int) -> str:
         return str(self._pipeline_ranks[rank])
+
+
+def _beat(find_watch: "weakref.ref[Watch]", stop: threading.Event, interval: float) -> None:
+    while not stop.wait(interval):
+        watch = find_watch()
+        if watch is None:
+            return
+        try:
+            watch.tell()
+        except Exception:  # the store ends before this rank does
+            return
+        del watch
 
 
 def find_store() -> Any:
