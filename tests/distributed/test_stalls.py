@@ -1,6 +1,7 @@
 """When a rank dies, fails, is late or has another table, every other rank ends in time and says where it stood."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,9 +52,10 @@ def run_ranks(case: str) -> tuple[list[int], list[str]]:
 def test_every_rank_says_where_it_stood(case: str) -> None:
     how, at = CASES[case]
     statuses, said = run_ranks(case)
-    assert all(status != 0 for status in statuses), said
+    # In the cool-down rank 3 needs nobody any more: it may be done.
+    assert all(status != 0 for status in statuses[:3]), said
     assert "HUNG" not in said, f"{case}: a rank waits for ever: {said}"
-    survivors = [rank for rank in range(RANKS) if how not in ("killed", "late") or rank != 2]
+    survivors = [rank for rank in range(RANKS) if statuses[rank] != 0 and (how not in ("killed", "late") or rank != 2)]
     if how == "table":
         assert all("ranks 2 have another table than rank 0" in text for text in said), said
         return
@@ -65,10 +67,11 @@ def test_every_rank_says_where_it_stood(case: str) -> None:
     # Ranks 1 and 3 are beside it: what rank 2 was doing is to be found with one of them at least.
     blamed = [text for text in others if "; rank 2 (global rank 2)" in text]
     assert blamed, others
-    if how == "killed":
-        assert any(f"rank 2 (global rank 2) was in {at}" in text and "is gone" in text for text in blamed), blamed
-    elif how == "late":
-        assert any(f"rank 2 (global rank 2) was in {at}" in text and "still runs" in text for text in blamed), blamed
+    # An I runs as a backward too, and the action may be part of a pair.
+    stood = re.compile(rf"rank 2 \(global rank 2\) was in \S*{at.replace('B', '[BI]')}")
+    if how in ("killed", "late"):
+        seen = "is gone" if how == "killed" else "still runs"
+        assert any(stood.search(text) and seen in text for text in blamed), blamed
     else:
         message = {"nan": "found NaN", "shape": "stage 5 gave (3, 2)", "dtype": "torch.float64"}[how]
         assert message in said[2]
