@@ -135,7 +135,7 @@ class _Run:
         if part.receive is not None:
             if self._watch is not None:
                 self._watch.waiting = part.receive
-            tensor = self._mailbox.receive(part.receive)
+            tensor = self._mailbox.receive(part.receive, part.delivered)
             if self._watch is not None:
                 self._watch.waiting = None
             return tensor

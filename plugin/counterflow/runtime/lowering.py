@@ -4,6 +4,9 @@ A table says what is computed. Everything else follows from it: a stage's output
 the one before; results that stay on the rank are handed over. Sends follow their action at once. Receives are posted
 ahead: on each channel (one sender to this rank) the next messages, in the order in which the sender makes them. Both ends
 derive that order from the same table, so no message needs a header, and one FIFO per channel is enough, as NCCL provides.
+
+What has been sent is kept until it has arrived. No message says so, but a peer that sends a result has run its row up to there,
+and so has taken what it needed before: each receive tells which earlier sends to that peer can be let go.
 """
 
 from dataclasses import dataclass
@@ -29,13 +32,17 @@ class Transfer(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A single action: its input is received, or was kept by an earlier part; its result is sent, or kept for a later one."""
+    """A single action: its input is received, or was kept by an earlier part; its result is sent, or kept for a later one.
+
+    With its ``receive``, the sends of the tags ``delivered`` are known to have arrived.
+    """
 
     single: Action
     receive: Transfer | None
     take: Result | None
     send: Transfer | None
     keep: Result | None
+    delivered: tuple[int, ...] = ()
 
 
 class Step(NamedTuple):
@@ -58,11 +65,12 @@ class Program:
 def lower(table: ScheduleTable, rank: int) -> Program:
     """Return the program of one rank; the table must be valid."""
     channels = list_incoming(table, rank)
+    deliveries = {sender: _list_deliveries(table, rank, sender) for sender in channels}
     place_of = {message: (sender, place) for sender, messages in channels.items() for place, message in enumerate(messages)}
     posted = dict.fromkeys(channels, 0)
     steps = []
     for action in table.actions[rank]:
-        parts = tuple(_lower_single(table, rank, single, place_of) for single in action.singles())
+        parts = tuple(_lower_single(table, rank, single, place_of, deliveries) for single in action.singles())
         posts: list[Transfer] = []
         for sender, messages in channels.items():
             needed = [place_of[part.receive.message][1] + 1 for part in parts if part.receive and part.receive.peer == sender]
@@ -84,16 +92,38 @@ def list_incoming(table: ScheduleTable, rank: int) -> dict[int, list[Result]]:
     return incoming
 
 
-def _lower_single(table: ScheduleTable, rank: int, single: Action, place_of: dict[Result, tuple[int, int]]) -> Part:
+def _list_deliveries(table: ScheduleTable, rank: int, peer: int) -> dict[Result, tuple[int, ...]]:
+    """Return, for each message of ``peer``, the tags of what it has taken from ``rank`` since its message before."""
+    deliveries: dict[Result, tuple[int, ...]] = {}
+    taken: list[int] = []
+    for single in table.singles(peer):
+        needed = find_input(single, table.layout.last_stage)
+        if needed is not None and table.rank_of(needed.stage, needed.microbatch) == rank:
+            taken.append(make_tag(table, needed))
+        made = find_result(single)
+        if made is not None and find_receiver(table, single) == rank:
+            deliveries[made], taken = tuple(taken), []
+    return deliveries
+
+
+def _lower_single(
+    table: ScheduleTable,
+    rank: int,
+    single: Action,
+    place_of: dict[Result, tuple[int, int]],
+    deliveries: dict[int, dict[Result, tuple[int, ...]]],
+) -> Part:
     needed, made, receiver = find_input(single, table.layout.last_stage), find_result(single), find_receiver(table, single)
     comes = needed is not None and needed in place_of
     goes = made is not None and receiver is not None and receiver != rank
+    receive = Transfer(needed, place_of[needed][0], make_tag(table, needed)) if needed is not None and comes else None
     return Part(
         single,
-        receive=Transfer(needed, place_of[needed][0], make_tag(table, needed)) if needed is not None and comes else None,
+        receive=receive,
         take=None if comes else needed,
         send=Transfer(made, receiver, make_tag(table, made)) if made and receiver is not None and goes else None,
         keep=made if receiver == rank else None,
+        delivered=deliveries[receive.peer][receive.message] if receive else (),
     )
 
 

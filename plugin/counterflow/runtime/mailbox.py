@@ -94,7 +94,7 @@ class Mailbox:
     def __init__(self, channels: Channels, shape: tuple[int, ...] | None, dtype: torch.dtype, device: torch.device) -> None:
         self._channels = channels
         self._shape, self._dtype, self._device = shape, dtype, device
-        self._sent: deque[tuple[torch.Tensor, dist.Work]] = deque()
+        self._sent: dict[int, list[tuple[torch.Tensor, dist.Work]]] = {}
         self._posted: dict[int, tuple[torch.Tensor, dist.Work]] = {}
         # Where shapes vary: what each peer sends next, in its order, and what has been taken before it was needed.
         self._expected: dict[int, deque[Transfer]] = {}
@@ -110,8 +110,14 @@ class Mailbox:
                 continue
             self._posted[transfer.tag] = self._start_receive(transfer, self._shape, self._dtype, transfer.tag)
 
-    def receive(self, transfer: Transfer) -> torch.Tensor:
-        """Wait for a message that has been posted and return its tensor."""
+    def receive(self, transfer: Transfer, delivered: tuple[int, ...] = ()) -> torch.Tensor:
+        """Wait for a message that has been posted and return its tensor; let go of sends that it shows to be ``delivered``."""
+        tensor = self._receive(transfer)
+        for tag in delivered:
+            self._let_go(tag)
+        return tensor
+
+    def _receive(self, transfer: Transfer) -> torch.Tensor:
         if self._shape is None:
             while transfer.tag not in self._taken:
                 coming = self._expected[transfer.peer].popleft()
@@ -129,20 +135,23 @@ class Mailbox:
                 f"stage {message.stage} gave {tuple(tensor.shape)} {tensor.dtype} for micro-batch {message.microbatch}; "
                 f"the pipeline sends {self._shape or 'any shape'} {self._dtype}: all stages must agree on it"
             )
-        while self._sent and self._sent[0][1].is_completed():
-            self._sent.popleft()
         if self._shape is None:
             header = [tensor.dim(), *tensor.shape, *[0] * (MAX_DIMENSIONS - tensor.dim())]
-            self._start_send(torch.tensor(header, device=self._device), transfer, transfer.tag * 2)
-            self._start_send(tensor.detach().contiguous(), transfer, transfer.tag * 2 + 1)
+            self._start_send(torch.tensor(header, device=self._device), transfer, 2 * transfer.tag)
+            self._start_send(tensor.detach().contiguous(), transfer, 2 * transfer.tag + 1)
         else:
             # A tensor object of our own keeps the storage when the caller frees the output's data.
             self._start_send(tensor.detach().contiguous(), transfer, transfer.tag)
 
     def finish(self) -> None:
         """Wait until everything sent has left."""
-        while self._sent:
-            self._sent.popleft()[1].wait(*self._limit)
+        for tag in list(self._sent):
+            self._let_go(tag)
+
+    def _let_go(self, tag: int) -> None:
+        # Gloo's sends do not say by themselves that they are done; of one that is, the wait returns at once.
+        for _, work in self._sent.pop(tag):
+            work.wait(*self._limit)
 
     def _receive_any_shape(self, transfer: Transfer) -> torch.Tensor:
         header, work = self._start_receive(transfer, (1 + MAX_DIMENSIONS,), torch.int64, transfer.tag * 2)
@@ -159,4 +168,5 @@ class Mailbox:
         return buffer, self._channels.start_receive(buffer, transfer.peer, tag)
 
     def _start_send(self, tensor: torch.Tensor, transfer: Transfer, tag: int) -> None:
-        self._sent.append((tensor, self._channels.start_send(tensor, transfer.peer, tag)))
+        work = self._channels.start_send(tensor, transfer.peer, tag)
+        self._sent.setdefault(transfer.tag, []).append((tensor, work))
