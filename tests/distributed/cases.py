@@ -73,11 +73,18 @@ def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
     cases: list[dict[str, Any]] = []
 
     def add(
-        name: str, *flags: list[str], plugin: bool = True, steps: int = STEPS, without: str = "", may_fail: bool = False
+        name: str,
+        *flags: list[str],
+        plugin: bool = True,
+        steps: int = STEPS,
+        without: str = "",
+        may_fail: bool = False,
+        script: str | None = None,
     ) -> None:
         flat = [*base, "--train-iters", str(steps), *(flag for some in flags for flag in some)]
         flat = [flag for flag in flat if flag != without]
-        cases.append({"name": name, "plugin": plugin, "flags": flat, "may_fail": may_fail})
+        own = {} if script is None else {"script": script}
+        cases.append({"name": name, "plugin": plugin, "flags": flat, "may_fail": may_fail, **own})
 
     def start_from(name: str) -> list[str]:
         return ["--load", str(directory / name), "--finetune", "--no-load-optim", "--no-load-rng"]
@@ -125,6 +132,9 @@ def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
             add(f"megatron 1f1b, {variant}", TWO_STAGES, start, flags, plugin=False, steps=3)
         add(f"dualpipev, {variant}", TWO_STAGES, start, flags, SCHEDULES["dualpipev"], steps=3)
     add("interleaved, overlapped pairs", TWO_STAGES, start, ["--bf16", "--cf-overlap"], SCHEDULES["interleaved"], steps=3)
+    varying = str(Path(__file__).with_name("pretrain_varying.py"))
+    add("megatron 1f1b, varying lengths", TWO_STAGES, start, plugin=False, steps=3, script=varying)
+    add("dualpipev, varying lengths", TWO_STAGES, start, SCHEDULES["dualpipev"], steps=3, script=varying)
     add("interleaved, overlap", TWO_STAGES, start, OVERLAPPED, SCHEDULES["interleaved"], steps=3)
 
     add("initial, four stages", FOUR_STAGES, save_to("initial, four stages", 1), plugin=False, steps=1)

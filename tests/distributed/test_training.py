@@ -113,6 +113,12 @@ def test_overlapped_pairs_train_and_evaluate_as_without(runs: Runs) -> None:
     assert_same_steps(runs["interleaved, overlapped pairs"], reference)
 
 
+def test_micro_batches_of_several_lengths(runs: Runs) -> None:
+    reference = runs["megatron 1f1b, varying lengths"]
+    assert reference["steps"][0]["loss"] != runs["megatron 1f1b, plain"]["steps"][0]["loss"], "nothing was cut"
+    assert_same_steps(runs["dualpipev, varying lengths"], reference)
+
+
 def test_interleaved_with_overlap(runs: Runs) -> None:
     assert_same_steps(runs["interleaved, overlap"], runs["megatron 1f1b, plain"])
 

@@ -1,7 +1,7 @@
 """One rank of the training tests: runs many training cases in one process group.
 
 Usage: worker.py CASES.json RESULTS.json. A case is {"name", "flags", "plugin"}; each runs the example's
-unmodified Megatron script, with what it logged per step collected by the last rank.
+unmodified Megatron script (or its "script"), with what it logged per step collected by the last rank.
 """
 
 import gc
@@ -65,13 +65,14 @@ class Log:
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     """Run one training; return its log, or the exception that ended it."""
-    sys.argv = [str(SCRIPT), *case["flags"]]
+    script = case.get("script", str(SCRIPT))
+    sys.argv = [script, *case["flags"]]
     patches = counterflow.enable() if case["plugin"] else install_cpu()
     log = Log()
     log.attach()
     error, begin = None, time.perf_counter()
     try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        runpy.run_path(script, run_name="__main__")
     except Exception as caught:
         if not case.get("may_fail"):
             raise
