@@ -167,4 +167,8 @@ def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
     add("fitted", TWO_STAGES, SHARDED, SCHEDULES["dualpipev"], save_to("fitted", 2), steps=2, without=RESHARDABLE)
     load = ["--load", str(directory / "fitted")]
     add("fitted -> interleaved", TWO_STAGES, SHARDED, SCHEDULES["interleaved"], load, without=RESHARDABLE, may_fail=True)
+
+    # Last, since it ends in the middle of a step: a learning rate that makes the second step's losses NaN.
+    diverging = "--lr 1e30 --min-lr 1e30 --clip-grad 0 --lr-warmup-iters 0 --rerun-mode disabled".split()
+    add("NaN", TWO_STAGES, start, SCHEDULES["dualpipev"], diverging, save_to("NaN", 1), steps=4, may_fail=True)
     return cases

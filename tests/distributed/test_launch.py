@@ -72,7 +72,7 @@ def test_a_killed_rank_ends_all_in_one_line_and_the_last_checkpoint_resumes(tmp_
     ("flags", "said"),
     [
         (["--ranks", "3"], "3 ranks do not fit TP x CP x PP = 1 x 1 x 2 = 2: start a multiple of 2 ranks"),
-        (["--schedule", "zigzag"], "schedule 'zigzag' is not known; allowed: 1f1b, interleaved, dualpipev"),
+        (["--schedule", "zigzag"], "schedule 'zigzag' is not known; allowed: gpipe, 1f1b, interleaved, "),
         (["--global-batch-size", "4"], "dualpipev: 2 micro-batches on 2 ranks given; it needs at least 4 micro-batches"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
     ],

@@ -162,6 +162,14 @@ def test_layout_bound_optimizer_state_is_refused_under_another_layout(runs: Runs
     assert "--dist-ckpt-optim-fully-reshardable" in error
 
 
+def test_nan_ends_all_ranks_in_a_clear_error_and_the_last_checkpoint_is_whole(runs: Runs) -> None:
+    run = runs["NaN"]
+    assert run["error"] is not None and "found NaN" in run["error"]
+    saved = run["directory"] / "NaN"
+    step = int((saved / "latest_checkpointed_iteration.txt").read_text())
+    assert step >= 1 and (saved / f"iter_{step:07d}" / "metadata.json").exists()
+
+
 def test_recorded_timeline_has_every_action_once(runs: Runs) -> None:
     timeline = load_record(runs["recorded"]["directory"] / "record", step=1)
     kinds = [single.kind for span in timeline.spans for single in span.action.singles()]
