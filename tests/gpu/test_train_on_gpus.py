@@ -47,3 +47,23 @@ def test_overlapped_pairs_agree_on_cuda_streams(tmp_path: Path) -> None:
     reference = train(tmp_path / "a", "dualpipev", *flags, *start, ranks=4)
     found = train(tmp_path / "b", "dualpipev", *flags, *start, "--cf-overlap", ranks=4)
     assert found == pytest.approx(reference, rel=1e-3)
+
+
+def test_transformer_engine_leaves_weight_gradients_to_the_w(tmp_path: Path) -> None:
+    pytest.importorskip("transformer_engine")
+    train(tmp_path / "run", "zbv")
+    start = ["--load", str(tmp_path / "run" / "checkpoints"), "--finetune", "--no-load-optim", "--no-load-rng"]
+    reference = train(tmp_path / "a", "zbv", *start, "--no-cf-zero-bubble")
+    found = train(tmp_path / "b", "zbv", *start, "--cf-zero-bubble", "--cf-record", str(tmp_path / "record"))
+    assert found == pytest.approx(reference, rel=1e-3)
+    spans = load_record(tmp_path / "record", step=5).spans
+    spent = {kind: sum(s.end - s.start for s in spans if s.action.kind == kind) for kind in "IW"}
+    assert spent["W"] > 0.2 * spent["I"], f"a W does no work: {spent}"
+
+
+def test_a_nan_loss_ends_all_ranks_over_nccl(tmp_path: Path) -> None:
+    command = [sys.executable, str(TRAIN), "--dir", str(tmp_path), "--platform", "cuda", "--schedule", "dualpipev"]
+    flags = ["--iters", "400", "--ranks", "2", "--cf-stall-limit", "30", "--lr", "1e30", "--rerun-mode", "disabled"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 1
+    assert "NaN" in done.stderr

@@ -245,3 +245,13 @@ def test_a_file_of_the_right_size_is_accepted(tmp_path: Path, table: ScheduleTab
     path = tmp_path / "table.csv"
     path.write_text(to_csv(table))
     prepare_arguments(make_arguments(), Options(schedule=str(path)))
+
+
+def test_a_split_that_is_asked_for_must_be_had() -> None:
+    engine = {"transformer_impl": "transformer_engine"}
+    prepare_arguments(make_arguments(**engine), Options(schedule="zbv"))  # by default what cannot split runs whole
+    with pytest.raises(
+        OptionError, match="--cf-zero-bubble cannot split Transformer Engine's backward passes, no transformer-engine"
+    ):
+        prepare_arguments(make_arguments(**engine), Options(schedule="zbv", zero_bubble=True))
+    prepare_arguments(make_arguments(transformer_impl="local"), Options(schedule="zbv", zero_bubble=True))

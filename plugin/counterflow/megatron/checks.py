@@ -47,6 +47,7 @@ def prepare_arguments(args: Any, options: Options) -> None:
         chunks = 2
     _check_chunks(options.schedule, layout, chunks)
     _check_unsupported(flat, options.schedule, options.overlap)
+    _check_zero_bubble(flat, options)
     _check_multi_token_prediction(flat, options.schedule, layout)
     if layout == V:
         _check_v(flat, ranks, options.schedule)
@@ -154,6 +155,15 @@ def _check_unsupported(args: Any, schedule: str, overlap: bool) -> None:
             f"--cf-schedule {schedule} does not run under CUDA graphs: --cuda-graph-impl {graph} given, none is allowed; "
             "full-iteration and per-chunk graphs fix the order that the schedule decides"
         )
+
+
+def _check_zero_bubble(args: Any, options: Options) -> None:
+    """Where it is on by default, modules that cannot split run whole; asked for, it is to be had."""
+    if options.zero_bubble and getattr(args, "transformer_impl", "") == "transformer_engine":
+        from counterflow.megatron.zero_bubble import find_engine_obstacle
+
+        if obstacle := find_engine_obstacle(args):
+            raise OptionError(f"--cf-zero-bubble cannot split Transformer Engine's backward passes, {obstacle}; or drop the flag")
 
 
 def _check_multi_token_prediction(args: Any, schedule: str, layout: str) -> None:

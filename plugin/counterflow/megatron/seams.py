@@ -244,7 +244,7 @@ def _prepare_after(parse_args: Callable[..., Any], patches: Patches, options: Op
             setattr(parsed, f"cf_{name}", value)
         # Megatron parses again for its fault tolerance; wrapping twice would mirror a V back to a loop.
         if chosen.schedule is not None and not is_installed:
-            install_schedule(patches, chosen, getattr(parsed, "transformer_impl", "") == "transformer_engine")
+            install_schedule(patches, chosen, parsed)
             is_installed = True
         return parsed
 
@@ -265,7 +265,7 @@ def _merge_yaml(parsed: Any, options: Options) -> Options:
     return merge_options(given, options)
 
 
-def install_schedule(patches: Patches, options: Options, has_transformer_engine: bool) -> None:
+def install_schedule(patches: Patches, options: Options, args: Any) -> None:
     """Take the schedule, split backward passes, and for a V the builders, data sets and checkpoint check."""
     from counterflow.megatron.checkpoint import refuse_other_layout
     from counterflow.megatron.crosslink import read_partners_data
@@ -273,11 +273,11 @@ def install_schedule(patches: Patches, options: Options, has_transformer_engine:
     from counterflow.megatron.model import lay_out_as_v, mirror_dataset_provider
     from counterflow.megatron.schedule import PipelineSchedule
     from counterflow.megatron.tables import choose_layout, count_replicas, name_model_layout
-    from counterflow.megatron.zero_bubble import delay_engine_weight_grads, split_local_linears
+    from counterflow.megatron.zero_bubble import delay_engine_weight_grads, find_engine_obstacle, split_local_linears
 
     if options.zero_bubble is not False and (options.overlap or options.schedule not in UNSPLIT_SCHEDULES):
         split_local_linears(patches)
-        if has_transformer_engine:
+        if getattr(args, "transformer_impl", "") == "transformer_engine" and find_engine_obstacle(args) is None:
             delay_engine_weight_grads(patches)
     pipeline = PipelineSchedule(options)
     _take(patches, GET_SCHEDULE, lambda original: _choose_schedule(original, pipeline))

@@ -8,13 +8,18 @@ computed in the I; it is small.
 """
 
 from functools import partial, wraps
+from importlib import metadata
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from counterflow.errors import ScheduleError
 from counterflow.patching import Patches
 from counterflow.runtime.weight_grads import defer_weight_grad
+
+# From here on its delayed weight gradients know Megatron's overlapped reductions.
+FIRST_ENGINE = Version("2.8.0")
 
 
 def split_local_linears(patches: Patches) -> None:
@@ -82,6 +87,19 @@ def require_before_reduction(weight: Any) -> None:
             f"a weight gradient of shape {tuple(weight.shape)} came after the data-parallel reduction of its bucket began: "
             "it would be lost on the other ranks"
         )
+
+
+def find_engine_obstacle(args: Any) -> str | None:
+    """Return why Transformer Engine cannot delay weight gradients under these arguments; None where it can."""
+    if getattr(args, "tp_comm_overlap", False) and getattr(args, "tp_comm_bulk_wgrad", True):
+        return "--tp-comm-overlap with its bulk weight gradients: turn tp_comm_bulk_wgrad off"
+    try:
+        version = metadata.version("transformer-engine")
+    except metadata.PackageNotFoundError:
+        return "no transformer-engine package is installed"
+    if Version(version) < FIRST_ENGINE:
+        return f"transformer-engine {version}: it needs {FIRST_ENGINE} or later"
+    return None
 
 
 def delay_engine_weight_grads(patches: Patches) -> None:
