@@ -26,11 +26,11 @@ def test_every_message_is_posted_before_it_is_received_and_received_once(table: 
     from counterflow.runtime.lowering import lower
 
     programs = [lower(table, rank) for rank in range(table.ranks)]
-    sent = {(p.rank, part.send.peer, part.send.tag) for p in programs for s in p.steps for part in s.parts if part.send}
+    sent = {(p.rank, part.send.peer, part.send.tag) for p in programs for s in p.instructions for part in s.parts if part.send}
     received = []
     for program in programs:
         posted: set[int] = set()
-        for step in program.steps:
+        for step in program.instructions:
             posted |= {transfer.tag for transfer in step.posts}
             for part in step.parts:
                 if part.receive is not None:
@@ -47,7 +47,7 @@ def test_what_was_sent_is_let_go_after_it_was_sent_and_few_are_kept(table: Sched
     for rank in range(table.ranks):
         kept: set[int] = set()
         most = 0
-        for step in lower(table, rank).steps:
+        for step in lower(table, rank).instructions:
             for part in step.parts:
                 assert kept.issuperset(part.delivered), f"rank {rank}, {part.single}: lets go of what it has not sent"
                 kept -= set(part.delivered)

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from counterflow.errors import ScheduleError
-from counterflow.runtime.lowering import Part, Program, Step
+from counterflow.runtime.lowering import Instruction, Part, Program
 from counterflow.runtime.mailbox import Mailbox
 from counterflow.runtime.recorder import Recorder
 from counterflow.runtime.watch import Watch
@@ -58,17 +58,17 @@ def run_program(
     recorder: Recorder | None = None,
     watch: Watch | None = None,
 ) -> None:
-    """Run the program's steps in order.
+    """Run the program's instructions in order.
 
     Without ``zero_bubble`` an I runs as a whole B and its W does nothing. The parts of a pair run one after the other
     unless the work is a `PairWork`. An error is told to the other ranks (``watch``) and raised with the action it came from.
     """
     run = _Run(work, mailbox, zero_bubble, recorder, watch)
     try:
-        for position, step in enumerate(program.steps):
+        for position, instruction in enumerate(program.instructions):
             if watch is not None:
-                watch.enter(position, step)
-            run.run_step(step)
+                watch.enter(position, instruction)
+            run.run_instruction(instruction)
         mailbox.finish()
         run.require_empty()
     except Exception as error:
@@ -87,15 +87,15 @@ class _Run:
         self._kept: dict[Result, torch.Tensor] = {}
         self._queues: dict[tuple[int, int], list[Callable[[], None]]] = {}
 
-    def run_step(self, step: Step) -> None:
+    def run_instruction(self, instruction: Instruction) -> None:
         """Run one action: its inputs, its work, its results."""
-        self._mailbox.post(step.posts)
+        self._mailbox.post(instruction.posts)
         if self._recorder is not None:
-            self._recorder.start(step.action)
-        if step.action.kind == PAIR and self._pair_work is not None:
-            self._run_pair(self._pair_work, *step.parts)
+            self._recorder.start(instruction.action)
+        if instruction.action.kind == PAIR and self._pair_work is not None:
+            self._run_pair(self._pair_work, *instruction.parts)
         else:
-            for part in step.parts:
+            for part in instruction.parts:
                 self._run_part(part)
         if self._recorder is not None:
             self._recorder.stop()

@@ -45,7 +45,7 @@ class Part(NamedTuple):
     delivered: tuple[int, ...] = ()
 
 
-class Step(NamedTuple):
+class Instruction(NamedTuple):
     """One action of a row: receives to post as it comes up, then its parts."""
 
     action: Action
@@ -55,11 +55,11 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """What one pipeline rank does; ``steps`` has one entry per action of the table's row."""
+    """What one pipeline rank does; ``instructions`` has one per action of the table's row."""
 
     table: ScheduleTable
     rank: int
-    steps: tuple[Step, ...]
+    instructions: tuple[Instruction, ...]
 
 
 def lower(table: ScheduleTable, rank: int) -> Program:
@@ -68,7 +68,7 @@ def lower(table: ScheduleTable, rank: int) -> Program:
     deliveries = {sender: _list_deliveries(table, rank, sender) for sender in channels}
     place_of = {message: (sender, place) for sender, messages in channels.items() for place, message in enumerate(messages)}
     posted = dict.fromkeys(channels, 0)
-    steps = []
+    instructions = []
     for action in table.actions[rank]:
         parts = tuple(_lower_single(table, rank, single, place_of, deliveries) for single in action.singles())
         posts: list[Transfer] = []
@@ -77,8 +77,8 @@ def lower(table: ScheduleTable, rank: int) -> Program:
             end = max(posted[sender], max(needed, default=0) + POSTED_AHEAD)
             posts += [Transfer(message, sender, make_tag(table, message)) for message in messages[posted[sender] : end]]
             posted[sender] = end
-        steps.append(Step(action, tuple(posts), parts))
-    return Program(table, rank, tuple(steps))
+        instructions.append(Instruction(action, tuple(posts), parts))
+    return Program(table, rank, tuple(instructions))
 
 
 def list_incoming(table: ScheduleTable, rank: int) -> dict[int, list[Result]]:

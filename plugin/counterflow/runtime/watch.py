@@ -18,7 +18,7 @@ from typing import Any, TypedDict
 import torch.distributed as dist
 
 from counterflow.errors import PipelineError
-from counterflow.runtime.lowering import Step, Transfer
+from counterflow.runtime.lowering import Instruction, Transfer
 from counterflow.schedule.actions import Action
 
 RECENT = 6
@@ -69,11 +69,11 @@ class Watch:
         """A training or evaluation step begins."""
         self._step_number = step
 
-    def enter(self, position: int, step: Step) -> None:
+    def enter(self, position: int, instruction: Instruction) -> None:
         """The rank has come to this action."""
         if self._action is not None:
             self._recent.append(self._action)
-        self._position, self._action, self._since = position, step.action, time.monotonic()
+        self._position, self._action, self._since = position, instruction.action, time.monotonic()
 
     def tell(self) -> None:
         """Write where this rank is to the store."""
