@@ -76,7 +76,7 @@ class GradientSync:
         chunk = self._layout.chunk_of(stage)
         if self._config.grad_sync_func is not None:
             _call_for_chunk(self._config.grad_sync_func, chunk, self._chunks)
-        elif self._chunks[chunk].ddp_config.overlap_grad_reduce:
+        elif getattr(getattr(self._chunks[chunk], "ddp_config", None), "overlap_grad_reduce", False):
             # A W completes no backward whose hooks could start the buckets one by one.
             self._chunks[chunk].start_grad_sync()
         self._synced.add(stage)
