@@ -181,9 +181,11 @@ def test_upstreams_flag_alone_points_to_ours() -> None:
     prepare_arguments(args, Options(schedule="dualpipev", overlap=True))
 
 
-def test_a_record_without_a_schedule_would_stay_empty() -> None:
-    with pytest.raises(OptionError, match="--cf-record x records the steps of a --cf-schedule and none is given"):
-        prepare_arguments(make_arguments(), Options(record=Path("x")))
+@pytest.mark.parametrize("given", [{"record": Path("x")}, {"zero_bubble": False}, {"stall_limit": 5.0}])
+def test_what_is_for_a_schedule_is_refused_without_one(given: dict[str, Any]) -> None:
+    flag = next(iter(given)).replace("_", "-")
+    with pytest.raises(OptionError, match=f"--cf-{flag} .* is for the steps of a --cf-schedule and none is given"):
+        prepare_arguments(make_arguments(), Options(**given))
 
 
 def test_the_world_size_of_the_launcher_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,11 +25,12 @@ def prepare_arguments(args: Any, options: Options) -> None:
                 "--cf-overlap overlaps the pairs of a --cf-schedule and none is given: add --cf-schedule interleaved or "
                 "dualpipev; Megatron's own schedule overlaps with --overlap-moe-expert-parallel-comm"
             )
-        if options.record is not None:
-            raise OptionError(
-                f"--cf-record {options.record} records the steps of a --cf-schedule and none is given: "
-                f"add --cf-schedule {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}"
-            )
+        for name in ("record", "zero_bubble", "stall_limit"):
+            if (value := getattr(options, name)) is not None:
+                raise OptionError(
+                    f"--cf-{name.replace('_', '-')} ({value} given) is for the steps of a --cf-schedule and none is given: "
+                    f"add --cf-schedule {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}"
+                )
         return
     flat = flatten(args)
     ranks = _get(flat, "pipeline_model_parallel_size", 1)
