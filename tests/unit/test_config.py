@@ -37,7 +37,7 @@ def test_without_flags_nothing_is_asked_for() -> None:
         (["--cf-schedule", "none.csv"], "schedule file 'none.csv' does not exist"),
         (
             ["--cf-eplb"],
-            "--cf-eplb is not a flag of this version of counterflow; allowed: --cf-schedule, --cf-platform, ",
+            "--cf-eplb is not a flag of this version of counterflow; allowed: --cf-schedule, --cf-overlap, --cf-platform, ",
         ),
         (["--cf-shedule", "1f1b"], "did you mean --cf-schedule?"),
         (["--cf-zero-bubble=1"], "ignored explicit argument '1'"),
@@ -54,7 +54,7 @@ def test_what_is_not_allowed_is_refused_in_one_line(argv: list[str], said: str) 
 
 def test_a_mapping_is_as_strict() -> None:
     assert read_mapping({"schedule": "1f1b"}).schedule == "1f1b"
-    with pytest.raises(OptionError, match="counterflow has no option 'shedule'; allowed: schedule, platform, "):
+    with pytest.raises(OptionError, match="counterflow has no option 'shedule'; allowed: schedule, "):
         read_mapping({"shedule": "1f1b"})
     with pytest.raises(OptionError, match="--cf-platform"):
         read_mapping({"platform": "tpu"})
