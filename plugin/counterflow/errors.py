@@ -23,3 +23,7 @@ class SeamError(CounterflowError):
 
 class PipelineError(CounterflowError):
     """A training step that could not go on: names the rank, its action, what it waited for, and where that comes from."""
+
+
+class BalanceError(CounterflowError):
+    """Loads, slots, a placement or a trace that the balancer cannot work with."""

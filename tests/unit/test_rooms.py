@@ -17,13 +17,15 @@ ROOMS = {
     "patching": (set(), set()),
     "config": (COMMON, set()),
     "schedule": (COMMON, set()),
+    "balance": (COMMON, set()),
     "runtime": (COMMON | {"schedule"}, {"torch"}),
     "platform": (COMMON | {"patching"}, {"torch", "megatron"}),
     "megatron": (COMMON | {"config", "patching", "schedule", "runtime"}, {"torch", "megatron"}),
     "launch": (COMMON | {"config"}, set()),
-    "report": (COMMON | {"schedule"}, set()),
+    "report": (COMMON | {"schedule", "balance"}, set()),
     "schedule_cli": (COMMON | {"schedule", "report"}, set()),
-    "cli": (COMMON | {"config", "platform", "megatron", "schedule_cli"}, {"torch"}),
+    "balance_cli": (COMMON | {"balance", "report"}, set()),
+    "cli": (COMMON | {"config", "platform", "megatron", "schedule_cli", "balance_cli"}, {"torch"}),
     "__init__": (COMMON | {"config", "patching", "platform", "megatron"}, set()),
 }
 HEAVY = {"torch", "megatron", "deepspeed", "transformer_engine"}

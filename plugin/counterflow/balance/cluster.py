@@ -1,0 +1,72 @@
+"""Where experts can lie: ranks with slots, on nodes."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from counterflow.errors import BalanceError
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Expert-parallel ranks: how many slots each has, and the node it sits on.
+
+    Slots are numbered rank by rank: those of rank 0 first. Nodes are numbered from 0 without a gap.
+    """
+
+    slots_per_rank: tuple[int, ...]
+    node_of_rank: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.slots_per_rank or min(self.slots_per_rank) < 1:
+            raise BalanceError(f"slots per rank {list(self.slots_per_rank)}; allowed: one rank or more, each with a slot or more")
+        if len(self.node_of_rank) != self.ranks or set(self.node_of_rank) != set(range(max(self.node_of_rank) + 1)):
+            raise BalanceError(
+                f"nodes of ranks {list(self.node_of_rank)} for {self.ranks} ranks; allowed: one node per rank, numbered from 0 without a gap"
+            )
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks."""
+        return len(self.slots_per_rank)
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes."""
+        return max(self.node_of_rank) + 1
+
+    @property
+    def slots(self) -> int:
+        """Number of slots in all."""
+        return sum(self.slots_per_rank)
+
+    @cached_property
+    def rank_of_slot(self) -> Array:
+        """``int64[slots]``."""
+        return np.repeat(np.arange(self.ranks), self.slots_per_rank)
+
+    @cached_property
+    def node_of_slot(self) -> Array:
+        """``int64[slots]``."""
+        return np.asarray(self.node_of_rank)[self.rank_of_slot]
+
+
+def make_cluster(ranks: int, slots: int, nodes: int = 1) -> Cluster:
+    """Return a cluster of equal ranks on equal nodes, in order.
+
+    Raises `BalanceError` where slots do not divide by ranks or ranks by nodes.
+    """
+    for name, count in (("ranks", ranks), ("slots", slots), ("nodes", nodes)):
+        if count < 1:
+            raise BalanceError(f"{count} {name}; allowed: 1 or more")
+    if slots % ranks:
+        raise BalanceError(
+            f"{slots} slots on {ranks} ranks; allowed: a multiple of {ranks}, such as {-(-slots // ranks) * ranks}"
+        )
+    if ranks % nodes:
+        raise BalanceError(f"{ranks} ranks on {nodes} nodes; allowed: a number of nodes that divides {ranks}")
+    return Cluster((slots // ranks,) * ranks, tuple(rank * nodes // ranks for rank in range(ranks)))
