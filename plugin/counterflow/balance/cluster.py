@@ -26,7 +26,8 @@ class Cluster:
             raise BalanceError(f"slots per rank {list(self.slots_per_rank)}; allowed: one rank or more, each with a slot or more")
         if len(self.node_of_rank) != self.ranks or set(self.node_of_rank) != set(range(max(self.node_of_rank) + 1)):
             raise BalanceError(
-                f"nodes of ranks {list(self.node_of_rank)} for {self.ranks} ranks; allowed: one node per rank, numbered from 0 without a gap"
+                f"nodes of ranks {list(self.node_of_rank)} for {self.ranks} ranks; "
+                "allowed: one node per rank, numbered from 0 without a gap"
             )
 
     @property

@@ -14,8 +14,8 @@ EMPTY = -1
 class Placement:
     """Slots of each layer and what they hold.
 
-    ``experts``: ``int64[layers, slots]``, the logical expert of a slot or `EMPTY`. ``homes``: ``int64[layers, experts]``, the slot
-    where an expert's own weights live, or None where no copy is more than another (serving). Other slots of it are clones.
+    ``experts``: ``int64[layers, slots]``, the logical expert of a slot or `EMPTY`. ``homes``: ``int64[layers, experts]``, the
+    slot where an expert's own weights live, or None where no copy is more than another (serving). Its other slots are clones.
     """
 
     cluster: Cluster
