@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from counterflow.errors import CounterflowError, OptionError, ScheduleError
+from counterflow.errors import OptionError, ScheduleError
 from counterflow.report import (
     Picture,
     describe_differences,
@@ -19,6 +19,7 @@ from counterflow.report import (
     render_trace,
     write_differences,
 )
+from counterflow.report.files import check_output, write_output
 from counterflow.schedule import FAMILIES, Costs, ScheduleTable, build, load_record, read_csv, simulate, to_csv
 from counterflow.schedule.comparison import compare, estimate_costs, fit_record
 from counterflow.schedule.timeline import find_last_step
@@ -286,13 +287,8 @@ def _find_width() -> int:
 def _check_outputs(given: argparse.Namespace) -> None:
     """Before any work: every output can be written."""
     for name in (*OUTPUTS, "csv"):
-        path = getattr(given, name)
-        if path is None:
-            continue
-        if path.is_dir():
-            raise OptionError(f"--{name} {path} is a folder; give the path of a file")
-        if not path.parent.is_dir():
-            raise OptionError(f"--{name} {path} cannot be written: there is no folder {path.parent}; make it first")
+        if getattr(given, name) is not None:
+            check_output(f"--{name}", getattr(given, name))
 
 
 def _write_outputs(given: argparse.Namespace, pictures: list[Picture]) -> None:
@@ -302,8 +298,4 @@ def _write_outputs(given: argparse.Namespace, pictures: list[Picture]) -> None:
             raise OptionError(f"--csv {given.csv} takes one table and {len(pictures)} were compared; use schedule show")
         texts["csv"] = to_csv(pictures[0].table)
     for name, text in texts.items():
-        path = getattr(given, name)
-        try:
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise CounterflowError(f"--{name} {path} cannot be written: {error.strerror}") from None
+        write_output(f"--{name}", getattr(given, name), text)
