@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
+from counterflow.balance_cli import add_balance_commands
 from counterflow.config import SCHEDULES
 from counterflow.errors import CounterflowError
 from counterflow.schedule_cli import add_schedule_commands
@@ -106,13 +107,16 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command."""
-    parser = argparse.ArgumentParser(prog="counterflow", description="DualPipe schedules for Megatron-Core, by flags.")
+    parser = argparse.ArgumentParser(
+        prog="counterflow", description="DualPipe schedules and expert load balancing for Megatron-Core, by flags."
+    )
     parser.add_argument("--version", action="version", version=f"counterflow {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     doctor = commands.add_parser("doctor", help="list versions, the platform, and whether each seam into Megatron fits")
     doctor.add_argument("--json", action="store_true", help="print the report as JSON")
     doctor.set_defaults(run=run_doctor)
     add_schedule_commands(commands)
+    add_balance_commands(commands)
     return parser
 
 

@@ -56,7 +56,8 @@ def test_imports_point_downward(path: Path) -> None:
 
 def test_importing_loads_no_torch_and_no_megatron() -> None:
     code = (
-        "import sys, counterflow.config, counterflow.report, counterflow.schedule, counterflow.schedule_cli; "
+        "import sys, counterflow.config, counterflow.report, counterflow.schedule; "
+        "import counterflow.schedule_cli, counterflow.balance_cli; "
         "print([m for m in ('torch', 'megatron', 'numba', 'scipy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,276 @@
+"""``counterflow balance``: plan where experts go, replay recorded routing."""
+
+import argparse
+import io
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from counterflow.balance.cluster import Array, make_cluster
+from counterflow.balance.loads import read_loads, read_trace
+from counterflow.balance.placement import count_copies, measure_balancedness
+from counterflow.balance.serving import render_sglang, render_vllm
+from counterflow.errors import OptionError
+from counterflow.report.files import check_output, write_output
+
+if TYPE_CHECKING:
+    from counterflow.balance.planning import Plan
+    from counterflow.balance.replay import Replay
+
+FORMATS = ("json", "sglang", "vllm")
+# Of more layers than this, the worst are printed.
+SHOWN_LAYERS = 16
+WORST_LAYERS = 5
+
+
+def add_balance_commands(commands: Any) -> None:
+    """Add ``balance plan`` and ``replay`` to the command's parser."""
+    balance = commands.add_parser("balance", help="plan where experts and their copies go, replay recorded routing")
+    kinds = balance.add_subparsers(required=True, metavar="COMMAND")
+    plan = kinds.add_parser("plan", help="place experts and their copies for these loads")
+    plan.add_argument(
+        "loads", type=Path, metavar="LOADS", help="[layers, experts] in .npy, .npz, .csv or .json; a trace is summed"
+    )
+    plan.add_argument("--slots", type=int, required=True, metavar="S", help="slots of all ranks together")
+    plan.add_argument("--groups", type=int, default=1, metavar="G", help="groups of experts to keep on one node (default: 1)")
+    plan.add_argument(
+        "--policy", default="auto", metavar="P", help="auto, hierarchical, global, spill or deepseek (default: auto)"
+    )
+    plan.add_argument(
+        "--traffic-weight",
+        type=float,
+        metavar="X",
+        help="what load computed off its group's node costs, beside the slowest rank's",
+    )
+    plan.set_defaults(run=run_plan)
+    _add_plan_outputs(plan)
+    replay = kinds.add_parser("replay", help="plan from the past of a trace, score on what follows")
+    replay.add_argument("trace", type=Path, metavar="TRACE", help="counts[micro-batches, layers, experts] in .npz or .npy")
+    replay.add_argument("--clones-per-rank", type=int, required=True, metavar="C", help="spare slots per rank, beside its homes")
+    replay.add_argument("--interval", type=int, required=True, metavar="N", help="micro-batches from one plan to the next")
+    replay.add_argument("--warmup", type=int, default=50, metavar="N", help="micro-batches before the first scored (default: 50)")
+    replay.add_argument("--key", default="counts", metavar="NAME", help="the trace's array in an .npz (default: counts)")
+    replay.set_defaults(run=run_replay)
+    _add_replay_outputs(replay)
+    for parser in (plan, replay):
+        parser.add_argument("--ranks", type=int, required=True, metavar="R", help="expert-parallel ranks")
+        parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes that the ranks are on (default: 1)")
+
+
+def _add_plan_outputs(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--out", type=Path, metavar="FILE", help="write the placement; .npz writes arrays")
+    group.add_argument(
+        "--format", choices=FORMATS, help="of --out: counterflow's own, or what that server reads (default: json, its own)"
+    )
+    group.add_argument(
+        "--first-layer", type=int, metavar="N", help="layers of the model before the first with experts; SGLang counts them"
+    )
+    group.add_argument("--json", action="store_true", help="print figures as JSON instead of a table")
+
+
+def _add_replay_outputs(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--html", type=Path, metavar="FILE", help="write an interactive page, one self-contained file")
+    group.add_argument("--svg", type=Path, metavar="FILE", help="write a picture for papers")
+    group.add_argument("--json", action="store_true", help="print figures as JSON instead of a table")
+
+
+def run_plan(given: argparse.Namespace) -> int:
+    """Plan, print how good the plan is, and write it where that is asked for."""
+    _check_plan_outputs(given)
+    loads = read_loads(given.loads)
+    cluster = make_cluster(given.ranks, given.slots, given.nodes)
+    from counterflow.balance.planning import plan_placement  # loads a compiler
+
+    weight = {} if given.traffic_weight is None else {"traffic_weight": given.traffic_weight}
+    plan = plan_placement(loads, cluster, given.groups, given.policy, **weight)
+    if given.out is not None:
+        write_output("--out", given.out, _render_plan(plan, given))
+    figures = describe_plan(plan, loads)
+    if given.json:
+        print(json.dumps({"policy": given.policy, **figures}, indent=2))
+    else:
+        _print_plan(figures)
+        if given.out is not None:
+            print(_say_how_to_use(given, cluster.slots - loads.shape[1]))
+    return 0
+
+
+def run_replay(given: argparse.Namespace) -> int:
+    """Replay a trace, print how balanced each method kept it, and write the pictures asked for."""
+    for name in ("html", "svg"):
+        if getattr(given, name) is not None:
+            check_output(f"--{name}", getattr(given, name))
+    counts = read_trace(given.trace, given.key)
+    from counterflow.balance.replay import replay  # loads a compiler
+
+    done = replay(counts, given.ranks, given.clones_per_rank, given.interval, given.nodes, given.warmup)
+    _write_pictures(given, done)
+    figures = describe_replay(done)
+    if given.json:
+        print(json.dumps(figures, indent=2))
+    else:
+        _print_replay(done, figures)
+    return 0
+
+
+def describe_plan(plan: "Plan", loads: Array) -> dict[str, Any]:
+    """Return a plan's figures, as ``--json`` prints them; ``layers`` has one object per layer.
+
+    ``before`` is the balancedness of contiguous homes without copies, ``after`` the plan's, ``bound`` the best that any plan
+    could have, ``gap`` by how much the plan's slowest rank is above that; ``off_node`` is a share of the layer's load.
+    """
+    cluster, copies = plan.placement.cluster, count_copies(plan.placement, loads.shape[1])
+    slowest = plan.rank_loads.max(1)
+    columns = {
+        "before": measure_balancedness(_sum_contiguous(loads, cluster.ranks)),
+        "after": measure_balancedness(plan.rank_loads),
+        "bound": plan.rank_loads.mean(1) / plan.bound,
+        "gap": slowest / plan.bound - 1,
+        "replicated": (copies > 1).sum(1),
+        "most_copies": copies.max(1),
+    }
+    if cluster.nodes > 1:
+        columns["off_node"] = plan.off_node / loads.sum(1)
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*(column.tolist() for column in columns.values()), strict=True)]
+    worst = {"before": min, "after": min, "bound": min}
+    return {
+        "experts": loads.shape[1],
+        "slots": cluster.slots,
+        "ranks": cluster.ranks,
+        "nodes": cluster.nodes,
+        "mean": {name: float(column.mean()) for name, column in columns.items()},
+        "worst": {name: worst.get(name, max)(column.tolist()) for name, column in columns.items()},
+        "layers": rows,
+    }
+
+
+def describe_replay(replay: "Replay") -> dict[str, dict[str, float]]:
+    """Return balancedness per method over micro-batches and layers, and clones moved, as ``--json`` prints them."""
+    figures: dict[str, dict[str, float]] = {
+        method: {"mean": float(scores.mean()), "p5": float(np.percentile(scores, 5)), "worst": float(scores.min())}
+        for method, scores in replay.balancedness.items()
+    }
+    figures["counterflow"] |= {"moves": int(replay.moves.sum()), "off_node_moves": int(replay.off_node_moves.sum())}
+    return figures
+
+
+def _sum_contiguous(loads: Array, ranks: int) -> Array:
+    """Return ``float64[layers, ranks]``: experts in order, as many on each rank, one more on some where that does not divide."""
+    summed = np.zeros((loads.shape[0], ranks))
+    np.add.at(summed.T, np.arange(loads.shape[1]) * ranks // loads.shape[1], loads.T)
+    return summed
+
+
+def _check_plan_outputs(given: argparse.Namespace) -> None:
+    """Before any work: the file can be written, and read by whom it is for."""
+    if given.out is None and given.format is not None:
+        raise OptionError(f"--format {given.format} given without a file to write; add --out FILE")
+    if given.first_layer is not None and given.format != "sglang":
+        raise OptionError(f"--first-layer {given.first_layer} is of --format sglang alone; drop it, or write that format")
+    if given.out is None:
+        return
+    check_output("--out", given.out)
+    allowed = (".json",) if given.format in ("sglang", "vllm") else (".json", ".npz")
+    if given.out.suffix not in allowed:
+        raise OptionError(
+            f"--out {given.out} with --format {given.format or 'json'}; allowed: a name that ends in {' or '.join(allowed)}"
+        )
+
+
+def _render_plan(plan: "Plan", given: argparse.Namespace) -> str | bytes:
+    if given.format == "sglang":
+        return render_sglang(plan.placement, given.first_layer or 0)
+    if given.format == "vllm":
+        return render_vllm(plan.placement)
+    cluster, experts = plan.placement.cluster, plan.placement.experts
+    ranks: dict[str, Any] = {"slots_per_rank": cluster.slots_per_rank, "node_of_rank": cluster.node_of_rank}
+    layers: dict[str, Any] = {
+        "experts": experts,
+        "balancedness": measure_balancedness(plan.rank_loads),
+        "bound": plan.rank_loads.mean(1) / plan.bound,
+    }
+    if given.out.suffix == ".npz":
+        file = io.BytesIO()
+        np.savez(file, **ranks, **layers)
+        return file.getvalue()
+    return json.dumps({"cluster": ranks, **{name: values.tolist() for name, values in layers.items()}}) + "\n"
+
+
+def _say_how_to_use(given: argparse.Namespace, clones: int) -> str:
+    if given.format == "sglang":
+        file = shlex.quote(str(given.out))
+        return f"SGLang: --init-expert-location {file} --ep-num-redundant-experts {clones} --ep-size {given.ranks}"
+    if given.format == "vllm":
+        config = shlex.quote(json.dumps({"eplb_config": {"expert_map_path": str(given.out)}}))
+        return f"vLLM-Ascend: --enable-expert-parallel --additional-config {config} on {given.ranks} expert-parallel ranks"
+    return f"placement written to {given.out}"
+
+
+def _print_plan(figures: dict[str, Any]) -> None:
+    layers = list(enumerate(figures["layers"]))
+    shown = layers
+    if len(layers) > SHOWN_LAYERS:
+        shown = sorted(layers, key=lambda layer: float(layer[1]["after"]))[:WORST_LAYERS]
+    sizes = ", ".join(f"{figures[name]} {name}" for name in ("experts", "slots", "ranks", "nodes"))
+    headings = {"before": "before", "after": "after", "bound": "at best", "gap": "gap"}
+    headings |= {"replicated": "replicated", "most_copies": "most copies", "off_node": "off node"}
+    columns = [name for name in headings if name in figures["mean"]]
+    rows = [(f"layer {layer}", row) for layer, row in shown]
+    rows += [("mean", figures["mean"]), ("worst", figures["worst"])] if len(layers) > 1 else []
+    print(f"{len(layers)} layers, {sizes}; balancedness is mean over slowest rank")
+    if len(shown) < len(layers):
+        print(f"the {len(shown)} least balanced layers:")
+    cells = [[name, *(_write_figure(column, row[column]) for column in columns)] for name, row in rows]
+    _print_table(["", *(headings[name] for name in columns)], cells)
+
+
+def _write_figure(name: str, value: float) -> str:
+    if name in ("gap", "off_node"):
+        return f"{100 * value:.2f} %"
+    return f"{value:.4g}" if name in ("replicated", "most_copies") else f"{value:.4f}"
+
+
+def _print_replay(replay: "Replay", figures: dict[str, dict[str, float]]) -> None:
+    batches, layers = replay.moves.shape
+    cluster = replay.cluster
+    print(
+        f"micro-batches {replay.first} to {replay.first + batches - 1}, {layers} layers, {cluster.ranks} ranks, "
+        f"{cluster.slots} slots, {cluster.nodes} nodes; balancedness is mean over slowest rank"
+    )
+    rows = [
+        [
+            method,
+            *(f"{row[name]:.4f}" for name in ("mean", "p5", "worst")),
+            *(f"{row[name]}" if name in row else "" for name in ("moves", "off_node_moves")),
+        ]
+        for method, row in figures.items()
+    ]
+    _print_table(["", "mean", "p5", "worst", "moves", "off node"], rows)
+
+
+def _print_table(headings: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(headings[0], box=None, pad_edge=False)
+    for heading in headings[1:]:
+        grid.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        grid.add_row(*row)
+    Console().print(grid)
+
+
+def _write_pictures(given: argparse.Namespace, replay: "Replay") -> None:
+    if given.html is None and given.svg is None:
+        return
+    from counterflow.report import render_replay_html, render_replay_svg
+
+    title = given.trace.name
+    for name, render in (("html", render_replay_html), ("svg", render_replay_svg)):
+        if getattr(given, name) is not None:
+            write_output(f"--{name}", getattr(given, name), render(replay, title))

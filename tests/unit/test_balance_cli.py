@@ -1,0 +1,197 @@
+"""``counterflow balance`` as a user types it: what it prints, what it writes, and one line for bad input."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from counterflow.balance.cluster import Array, make_cluster
+from counterflow.balance.placement import Placement, measure_balancedness, share_evenly, sum_by_rank
+from counterflow.balance.planning import POLICIES, Plan
+from counterflow.balance.replay import Replay
+from counterflow.balance_cli import describe_plan, describe_replay
+from counterflow.cli import main
+
+
+def run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["balance", *argv])
+    said = capsys.readouterr()
+    code = ended.value.code
+    return (code if isinstance(code, int) else 1), said.out, said.err
+
+
+@pytest.fixture
+def loads(tmp_path: Path) -> Path:
+    """Three layers of sixteen experts, skewed."""
+    np.save(tmp_path / "loads.npy", np.random.default_rng(0).lognormal(0, 1, (3, 16)))
+    return tmp_path / "loads.npy"
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """Twelve micro-batches of two layers of eight experts."""
+    np.savez(tmp_path / "trace.npz", counts=np.random.default_rng(0).integers(0, 100, (12, 2, 8)), topk=2)
+    return tmp_path / "trace.npz"
+
+
+PLAN = "--slots 24 --ranks 4".split()
+REPLAY = "--ranks 4 --clones-per-rank 1 --interval 2 --warmup 4".split()
+
+
+def measure(experts: Any, loads: Array, ranks: int) -> list[float]:
+    """Balancedness of ``[layers][slots]`` with even shares."""
+    placement = Placement(make_cluster(ranks, len(experts[0])), np.array(experts))
+    return list(measure_balancedness(sum_by_rank(share_evenly(loads, placement), placement.cluster)))
+
+
+def test_plan_prints_what_it_writes(loads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "placement.json"
+    code, text, err = run(["plan", str(loads), *PLAN, "--json", "--out", str(out)], capsys)
+    figures, written = json.loads(text), json.loads(out.read_text())
+    assert (code, err) == (0, "")
+    assert written["cluster"] == {"slots_per_rank": [6] * 4, "node_of_rank": [0] * 4}
+    after = measure(written["experts"], np.load(loads), 4)
+    assert after == pytest.approx(written["balancedness"])
+    assert after == pytest.approx([row["after"] for row in figures["layers"]])
+    before = np.load(loads).reshape(3, 4, 4).sum(2)
+    assert [row["before"] for row in figures["layers"]] == pytest.approx(before.mean(1) / before.max(1))
+    assert written["bound"] == pytest.approx([row["bound"] for row in figures["layers"]])
+    assert all(row["after"] * (1 + row["gap"]) == pytest.approx(row["bound"]) for row in figures["layers"])
+    assert figures["mean"]["after"] == pytest.approx(np.mean(after)) and figures["worst"]["after"] == min(after)
+    assert figures["mean"]["after"] > figures["mean"]["before"]
+    assert "off_node" not in figures["mean"]
+
+
+def test_plan_writes_arrays_and_prints_a_table(loads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "placement.npz"
+    argv = ["plan", str(loads), *PLAN, "--nodes", "2", "--groups", "2", "--traffic-weight", "0.5", "--out", str(out)]
+    code, text, err = run(argv, capsys)
+    assert (code, err) == (0, "")
+    arrays = np.load(out)
+    assert list(arrays["node_of_rank"]) == [0, 0, 1, 1] and list(arrays["slots_per_rank"]) == [6] * 4
+    assert measure(arrays["experts"], np.load(loads), 4) == pytest.approx(list(arrays["balancedness"]))
+    assert "3 layers, 16 experts, 24 slots, 4 ranks, 2 nodes" in text and str(out) in text
+    assert "off node" in text and "layer 2" in text and f"{arrays['balancedness'][2]:.4f}" in text
+
+
+def test_plan_prints_the_worst_of_many_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = np.ones((20, 8))
+    values[7, 3] = 1000
+    np.save(tmp_path / "loads.npy", values)
+    code, text, _ = run(["plan", str(tmp_path / "loads.npy"), "--slots", "8", "--ranks", "4"], capsys)
+    lines = text.splitlines()
+    assert code == 0 and "the 5 least balanced layers" in lines[1]
+    assert lines[3].startswith("layer 7 ") and sum(line.startswith("layer ") for line in lines) == 5
+
+
+def test_plan_writes_what_servers_read(loads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own, sglang, vllm = (tmp_path / f"{name}.json" for name in ("own", "sglang", "vllm"))
+    run(["plan", str(loads), *PLAN, "--out", str(own)], capsys)
+    argv = ["plan", str(loads), *PLAN, "--format", "sglang", "--first-layer", "2", "--out", str(sglang)]
+    assert f"--init-expert-location {sglang} --ep-num-redundant-experts 8 --ep-size 4" in run(argv, capsys)[1]
+    assert '"expert_map_path"' in run(["plan", str(loads), *PLAN, "--format", "vllm", "--out", str(vllm)], capsys)[1]
+    experts = json.loads(own.read_text())["experts"]
+    assert json.loads(sglang.read_text())["physical_to_logical_map"][2:] == experts
+    devices = json.loads(vllm.read_text())["layer_list"][1]["device_list"]
+    assert [device["device_expert"] for device in devices] == np.reshape(experts[1], (4, 6)).tolist()
+
+
+def test_figures_of_a_plan_by_hand() -> None:
+    # Rank 0 holds experts 0 and 1, rank 1 holds 0 and 2; each copy of expert 0 takes half of its load.
+    placement = Placement(make_cluster(2, 4, nodes=2), np.array([[0, 1, 0, 2]]))
+    plan = Plan(placement, np.array([[8.0, 4.0]]), np.array([6.0]), np.array([3.0]))
+    figures = describe_plan(plan, np.array([[6.0, 5.0, 1.0]]))
+    wanted = {"before": 6 / 11, "after": 0.75, "bound": 1.0, "gap": 1 / 3, "replicated": 1, "most_copies": 2, "off_node": 0.25}
+    assert figures["layers"] == [pytest.approx(wanted)]
+    assert (figures["experts"], figures["slots"], figures["ranks"], figures["nodes"]) == (3, 4, 2, 2)
+
+
+def test_replay_prints_figures_for_each_method(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, err = run(["replay", str(trace), *REPLAY, "--json"], capsys)
+    figures = json.loads(text)
+    assert (code, err) == (0, "")
+    assert list(figures) == ["fixed", "eplb", "counterflow", "oracle"]
+    homes = np.load(trace)["counts"][4:].reshape(8, 2, 4, 2).sum(3)
+    scores = homes.mean(2) / homes.max(2)
+    wanted = {"mean": scores.mean(), "p5": np.percentile(scores, 5), "worst": scores.min()}
+    assert figures["fixed"] == pytest.approx(wanted)
+    assert {"mean", "p5", "worst", "moves", "off_node_moves"} == set(figures["counterflow"])
+
+
+def test_replay_prints_a_table_and_draws(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    html, svg = tmp_path / "replay.html", tmp_path / "replay.svg"
+    code, text, err = run(["replay", str(trace), *REPLAY, "--nodes", "2", "--html", str(html), "--svg", str(svg)], capsys)
+    assert (code, err) == (0, "")
+    assert "micro-batches 4 to 11, 2 layers, 4 ranks, 12 slots, 2 nodes" in text
+    assert all(word in text for word in ("fixed", "eplb", "counterflow", "oracle", "p5", "worst", "moves"))
+    assert html.read_text().lstrip().startswith("<!DOCTYPE html>")
+    assert ElementTree.parse(svg).getroot().tag.endswith("svg")
+
+
+def test_replay_counts_moves() -> None:
+    scores = {name: np.linspace(0.5, 1, 101)[:, None] for name in ("fixed", "eplb", "counterflow", "oracle")}
+    tokens = np.ones((101, 1, 2), np.int64)
+    moves = np.zeros((101, 1), np.int64)
+    moves[3], moves[70] = 4, 2
+    figures = describe_replay(Replay(make_cluster(2, 4, 2), 50, scores, tokens, tokens, moves, moves // 2))
+    wanted = {"mean": 0.75, "p5": 0.525, "worst": 0.5}
+    assert figures["oracle"] == pytest.approx(wanted)
+    assert figures["counterflow"] == pytest.approx(wanted | {"moves": 6, "off_node_moves": 3})
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("plan {none}.npy --slots 8 --ranks 2", "{none}.npy: there is no such file"),
+        ("plan {negative}.csv --slots 8 --ranks 2", "{negative}.csv: -2.0 at layer 0, expert 1"),
+        ("plan {nan}.csv --slots 8 --ranks 2", "{nan}.csv: nan at layer 0, expert 1"),
+        ("plan {zero}.csv --slots 8 --ranks 2", "{zero}.csv: all 2 loads of layer 1 are 0"),
+        ("plan {deep}.json --slots 8 --ranks 2", "{deep}.json of shape (1, 1, 1, 2)"),
+        ("plan {cut}.npz --slots 8 --ranks 2", "{cut}.npz: cannot be read as .npz"),
+        ("plan {good}.pt --slots 8 --ranks 2", "{good}.pt is a pickle"),
+        ("plan {good}.csv --slots 2 --ranks 2", "2 slots"),
+        ("plan {good}.csv --slots 9 --ranks 2", "9 slots on 2 ranks"),
+        ("plan {good}.csv --slots 8 --ranks 0", "0 ranks"),
+        ("plan {good}.csv --slots 8 --ranks 4 --nodes 3", "4 ranks on 3 nodes"),
+        ("plan {good}.csv --slots 8 --ranks 2 --groups 4", "4 groups"),
+        ("plan {good}.csv --slots 8 --ranks 2 --groups 0", "0 groups"),
+        ("plan {good}.csv --slots 8 --ranks 2 --policy best", "best"),
+        ("plan {good}.csv --slots 8 --ranks 2 --traffic-weight nan", "nan"),
+        ("plan {good}.csv --slots 8 --ranks 2 --traffic-weight -1", "-1"),
+        ("plan {good}.csv --slots 8 --ranks 2 --format vllm", "--format vllm given without a file to write"),
+        ("plan {good}.csv --slots 8 --ranks 2 --out x.json --first-layer 3", "--first-layer 3 is of --format sglang"),
+        ("plan {good}.csv --slots 8 --ranks 2 --out x.pt --format sglang", "allowed: a name that ends in .json"),
+        ("plan {good}.csv --slots 8 --ranks 2 --out x.txt", "allowed: a name that ends in .json or .npz"),
+        ("plan {good}.csv --slots 8 --ranks 2 --out nowhere/x.json", "there is no folder nowhere"),
+        ("plan {good}.csv --slots 8 --ranks 2 --out /proc/x.json", "--out /proc/x.json cannot be written"),
+        ("plan {good}.csv --slots 8 --ranks 2 --out {good}.json --format sglang --first-layer -1", "first layer -1"),
+        ("replay {trace}.npz --ranks 2 --clones-per-rank 1 --interval 1 --key tokens", "no array tokens; it has counts, topk"),
+        ("replay {cut}.npz --ranks 2 --clones-per-rank 1 --interval 1", "{cut}.npz: cannot be read as .npz"),
+        ("replay {trace}.npz --ranks 3 --clones-per-rank 1 --interval 1 --warmup 2", "8 experts on 3 ranks"),
+        ("replay {trace}.npz --ranks 2 --clones-per-rank -1 --interval 1 --warmup 2", "-1 clones per rank"),
+        ("replay {trace}.npz --ranks 2 --clones-per-rank 1 --interval 0 --warmup 2", "interval 0"),
+        ("replay {trace}.npz --ranks 2 --clones-per-rank 1 --interval 1 --warmup 12", "12"),
+        ("replay {trace}.npz --ranks 2 --clones-per-rank 1 --interval 1 --warmup 2 --nodes 4", "2 ranks on 4 nodes"),
+        ("replay {trace}.npz --ranks 2 --clones-per-rank 1 --interval 1 --svg nowhere/x.svg", "there is no folder nowhere"),
+    ],
+)
+def test_bad_input_gets_one_line(argv: str, said: str, tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {"negative.csv": "1,-2", "nan.csv": "1,nan", "zero.csv": "1,2\n0,0", "good.csv": "1,2,3,4,5,6", "good.pt": ""}
+    for name, text in (texts | {"deep.json": "[[[[1, 2]]]]"}).items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "cut.npz").write_bytes(trace.read_bytes()[:-50])
+    names = {name: str(tmp_path / name) for name in ("none", "negative", "nan", "zero", "deep", "cut", "good", "trace")}
+    code, out, err = run([part.format(**names) for part in argv.split()], capsys)
+    assert (code, out) == (2, "")
+    assert said.format(**names) in err and err.startswith("counterflow: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["plan", "--help"], ["replay", "--help"]])
+def test_help_is_there(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(argv, capsys)
+    assert code == 0 and "usage: counterflow balance" in out
+    assert "plan" not in argv or all(policy in out for policy in POLICIES)
