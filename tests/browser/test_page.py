@@ -1,8 +1,6 @@
 """The report page in a real browser: what it draws, and what it answers to pointer, wheel and keys."""
 
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +13,8 @@ from counterflow.schedule import Span, Timeline, build
 from counterflow.schedule.costs import Costs
 from counterflow.schedule.simulation import simulate
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
-NAMES = (os.environ.get("COUNTERFLOW_BROWSER"), "chromium", "chromium-browser", "google-chrome")
 COSTS = Costs(f=0.5, i=0.5, w=0.5, p2p=0.05, overlap=0.8)
-WIDTH, HEIGHT = 1400, 900
-# Through a copy: a canvas that is itself read slows down and says so.
-READ_PIXEL = """([index, x, y]) => {
-    const canvas = document.querySelectorAll("canvas")[index], place = canvas.getBoundingClientRect();
-    const copy = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-    copy.drawImage(canvas, Math.floor(x - place.left), Math.floor(y - place.top), 1, 1, 0, 0, 1, 1);
-    const values = [...copy.getImageData(0, 0, 1, 1).data.slice(0, 3)];
-    return "#" + values.map((value) => value.toString(16).padStart(2, "0")).join("");
-}"""
+WIDTH = 1400
 
 
 def draw(name: str = "dualpipev", ranks: int = 8, microbatches: int = 20, title: str = "") -> Picture:
@@ -35,22 +22,12 @@ def draw(name: str = "dualpipev", ranks: int = 8, microbatches: int = 20, title:
     return Picture(title or name, table, simulate(table, COSTS))
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    path = next((found for name in NAMES if name and (found := shutil.which(name))), None)
-    if path is None:
-        pytest.skip("no chromium found; install it (scripts/find-browser.sh) or set COUNTERFLOW_BROWSER=/path/to/chromium")
-    with sync_api.sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield launched
-        launched.close()
-
-
 @dataclass
 class Opened:
     """An open page, and what a test asks of it."""
 
     page: Any
+    read_pixel: Callable[[Any, int, float, float], str]
 
     def ask(self, script: str) -> Any:
         return self.page.evaluate(script)
@@ -73,7 +50,7 @@ class Opened:
     def pixel(self, rank: int, time: float, share: float = 0.5, index: int = 0, memory: bool = False) -> str:
         """The colour that the canvas shows there, as #rrggbb."""
         x, y = self.locate(rank, time, share, index, memory)
-        return str(self.page.evaluate(READ_PIXEL, [index, x, y]))
+        return self.read_pixel(self.page, index, x, y)
 
     def time_at(self, x: float) -> float:
         """The time that is shown at a place in the window."""
@@ -95,29 +72,13 @@ Open = Callable[..., Opened]
 
 
 @pytest.fixture
-def open_page(browser: Any, tmp_path: Path) -> Iterator[Open]:
-    """Opens pictures from a file; afterwards fails for anything on the console and for any request beyond the file."""
-    complaints: list[str] = []
-    contexts = []
-
+def open_page(open_text: Callable[..., Any], read_pixel: Callable[[Any, int, float, float], str]) -> Open:
     def open_pictures(*pictures: Picture, scheme: str = "light", width: int = WIDTH) -> Opened:
-        path = tmp_path / "page.html"
-        path.write_text(render_html(pictures), encoding="utf-8")
-        context = browser.new_context(viewport={"width": width, "height": HEIGHT}, color_scheme=scheme)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: complaints.append(f"console: {message.text}"))
-        page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
-        page.on("request", lambda request: request.url == path.as_uri() or complaints.append(f"request: {request.url}"))
-        page.goto(path.as_uri())
-        opened = Opened(page)
+        opened = Opened(open_text(render_html(pictures), scheme, width), read_pixel)
         opened.settle()
         return opened
 
-    yield open_pictures
-    for context in contexts:
-        context.close()
-    assert not complaints
+    return open_pictures
 
 
 def find_span(picture: Picture, kind: str, rank: int | None = None, least: int = 0) -> Span:

@@ -1,5 +1,7 @@
-"""Schedules drawn: an interactive page, a picture for papers, a trace for Perfetto, and lines for a terminal; no torch."""
+"""Schedules and balance replays drawn: interactive pages, pictures for papers, traces, lines for a terminal; no torch."""
 
+from counterflow.report.balance_page import render_replay_html
+from counterflow.report.balance_svg import render_replay_svg
 from counterflow.report.differences import describe_differences, write_differences
 from counterflow.report.page import render_html
 from counterflow.report.picture import Picture
@@ -11,6 +13,8 @@ __all__ = [
     "Picture",
     "describe_differences",
     "render_html",
+    "render_replay_html",
+    "render_replay_svg",
     "render_svg",
     "render_text",
     "render_trace",

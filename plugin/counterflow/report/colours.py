@@ -1,4 +1,7 @@
-"""One set of colours for all renderings: a hue per direction, a shade per kind of action (W lightest, then F, I, B)."""
+"""One set of colours for all renderings: a hue per direction, a shade per kind of action (W lightest, then F, I, B).
+
+A balance replay has a line per method and one scale of loads: blue below the mean, orange above, neutral at it.
+"""
 
 SINGLES = ("F", "B", "I", "W")
 KIND_NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
@@ -25,6 +28,15 @@ LIGHT = BLOCKS | {
     "hatch": "#d9d9d4",
     "activations": "#2c7a4b",
     "queued": "#a3338c",
+    "fixed": "#8b929b",
+    "eplb": "#c96a12",
+    "counterflow": "#1f5fc4",
+    "oracle": "#2c7a4b",
+    "load-0": "#1d4f9e",
+    "load-1": "#94bbec",
+    "load-2": "#f3f2ef",
+    "load-3": "#eea253",
+    "load-4": "#8f4304",
 }
 DARK = BLOCKS | {
     "up-W": "#c9dcf7",
@@ -38,6 +50,15 @@ DARK = BLOCKS | {
     "hatch": "#333a43",
     "activations": "#62c58a",
     "queued": "#e383cf",
+    "fixed": "#8b949f",
+    "eplb": "#f09a4a",
+    "counterflow": "#6ea8ff",
+    "oracle": "#62c58a",
+    "load-0": "#a9ccff",
+    "load-1": "#3c6bb0",
+    "load-2": "#272c34",
+    "load-3": "#b3661c",
+    "load-4": "#ffcc94",
 }
 # Text on a block: the B's are dark in both themes.
 ON_DARK, ON_LIGHT = "#ffffff", "#14161a"
@@ -46,3 +67,15 @@ ON_DARK, ON_LIGHT = "#ffffff", "#14161a"
 def choose_text_colour(kind: str) -> str:
     """Return the colour of a label on a block of that kind."""
     return ON_DARK if kind == "B" else ON_LIGHT
+
+
+def choose_load_colour(place: float, theme: dict[str, str]) -> str:
+    """Return the colour at a place on the scale of loads, from 0 to 4: five shades, mixed between."""
+    lower = min(int(place), 3)
+    share = place - lower
+    pairs = zip(*(_split_channels(theme[f"load-{shade}"]) for shade in (lower, lower + 1)), strict=True)
+    return "#" + "".join(f"{int(one + (other - one) * share + 0.5):02x}" for one, other in pairs)
+
+
+def _split_channels(colour: str) -> list[int]:
+    return [int(colour[n : n + 2], 16) for n in (1, 3, 5)]

@@ -1,4 +1,3 @@
-"use strict";
 // Draws each picture of the page's data on its canvas. All canvases share one time axis and one highlighted micro-batch.
 (() => {
   const GUTTER = 60, MARGIN = 100, AXIS = 24, HEADING = 30, FOOT = 6; // pixels around the plots
@@ -7,7 +6,6 @@
   const pictures = JSON.parse(document.getElementById("data").textContent).pictures.map(unpackPicture);
   const total = Math.max(...pictures.map((picture) => picture.makespan)) || 1;
   const highest = Math.max(1, ...pictures.flatMap((picture) => picture.peakActivations.concat(picture.peakQueued)));
-  const tooltip = document.getElementById("tooltip");
   const field = document.getElementById("microbatch");
   const view = { from: 0, to: total };
   const lit = { hovered: null, pinned: null };
@@ -64,9 +62,6 @@
     return low - 1;
   }
 
-  function clamp(value, low, high) { return Math.min(Math.max(value, low), high); }
-  function writeNumber(value) { return String(Number(value.toPrecision(5))); }
-
   // ---- time axis
   function toX(time) { return GUTTER + (time - view.from) / (view.to - view.from) * (width - GUTTER - MARGIN); }
   function toTime(x) { return view.from + (x - GUTTER) / (width - GUTTER - MARGIN) * (view.to - view.from); }
@@ -87,12 +82,6 @@
   function zoomMiddle(factor) { zoomAt((view.from + view.to) / 2, factor); }
   function pan(time) { setView(view.from + time, view.to - view.from); }
   function reset() { setView(0, total); }
-
-  function chooseStep(most) {
-    const least = (view.to - view.from) / most;
-    const power = 10 ** Math.floor(Math.log10(least));
-    return power * [1, 2, 5, 10].find((factor) => factor * power >= least * 0.999999);
-  }
 
   // ---- drawing
 
@@ -122,22 +111,14 @@
 
   function fitCanvases() {
     width = Math.max(360, document.querySelector(".plot").clientWidth);
-    for (const { canvas, height, pen } of pictures) {
-      const ratio = window.devicePixelRatio || 1;
-      canvas.width = Math.round(width * ratio);
-      canvas.height = Math.round(height * ratio);
-      canvas.style.width = `${width}px`;
-      canvas.style.height = `${height}px`;
-      pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-    }
+    for (const { canvas, height } of pictures) fitCanvas(canvas, width, height);
     drawVisible(true);
   }
 
   function readColours() {
-    const style = getComputedStyle(document.documentElement);
     const names = ["ground", "ink", "muted", "grid", "frame", "idle", "hatch", "activations", "queued"];
     for (const way of ["up", "down"]) for (const kind of "FBIW") names.push(`${way}-${kind}`);
-    colours = Object.fromEntries(names.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
+    colours = findColours(names);
     hatch = makeHatch();
   }
 
@@ -176,7 +157,7 @@
   }
 
   function drawAxis({ pen, height }) {
-    const step = chooseStep((width - GUTTER - MARGIN) / 80);
+    const step = chooseStep(view.to - view.from, (width - GUTTER - MARGIN) / 80);
     pen.font = `11px system-ui, sans-serif`;
     pen.textAlign = "center";
     pen.textBaseline = "middle";
@@ -366,14 +347,6 @@
     const { times, activations, queued } = memory[rank], n = findLast(times, time);
     const levels = n < 0 ? [0, 0] : [activations[n], queued[n]];
     return [`rank ${rank} at ${writeNumber(time)}`, `live activations ${writeNumber(levels[0])}`, `queued weight gradients ${writeNumber(levels[1])}`];
-  }
-
-  function showTooltip(lines, x, y) {
-    tooltip.replaceChildren(...lines.map((line) => Object.assign(document.createElement("div"), { textContent: line })));
-    tooltip.hidden = false;
-    const { width: wide, height: high } = tooltip.getBoundingClientRect();
-    tooltip.style.left = `${x + 16 + wide > innerWidth ? Math.max(4, x - wide - 12) : x + 16}px`;
-    tooltip.style.top = `${y + 16 + high > innerHeight ? Math.max(4, y - high - 12) : y + 16}px`;
   }
 
   function light(changes) {

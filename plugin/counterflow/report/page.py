@@ -1,15 +1,11 @@
 """The interactive page: one HTML file without network, its data as arrays in one JSON element."""
 
-import json
 import math
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
-
 from counterflow.report import colours
+from counterflow.report.filling import fill_page
 from counterflow.report.picture import (
     MAX_SPANS,
     Picture,
@@ -27,9 +23,6 @@ from counterflow.report.picture import (
 from counterflow.schedule.actions import PAIR, Action
 from counterflow.schedule.layouts import BIDIRECTIONAL
 
-# A "<" or "&" in a title must not end the element that holds the JSON.
-_ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
-
 
 def render_html(pictures: Sequence[Picture]) -> str:
     """Return one self-contained page: a timeline, or several compared on one time axis.
@@ -37,19 +30,15 @@ def render_html(pictures: Sequence[Picture]) -> str:
     Raises `CounterflowError` for no picture, one without spans, or more than 2,000,000 spans in all.
     """
     pictures = prepare_pictures(pictures, MAX_SPANS, "the page")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_read("page.html")).render(
+    return fill_page(
+        "page",
+        {"pictures": [encode_picture(picture) for picture in pictures]},
         title=" / ".join(map(clean_title, pictures)),
         pictures=[_describe(picture) for picture in pictures],
         figures=list(dict.fromkeys(name for picture in pictures for name in summarise(picture))),
         directions=[(way, colours.DIRECTION_NAMES[way]) for way in list_directions(pictures)],
         kinds=[(kind, colours.KIND_NAMES[kind], colours.choose_text_colour(kind)) for kind in list_kinds(pictures)],
         paired=have_pairs(pictures),
-        light=colours.LIGHT,
-        dark=colours.DARK,
-        style=Markup(_read("page.css")),
-        script=Markup(_read("page.js")),
-        data=Markup(_embed({"pictures": [encode_picture(picture) for picture in pictures]})),
     )
 
 
@@ -132,11 +121,3 @@ def _describe(picture: Picture) -> dict[str, Any]:
         "summary": summarise(picture),
         "ranks": [[rank, *map(write_number, row)] for rank, row in enumerate(zip(*columns, strict=False))],
     }
-
-
-def _embed(data: dict[str, Any]) -> str:
-    return json.dumps(data, separators=(",", ":"), allow_nan=False).translate(_ESCAPES)
-
-
-def _read(name: str) -> str:
-    return files("counterflow.report").joinpath(name).read_text(encoding="utf-8")

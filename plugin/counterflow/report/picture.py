@@ -70,9 +70,14 @@ def _check_picture(picture: Picture) -> None:
 
 
 def clean_title(picture: Picture) -> str:
-    """Return the title in characters that any rendering can hold (no terminal codes, valid in XML), shortened."""
-    title = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in picture.title)
-    return title if len(title) <= MAX_TITLE else title[: MAX_TITLE - 1] + "…"
+    """Return the title in characters that any rendering can hold, shortened."""
+    return clean_text(picture.title)
+
+
+def clean_text(text: str) -> str:
+    """Return the text in characters that any rendering can hold (no terminal codes, valid in XML), shortened."""
+    text = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+    return text if len(text) <= MAX_TITLE else text[: MAX_TITLE - 1] + "…"
 
 
 def _shift_to_zero(picture: Picture) -> Picture:

@@ -3,7 +3,6 @@
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from xml.sax.saxutils import escape
 
 from counterflow.report.colours import DIRECTION_NAMES, KIND_NAMES, LIGHT, choose_text_colour
 from counterflow.report.picture import (
@@ -20,6 +19,7 @@ from counterflow.report.picture import (
     summarise,
     write_number,
 )
+from counterflow.report.shapes import FONT, draw_line, draw_rectangle, draw_text, open_document
 from counterflow.schedule.actions import Action
 from counterflow.schedule.table import ScheduleTable
 from counterflow.schedule.timeline import Span
@@ -29,7 +29,7 @@ MAX_SVG_SPANS = 200_000
 # Pixels at the default size.
 GUTTER, MARGIN, ROW, HEAD, AXIS, LEGEND = 56.0, 14.0, 24.0, 44.0, 30.0, 30.0
 LEAST_WIDTH, MOST_WIDTH, BLOCK = 760.0, 1800.0, 20.0
-FONT, LEAST_FONT, CHARACTER = 10.0, 5.0, 0.6
+LEAST_FONT, CHARACTER = 5.0, 0.6
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,10 @@ def _choose_width(pictures: Sequence[Picture], total: float) -> float:
 
 
 def _draw_frame(width: float, height: float) -> Iterator[str]:
-    yield (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}" '
-        f'font-family="Helvetica, Arial, DejaVu Sans, sans-serif" font-size="{FONT:g}">'
-    )
+    yield open_document(width, height)
     yield '<defs><pattern id="idle" width="5" height="5" patternUnits="userSpaceOnUse">'
     yield f'<rect width="5" height="5" fill="{LIGHT["idle"]}"/>'
     yield f'<path d="M-1 6L6 -1M-1 1L1 -1M4 6L6 4" stroke="{LIGHT["hatch"]}" stroke-width="0.7"/></pattern></defs>'
-    yield f'<rect width="{width:g}" height="{height:g}" fill="{LIGHT["ground"]}"/>'
 
 
 def _draw_axis(plots: list[_Plot], total: float, top: float) -> Iterator[str]:
@@ -92,26 +88,26 @@ def _draw_axis(plots: list[_Plot], total: float, top: float) -> Iterator[str]:
     for n in range(int(total / step * (1 + 1e-9)) + 1):
         x = GUTTER + n * step * scale
         for plot in plots:
-            yield _line(x, plot.top + HEAD - 2, x, plot.bottom + 2, LIGHT["grid"])
-        yield _line(x, top - 2, x, top + 3, LIGHT["muted"])
-        yield _text(x, top + 14, write_number(n * step), LIGHT["muted"], "middle")
-    yield _line(GUTTER, top - 2, GUTTER + total * scale, top - 2, LIGHT["muted"])
-    yield _text(GUTTER - 8, top + 14, "time", LIGHT["muted"], "end")
+            yield draw_line(x, plot.top + HEAD - 2, x, plot.bottom + 2, LIGHT["grid"])
+        yield draw_line(x, top - 2, x, top + 3, LIGHT["muted"])
+        yield draw_text(x, top + 14, write_number(n * step), LIGHT["muted"], "middle")
+    yield draw_line(GUTTER, top - 2, GUTTER + total * scale, top - 2, LIGHT["muted"])
+    yield draw_text(GUTTER - 8, top + 14, "time", LIGHT["muted"], "end")
 
 
 def _draw_plot(plot: _Plot) -> Iterator[str]:
     picture = plot.picture
     figures = " · ".join(f"{name} {value}" for name, value in summarise(picture).items())
     yield "<g>"
-    yield _text(GUTTER, plot.top + 18, clean_title(picture), LIGHT["ink"], "start", ' font-size="13" font-weight="bold"')
-    yield _text(GUTTER, plot.top + 34, figures, LIGHT["muted"], "start")
+    yield draw_text(GUTTER, plot.top + 18, clean_title(picture), LIGHT["ink"], "start", ' font-size="13" font-weight="bold"')
+    yield draw_text(GUTTER, plot.top + 34, figures, LIGHT["muted"], "start")
     idle = find_idle(picture)
     for rank, row in enumerate(split_ranks(picture)):
         top = plot.top + HEAD + rank * ROW
-        yield _text(GUTTER - 8, top + ROW / 2 + 3.5, f"rank {rank}", LIGHT["ink"], "end")
+        yield draw_text(GUTTER - 8, top + ROW / 2 + 3.5, f"rank {rank}", LIGHT["ink"], "end")
         for gap in idle[rank]:
             left, right = plot.place(gap.start), plot.place(gap.end)
-            yield _rectangle("idle", left, top + 1, right - left, ROW - 2, "url(#idle)", f"rank {rank} is idle: {gap.reason}")
+            yield draw_rectangle("idle", left, top + 1, right - left, ROW - 2, "url(#idle)", f"rank {rank} is idle: {gap.reason}")
         for span in row:
             yield from _draw_block(plot, span, top)
     yield "</g>"
@@ -139,14 +135,16 @@ def _draw_part(
 ) -> Iterator[str]:
     way = "down" if flows_down(table, part) else "up"
     gap = 0.6 if right - left > 4 else 0.0
-    yield _rectangle(f"{part.kind} {way}", left, top, right - left - gap, height, LIGHT[f"{way}-{part.kind}"], f"{part}, {times}")
+    yield draw_rectangle(
+        f"{part.kind} {way}", left, top, right - left - gap, height, LIGHT[f"{way}-{part.kind}"], f"{part}, {times}"
+    )
     label = f"{part.kind}{part.microbatch}"
     # One size for numbers of one and two digits in blocks of one width; a W is wide.
     letters = max(3.0, len(label)) + (0.5 if part.kind == "W" else 0.0)
     size = min(FONT, height - 3.5, (right - left - 3) / (letters * CHARACTER))
     if size >= LEAST_FONT:
         middle, base = (left + right - gap) / 2, top + height / 2 + size * 0.36
-        yield _text(middle, base, label, choose_text_colour(part.kind), "middle", f' font-size="{size:.1f}"')
+        yield draw_text(middle, base, label, choose_text_colour(part.kind), "middle", f' font-size="{size:.1f}"')
 
 
 def _draw_legend(pictures: Sequence[Picture], top: float) -> Iterator[str]:
@@ -154,36 +152,21 @@ def _draw_legend(pictures: Sequence[Picture], top: float) -> Iterator[str]:
     for way in list_directions(pictures):
         for kind in list_kinds(pictures):
             yield _legend_box(x, top, LIGHT[f"{way}-{kind}"], LIGHT[f"{way}-{kind}"])
-            yield _text(x + 8, top + 12, kind, choose_text_colour(kind), "middle")
+            yield draw_text(x + 8, top + 12, kind, choose_text_colour(kind), "middle")
             x += 17
-        yield _text(x + 4, top + 12, DIRECTION_NAMES[way], LIGHT["ink"], "start")
+        yield draw_text(x + 4, top + 12, DIRECTION_NAMES[way], LIGHT["ink"], "start")
         x += 4 + len(DIRECTION_NAMES[way]) * 5.2 + 14
     words = ", ".join(f"{kind} {KIND_NAMES[kind]}" for kind in list_kinds(pictures))
-    yield _text(x, top + 12, words, LIGHT["muted"], "start")
+    yield draw_text(x, top + 12, words, LIGHT["muted"], "start")
     x += len(words) * 5 + 14
     if have_pairs(pictures):
         yield _legend_box(x, top, LIGHT["up-F"], LIGHT["frame"])
         yield f'<path d="M{x + 0.5:.2f} {top + 8:.2f}h15v7.5h-15z" fill="{LIGHT["up-B"]}"/>'
-        yield _text(x + 21, top + 12, "F and B overlapped", LIGHT["ink"], "start")
+        yield draw_text(x + 21, top + 12, "F and B overlapped", LIGHT["ink"], "start")
         x += 126
     yield _legend_box(x, top, "url(#idle)", LIGHT["hatch"])
-    yield _text(x + 21, top + 12, "idle", LIGHT["ink"], "start")
+    yield draw_text(x + 21, top + 12, "idle", LIGHT["ink"], "start")
 
 
 def _legend_box(x: float, top: float, fill: str, stroke: str) -> str:
     return f'<path d="M{x:.2f} {top:.2f}h16v16h-16z" fill="{fill}" stroke="{stroke}"/>'
-
-
-def _rectangle(name: str, x: float, y: float, width: float, height: float, fill: str, title: str) -> str:
-    return (
-        f'<rect class="{name}" x="{x:.2f}" y="{y:.2f}" width="{max(width, 0):.2f}" height="{height:.2f}" fill="{fill}">'
-        f"<title>{escape(title)}</title></rect>"
-    )
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
-    return f'<line x1="{x1:.2f}" y1="{y1:.2f}" x2="{x2:.2f}" y2="{y2:.2f}" stroke="{colour}" stroke-width="0.75"/>'
-
-
-def _text(x: float, y: float, text: str, colour: str, anchor: str, more: str = "") -> str:
-    return f'<text x="{x:.2f}" y="{y:.2f}" fill="{colour}" text-anchor="{anchor}"{more}>{escape(text)}</text>'
