@@ -10,10 +10,11 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "plugin" / "counterflow"
 
 # What each room may import of the project; what it may import of the heavy world.
-COMMON = {"errors", "version"}
+COMMON = {"compiling", "errors", "version"}
 ROOMS = {
     "errors": (set(), set()),
     "version": (set(), set()),
+    "compiling": (set(), set()),
     "patching": (set(), set()),
     "config": (COMMON, set()),
     "schedule": (COMMON, set()),

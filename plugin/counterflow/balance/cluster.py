@@ -51,6 +51,11 @@ class Cluster:
         return np.repeat(np.arange(self.ranks), self.slots_per_rank)
 
     @cached_property
+    def rank_start(self) -> Array:
+        """``int64[ranks + 1]``: the first slot of each rank, and the number of slots."""
+        return np.cumsum((0, *self.slots_per_rank))
+
+    @cached_property
     def node_of_slot(self) -> Array:
         """``int64[slots]``."""
         return np.asarray(self.node_of_rank)[self.rank_of_slot]

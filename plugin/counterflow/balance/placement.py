@@ -63,11 +63,12 @@ def share_evenly(loads: Array, placement: Placement) -> Array:
 
 def sum_by_rank(slots: Array, cluster: Cluster) -> Array:
     """Return ``[layers, ranks]``: what the slots of each rank sum to, of ``[layers, slots]``."""
-    starts = np.cumsum((0, *cluster.slots_per_rank[:-1]))
-    return np.add.reduceat(slots, starts, axis=-1)
+    sums: Array = np.add.reduceat(slots, cluster.rank_start[:-1], axis=-1)
+    return sums
 
 
 def measure_balancedness(rank_loads: Array) -> Array:
     """Return mean over slowest rank along the last axis: 1 is perfect, also where there is no load at all."""
     slowest = rank_loads.max(-1)
-    return np.divide(rank_loads.mean(-1), slowest, out=np.ones(slowest.shape), where=slowest > 0)
+    balancedness: Array = np.divide(rank_loads.mean(-1), slowest, out=np.ones(slowest.shape), where=slowest > 0)
+    return balancedness

@@ -11,11 +11,11 @@ and its B on slot n + 2S - 1 - s. How much that order counts against availabilit
 `simulate` is the reference for the times found here.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
+
+from counterflow.compiling import compile_fast
 
 # Tokens of a row, in the order of execution. Which stage and micro-batch they mean follows from the chunk orders.
 F, I, W, PAIR = range(4)  # noqa: E741
@@ -45,12 +45,6 @@ NEVER = 1e18
 MEAN_WEIGHT = 0.05
 
 Array = np.ndarray[Any, Any]
-
-
-def compile_fast[Function: Callable[..., Any]](function: Function) -> Function:
-    """Compile a function, once per installation."""
-    compiled: Function = numba.njit(cache=True)(function)
-    return compiled
 
 
 class Problem(NamedTuple):

@@ -1,0 +1,168 @@
+"""The token split's inner loop, compiled: a flow of tokens from overloaded ranks to others, along experts with several copies."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from counterflow.balance.cluster import Array
+from counterflow.compiling import compile_fast
+
+
+class Links(NamedTuple):
+    """Which slots belong together in one layer: those of a rank, and the copies of an expert.
+
+    Slots of rank r: ``rank_start[r]`` to ``rank_start[r + 1]``. Copies of expert e: ``copies[expert_start[e]:expert_start[e + 1]]``, slots;
+    ``first[e]`` is the one that its tokens leave only where another rank is less loaded.
+    """
+
+    experts: Array
+    rank_of_slot: Array
+    rank_start: Array
+    copies: Array
+    expert_start: Array
+    first: Array
+
+
+@compile_fast
+def link_slots(experts: Array, rank_of_slot: Array, rank_start: Array, homes: Array) -> Links:
+    """Return the links of a layer whose slots hold ``experts``, -1 where empty; ``homes[expert]``: a slot, or -1 for its first copy."""
+    count = homes.shape[0]
+    expert_start = np.zeros(count + 1, np.int64)
+    for expert in experts:
+        if expert >= 0:
+            expert_start[expert + 1] += 1
+    for expert in range(count):
+        expert_start[expert + 1] += expert_start[expert]
+    copies = np.empty(expert_start[count], np.int64)
+    filled = expert_start[:-1].copy()
+    for slot, expert in enumerate(experts):
+        if expert >= 0:
+            copies[filled[expert]] = slot
+            filled[expert] += 1
+    first = homes.copy()
+    for expert in range(count):
+        if first[expert] < 0:
+            first[expert] = copies[expert_start[expert]]
+    return Links(experts, rank_of_slot, rank_start, copies, expert_start, first)
+
+
+@compile_fast
+def split_layer(counts: Array, links: Links, tokens: Array, load: Array) -> int:
+    """Fill ``tokens[slots]`` and ``load[ranks]`` with a split of ``counts[experts]`` whose slowest rank is as fast as can be.
+
+    Returns the load of the slowest rank. Tokens leave the first slot of their expert only as far as that takes.
+    """
+    tokens[:] = 0
+    load[:] = 0
+    for expert in range(counts.shape[0]):
+        if counts[expert] > 0:
+            slot = links.first[expert]
+            tokens[slot] = counts[expert]
+            load[links.rank_of_slot[slot]] += counts[expert]
+    return level_ranks(links, tokens, load)
+
+
+@compile_fast
+def level_ranks(links: Links, tokens: Array, load: Array) -> int:
+    """Move tokens between copies until the slowest rank is as fast as can be; return its load.
+
+    A limit starts at the mean, a bound. Ranks above it push tokens along paths, rank by rank, to ranks below it. Where none can be
+    reached, all that the reached ranks hold must stay on them, so that their mean is a better bound and the next limit. Once no
+    rank is above the limit, it is reached, and it is a bound.
+    """
+    ranks = load.shape[0]
+    limit = -(-load.sum() // ranks)
+    came_from = np.empty(ranks, np.int64)
+    leaving = np.empty(ranks, np.int64)
+    arriving = np.empty(ranks, np.int64)
+    queue = np.empty(ranks, np.int64)
+    seen = np.empty(links.first.shape[0], np.bool_)
+    while load.max() > limit:
+        reached = find_paths(limit, links, tokens, load, queue, came_from, leaving, arriving, seen)
+        pushed = False
+        for place in range(reached):
+            end = queue[place]
+            if load[end] < limit:
+                pushed |= push_tokens(end, limit, tokens, load, came_from, leaving, arriving)
+        if not pushed:
+            held = 0
+            for place in range(reached):
+                held += load[queue[place]]
+            limit = -(-held // reached)
+    return int(limit)
+
+
+@compile_fast
+def find_paths(
+    limit: int,
+    links: Links,
+    tokens: Array,
+    load: Array,
+    queue: Array,
+    came_from: Array,
+    leaving: Array,
+    arriving: Array,
+    seen: Array,
+) -> int:
+    """Search, breadth first, the ranks that tokens can get to from ranks above ``limit``; return how many stand in ``queue``.
+
+    Tokens come to ``queue``'s rank r from rank ``came_from[r]`` (-1 where it is above the limit itself), out of slot ``leaving[r]`` into
+    ``arriving[r]``. ``seen`` is room for one truth per expert.
+    """
+    came_from[:] = -2
+    seen[:] = False
+    reached = 0
+    for rank in range(load.shape[0]):
+        if load[rank] > limit:
+            queue[reached] = rank
+            reached += 1
+            came_from[rank] = -1
+    looked = 0
+    while looked < reached:
+        rank = queue[looked]
+        looked += 1
+        for slot in range(links.rank_start[rank], links.rank_start[rank + 1]):
+            expert = links.experts[slot]
+            if tokens[slot] == 0 or seen[expert]:
+                continue
+            seen[expert] = True
+            for place in range(links.expert_start[expert], links.expert_start[expert + 1]):
+                copy = links.copies[place]
+                other = links.rank_of_slot[copy]
+                if came_from[other] == -2:
+                    came_from[other], leaving[other], arriving[other] = rank, slot, copy
+                    queue[reached] = other
+                    reached += 1
+    return reached
+
+
+@compile_fast
+def push_tokens(end: int, limit: int, tokens: Array, load: Array, came_from: Array, leaving: Array, arriving: Array) -> bool:
+    """Push as many tokens to rank ``end`` as its path carries, as its start has above the limit, and as fit below it."""
+    amount = limit - load[end]
+    rank = end
+    while came_from[rank] >= 0:
+        amount = min(amount, tokens[leaving[rank]])
+        rank = came_from[rank]
+    amount = min(amount, load[rank] - limit)
+    if amount <= 0:
+        return False
+    load[rank] -= amount
+    load[end] += amount
+    rank = end
+    while came_from[rank] >= 0:
+        tokens[leaving[rank]] -= amount
+        tokens[arriving[rank]] += amount
+        rank = came_from[rank]
+    return True
+
+
+@compile_fast
+def split_layers(counts: Array, experts: Array, rank_of_slot: Array, rank_start: Array, homes: Array) -> Array:
+    """Return the tokens of each slot, ``[layers, slots]``."""
+    tokens = np.empty(experts.shape, np.int64)
+    load = np.empty(rank_start.shape[0] - 1, np.int64)
+    for layer in range(counts.shape[0]):
+        links = link_slots(experts[layer], rank_of_slot, rank_start, homes[layer])
+        split_layer(counts[layer], links, tokens[layer], load)
+    return tokens

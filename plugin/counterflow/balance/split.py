@@ -1,0 +1,36 @@
+"""The token split: which share of an expert's tokens each of its slots computes."""
+
+import numpy as np
+
+from counterflow.balance.cluster import Array
+from counterflow.balance.placement import Placement
+from counterflow.errors import BalanceError
+
+
+def split_tokens(counts: Array, placement: Placement) -> Array:
+    """Return ``int64[layers, slots]``: the tokens of each slot, such that every layer's slowest rank is as fast as it can be.
+
+    ``counts``: ``int64[layers, experts]``, the tokens of one micro-batch. Exact, whole, and the same wherever it is computed, since it uses
+    integers alone. Tokens leave an expert's home, else its first slot, only as far as that takes. Raises `BalanceError` for counts
+    that do not fit the placement.
+    """
+    from counterflow.balance.flow import split_layers
+
+    counts = np.ascontiguousarray(counts)
+    if counts.dtype.kind not in "iu" or counts.ndim != 2 or counts.shape[0] != placement.layers or counts.min(initial=0) < 0:
+        raise BalanceError(
+            f"counts of type {counts.dtype} and shape {counts.shape}; allowed: whole numbers, 0 or more, "
+            f"[layers, experts] of the placement's {placement.layers} layers"
+        )
+    held = placement.experts.max(initial=-1)
+    copied = np.zeros(counts.shape, np.bool_)
+    if held < counts.shape[1]:
+        layer, slot = np.nonzero(placement.experts >= 0)
+        copied[layer, placement.experts[layer, slot]] = True
+    if held >= counts.shape[1] or not copied.all():
+        raise BalanceError(
+            f"counts of {counts.shape[1]} experts for a placement that holds experts up to {held}; allowed: each expert in a slot of each layer"
+        )
+    homes = np.full(counts.shape, -1) if placement.homes is None else placement.homes
+    cluster = placement.cluster
+    return np.asarray(split_layers(counts.astype(np.int64), placement.experts, cluster.rank_of_slot, cluster.rank_start, homes))
