@@ -2,9 +2,20 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from counterflow.balance.clones import HORIZON, plan_clones
 from counterflow.balance.cluster import Array, Cluster
+from counterflow.balance.moves import plan_moves
+from counterflow.balance.placement import Placement, make_home_placement, measure_balancedness, share_evenly, sum_by_rank
+from counterflow.balance.prediction import LoadPredictor
+from counterflow.balance.split import split_tokens
+from counterflow.errors import BalanceError
 
 METHODS = ("fixed", "eplb", "counterflow", "oracle")
+# Loads that a plan is weighed for, and the micro-batches that EPLB plans from.
+FORECASTS = 8
+EPLB_WINDOW = 50
 
 
 @dataclass(frozen=True)
@@ -24,3 +35,87 @@ class Replay:
     loads: Array
     moves: Array
     off_node_moves: Array
+
+
+def replay(
+    counts: Array,
+    ranks: int,
+    clones_per_rank: int,
+    interval: int = 1,
+    nodes: int = 1,
+    warmup: int | None = None,
+) -> Replay:
+    """Plan from the past of a recorded run only, every ``interval`` micro-batches, and score each plan on those that follow.
+
+    ``counts``: ``int64[micro-batches, layers, experts]``. Four methods: ``fixed``, homes alone; ``eplb``, DeepSeek's plan from the sum of the
+    past 50, free to place all, its copies sharing evenly; ``counterflow``, homes fixed, clones planned from forecasts, tokens split
+    exactly; ``oracle``, the same planner where it sees what comes and moves are free. The first ``warmup`` micro-batches (50, or half
+    of a short trace) are only looked at. Raises `BalanceError` for a trace or numbers that cannot work.
+    """
+    first = min(50, len(counts) // 2) if warmup is None else warmup
+    if interval < 1:
+        raise BalanceError(f"interval {interval}; allowed: 1 or more micro-batches")
+    if not 1 <= first < len(counts):
+        raise BalanceError(f"a warm-up of {first} of the trace's {len(counts)} micro-batches; allowed: 1 to {len(counts) - 1}")
+    _, layers, experts = counts.shape
+    homes = make_home_placement(layers, experts, ranks, clones_per_rank, nodes)
+    scored = counts[first:]
+    fixed = scored.reshape(len(scored), layers, ranks, -1).sum(-1)
+    loads, moves, off_node = _follow_clones(counts, first, interval, homes)
+    return Replay(
+        cluster=homes.cluster,
+        first=first,
+        balancedness={
+            "fixed": measure_balancedness(fixed),
+            "eplb": _follow_eplb(counts, first, interval, homes.cluster),
+            "counterflow": measure_balancedness(loads),
+            "oracle": _foresee(counts, first, interval, homes),
+        },
+        fixed_loads=fixed,
+        loads=loads,
+        moves=moves,
+        off_node_moves=off_node,
+    )
+
+
+def _follow_clones(counts: Array, first: int, interval: int, placement: Placement) -> tuple[Array, Array, Array]:
+    """Return tokens per rank, clones sent, and of them those from another node, micro-batch by micro-batch."""
+    predictor = LoadPredictor(placement.layers, counts.shape[2], interval)
+    for seen in counts[:first]:
+        predictor.observe(seen)
+    loads, moved, off_node = [], [], []
+    for index, seen in enumerate(counts[first:]):
+        sent = far = np.zeros(placement.layers, np.int64)
+        if index % interval == 0:
+            plan = plan_clones(predictor.forecast(FORECASTS), placement, max(HORIZON, interval))
+            moves = plan_moves(placement, plan.placement)
+            sent, far = moves.count_by_layer(), moves.count_by_layer(off_node=True)
+            placement = plan.placement
+        loads.append(sum_by_rank(split_tokens(seen, placement), placement.cluster))
+        moved.append(sent)
+        off_node.append(far)
+        predictor.observe(seen)
+    return np.stack(loads), np.stack(moved), np.stack(off_node)
+
+
+def _follow_eplb(counts: Array, first: int, interval: int, cluster: Cluster) -> Array:
+    from counterflow.balance.deepseek import place_as_deepseek
+
+    scores = []
+    for start in range(first, len(counts), interval):
+        past = counts[max(0, start - EPLB_WINDOW) : start].sum(0)
+        experts, _, _ = place_as_deepseek(past.astype(np.float32), cluster.slots, 1, 1, cluster.ranks)
+        for seen in counts[start : start + interval]:
+            scores.append(measure_balancedness(sum_by_rank(share_evenly(seen, Placement(cluster, experts)), cluster)))
+    return np.stack(scores)
+
+
+def _foresee(counts: Array, first: int, interval: int, placement: Placement) -> Array:
+    scores = []
+    for start in range(first, len(counts), interval):
+        coming = counts[start : start + interval]
+        # Evenly spread over what comes, as many as the planner weighs otherwise.
+        picked = coming[np.linspace(0, len(coming) - 1, min(FORECASTS, len(coming))).astype(np.int64)]
+        placement = plan_clones(picked, placement, move_price=0.0).placement
+        scores += [measure_balancedness(sum_by_rank(split_tokens(seen, placement), placement.cluster)) for seen in coming]
+    return np.stack(scores)

@@ -1,0 +1,85 @@
+"""Planning clones where homes are fixed: what each spare slot holds, for loads that are not known yet."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from counterflow.balance.cluster import Array
+from counterflow.balance.placement import EMPTY, Placement
+from counterflow.balance.planning import TRAFFIC_WEIGHT
+from counterflow.errors import BalanceError
+
+# What it takes a rank to send one expert, of the time that a micro-batch's experts take it; and how many micro-batches a clone is sent for.
+MOVE_PRICE = 0.1
+HORIZON = 8
+
+
+@dataclass(frozen=True)
+class ClonePlan:
+    """A placement, and what each layer's slowest rank is expected to take, off-node traffic included.
+
+    ``before``, with the placement so far, and ``after``: ``float64[layers]``, in units of the mean rank's load, which nothing can beat: the
+    bound is 1.
+    """
+
+    placement: Placement
+    before: Array
+    after: Array
+
+
+def plan_clones(
+    forecasts: Array,
+    placement: Placement,
+    horizon: int = HORIZON,
+    move_price: float = MOVE_PRICE,
+    traffic_weight: float = TRAFFIC_WEIGHT,
+) -> ClonePlan:
+    """Return which clones each rank should hold next, judged by the token split that will be used with them.
+
+    ``forecasts``: ``[forecasts, layers, experts]``, loads that the next micro-batches may bring, each as likely as the others, or
+    ``[layers, experts]`` for one. ``placement``: homes and the clones so far. A clone that has to be sent costs its rank ``move_price`` of
+    a micro-batch's time, once; so it must save the slowest rank more within ``horizon`` micro-batches, and loads that do not change move
+    nothing. A token computed off its home's node costs ``traffic_weight`` of one, once per rank. Homes stay. Raises `BalanceError` for
+    forecasts that do not fit, or a placement without homes.
+    """
+    from counterflow.balance.cloning import MEAN, Layer, plan_layer
+
+    forecasts = np.asarray(forecasts, np.float64)
+    forecasts = forecasts[None] if forecasts.ndim == 2 else forecasts
+    if placement.homes is None:
+        raise BalanceError("a placement without homes; clones are planned around homes, use plan_placement for the rest")
+    if forecasts.ndim != 3 or forecasts.shape[1:] != placement.homes.shape or not forecasts.size:
+        raise BalanceError(
+            f"forecasts of shape {forecasts.shape}; allowed: [forecasts, layers, experts] with layers and experts {placement.homes.shape}"
+        )
+    if not np.isfinite(forecasts).all() or forecasts.min() < 0:
+        raise BalanceError("forecasts hold a load that is negative or not a number; allowed: 0 or more")
+    if horizon < 1 or not 0 <= move_price < np.inf or not 0 <= traffic_weight < np.inf:
+        raise BalanceError(
+            f"horizon {horizon}, move price {move_price}, traffic weight {traffic_weight}; allowed: 1 or more, and 0 or more for both others"
+        )
+    cluster = placement.cluster
+    totals = forecasts.sum(2, keepdims=True)
+    scaled = np.rint(forecasts * (cluster.ranks * MEAN) / np.where(totals > 0, totals, 1)).astype(np.int64)
+    node_of_rank = np.asarray(cluster.node_of_rank)
+    price = move_price / horizon / cluster.ranks
+    traffic = traffic_weight if cluster.nodes > 1 else 0.0
+    plans = []
+    for layer, (held, homes) in enumerate(zip(placement.experts, placement.homes, strict=True)):
+        spare = np.setdiff1d(np.arange(cluster.slots), homes)
+        loads = np.ascontiguousarray(scaled[:, layer])
+        plans.append(
+            plan_layer(Layer(loads, cluster.rank_of_slot, cluster.rank_start, node_of_rank, homes, spare, price, traffic), held)
+        )
+    experts, before, after = zip(*plans, strict=True)
+    return ClonePlan(Placement(cluster, np.stack(experts), placement.homes), np.array(before), np.array(after))
+
+
+def count_new_clones(old: Placement, new: Placement) -> Array:
+    """Return ``int64[layers]``: clones of ``new`` whose rank held no copy of the expert in ``old``."""
+    counts = np.zeros(new.layers, np.int64)
+    starts = new.cluster.rank_start
+    for first, last in zip(starts[:-1], starts[1:], strict=True):
+        held, wanted = old.experts[:, first:last], new.experts[:, first:last]
+        counts += ((wanted != EMPTY) & ~(wanted[:, :, None] == held[:, None, :]).any(2)).sum(1)
+    return counts

@@ -1,0 +1,93 @@
+"""DeepSeek's `rebalance_experts`, as its callers know it, with plans at least as balanced."""
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from counterflow.balance.cluster import Array, Cluster, make_cluster
+from counterflow.balance.loads import check_loads
+from counterflow.balance.placement import EMPTY, Placement, share_evenly, sum_by_rank
+from counterflow.balance.planning import check_room, choose_policy, plan_placement
+from counterflow.errors import BalanceError
+
+
+def rebalance_experts(
+    weight: Any,
+    num_replicas: int,
+    num_groups: int,
+    num_nodes: int,
+    num_gpus: int,
+    *,
+    policy: str = "auto",
+    distinct: bool = False,
+) -> tuple[Any, Any, Any]:
+    """Plan replicas and where they lie; takes and returns what EPLB's function of this name does (github.com/deepseek-ai/EPLB).
+
+    ``weight``: ``[layers, logical experts]``, the load of each; a torch tensor brings torch tensors back, numpy brings numpy. Returns
+    ``[layers, num_replicas]`` the expert of each replica, ``[layers, experts, X]`` the replicas of each expert, padded with -1, and
+    ``[layers, experts]`` how many there are, all int64. As there, groups stay on their nodes where ``num_nodes`` divides ``num_groups``,
+    and are ignored elsewhere.
+
+    ``policy``: see `plan_placement`; ``deepseek`` equals EPLB element by element, any other is in no layer less balanced. It avoids two
+    replicas of an expert on one GPU, where EPLB's plan with such is not better; with ``distinct`` there are none at all. Raises
+    `BalanceError`, a ValueError, for loads or numbers that cannot work.
+    """
+    torch = sys.modules.get("torch")
+    is_tensor = torch is not None and isinstance(weight, torch.Tensor)
+    given = weight.detach().float().cpu() if is_tensor else weight
+    maps = _rebalance(given, is_tensor, num_replicas, num_groups, num_nodes, num_gpus, policy, distinct)
+    return tuple(map(torch.from_numpy, maps)) if is_tensor and torch is not None else maps  # type: ignore[return-value]
+
+
+def _rebalance(
+    given: Any, is_tensor: bool, replicas: int, groups: int, nodes: int, gpus: int, policy: str, distinct: bool
+) -> tuple[Array, Array, Array]:
+    from counterflow.balance.deepseek import place_as_deepseek
+
+    loads = check_loads(np.asarray(given), "weight")
+    cluster = make_cluster(gpus, replicas, nodes)
+    chosen = choose_policy(policy, groups, loads.shape[1], cluster)
+    check_room(loads.shape[1], cluster, "deepseek")
+    # A tensor's group sums are its own, rounding included.
+    sums = given.reshape(len(loads), groups, -1).sum(-1).numpy() if is_tensor else None
+    reference = place_as_deepseek(loads.astype(np.float32), replicas, groups, nodes, gpus, sums)
+    if chosen == "deepseek":
+        return reference
+    try:
+        experts = plan_placement(loads, cluster, groups, chosen).placement.experts
+    except BalanceError:
+        # EPLB fills such slots with second copies.
+        if distinct:
+            raise
+        return reference
+    better = find_slowest(loads, cluster, reference[0]) < find_slowest(loads, cluster, experts)
+    if distinct:
+        better &= ~find_doubles(cluster, reference[0])
+    return map_copies(np.where(better[:, None], reference[0], experts), loads.shape[1])
+
+
+def find_slowest(loads: Array, cluster: Cluster, experts: Array) -> Array:
+    """Return ``float64[layers]``, the slowest rank's load."""
+    return np.asarray(sum_by_rank(share_evenly(loads, Placement(cluster, experts)), cluster).max(1))
+
+
+def find_doubles(cluster: Cluster, experts: Array) -> Array:
+    """Return ``bool[layers]``: whether some rank holds an expert twice."""
+    held = np.sort(experts.reshape(len(experts), cluster.ranks, -1), axis=2)
+    return np.asarray(((held[..., 1:] == held[..., :-1]) & (held[..., 1:] != EMPTY)).any((1, 2)))
+
+
+def map_copies(experts: Array, total: int) -> tuple[Array, Array, Array]:
+    """Return EPLB's three maps of ``experts[layers, slots]``, every slot filled; copies of an expert are in the order of slots."""
+    layers, slots = experts.shape
+    counts = np.zeros((layers, total), np.int64)
+    layer = np.arange(layers)[:, None]
+    np.add.at(counts, (layer, experts), 1)
+    order = np.argsort(experts, axis=1, kind="stable")
+    starts = np.cumsum(counts, axis=1) - counts
+    sorted_experts = np.take_along_axis(experts, order, 1)
+    places = np.arange(slots) - np.take_along_axis(starts, sorted_experts, 1)
+    slots_of = np.full((layers, total, int(counts.max())), -1, np.int64)
+    slots_of[layer, sorted_experts, places] = order
+    return experts.astype(np.int64), slots_of, counts

@@ -1,0 +1,251 @@
+"""Free placement of one layer, compiled: how many copies of each expert, and on which ranks, where copies share its load evenly.
+
+Copies are counted and packed greedily, then ranks trade them until the slowest cannot be helped; where it is still slow, an expert on it
+gets one more copy, at the cost of the one that misses a copy least, and all is packed again: counting and packing depend on each other.
+"""
+
+import heapq
+
+import numpy as np
+
+from counterflow.balance.cluster import Array
+from counterflow.compiling import compile_fast
+
+# A rank this near to the mean is not worth another try.
+CLOSE = 1.002
+# Rounds in which ranks trade in pairs, and single trades of the slowest rank after them.
+ROUNDS = 24
+TRADES = 48
+# Tries with other counts of copies: so many at least, more where there are few slots.
+LEAST_TRIES = 3
+TRIED_SLOTS = 1000
+
+
+@compile_fast
+def place_layer(weights: Array, rank_start: Array) -> tuple[Array, float]:
+    """Return the expert of each slot, ``int64[slots]``, and the load of the slowest rank, for ``weights[experts]``.
+
+    ``rank_start[ranks + 1]``: first slots of ranks. No rank holds two copies of an expert. The caller sees to it that there are slots for
+    all experts, and experts enough for the slots of a rank.
+    """
+    ranks, slots = rank_start.shape[0] - 1, rank_start[-1]
+    copies = count_copies(weights, slots, ranks)
+    best, slowest = pack_and_trade(weights / copies, copies, rank_start)
+    target = CLOSE * weights.sum() / ranks
+    tries = max(LEAST_TRIES, TRIED_SLOTS // slots)
+    number = 0
+    while number < tries and slowest > target:
+        changed = recount(weights, copies, best, rank_start, number)
+        if changed[0] < 0:
+            break
+        tried, tried_slowest = pack_and_trade(weights / changed, changed, rank_start)
+        number += 1
+        if tried_slowest < slowest * (1 - 1e-9) and (tried >= 0).all():
+            best, slowest, copies = tried, tried_slowest, changed
+            tries -= number
+            number = 0
+    if (best < 0).any():
+        fill_empty(best, rank_start, weights / copies)
+        slowest = sum_ranks(weights / count_held(best, weights.shape[0]), best, rank_start).max()
+    return best, slowest
+
+
+@compile_fast
+def count_held(experts: Array, total: int) -> Array:
+    """Return how many slots hold each of ``total`` experts."""
+    copies = np.zeros(total, np.int64)
+    for expert in experts:
+        if expert >= 0:
+            copies[expert] += 1
+    return copies
+
+
+@compile_fast
+def fill_empty(experts: Array, rank_start: Array, sizes: Array) -> None:
+    """Put into each slot that packing left empty the largest expert that its rank lacks; packing seldom leaves any."""
+    for rank in range(rank_start.shape[0] - 1):
+        for slot in range(rank_start[rank], rank_start[rank + 1]):
+            if experts[slot] < 0:
+                for expert in np.argsort(-sizes, kind="mergesort"):
+                    if not holds(experts, rank_start, rank, expert):
+                        experts[slot] = expert
+                        break
+
+
+@compile_fast
+def count_copies(weights: Array, slots: int, most: int) -> Array:
+    """Return how many copies each expert gets, ``most`` at most, such that the largest share of a copy is as small as can be."""
+    copies = np.ones(weights.shape[0], np.int64)
+    left = min(slots, weights.shape[0] * most) - weights.shape[0]
+    shares = [(-weight, expert) for expert, weight in enumerate(weights)]
+    heapq.heapify(shares)
+    while left > 0:
+        _, expert = heapq.heappop(shares)
+        if copies[expert] == most:
+            continue
+        copies[expert] += 1
+        left -= 1
+        heapq.heappush(shares, (-weights[expert] / copies[expert], expert))
+    return copies
+
+
+@compile_fast
+def recount(weights: Array, copies: Array, experts: Array, rank_start: Array, number: int) -> Array:
+    """Return counts with one copy more of an expert on the slowest rank, and one less of another; -1 where there are no more such.
+
+    ``number`` 0 takes the largest and the one that losing a copy makes least large, higher ones go through the others.
+    """
+    ranks = rank_start.shape[0] - 1
+    rank = int(np.argmax(sum_ranks(weights / copies, experts, rank_start)))
+    shares = np.zeros(weights.shape[0])
+    for expert in experts[rank_start[rank] : rank_start[rank + 1]]:
+        if expert >= 0 and copies[expert] < ranks:
+            shares[expert] = weights[expert] / copies[expert]
+    more = np.argsort(-shares, kind="mergesort")[: np.count_nonzero(shares)]
+    several = np.flatnonzero(copies > 1)
+    fewer = several[np.argsort(weights[several] / (copies[several] - 1), kind="mergesort")]
+    changed = copies.copy()
+    if more.shape[0] == 0 or number >= more.shape[0] * fewer.shape[0]:
+        changed[:] = -1
+        return changed
+    changed[more[number % more.shape[0]]] += 1
+    changed[fewer[number // more.shape[0]]] -= 1
+    return changed
+
+
+@compile_fast
+def sum_ranks(sizes: Array, experts: Array, rank_start: Array) -> Array:
+    """Return the load of each rank, where a copy of expert e weighs ``sizes[e]``."""
+    load = np.zeros(rank_start.shape[0] - 1)
+    for rank in range(load.shape[0]):
+        for slot in range(rank_start[rank], rank_start[rank + 1]):
+            if experts[slot] >= 0:
+                load[rank] += sizes[experts[slot]]
+    return load
+
+
+@compile_fast
+def pack_and_trade(sizes: Array, copies: Array, rank_start: Array) -> tuple[Array, float]:
+    """Return the experts of the slots and the load of the slowest rank."""
+    experts = pack(sizes, copies, rank_start)
+    load = sum_ranks(sizes, experts, rank_start)
+    trade_in_pairs(sizes, experts, load, rank_start)
+    help_slowest(sizes, experts, load, rank_start)
+    return experts, load.max()
+
+
+@compile_fast
+def pack(sizes: Array, copies: Array, rank_start: Array) -> Array:
+    """Put copies into slots, the largest first, each on the lightest rank that has room and no copy of that expert yet.
+
+    Where only ranks with a copy have room left, a copy on another rank makes place: see `make_place`.
+    """
+    experts = np.full(rank_start[-1], -1)
+    used = np.zeros(rank_start.shape[0] - 1, np.int64)
+    lightest = [(0.0, rank) for rank in range(used.shape[0]) if rank_start[rank + 1] > rank_start[rank]]
+    heapq.heapify(lightest)
+    for expert in np.argsort(-sizes, kind="mergesort"):
+        passed = [(0.0, 0)][:0]
+        for _ in range(copies[expert]):
+            rank = -1
+            while len(lightest) > 0 and rank < 0:
+                load, candidate = heapq.heappop(lightest)
+                if used[candidate] == rank_start[candidate + 1] - rank_start[candidate]:
+                    continue
+                if holds(experts, rank_start, candidate, expert):
+                    passed.append((load, candidate))
+                else:
+                    rank = candidate
+            if rank < 0:
+                make_place(experts, used, rank_start, expert)
+                continue
+            experts[rank_start[rank] + used[rank]] = expert
+            used[rank] += 1
+            heapq.heappush(lightest, (load + sizes[expert], rank))
+        for entry in passed:
+            heapq.heappush(lightest, entry)
+    return experts
+
+
+@compile_fast
+def make_place(experts: Array, used: Array, rank_start: Array, expert: int) -> None:
+    """Put ``expert`` on a full rank without it, whose slot's copy goes to a rank with room that has ``expert`` but not that one."""
+    for rank in range(used.shape[0]):
+        free = rank_start[rank] + used[rank]
+        if free == rank_start[rank + 1]:
+            continue
+        for slot in range(experts.shape[0]):
+            other = experts[slot]
+            if other < 0 or holds(experts, rank_start, rank, other):
+                continue
+            owner = np.searchsorted(rank_start, slot, side="right") - 1
+            if not holds(experts, rank_start, owner, expert):
+                experts[free], experts[slot] = other, expert
+                used[rank] += 1
+                return
+
+
+@compile_fast
+def holds(experts: Array, rank_start: Array, rank: int, expert: int) -> bool:
+    """Tell whether a slot of ``rank`` holds ``expert``."""
+    return bool((experts[rank_start[rank] : rank_start[rank + 1]] == expert).any())
+
+
+@compile_fast
+def trade_in_pairs(sizes: Array, experts: Array, load: Array, rank_start: Array) -> None:
+    """Let the slowest rank trade with the fastest, the second slowest with the second fastest, and so on, for some rounds."""
+    ranks = load.shape[0]
+    mean = load.sum() / ranks
+    for round_ in range(ROUNDS):
+        order = np.argsort(load, kind="mergesort")
+        traded = False
+        for place in range(ranks // 2):
+            slow = order[ranks - 1 - place]
+            if load[slow] <= mean:
+                break
+            # Another partner each time that a round came to nothing.
+            traded |= trade(sizes, experts, load, rank_start, slow, order[(place + round_ // 4) % ((ranks + 1) // 2)], load[slow])
+        if load.max() <= CLOSE * mean or (not traded and round_ >= ROUNDS // 2):
+            return
+
+
+@compile_fast
+def help_slowest(sizes: Array, experts: Array, load: Array, rank_start: Array) -> None:
+    """Let the slowest rank trade with whichever rank helps it, fastest first, until none does."""
+    mean = load.sum() / load.shape[0]
+    for _ in range(TRADES):
+        slow = int(np.argmax(load))
+        if load[slow] <= CLOSE * mean:
+            return
+        helped = False
+        for rank in np.argsort(load, kind="mergesort"):
+            if load[rank] >= mean or helped:
+                break
+            helped = trade(sizes, experts, load, rank_start, slow, rank, load[slow])
+        if not helped:
+            return
+
+
+@compile_fast
+def trade(sizes: Array, experts: Array, load: Array, rank_start: Array, slow: int, fast: int, below: float) -> bool:
+    """Swap the two copies of two ranks that leave the slower of them fastest; tell whether there are such, below ``below``."""
+    best, given, taken = below * (1 - 1e-9), -1, -1
+    for slot in range(rank_start[slow], rank_start[slow + 1]):
+        size = sizes[experts[slot]] if experts[slot] >= 0 else 0.0
+        for other in range(rank_start[fast], rank_start[fast + 1]):
+            less = size - (sizes[experts[other]] if experts[other] >= 0 else 0.0)
+            after = max(load[slow] - less, load[fast] + less)
+            if less <= 0 or after >= best:
+                continue
+            if holds(experts, rank_start, fast, experts[slot]) or (
+                experts[other] >= 0 and holds(experts, rank_start, slow, experts[other])
+            ):
+                continue
+            best, given, taken = after, slot, other
+    if given < 0:
+        return False
+    less = sizes[experts[given]] - (sizes[experts[taken]] if experts[taken] >= 0 else 0.0)
+    experts[given], experts[taken] = experts[taken], experts[given]
+    load[slow] -= less
+    load[fast] += less
+    return True

@@ -1,0 +1,187 @@
+"""Free placement: which experts get copies and where all lie, for loads that copies share evenly."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from counterflow.balance.cluster import Array, Cluster, make_cluster
+from counterflow.balance.loads import check_loads
+from counterflow.balance.placement import Placement, measure_balancedness, share_evenly, sum_by_rank
+from counterflow.errors import BalanceError
+
+POLICIES = ("auto", "hierarchical", "global", "spill", "deepseek")
+# The slowest rank that is good enough for spilling to stop: the mean over 0.95, and a little for layers that stay above.
+SPILL_TO = 0.952
+# A token computed off its group's node costs, beside one that the slowest rank computes, once per rank.
+TRAFFIC_WEIGHT = 0.1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A placement and what is expected of it.
+
+    ``rank_loads``: ``float64[layers, ranks]``. ``bound``: ``float64[layers]``, no placement under the same policy has a slowest rank
+    below. ``off_node``: ``float64[layers]``, the load computed off the node of its expert's group; 0 on one node.
+    """
+
+    placement: Placement
+    rank_loads: Array
+    bound: Array
+    off_node: Array
+
+    @property
+    def balancedness(self) -> Array:
+        """``float64[layers]``: mean over slowest rank."""
+        return measure_balancedness(self.rank_loads)
+
+
+def plan_placement(
+    loads: Array, cluster: Cluster, groups: int = 1, policy: str = "auto", traffic_weight: float = TRAFFIC_WEIGHT
+) -> Plan:
+    """Place experts, with copies for all slots of ``cluster``, such that the slowest rank of each layer has little to do.
+
+    ``loads``: ``[layers, experts]``, in any unit. Consecutive experts make a group, ``groups`` in all. ``policy``: ``global`` ignores groups
+    and nodes; ``hierarchical`` keeps every copy on the node that its group is given; ``spill`` begins so, then sends copies of hot
+    experts to other nodes where the slowest rank gains more than ``traffic_weight`` times the off-node load, per rank; ``auto`` is
+    hierarchical where nodes divide groups, else global, as EPLB has it; ``deepseek`` is EPLB's own plan. No rank gets two copies of
+    an expert, but under ``deepseek``. Raises `BalanceError` for loads, slots, groups or a policy that cannot work.
+    """
+    loads = check_loads(loads)
+    policy = choose_policy(policy, groups, loads.shape[1], cluster)
+    if not 0 <= traffic_weight < float("inf"):
+        raise BalanceError(f"traffic weight {traffic_weight}; allowed: a number, 0 or more")
+    check_room(loads.shape[1], cluster, policy)
+    if policy == "deepseek":
+        experts, home = place_by_eplb(loads, cluster, groups)
+    elif policy == "global":
+        experts, home = place_globally(loads, cluster), np.zeros(loads.shape, np.int64)
+    else:
+        home = assign_groups(loads, groups, cluster)
+        experts = place_by_node(loads, home, cluster, None if policy == "hierarchical" else traffic_weight)
+    placement = Placement(cluster, experts)
+    shares = share_evenly(loads, placement)
+    away = np.take_along_axis(home, np.maximum(experts, 0), 1) != cluster.node_of_slot
+    off_node = np.where(away, shares, 0.0).sum(1) if policy != "global" and cluster.nodes > 1 else np.zeros(len(loads))
+    return Plan(placement, sum_by_rank(shares, cluster), bound_slowest(loads, groups, cluster, policy), off_node)
+
+
+def choose_policy(policy: str, groups: int, experts: int, cluster: Cluster) -> str:
+    """Return the policy that is meant. Raises `BalanceError` for an unknown one, or groups that do not fit it."""
+    if policy not in POLICIES:
+        raise BalanceError(f"policy {policy!r}; allowed: {', '.join(POLICIES)}")
+    if groups < 1 or experts % groups:
+        raise BalanceError(f"{groups} groups of {experts} experts; allowed: a number of groups that divides {experts}")
+    if policy == "auto":
+        return "global" if groups % cluster.nodes else "hierarchical"
+    if policy in ("hierarchical", "spill") and groups % cluster.nodes:
+        raise BalanceError(
+            f"{groups} groups on {cluster.nodes} nodes; allowed under policy {policy}: a multiple of {cluster.nodes}, or policy global"
+        )
+    return policy
+
+
+def check_room(experts: int, cluster: Cluster, policy: str) -> None:
+    """Raise `BalanceError` where slots cannot hold the experts, or some could only hold an expert that their rank has."""
+    if cluster.slots < experts:
+        raise BalanceError(f"{cluster.slots} slots for {experts} experts; allowed: {experts} or more")
+    if policy == "deepseek":
+        if cluster.ranks % cluster.nodes or cluster != make_cluster(cluster.ranks, cluster.slots, cluster.nodes):
+            raise BalanceError(
+                f"slots per rank {list(cluster.slots_per_rank)} on nodes {list(cluster.node_of_rank)}; "
+                "allowed under policy deepseek: equal ranks on equal nodes, in order"
+            )
+        return
+    nodes = 1 if policy == "global" else cluster.nodes
+    own, most = experts // nodes, max(cluster.slots_per_rank)
+    if most > own:
+        raise BalanceError(
+            f"a rank with {most} slots for {own} experts{' of its node' if nodes > 1 else ''}; allowed: no more slots on a rank than experts"
+        )
+    if nodes > 1:
+        least = min(int(np.count_nonzero(cluster.node_of_slot == node)) for node in range(nodes))
+        if least < own:
+            raise BalanceError(
+                f"a node with {least} slots for {own} experts of its groups; allowed: {own} slots or more, or policy global"
+            )
+
+
+def place_by_eplb(loads: Array, cluster: Cluster, groups: int) -> tuple[Array, Array]:
+    """Return DeepSeek's slots, ``[layers, slots]``, and the node of each expert's group, ``[layers, experts]``."""
+    from counterflow.balance.deepseek import place_as_deepseek
+
+    experts, _, _ = place_as_deepseek(loads.astype(np.float32), cluster.slots, groups, cluster.nodes, cluster.ranks)
+    home = np.zeros(loads.shape, np.int64)
+    if groups % cluster.nodes == 0:
+        layer = np.arange(len(loads))[:, None]
+        home[layer, experts] = cluster.node_of_slot
+    return experts, home
+
+
+def place_globally(loads: Array, cluster: Cluster) -> Array:
+    """Return the expert of each slot, ``int64[layers, slots]``, with no regard to nodes."""
+    from counterflow.balance.packing import place_layer
+
+    return np.stack([place_layer(layer, cluster.rank_start)[0] for layer in loads])
+
+
+def assign_groups(loads: Array, groups: int, cluster: Cluster) -> Array:
+    """Return the node of each expert, ``int64[layers, experts]``: equally many groups for each node, of loads as equal as can be."""
+    from counterflow.balance.packing import place_layer
+
+    starts = np.arange(cluster.nodes + 1) * (groups // cluster.nodes)
+    sums = loads.reshape(len(loads), groups, -1).sum(-1)
+    node_of_group = np.empty(sums.shape, np.int64)
+    for layer, weights in enumerate(sums):
+        held, _ = place_layer(weights, starts)
+        node_of_group[layer, held] = np.repeat(np.arange(cluster.nodes), groups // cluster.nodes)
+    return np.repeat(node_of_group, loads.shape[1] // groups, axis=1)
+
+
+def place_by_node(loads: Array, home: Array, cluster: Cluster, traffic_weight: float | None) -> Array:
+    """Return the expert of each slot, ``int64[layers, slots]``; copies leave their node only with a ``traffic_weight``, where it pays."""
+    from counterflow.balance.spilling import Nodes, place_spilling, place_within
+
+    of_rank = np.asarray(cluster.node_of_rank)
+    ranks = np.argsort(of_rank, kind="stable")
+    slots = np.argsort(cluster.node_of_slot, kind="stable")
+    starts = np.arange(cluster.nodes + 1)
+    nodes = Nodes(
+        slots,
+        np.searchsorted(cluster.node_of_slot[slots], starts),
+        cluster.rank_start,
+        ranks,
+        np.searchsorted(of_rank[ranks], starts),
+        of_rank,
+    )
+    placed = np.stack([place_within(weights, where, nodes) for weights, where in zip(loads, home, strict=True)])
+    if traffic_weight is None:
+        return placed
+    pace = loads.sum(1) / cluster.ranks / SPILL_TO
+    spilled = np.stack([place_spilling(*given, nodes, target) for *given, target in zip(loads, home, pace, strict=True)])
+    cost = [weigh_objective(loads, home, Placement(cluster, experts), traffic_weight) for experts in (placed, spilled)]
+    return np.where((cost[1] < cost[0])[:, None], spilled, placed)
+
+
+def weigh_objective(loads: Array, home: Array, placement: Placement, traffic_weight: float) -> Array:
+    """Return ``float64[layers]``: the slowest rank's load and, weighted, the mean rank's load that is computed off its home node."""
+    shares = share_evenly(loads, placement)
+    away = np.take_along_axis(home, placement.experts, 1) != placement.cluster.node_of_slot
+    slowest = sum_by_rank(shares, placement.cluster).max(1)
+    objective: Array = slowest + traffic_weight * np.where(away, shares, 0.0).sum(1) / placement.cluster.ranks
+    return objective
+
+
+def bound_slowest(loads: Array, groups: int, cluster: Cluster, policy: str) -> Array:
+    """Return ``float64[layers]``: what the slowest rank has at least, whatever the placement under this policy.
+
+    The mean rank's load; the largest share of a copy, where copies are dealt out to make that as small as can be; and, where groups stay
+    on their nodes, the largest group's load over the ranks of a node.
+    """
+    from counterflow.balance.packing import count_copies
+
+    largest = [(weights / count_copies(weights, cluster.slots, cluster.slots)).max() for weights in loads]
+    bounds = [loads.sum(1) / cluster.ranks, np.array(largest)]
+    if groups % cluster.nodes == 0 and policy in ("hierarchical", "deepseek"):
+        ranks = max(cluster.node_of_rank.count(node) for node in range(cluster.nodes))
+        bounds.append(loads.reshape(len(loads), groups, -1).sum(-1).max(1) / ranks)
+    return np.max(bounds, axis=0)
