@@ -21,7 +21,7 @@ KEPT = 32
 class LoadPredictor:
     """Predicts the loads of a model's layers, ``horizon`` micro-batches ahead: those to the next plan.
 
-    It keeps ``6 * horizon + 44`` arrays of ``float64[layers, experts]``. Raises `BalanceError` for sizes below 1.
+    It keeps ``5 * horizon + 46`` arrays of ``float64[layers, experts]``. Raises `BalanceError` for sizes below 1.
     """
 
     def __init__(self, layers: int, experts: int, horizon: int = 1) -> None:
@@ -31,11 +31,12 @@ class LoadPredictor:
         self.shape = (layers, experts)
         self.horizon = horizon
         self._seen = 0
-        # Rings, by the number of the micro-batch: loads, predictions of all predictors, those given out, and what these missed.
+        # Rings, by the number of the micro-batch: loads, predictions of all predictors, and what was missed.
         self._loads = np.zeros((WINDOW, *self.shape))
         self._predicted = np.zeros((horizon, len(PREDICTORS), *self.shape))
-        self._given = np.zeros((horizon, *self.shape))
         self._missed = np.zeros((KEPT, *self.shape))
+        # The chosen predictors' loads at the horizon, and for the very next micro-batch.
+        self._chosen, self._next = np.ones((2, *self.shape))
         self._fast, self._slow, self._level, self._slope = np.zeros((4, *self.shape))
         self._errors = np.zeros((len(PREDICTORS), layers))
 
@@ -50,24 +51,21 @@ class LoadPredictor:
         if not (np.isfinite(counts).all() and counts.min() >= 0):
             raise BalanceError(f"counts from {counts.min()} to {counts.max()}; allowed: finite numbers, 0 or more")
         loads = counts.astype(np.float64)
-        if self._seen >= self.horizon:
-            self._score(loads)
+        self._score(loads)
         self._update(loads)
         self._seen += 1
         place = (self._seen - 1) % self.horizon
-        self._predicted[place] = self._apply_predictors()
-        best = self._errors.argmin(0)
-        self._given[place] = self._predicted[place, best, np.arange(len(best))]
+        self._predicted[place] = self._apply_predictors(self.horizon)
+        best, layers = self._errors.argmin(0), np.arange(self.shape[0])
+        self._chosen = self._predicted[place, best, layers]
+        self._next = self._apply_predictors(1)[best, layers]
 
     def predict(self) -> Array:
         """Return ``float64[layers, experts]``, each layer's load in a micro-batch by the predictor with the least error there.
 
         Before anything was seen, every expert has the load 1, since an untrained router knows no favourites.
         """
-        if not self._seen:
-            return np.ones(self.shape)
-        given: Array = self._given[(self._seen - 1) % self.horizon].copy()
-        return given
+        return self._chosen.copy()
 
     def predict_each(self) -> dict[str, Array]:
         """Return ``float64[layers, experts]`` of each predictor, whether it errs least or not."""
@@ -78,13 +76,14 @@ class LoadPredictor:
     def forecast(self, count: int) -> Array:
         """Return ``float64[forecasts, layers, experts]``, loads that could come: the prediction plus each miss, the last first.
 
-        A miss is what was seen less what `predict` had said ``horizon`` micro-batches before. There are ``count`` forecasts;
-        fewer as long as there were fewer misses, 32 at most, and before the first the prediction itself. No load is below 0.
-        Raises `BalanceError` for a count below 1.
+        A miss is what was seen less what the predictor chosen then said one micro-batch before. (Twenty before, say, misses in a
+        row are much the same miss, and the forecasts would all lean one way.) There are ``count`` forecasts; fewer as long as
+        there were fewer misses, 32 at most, and before the first the prediction itself. No load is below 0. Raises `BalanceError`
+        for a count below 1.
         """
         if count < 1:
             raise BalanceError(f"{count} forecasts asked for; allowed: 1 or more")
-        known = min(count, KEPT, self._seen - self.horizon)
+        known = min(count, KEPT, self._seen - 1)
         if known < 1:
             return self.predict()[None]
         last = (self._seen - 1 - np.arange(known)) % KEPT
@@ -127,11 +126,14 @@ class LoadPredictor:
         self._seen = int(state["seen"])
 
     def _score(self, loads: Array) -> None:
+        if self._seen:
+            self._missed[self._seen % KEPT] = loads - self._next
+        if self._seen < self.horizon:
+            return
         place = self._seen % self.horizon
         total = np.maximum(loads.sum(-1), 1.0)
         error = np.abs(self._predicted[place] - loads).sum(-1) / total
         self._errors += SMOOTHING * (error - self._errors)
-        self._missed[self._seen % KEPT] = loads - self._given[place]
 
     def _update(self, loads: Array) -> None:
         self._loads[self._seen % WINDOW] = loads
@@ -144,8 +146,8 @@ class LoadPredictor:
         self._slope += SLOPE * (level - self._level - self._slope)
         self._level = level
 
-    def _apply_predictors(self) -> Array:
+    def _apply_predictors(self, ahead: int) -> Array:
         """Return ``float64[predictors, layers, experts]`` in the order of `PREDICTORS`."""
         window = self._loads[: min(self._seen, WINDOW)].mean(0)
-        trend = np.maximum(self._level + self.horizon * self._slope, 0.0)
+        trend = np.maximum(self._level + ahead * self._slope, 0.0)
         return np.stack((self._fast, self._slow, window, self._loads[(self._seen - 1) % WINDOW], trend))
