@@ -83,6 +83,7 @@ def test_moves_are_the_fewest_and_lead_to_the_new_placement(pair: tuple[Placemen
     assert done == list_needed(old, new)
     for layer, rank, expert, source in zip(moves.layer, ranks[moves.slot], moves.expert, ranks[moves.source], strict=True):
         assert source in list_senders(old, layer, rank, expert)
+    assert (np.diff(moves.layer * new.cluster.slots + moves.slot) > 0).all()
     np.testing.assert_array_equal(apply(old, new, moves), new.experts)
     assert moves.sends.tolist() == [int((ranks[moves.source] == rank).sum()) for rank in range(new.cluster.ranks)]
     assert moves.receives.tolist() == [int((ranks[moves.slot] == rank).sum()) for rank in range(new.cluster.ranks)]
@@ -127,6 +128,17 @@ def test_homes_stay_where_they_are() -> None:
     kept = keep_slots(old, new)
     assert kept.experts.tolist() == [[0, 1, 1, 3, 2, 3, 0, 2]] and kept.homes is old.homes
     assert new.experts.tolist() == [[0, 1, 3, 1, 2, 3, 2, 0]]
+
+
+def test_a_home_that_changed_is_not_put_back() -> None:
+    old = make_home_placement(1, 4, 2, 1)
+    old.experts[0] = [0, 1, 2, 2, 3, 0]
+    new = Placement(old.cluster, np.array([[1, 2, 0, 2, 3, 1]]), np.array([[2, 0, 1, 4]]))
+    kept = keep_slots(old, new)
+    assert kept.experts.tolist() == new.experts.tolist()
+    assert keep_slots(old, replace(new, homes=None)).experts.tolist() == [[0, 1, 2, 2, 3, 1]]
+    copies = find_copies(old, kept)
+    assert [part.tolist() for part in copies] == [[0, 0, 0], [0, 1, 2], [1, 2, 0], [False] * 3]
 
 
 def test_unchanged_placements_need_no_moves() -> None:

@@ -117,6 +117,7 @@ def test_the_trend_wins_where_loads_drift(horizon: int) -> None:
     errors = predictor.errors()
     assert min(errors, key=lambda name: errors[name][0]) == "trend" and errors["trend"][0] < 0.5
     np.testing.assert_allclose(predictor.predict(), counts[-1], rtol=0.01)
+    np.testing.assert_allclose(predictor.forecast(8), np.tile(counts[-1], (8, 1, 1)), rtol=0.015)
 
 
 def test_averages_win_where_loads_are_noise() -> None:
