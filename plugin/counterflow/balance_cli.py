@@ -106,9 +106,9 @@ def run_replay(given: argparse.Namespace) -> int:
         if getattr(given, name) is not None:
             check_output(f"--{name}", getattr(given, name))
     counts = read_trace(given.trace, given.key)
-    from counterflow.balance.replay import replay  # loads a compiler
+    from counterflow.balance.replay import replay_trace  # loads a compiler
 
-    done = replay(counts, given.ranks, given.clones_per_rank, given.interval, given.nodes, given.warmup)
+    done = replay_trace(counts, given.ranks, given.clones_per_rank, given.interval, given.nodes, given.warmup)
     _write_pictures(given, done)
     figures = describe_replay(done)
     if given.json:

@@ -1,1 +1,47 @@
-"""Expert placement: replicate, pack, split tokens, predict loads, move; no torch. See docs/balance.md."""
+"""Expert placement: replicate, pack, split tokens, predict loads, move; no torch. See docs/balance.md.
+
+What is compiled is loaded with the first call that needs it.
+"""
+
+from counterflow.balance.clones import ClonePlan, plan_clones
+from counterflow.balance.cluster import Cluster, make_cluster
+from counterflow.balance.eplb import rebalance_experts
+from counterflow.balance.moves import Moves, keep_slots, plan_moves
+from counterflow.balance.placement import (
+    EMPTY,
+    Placement,
+    make_home_placement,
+    measure_balancedness,
+    share_evenly,
+    sum_by_rank,
+)
+from counterflow.balance.planning import POLICIES, Plan, plan_placement
+from counterflow.balance.prediction import LoadPredictor
+from counterflow.balance.replay import Replay, replay_trace
+from counterflow.balance.split import split_tokens
+from counterflow.errors import BalanceError
+
+__all__ = [
+    "EMPTY",
+    "POLICIES",
+    "BalanceError",
+    "ClonePlan",
+    "Cluster",
+    "LoadPredictor",
+    "Moves",
+    "Placement",
+    "Plan",
+    "Replay",
+    "keep_slots",
+    "make_cluster",
+    "make_home_placement",
+    "measure_balancedness",
+    "plan_clones",
+    "plan_moves",
+    "plan_placement",
+    "rebalance_experts",
+    "replay_trace",
+    "share_evenly",
+    "split_tokens",
+    "sum_by_rank",
+]

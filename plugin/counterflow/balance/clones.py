@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from counterflow.balance.cluster import Array
-from counterflow.balance.placement import EMPTY, Placement
+from counterflow.balance.placement import Placement
 from counterflow.balance.planning import TRAFFIC_WEIGHT
 from counterflow.errors import BalanceError
 
@@ -73,13 +73,3 @@ def plan_clones(
         )
     experts, before, after = zip(*plans, strict=True)
     return ClonePlan(Placement(cluster, np.stack(experts), placement.homes), np.array(before), np.array(after))
-
-
-def count_new_clones(old: Placement, new: Placement) -> Array:
-    """Return ``int64[layers]``: clones of ``new`` whose rank held no copy of the expert in ``old``."""
-    counts = np.zeros(new.layers, np.int64)
-    starts = new.cluster.rank_start
-    for first, last in zip(starts[:-1], starts[1:], strict=True):
-        held, wanted = old.experts[:, first:last], new.experts[:, first:last]
-        counts += ((wanted != EMPTY) & ~(wanted[:, :, None] == held[:, None, :]).any(2)).sum(1)
-    return counts

@@ -46,11 +46,13 @@ def _rebalance(
     from counterflow.balance.deepseek import place_as_deepseek
 
     loads = check_loads(np.asarray(given), "weight")
-    cluster = make_cluster(gpus, replicas, nodes)
+    # EPLB looks at nodes only where they divide the groups; so need they divide the GPUs there alone.
+    by_node = nodes < 1 or groups % nodes == 0 or policy in ("hierarchical", "spill")
+    cluster = make_cluster(gpus, replicas, nodes if by_node else 1)
     chosen = choose_policy(policy, groups, loads.shape[1], cluster)
     check_room(loads.shape[1], cluster, "deepseek")
     # A tensor's group sums are its own, rounding included.
-    sums = given.reshape(len(loads), groups, -1).sum(-1).numpy() if is_tensor else None
+    sums = given.reshape(len(loads), groups, -1).sum(-1).numpy() if is_tensor and by_node else None
     reference = place_as_deepseek(loads.astype(np.float32), replicas, groups, nodes, gpus, sums)
     if chosen == "deepseek":
         return reference

@@ -19,6 +19,8 @@ TRADES = 48
 # Tries with other counts of copies: so many at least, more where there are few slots.
 LEAST_TRIES = 3
 TRIED_SLOTS = 1000
+# Slots times experts times ranks up to which every other expert is tried in every slot.
+SMALL = 60_000
 
 
 @compile_fast
@@ -44,6 +46,8 @@ def place_layer(weights: Array, rank_start: Array) -> tuple[Array, float]:
             best, slowest, copies = tried, tried_slowest, changed
             tries -= number
             number = 0
+    if slots * weights.shape[0] * ranks <= SMALL:
+        slowest = replace_copies(weights, best, rank_start, target)
     if (best < 0).any():
         fill_empty(best, rank_start, weights / copies)
         slowest = sum_ranks(weights / count_held(best, weights.shape[0]), best, rank_start).max()
@@ -111,6 +115,57 @@ def recount(weights: Array, copies: Array, experts: Array, rank_start: Array, nu
     changed[more[number % more.shape[0]]] += 1
     changed[fewer[number // more.shape[0]]] -= 1
     return changed
+
+
+@compile_fast
+def replace_copies(weights: Array, experts: Array, rank_start: Array, target: float) -> float:
+    """Put another expert into one slot, or swap two of the slowest rank, as long as that helps; return the slowest rank's load.
+
+    Of all replacements the best is taken: least load on the slowest rank, and among equals least sum of squares.
+    """
+    ranks = rank_start.shape[0] - 1
+    while True:
+        copies = count_held(experts, weights.shape[0])
+        load = sum_ranks(weights / copies, experts, rank_start)
+        help_slowest(weights / copies, experts, load, rank_start)
+        best = load.max() + 1e-3 * (load**2).sum() / load.sum()
+        if load.max() <= target:
+            return load.max()
+        chosen, chosen_slot = -1, -1
+        for rank in range(ranks):
+            for slot in range(rank_start[rank], rank_start[rank + 1]):
+                given = experts[slot]
+                if given < 0 or copies[given] == 1:
+                    continue
+                for expert in range(weights.shape[0]):
+                    if holds(experts, rank_start, rank, expert):
+                        continue
+                    tried = load.copy()
+                    shift_shares(
+                        tried, experts, rank_start, given, weights[given] / (copies[given] - 1) - weights[given] / copies[given]
+                    )
+                    shift_shares(
+                        tried,
+                        experts,
+                        rank_start,
+                        expert,
+                        weights[expert] / (copies[expert] + 1) - weights[expert] / copies[expert],
+                    )
+                    tried[rank] += weights[expert] / (copies[expert] + 1) - weights[given] / (copies[given] - 1)
+                    value = tried.max() + 1e-3 * (tried**2).sum() / tried.sum()
+                    if value < best * (1 - 1e-9):
+                        best, chosen, chosen_slot = value, expert, slot
+        if chosen < 0:
+            return load.max()
+        experts[chosen_slot] = chosen
+
+
+@compile_fast
+def shift_shares(load: Array, experts: Array, rank_start: Array, expert: int, more: float) -> None:
+    """Add ``more`` to every rank that holds ``expert``."""
+    for rank in range(load.shape[0]):
+        if holds(experts, rank_start, rank, expert):
+            load[rank] += more
 
 
 @compile_fast

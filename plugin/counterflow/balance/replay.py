@@ -6,7 +6,7 @@ import numpy as np
 
 from counterflow.balance.clones import HORIZON, plan_clones
 from counterflow.balance.cluster import Array, Cluster
-from counterflow.balance.moves import plan_moves
+from counterflow.balance.moves import keep_slots, plan_moves
 from counterflow.balance.placement import Placement, make_home_placement, measure_balancedness, share_evenly, sum_by_rank
 from counterflow.balance.prediction import LoadPredictor
 from counterflow.balance.split import split_tokens
@@ -37,7 +37,7 @@ class Replay:
     off_node_moves: Array
 
 
-def replay(
+def replay_trace(
     counts: Array,
     ranks: int,
     clones_per_rank: int,
@@ -88,9 +88,11 @@ def _follow_clones(counts: Array, first: int, interval: int, placement: Placemen
         sent = far = np.zeros(placement.layers, np.int64)
         if index % interval == 0:
             plan = plan_clones(predictor.forecast(FORECASTS), placement, max(HORIZON, interval))
-            moves = plan_moves(placement, plan.placement)
-            sent, far = moves.count_by_layer(), moves.count_by_layer(off_node=True)
-            placement = plan.placement
+            planned = keep_slots(placement, plan.placement)
+            moves = plan_moves(placement, planned)
+            sent = np.bincount(moves.layer, minlength=placement.layers)
+            far = np.bincount(moves.layer[moves.off_node], minlength=placement.layers)
+            placement = planned
         loads.append(sum_by_rank(split_tokens(seen, placement), placement.cluster))
         moved.append(sent)
         off_node.append(far)
