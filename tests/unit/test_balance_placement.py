@@ -14,7 +14,7 @@ from counterflow.errors import BalanceError
 
 
 def check_plan(loads: Array, plan: Plan) -> None:
-    """Every expert has a slot, no rank two copies of one, every slot is used, and the plan's figures are those of its placement."""
+    """Every expert has a slot, no rank two copies of one, all slots are used, and the figures are those of the placement."""
     cluster = plan.placement.cluster
     for held in plan.placement.experts:
         assert set(held.tolist()) == set(range(loads.shape[1]))

@@ -23,9 +23,8 @@ def draw_layers(draw: st.DrawFn) -> tuple[Array, Placement]:
     layers, slots = draw(st.integers(1, 3)), sum(widths)
     experts = draw(st.integers(1, slots))
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
-    held = np.stack([
-        random.permutation(np.concatenate([np.arange(experts), random.integers(EMPTY, experts, slots - experts)])) for _ in range(layers)
-    ])  # fmt: skip
+    rest = random.integers(EMPTY, experts, (layers, slots - experts))
+    held = np.stack([random.permutation(np.concatenate([np.arange(experts), more])) for more in rest])
     scale = draw(st.sampled_from([1, 3, 100, 10**6]))
     counts = random.integers(0, scale + 1, (layers, experts)) * (
         random.random((layers, experts)) < draw(st.sampled_from([0.3, 1.0]))
@@ -83,7 +82,8 @@ def test_layers_are_split_as_if_alone() -> None:
 def test_another_process_finds_the_same_split() -> None:
     code = (
         "import numpy as np, hashlib; from counterflow.balance.placement import make_home_placement; "
-        "from counterflow.balance.split import split_tokens; random = np.random.default_rng(7); p = make_home_placement(4, 64, 8, 2); "
+        "from counterflow.balance.split import split_tokens; "
+        "random = np.random.default_rng(7); p = make_home_placement(4, 64, 8, 2); "
         "p.experts[p.experts < 0] = random.integers(0, 64, 64); "
         "print(hashlib.sha256(split_tokens(random.integers(0, 999, (4, 64)), p).tobytes()).hexdigest())"
     )

@@ -9,7 +9,8 @@ from counterflow.balance.placement import Placement
 from counterflow.balance.planning import TRAFFIC_WEIGHT
 from counterflow.errors import BalanceError
 
-# What it takes a rank to send one expert, of the time that a micro-batch's experts take it; and how many micro-batches a clone is sent for.
+# What it takes a rank to send one expert, of the time that a micro-batch's experts take it; and how many micro-batches a
+# clone is sent for.
 MOVE_PRICE = 0.1
 HORIZON = 8
 
@@ -18,8 +19,8 @@ HORIZON = 8
 class ClonePlan:
     """A placement, and what each layer's slowest rank is expected to take, off-node traffic included.
 
-    ``before``, with the placement so far, and ``after``: ``float64[layers]``, in units of the mean rank's load, which nothing can beat: the
-    bound is 1.
+    ``before``, with the placement so far, and ``after``: ``float64[layers]``, in units of the mean rank's load, which nothing
+    can beat: the bound is 1.
     """
 
     placement: Placement
@@ -36,11 +37,11 @@ def plan_clones(
 ) -> ClonePlan:
     """Return which clones each rank should hold next, judged by the token split that will be used with them.
 
-    ``forecasts``: ``[forecasts, layers, experts]``, loads that the next micro-batches may bring, each as likely as the others, or
-    ``[layers, experts]`` for one. ``placement``: homes and the clones so far. A clone that has to be sent costs its rank ``move_price`` of
-    a micro-batch's time, once; so it must save the slowest rank more within ``horizon`` micro-batches, and loads that do not change move
-    nothing. A token computed off its home's node costs ``traffic_weight`` of one, once per rank. Homes stay. Raises `BalanceError` for
-    forecasts that do not fit, or a placement without homes.
+    ``forecasts``: ``[forecasts, layers, experts]``, loads that the next micro-batches may bring, each as likely as the
+    others, or ``[layers, experts]`` for one. ``placement``: homes and the clones so far. A clone that has to be sent costs
+    its rank ``move_price`` of a micro-batch's time, once; so it must save the slowest rank more within ``horizon``
+    micro-batches, and loads that do not change move nothing. A token computed off its home's node costs ``traffic_weight`` of
+    one, once per rank. Homes stay. Raises `BalanceError` for forecasts that do not fit, or a placement without homes.
     """
     from counterflow.balance.cloning import MEAN, Layer, plan_layer
 
@@ -50,13 +51,15 @@ def plan_clones(
         raise BalanceError("a placement without homes; clones are planned around homes, use plan_placement for the rest")
     if forecasts.ndim != 3 or forecasts.shape[1:] != placement.homes.shape or not forecasts.size:
         raise BalanceError(
-            f"forecasts of shape {forecasts.shape}; allowed: [forecasts, layers, experts] with layers and experts {placement.homes.shape}"
+            f"forecasts of shape {forecasts.shape}; allowed: [forecasts, layers, experts], "
+            f"layers and experts as in the placement, {placement.homes.shape}"
         )
     if not np.isfinite(forecasts).all() or forecasts.min() < 0:
         raise BalanceError("forecasts hold a load that is negative or not a number; allowed: 0 or more")
     if horizon < 1 or not 0 <= move_price < np.inf or not 0 <= traffic_weight < np.inf:
         raise BalanceError(
-            f"horizon {horizon}, move price {move_price}, traffic weight {traffic_weight}; allowed: 1 or more, and 0 or more for both others"
+            f"horizon {horizon}, move price {move_price}, traffic weight {traffic_weight}; "
+            "allowed: a horizon of 1 or more, the others 0 or more"
         )
     cluster = placement.cluster
     totals = forecasts.sum(2, keepdims=True)

@@ -1,11 +1,11 @@
 """Planning clones where homes are fixed, compiled: a greedy that fills spare slots, then a search that changes them one by one.
 
-Both plan for several forecasts of the next micro-batch's load at once, since a clone that is right for the mean alone often has nothing
-to give when the load turns out a little different. What a placement is worth is found with the token split that will be used with it.
-
-The greedy rests on one observation. To level R ranks takes R - 1 transfers at most, as to settle debts among R people: each fills the
-rank that lacks most, from a rank that has too much, even where that one then lacks something itself and is filled later. So every
-rank receives about once, and one spare slot per rank is nearly enough, as long as there are experts large enough to carry the load.
+Both plan for several forecasts of the next micro-batch's load at once, since a clone that is right for the mean alone often
+has nothing to give when the load turns out a little different. What a placement is worth is found with the token split that
+will be used with it. The greedy rests on one observation. To level R ranks takes R - 1 transfers at most, as to settle debts
+among R people: each fills the rank that lacks most, from a rank that has too much, even where that one then lacks something
+itself and is filled later. So every rank receives about once, and one spare slot per rank is nearly enough, as long as there
+are experts large enough to carry the load.
 """
 
 import heapq
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from counterflow.balance.cluster import Array
-from counterflow.balance.flow import level_ranks, link_slots, split_layer
+from counterflow.balance.flow import holds, level_ranks, link_slots, split_layer
 from counterflow.compiling import compile_fast
 
 # Loads are scaled to this mean per rank.
@@ -29,8 +29,9 @@ NEVER = 1e30
 class Layer(NamedTuple):
     """One layer to plan for.
 
-    ``loads[forecasts, experts]`` whole numbers, ``homes[expert]`` its home slot, ``spare`` the slots for clones; ``price`` what a clone that
-    has to be sent costs, ``traffic`` what a token computed off its home's node costs, of a token on the slowest rank times ranks.
+    ``loads[forecasts, experts]`` whole numbers, ``homes[expert]`` its home slot, ``spare`` the slots for clones; ``price``
+    what a clone that has to be sent costs, ``traffic`` what a token computed off its home's node costs, of a token on the
+    slowest rank times ranks.
     """
 
     loads: Array
@@ -57,7 +58,7 @@ class Weighed(NamedTuple):
 
 @compile_fast
 def plan_layer(layer: Layer, current: Array) -> tuple[Array, float, float]:
-    """Return the experts of the slots, and what the slowest rank is expected to take, with the ``current`` ones and with those."""
+    """Return the experts of the slots, and the expected times with the ``current`` ones and with those."""
     before = weigh(layer, current)
     kept = before
     if (current[layer.spare] >= 0).any():
@@ -73,18 +74,9 @@ def count_new(layer: Layer, current: Array, experts: Array) -> int:
     """Return how many clones of ``experts`` are not on their rank in ``current``, so that they have to be sent."""
     new = 0
     for slot in layer.spare:
-        if experts[slot] >= 0 and not is_on_rank(layer, current, layer.rank_of_slot[slot], experts[slot]):
+        if experts[slot] >= 0 and not holds(current, layer.rank_start, layer.rank_of_slot[slot], experts[slot]):
             new += 1
     return new
-
-
-@compile_fast
-def is_on_rank(layer: Layer, experts: Array, rank: int, expert: int) -> bool:
-    """Tell whether a slot of ``rank`` holds ``expert``."""
-    for slot in range(layer.rank_start[rank], layer.rank_start[rank + 1]):
-        if experts[slot] == expert:
-            return True
-    return False
 
 
 @compile_fast
@@ -136,7 +128,7 @@ def count_away(layer: Layer, experts: Array, tokens: Array) -> float:
                 home = layer.rank_of_slot[layer.homes[experts[slot]]]
                 if layer.node_of_rank[home] != layer.node_of_rank[layer.rank_of_slot[slot]]:
                     away += tokens[slot]
-    return away / layer.node_of_rank.shape[0]
+    return float(away / layer.node_of_rank.shape[0])
 
 
 @compile_fast
@@ -158,7 +150,7 @@ def try_changes(layer: Layer, placed: Weighed, trials: int) -> tuple[bool, int, 
     for diagonal in range(hot.shape[0] + places.shape[0] - 1):
         for index in range(max(0, diagonal - hot.shape[0] + 1), min(diagonal + 1, places.shape[0])):
             slot, expert = places[index], hot[diagonal - index]
-            if is_on_rank(layer, placed.experts, layer.rank_of_slot[slot], expert):
+            if holds(placed.experts, layer.rank_start, layer.rank_of_slot[slot], expert):
                 continue
             if trials == 0:
                 return False, 0, placed
@@ -172,7 +164,7 @@ def try_changes(layer: Layer, placed: Weighed, trials: int) -> tuple[bool, int, 
 
 @compile_fast
 def rank_candidates(layer: Layer, placed: Weighed) -> tuple[Array, Array]:
-    """Return the experts that slowest ranks compute, those that hold up most first, and the spare slots, those used least first."""
+    """Return the experts on slowest ranks, those that hold up most first, and the spare slots, those used least first."""
     experts = placed.experts
     heat = np.zeros(layer.loads.shape[1])
     use = np.zeros(experts.shape[0])
@@ -250,8 +242,8 @@ def find_free_slot(layer: Layer, experts: Array, rank: int) -> int:
 def find_source(layer: Layer, experts: Array, tokens: Array, load: Array, rank: int, loaded: list[tuple[int, int]]) -> int:
     """Return the slot whose expert fills ``rank`` best, of the most loaded ranks; -1 where they have none that is not there yet.
 
-    What fills counts most, then what takes load off a rank above the mean, then how much more of the expert there is, for a load that turns
-    out otherwise. ``loaded``: a heap of minus a rank's load, and the rank.
+    What fills counts most, then what takes load off a rank above the mean, then how much more of the expert there is, for a
+    load that turns out otherwise. ``loaded``: a heap of minus a rank's load, and the rank.
     """
     best, value = -1, -1.0
     looked = [(0, 0)][:0]
@@ -265,7 +257,7 @@ def find_source(layer: Layer, experts: Array, tokens: Array, load: Array, rank: 
             continue
         near = layer.node_of_rank[rank] == layer.node_of_rank[other]
         for slot in range(layer.rank_start[other], layer.rank_start[other + 1]):
-            if experts[slot] < 0 or is_on_rank(layer, experts, rank, experts[slot]):
+            if experts[slot] < 0 or holds(experts, layer.rank_start, rank, experts[slot]):
                 continue
             worth = 0.0
             for forecast in range(tokens.shape[1]):

@@ -24,20 +24,19 @@ def rebalance_experts(
 ) -> tuple[Any, Any, Any]:
     """Plan replicas and where they lie; takes and returns what EPLB's function of this name does (github.com/deepseek-ai/EPLB).
 
-    ``weight``: ``[layers, logical experts]``, the load of each; a torch tensor brings torch tensors back, numpy brings numpy. Returns
-    ``[layers, num_replicas]`` the expert of each replica, ``[layers, experts, X]`` the replicas of each expert, padded with -1, and
-    ``[layers, experts]`` how many there are, all int64. As there, groups stay on their nodes where ``num_nodes`` divides ``num_groups``,
-    and are ignored elsewhere.
-
-    ``policy``: see `plan_placement`; ``deepseek`` equals EPLB element by element, any other is in no layer less balanced. It avoids two
-    replicas of an expert on one GPU, where EPLB's plan with such is not better; with ``distinct`` there are none at all. Raises
-    `BalanceError`, a ValueError, for loads or numbers that cannot work.
+    ``weight``: ``[layers, logical experts]``, the load of each; a torch tensor brings torch tensors back, numpy brings numpy.
+    Returns ``[layers, num_replicas]`` the expert of each replica, ``[layers, experts, X]`` the replicas of each expert,
+    padded with -1, and ``[layers, experts]`` how many there are, all int64. As there, groups stay on their nodes where
+    ``num_nodes`` divides ``num_groups``, and are ignored elsewhere. ``policy``: see `plan_placement`; ``deepseek`` equals
+    EPLB element by element, any other is in no layer less balanced. It avoids two replicas of an expert on one GPU, where
+    EPLB's plan with such is not better; with ``distinct`` there are none at all. Raises `BalanceError`, a ValueError, for
+    loads or numbers that cannot work.
     """
     torch = sys.modules.get("torch")
     is_tensor = torch is not None and isinstance(weight, torch.Tensor)
     given = weight.detach().float().cpu() if is_tensor else weight
     maps = _rebalance(given, is_tensor, num_replicas, num_groups, num_nodes, num_gpus, policy, distinct)
-    return tuple(map(torch.from_numpy, maps)) if is_tensor and torch is not None else maps  # type: ignore[return-value]
+    return tuple(map(torch.from_numpy, maps)) if is_tensor and torch is not None else maps
 
 
 def _rebalance(
@@ -81,7 +80,7 @@ def find_doubles(cluster: Cluster, experts: Array) -> Array:
 
 
 def map_copies(experts: Array, total: int) -> tuple[Array, Array, Array]:
-    """Return EPLB's three maps of ``experts[layers, slots]``, every slot filled; copies of an expert are in the order of slots."""
+    """Return EPLB's three maps of ``experts[layers, slots]``, all slots filled; copies are in the order of their slots."""
     layers, slots = experts.shape
     counts = np.zeros((layers, total), np.int64)
     layer = np.arange(layers)[:, None]

@@ -11,8 +11,8 @@ from counterflow.compiling import compile_fast
 class Links(NamedTuple):
     """Which slots belong together in one layer: those of a rank, and the copies of an expert.
 
-    Slots of rank r: ``rank_start[r]`` to ``rank_start[r + 1]``. Copies of expert e: ``copies[expert_start[e]:expert_start[e + 1]]``, slots;
-    ``first[e]`` is the one that its tokens leave only where another rank is less loaded.
+    Slots of rank r: ``rank_start[r]`` to ``rank_start[r + 1]``. Copies of expert e: ``copies[expert_start[e]:expert_start[e +
+    1]]``, slots; ``first[e]`` is the one that its tokens leave only where another rank is less loaded.
     """
 
     experts: Array
@@ -24,8 +24,14 @@ class Links(NamedTuple):
 
 
 @compile_fast
+def holds(experts: Array, rank_start: Array, rank: int, expert: int) -> bool:
+    """Tell whether a slot of ``rank`` holds ``expert``."""
+    return bool((experts[rank_start[rank] : rank_start[rank + 1]] == expert).any())
+
+
+@compile_fast
 def link_slots(experts: Array, rank_of_slot: Array, rank_start: Array, homes: Array) -> Links:
-    """Return the links of a layer whose slots hold ``experts``, -1 where empty; ``homes[expert]``: a slot, or -1 for its first copy."""
+    """Return the links of a layer whose slots hold ``experts``, -1 where empty; ``homes[expert]``: a slot, -1 for any."""
     count = homes.shape[0]
     expert_start = np.zeros(count + 1, np.int64)
     for expert in experts:
@@ -66,9 +72,9 @@ def split_layer(counts: Array, links: Links, tokens: Array, load: Array) -> int:
 def level_ranks(links: Links, tokens: Array, load: Array) -> int:
     """Move tokens between copies until the slowest rank is as fast as can be; return its load.
 
-    A limit starts at the mean, a bound. Ranks above it push tokens along paths, rank by rank, to ranks below it. Where none can be
-    reached, all that the reached ranks hold must stay on them, so that their mean is a better bound and the next limit. Once no
-    rank is above the limit, it is reached, and it is a bound.
+    A limit starts at the mean, a bound. Ranks above it push tokens along paths, rank by rank, to ranks below it. Where none
+    can be reached, all that the reached ranks hold must stay on them, so that their mean is a better bound and the next
+    limit. Once no rank is above the limit, it is reached, and it is a bound.
     """
     ranks = load.shape[0]
     limit = -(-load.sum() // ranks)
@@ -106,8 +112,8 @@ def find_paths(
 ) -> int:
     """Search, breadth first, the ranks that tokens can get to from ranks above ``limit``; return how many stand in ``queue``.
 
-    Tokens come to ``queue``'s rank r from rank ``came_from[r]`` (-1 where it is above the limit itself), out of slot ``leaving[r]`` into
-    ``arriving[r]``. ``seen`` is room for one truth per expert.
+    Tokens come to ``queue``'s rank r from rank ``came_from[r]`` (-1 where it is above the limit itself), out of slot
+    ``leaving[r]`` into ``arriving[r]``. ``seen`` is room for one truth per expert.
     """
     came_from[:] = -2
     seen[:] = False

@@ -1,7 +1,8 @@
 """Free placement of one layer, compiled: how many copies of each expert, and on which ranks, where copies share its load evenly.
 
-Copies are counted and packed greedily, then ranks trade them until the slowest cannot be helped; where it is still slow, an expert on it
-gets one more copy, at the cost of the one that misses a copy least, and all is packed again: counting and packing depend on each other.
+Copies are counted and packed greedily, then ranks trade them until the slowest cannot be helped; where it is still slow, an
+expert on it gets one more copy, at the cost of the one that misses a copy least, and all is packed again: counting and
+packing depend on each other.
 """
 
 import heapq
@@ -9,6 +10,7 @@ import heapq
 import numpy as np
 
 from counterflow.balance.cluster import Array
+from counterflow.balance.flow import holds
 from counterflow.compiling import compile_fast
 
 # A rank this near to the mean is not worth another try.
@@ -27,8 +29,8 @@ SMALL = 60_000
 def place_layer(weights: Array, rank_start: Array) -> tuple[Array, float]:
     """Return the expert of each slot, ``int64[slots]``, and the load of the slowest rank, for ``weights[experts]``.
 
-    ``rank_start[ranks + 1]``: first slots of ranks. No rank holds two copies of an expert. The caller sees to it that there are slots for
-    all experts, and experts enough for the slots of a rank.
+    ``rank_start[ranks + 1]``: first slots of ranks. No rank holds two copies of an expert. The caller sees to it that there
+    are slots for all experts, and experts enough for the slots of a rank.
     """
     ranks, slots = rank_start.shape[0] - 1, rank_start[-1]
     copies = count_copies(weights, slots, ranks)
@@ -95,7 +97,8 @@ def count_copies(weights: Array, slots: int, most: int) -> Array:
 
 @compile_fast
 def recount(weights: Array, copies: Array, experts: Array, rank_start: Array, number: int) -> Array:
-    """Return counts with one copy more of an expert on the slowest rank, and one less of another; -1 where there are no more such.
+    """Return counts with one copy more of an expert on the slowest rank, and one less of another; -1 where there are no more
+    such.
 
     ``number`` 0 takes the largest and the one that losing a copy makes least large, higher ones go through the others.
     """
@@ -130,7 +133,7 @@ def replace_copies(weights: Array, experts: Array, rank_start: Array, target: fl
         help_slowest(weights / copies, experts, load, rank_start)
         best = load.max() + 1e-3 * (load**2).sum() / load.sum()
         if load.max() <= target:
-            return load.max()
+            return float(load.max())
         chosen, chosen_slot = -1, -1
         for rank in range(ranks):
             for slot in range(rank_start[rank], rank_start[rank + 1]):
@@ -156,7 +159,7 @@ def replace_copies(weights: Array, experts: Array, rank_start: Array, target: fl
                     if value < best * (1 - 1e-9):
                         best, chosen, chosen_slot = value, expert, slot
         if chosen < 0:
-            return load.max()
+            return float(load.max())
         experts[chosen_slot] = chosen
 
 
@@ -186,7 +189,7 @@ def pack_and_trade(sizes: Array, copies: Array, rank_start: Array) -> tuple[Arra
     load = sum_ranks(sizes, experts, rank_start)
     trade_in_pairs(sizes, experts, load, rank_start)
     help_slowest(sizes, experts, load, rank_start)
-    return experts, load.max()
+    return experts, float(load.max())
 
 
 @compile_fast
@@ -199,7 +202,8 @@ def pack(sizes: Array, copies: Array, rank_start: Array) -> Array:
     used = np.zeros(rank_start.shape[0] - 1, np.int64)
     lightest = [(0.0, rank) for rank in range(used.shape[0]) if rank_start[rank + 1] > rank_start[rank]]
     heapq.heapify(lightest)
-    for expert in np.argsort(-sizes, kind="mergesort"):
+    for name in np.argsort(-sizes, kind="mergesort"):
+        expert = int(name)
         passed = [(0.0, 0)][:0]
         for _ in range(copies[expert]):
             rank = -1
@@ -224,7 +228,7 @@ def pack(sizes: Array, copies: Array, rank_start: Array) -> Array:
 
 @compile_fast
 def make_place(experts: Array, used: Array, rank_start: Array, expert: int) -> None:
-    """Put ``expert`` on a full rank without it, whose slot's copy goes to a rank with room that has ``expert`` but not that one."""
+    """Put ``expert`` on a full rank without it, in the place of a copy that goes to a rank that has room, and ``expert``."""
     for rank in range(used.shape[0]):
         free = rank_start[rank] + used[rank]
         if free == rank_start[rank + 1]:
@@ -233,17 +237,11 @@ def make_place(experts: Array, used: Array, rank_start: Array, expert: int) -> N
             other = experts[slot]
             if other < 0 or holds(experts, rank_start, rank, other):
                 continue
-            owner = np.searchsorted(rank_start, slot, side="right") - 1
+            owner = int(np.searchsorted(rank_start, slot, side="right")) - 1
             if not holds(experts, rank_start, owner, expert):
                 experts[free], experts[slot] = other, expert
                 used[rank] += 1
                 return
-
-
-@compile_fast
-def holds(experts: Array, rank_start: Array, rank: int, expert: int) -> bool:
-    """Tell whether a slot of ``rank`` holds ``expert``."""
-    return bool((experts[rank_start[rank] : rank_start[rank + 1]] == expert).any())
 
 
 @compile_fast
@@ -276,7 +274,7 @@ def help_slowest(sizes: Array, experts: Array, load: Array, rank_start: Array) -
         for rank in np.argsort(load, kind="mergesort"):
             if load[rank] >= mean or helped:
                 break
-            helped = trade(sizes, experts, load, rank_start, slow, rank, load[slow])
+            helped = trade(sizes, experts, load, rank_start, slow, int(rank), load[slow])
         if not helped:
             return
 

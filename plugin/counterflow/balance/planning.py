@@ -20,8 +20,9 @@ TRAFFIC_WEIGHT = 0.1
 class Plan:
     """A placement and what is expected of it.
 
-    ``rank_loads``: ``float64[layers, ranks]``. ``bound``: ``float64[layers]``, no placement under the same policy has a slowest rank
-    below. ``off_node``: ``float64[layers]``, the load computed off the node of its expert's group; 0 on one node.
+    ``rank_loads``: ``float64[layers, ranks]``. ``bound``: ``float64[layers]``, no placement under the same policy has a
+    slowest rank below. ``off_node``: ``float64[layers]``, the load computed off the node of its expert's group; 0 on one
+    node.
     """
 
     placement: Placement
@@ -40,11 +41,12 @@ def plan_placement(
 ) -> Plan:
     """Place experts, with copies for all slots of ``cluster``, such that the slowest rank of each layer has little to do.
 
-    ``loads``: ``[layers, experts]``, in any unit. Consecutive experts make a group, ``groups`` in all. ``policy``: ``global`` ignores groups
-    and nodes; ``hierarchical`` keeps every copy on the node that its group is given; ``spill`` begins so, then sends copies of hot
-    experts to other nodes where the slowest rank gains more than ``traffic_weight`` times the off-node load, per rank; ``auto`` is
-    hierarchical where nodes divide groups, else global, as EPLB has it; ``deepseek`` is EPLB's own plan. No rank gets two copies of
-    an expert, but under ``deepseek``. Raises `BalanceError` for loads, slots, groups or a policy that cannot work.
+    ``loads``: ``[layers, experts]``, in any unit. Consecutive experts make a group, ``groups`` in all. ``policy``: ``global``
+    ignores groups and nodes; ``hierarchical`` keeps every copy on the node that its group is given; ``spill`` begins so, then
+    sends copies of hot experts to other nodes where the slowest rank gains more than ``traffic_weight`` times the off-node
+    load, per rank; ``auto`` is hierarchical where nodes divide groups, else global, as EPLB has it; ``deepseek`` is EPLB's
+    own plan. No rank gets two copies of an expert, but under ``deepseek``. Raises `BalanceError` for loads, slots, groups or
+    a policy that cannot work.
     """
     loads = check_loads(loads)
     policy = choose_policy(policy, groups, loads.shape[1], cluster)
@@ -75,7 +77,8 @@ def choose_policy(policy: str, groups: int, experts: int, cluster: Cluster) -> s
         return "global" if groups % cluster.nodes else "hierarchical"
     if policy in ("hierarchical", "spill") and groups % cluster.nodes:
         raise BalanceError(
-            f"{groups} groups on {cluster.nodes} nodes; allowed under policy {policy}: a multiple of {cluster.nodes}, or policy global"
+            f"{groups} groups on {cluster.nodes} nodes; "
+            f"allowed under policy {policy}: a multiple of {cluster.nodes}; or take policy global"
         )
     return policy
 
@@ -95,7 +98,8 @@ def check_room(experts: int, cluster: Cluster, policy: str) -> None:
     own, most = experts // nodes, max(cluster.slots_per_rank)
     if most > own:
         raise BalanceError(
-            f"a rank with {most} slots for {own} experts{' of its node' if nodes > 1 else ''}; allowed: no more slots on a rank than experts"
+            f"a rank with {most} slots for {own} experts{' of its node' if nodes > 1 else ''}; "
+            "allowed: no more slots on a rank than experts"
         )
     if nodes > 1:
         least = min(int(np.count_nonzero(cluster.node_of_slot == node)) for node in range(nodes))
@@ -125,7 +129,7 @@ def place_globally(loads: Array, cluster: Cluster) -> Array:
 
 
 def assign_groups(loads: Array, groups: int, cluster: Cluster) -> Array:
-    """Return the node of each expert, ``int64[layers, experts]``: equally many groups for each node, of loads as equal as can be."""
+    """Return the node of each expert, ``int64[layers, experts]``: equally many groups for each, of loads as equal as can be."""
     from counterflow.balance.packing import place_layer
 
     starts = np.arange(cluster.nodes + 1) * (groups // cluster.nodes)
@@ -138,7 +142,7 @@ def assign_groups(loads: Array, groups: int, cluster: Cluster) -> Array:
 
 
 def place_by_node(loads: Array, home: Array, cluster: Cluster, traffic_weight: float | None) -> Array:
-    """Return the expert of each slot, ``int64[layers, slots]``; copies leave their node only with a ``traffic_weight``, where it pays."""
+    """Return the expert of each slot, ``int64[layers, slots]``; with a ``traffic_weight`` copies may leave their node."""
     from counterflow.balance.spilling import Nodes, place_spilling, place_within
 
     of_rank = np.asarray(cluster.node_of_rank)
@@ -157,13 +161,15 @@ def place_by_node(loads: Array, home: Array, cluster: Cluster, traffic_weight: f
     if traffic_weight is None:
         return placed
     pace = loads.sum(1) / cluster.ranks / SPILL_TO
-    spilled = np.stack([place_spilling(*given, nodes, target) for *given, target in zip(loads, home, pace, strict=True)])
+    spilled = np.stack(
+        [place_spilling(weights, where, nodes, target) for weights, where, target in zip(loads, home, pace, strict=True)]
+    )
     cost = [weigh_objective(loads, home, Placement(cluster, experts), traffic_weight) for experts in (placed, spilled)]
     return np.where((cost[1] < cost[0])[:, None], spilled, placed)
 
 
 def weigh_objective(loads: Array, home: Array, placement: Placement, traffic_weight: float) -> Array:
-    """Return ``float64[layers]``: the slowest rank's load and, weighted, the mean rank's load that is computed off its home node."""
+    """Return ``float64[layers]``: the slowest rank's load and, weighted, the off-node load per rank."""
     shares = share_evenly(loads, placement)
     away = np.take_along_axis(home, placement.experts, 1) != placement.cluster.node_of_slot
     slowest = sum_by_rank(shares, placement.cluster).max(1)
@@ -174,8 +180,8 @@ def weigh_objective(loads: Array, home: Array, placement: Placement, traffic_wei
 def bound_slowest(loads: Array, groups: int, cluster: Cluster, policy: str) -> Array:
     """Return ``float64[layers]``: what the slowest rank has at least, whatever the placement under this policy.
 
-    The mean rank's load; the largest share of a copy, where copies are dealt out to make that as small as can be; and, where groups stay
-    on their nodes, the largest group's load over the ranks of a node.
+    The mean rank's load; the largest share of a copy, where copies are dealt out to make that as small as can be; and, where
+    groups stay on their nodes, the largest group's load over the ranks of a node.
     """
     from counterflow.balance.packing import count_copies
 

@@ -11,8 +11,8 @@ from counterflow.balance.placement import EMPTY, Placement, share_evenly, sum_by
 def bound_split(counts: Array, experts: Array, rank_of_slot: Array) -> int:
     """Return what the slowest rank has at least under any split of whole tokens, which some split reaches (Hall's theorem).
 
-    Any set of ranks computes at least the tokens of the experts that have copies on none but its ranks. One layer: ``counts[experts]``,
-    ``experts[slots]``, ``rank_of_slot[slots]``. Looks at all sets of ranks.
+    Any set of ranks computes at least the tokens of the experts that have copies on none but its ranks. One layer:
+    ``counts[experts]``, ``experts[slots]``, ``rank_of_slot[slots]``. Looks at all sets of ranks.
     """
     ranks = int(rank_of_slot.max()) + 1
     where = {expert: set(rank_of_slot[experts == expert].tolist()) for expert in range(len(counts))}
@@ -44,7 +44,8 @@ def solve_split(counts: Array, experts: Array, rank_of_slot: Array) -> float:
 
 
 def solve_traffic(weights: Array, home: Array, ranks_of_node: Array, pace: float) -> float:
-    """Return the least load computed off its home node such that no node has more than ``pace`` per rank, by a linear program (HiGHS).
+    """Return the least load computed off its home node such that no node has more than ``pace`` per rank, by a linear program
+    (HiGHS).
 
     One layer: ``weights[experts]``, ``home[experts]``; experts may be divided over nodes at will, so that no placement has less.
     """
@@ -64,7 +65,7 @@ def solve_traffic(weights: Array, home: Array, ranks_of_node: Array, pace: float
 
 
 def count_copies_slowly(weights: Array, slots: int, most: int) -> Array:
-    """Return copies per expert: each slot left over goes to the expert whose copies have the largest share, ``most`` copies at most."""
+    """Return copies per expert: each slot left over goes to the one whose copies have the largest share, up to ``most``."""
     copies = np.ones(len(weights), np.int64)
     while copies.sum() < min(slots, len(weights) * most):
         copies[np.argmax(np.where(copies < most, weights / copies, -1))] += 1
@@ -72,7 +73,7 @@ def count_copies_slowly(weights: Array, slots: int, most: int) -> Array:
 
 
 def place_best(loads: Array, cluster: Cluster) -> float:
-    """Return the least load of the slowest rank over all placements without two copies of an expert on a rank. One layer, tiny."""
+    """Return the least load of the slowest rank over all placements, no expert twice on a rank. One layer, tiny."""
     held = [list(combinations(range(len(loads)), slots)) for slots in cluster.slots_per_rank]
     best = np.inf
     for choice in product(*held):

@@ -47,10 +47,11 @@ def replay_trace(
 ) -> Replay:
     """Plan from the past of a recorded run only, every ``interval`` micro-batches, and score each plan on those that follow.
 
-    ``counts``: ``int64[micro-batches, layers, experts]``. Four methods: ``fixed``, homes alone; ``eplb``, DeepSeek's plan from the sum of the
-    past 50, free to place all, its copies sharing evenly; ``counterflow``, homes fixed, clones planned from forecasts, tokens split
-    exactly; ``oracle``, the same planner where it sees what comes and moves are free. The first ``warmup`` micro-batches (50, or half
-    of a short trace) are only looked at. Raises `BalanceError` for a trace or numbers that cannot work.
+    ``counts``: ``int64[micro-batches, layers, experts]``. Four methods: ``fixed``, homes alone; ``eplb``, DeepSeek's plan
+    from the sum of the past 50, free to place all, its copies sharing evenly; ``counterflow``, homes fixed, clones planned
+    from forecasts, tokens split exactly; ``oracle``, the same planner where it sees what comes and moves are free. The first
+    ``warmup`` micro-batches (50, or half of a short trace) are only looked at. Raises `BalanceError` for a trace or numbers
+    that cannot work.
     """
     first = min(50, len(counts) // 2) if warmup is None else warmup
     if interval < 1:
@@ -107,8 +108,9 @@ def _follow_eplb(counts: Array, first: int, interval: int, cluster: Cluster) -> 
     for start in range(first, len(counts), interval):
         past = counts[max(0, start - EPLB_WINDOW) : start].sum(0)
         experts, _, _ = place_as_deepseek(past.astype(np.float32), cluster.slots, 1, 1, cluster.ranks)
-        for seen in counts[start : start + interval]:
-            scores.append(measure_balancedness(sum_by_rank(share_evenly(seen, Placement(cluster, experts)), cluster)))
+        coming = counts[start : start + interval]
+        placed = Placement(cluster, experts)
+        scores += [measure_balancedness(sum_by_rank(share_evenly(seen, placed), cluster)) for seen in coming]
     return np.stack(scores)
 
 

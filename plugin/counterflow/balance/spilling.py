@@ -1,8 +1,8 @@
 """Placement by nodes, compiled: the groups of a node stay on it, but for copies of hot experts that spill over where that pays.
 
-A node whose groups bring more load than its ranks can take at the wanted pace sends some copies to nodes that have less: as few as carry
-the excess, chosen such that they carry little more. Each node then packs what it holds. Last, ranks of different nodes trade copies while
-the slowest gets faster and the traffic stays within bounds.
+A node whose groups bring more load than its ranks can take at the wanted pace sends some copies to nodes that have less: as
+few as carry the excess, chosen such that they carry little more. Each node then packs what it holds. Last, ranks of different
+nodes trade copies while the slowest gets faster and the traffic stays within bounds.
 """
 
 import heapq
@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from counterflow.balance.cluster import Array
-from counterflow.balance.packing import count_copies, count_held, holds, pack_and_trade, place_layer, sum_ranks
+from counterflow.balance.flow import holds
+from counterflow.balance.packing import count_copies, count_held, pack_and_trade, place_layer, sum_ranks
 from counterflow.compiling import compile_fast
 
 # A node is never packed perfectly: shares of the wanted pace that are tried for the nodes, the slowest first.
@@ -28,7 +29,8 @@ TRADES = 400
 class Nodes(NamedTuple):
     """Slots by node: ``slots[node_start[n]:node_start[n + 1]]`` are those of node n, rank by rank.
 
-    ``rank_start[ranks + 1]`` first slots of ranks, ``ranks[rank_from[n]:rank_from[n + 1]]`` the ranks of node n, ``of_rank[rank]`` its node.
+    ``rank_start[ranks + 1]`` first slots of ranks, ``ranks[rank_from[n]:rank_from[n + 1]]`` the ranks of node n,
+    ``of_rank[rank]`` its node.
     """
 
     slots: Array
@@ -103,10 +105,11 @@ def place_spilling(weights: Array, home: Array, nodes: Nodes, pace: float) -> Ar
 def count_spilling(
     weights: Array, home: Array, nodes: Nodes, node_loads: Array, pace: float, tightness: float, extra: int
 ) -> tuple[Array, Array]:
-    """Return the copies of each expert, and the excess of each node: its load above ``tightness`` of what its ranks take at ``pace``.
+    """Return the copies of each expert, and the excess of each node: its load above ``tightness`` of what its ranks take at
+        ``pace``.
 
-    A node with an excess gets copies for all its slots, and as many more as it takes for the largest of them to carry the excess and
-    for none to be more than a rank can take, and ``extra`` ones. The others share the rest of the slots.
+    A node with an excess gets copies for all its slots, and as many more as it takes for the largest of them to carry the
+    excess and for none to be more than a rank can take, and ``extra`` ones. The others share the rest of the slots.
     """
     copies = np.ones(weights.shape[0], np.int64)
     slots = nodes.node_start[1:] - nodes.node_start[:-1]
@@ -193,7 +196,8 @@ def spread_copies(weights: Array, copies: Array, excess: Array, home: Array, nod
 
 @compile_fast
 def choose_sent(sizes: Array, own: Array, counts: Array, sent: Array, surplus: int, excess: float) -> None:
-    """Move ``surplus`` copies of the experts ``own`` from ``counts`` to ``sent``, such that they carry ``excess`` and little more.
+    """Move ``surplus`` copies of the experts ``own`` from ``counts`` to ``sent``, such that they carry ``excess`` and little
+    more.
 
     Begins with the run of neighbours in size that misses it least, then exchanges single copies.
     """
@@ -211,12 +215,12 @@ def choose_sent(sizes: Array, own: Array, counts: Array, sent: Array, surplus: i
     improved = True
     while improved:
         improved = False
-        out, into = 0, 0
+        out, into = -1, -1
         for inside in np.flatnonzero(chosen):
             for outside in np.flatnonzero(~chosen):
                 miss = rate_miss(carried - share[inside] + share[outside], excess)
                 if miss < missed - 1e-12 * (excess + share[-1]):
-                    missed, out, into, improved = miss, inside, outside, True
+                    missed, out, into, improved = miss, int(inside), int(outside), True
         if improved:
             chosen[out], chosen[into] = False, True
             carried += share[into] - share[out]
@@ -270,7 +274,8 @@ def find_trade(
 ) -> tuple[int, int, int]:
     """Return two slots to swap, of rank ``slow`` and of another, and that rank; -1 where no swap helps.
 
-    The best leaves the slower of both fastest, down to ``pace``; off-node load counts a quarter, and may not grow by more than ``allowed``.
+    The best leaves the slower of both fastest, down to ``pace``; off-node load counts a quarter, and may not grow by more
+    than ``allowed``.
     """
     best, given, taken, partner = np.inf, -1, -1, -1
     for rank in range(load.shape[0]):

@@ -10,9 +10,9 @@ from counterflow.errors import BalanceError
 def split_tokens(counts: Array, placement: Placement) -> Array:
     """Return ``int64[layers, slots]``: the tokens of each slot, such that every layer's slowest rank is as fast as it can be.
 
-    ``counts``: ``int64[layers, experts]``, the tokens of one micro-batch. Exact, whole, and the same wherever it is computed, since it uses
-    integers alone. Tokens leave an expert's home, else its first slot, only as far as that takes. Raises `BalanceError` for counts
-    that do not fit the placement.
+    ``counts``: ``int64[layers, experts]``, the tokens of one micro-batch. Exact, whole, and the same wherever it is computed,
+    since it uses integers alone. Tokens leave an expert's home, else its first slot, only as far as that takes. Raises
+    `BalanceError` for counts that do not fit the placement.
     """
     from counterflow.balance.flow import split_layers
 
@@ -29,7 +29,8 @@ def split_tokens(counts: Array, placement: Placement) -> Array:
         copied[layer, placement.experts[layer, slot]] = True
     if held >= counts.shape[1] or not copied.all():
         raise BalanceError(
-            f"counts of {counts.shape[1]} experts for a placement that holds experts up to {held}; allowed: each expert in a slot of each layer"
+            f"counts of {counts.shape[1]} experts for a placement that holds experts up to {held}; "
+            "allowed: each expert in a slot of each layer, and no other"
         )
     homes = np.full(counts.shape, -1) if placement.homes is None else placement.homes
     cluster = placement.cluster
