@@ -1,5 +1,5 @@
 # Two commands do everything, each from nothing: make train, make test.
-.PHONY: help setup train test lint doctor bench-runtime clean
+.PHONY: help setup train test lint doctor bench-runtime bench-balance clean
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 
@@ -12,6 +12,7 @@ help:
 	@echo "make train   train a real Megatron-Core MoE model under DualPipeV on this machine (SCHEDULE= ITERS= FRESH=1 ...)"
 	@echo "make test    lint, type check and run all tests"
 	@echo "make bench-runtime  time the runtime beside its simulator, torch's schedules and Megatron's (ARGS=\"--steps 10\")"
+	@echo "make bench-balance  measure the balancer: balancedness, traffic, speed, growth (ARGS=\"speed --eplb FILE\")"
 	@echo "make doctor  say what is installed and whether it fits"
 	@echo "make setup   only make .venv and install; the others do it where it is missing"
 
@@ -37,6 +38,9 @@ doctor: setup
 
 bench-runtime: setup
 	@$(BIN)/python benchmarks/runtime.py $(ARGS)
+
+bench-balance: setup
+	@$(BIN)/python benchmarks/balance.py $(ARGS)
 
 clean:
 	rm -rf .venv runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -23,6 +23,8 @@ MEAN = 1 << 16
 VISITS = 12_000
 # Of the most loaded ranks so many are looked at to fill one slot.
 SOURCES = 8
+# A placement with an expected time below this is mended only, not made anew.
+GOOD = 1.05
 NEVER = 1e30
 
 
@@ -63,6 +65,8 @@ def plan_layer(layer: Layer, current: Array) -> tuple[Array, float, float]:
     kept = before
     if (current[layer.spare] >= 0).any():
         kept = improve(layer, before)
+        if kept.time < GOOD:
+            return kept.experts, before.time, kept.time
     fresh = weigh(layer, fill_slots(layer, current))
     more = count_new(layer, current, fresh.experts) - count_new(layer, current, kept.experts)
     best = improve(layer, fresh) if fresh.time + layer.price * more < kept.time else kept

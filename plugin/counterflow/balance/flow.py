@@ -26,7 +26,10 @@ class Links(NamedTuple):
 @compile_fast
 def holds(experts: Array, rank_start: Array, rank: int, expert: int) -> bool:
     """Tell whether a slot of ``rank`` holds ``expert``."""
-    return bool((experts[rank_start[rank] : rank_start[rank + 1]] == expert).any())
+    for slot in range(rank_start[rank], rank_start[rank + 1]):  # noqa: SIM110, any() of a generator does not compile
+        if experts[slot] == expert:
+            return True
+    return False
 
 
 @compile_fast

@@ -13,16 +13,17 @@ from counterflow.balance.cluster import Array
 from counterflow.balance.flow import holds
 from counterflow.compiling import compile_fast
 
-# A rank this near to the mean is not worth another try.
+# A slowest rank this near to the mean is not worth another trade, and this near not other counts of copies.
 CLOSE = 1.002
+NEAR = 1.005
 # Rounds in which ranks trade in pairs, and single trades of the slowest rank after them.
 ROUNDS = 24
 TRADES = 48
 # Tries with other counts of copies: so many at least, more where there are few slots.
-LEAST_TRIES = 3
-TRIED_SLOTS = 1000
+LEAST_TRIES = 2
+TRIED_SLOTS = 600
 # Slots times experts times ranks up to which every other expert is tried in every slot.
-SMALL = 60_000
+SMALL = 8_000
 
 
 @compile_fast
@@ -35,10 +36,10 @@ def place_layer(weights: Array, rank_start: Array) -> tuple[Array, float]:
     ranks, slots = rank_start.shape[0] - 1, rank_start[-1]
     copies = count_copies(weights, slots, ranks)
     best, slowest = pack_and_trade(weights / copies, copies, rank_start)
-    target = CLOSE * weights.sum() / ranks
+    mean = weights.sum() / ranks
     tries = max(LEAST_TRIES, TRIED_SLOTS // slots)
     number = 0
-    while number < tries and slowest > target:
+    while number < tries and slowest > NEAR * mean:
         changed = recount(weights, copies, best, rank_start, number)
         if changed[0] < 0:
             break
@@ -49,7 +50,7 @@ def place_layer(weights: Array, rank_start: Array) -> tuple[Array, float]:
             tries -= number
             number = 0
     if slots * weights.shape[0] * ranks <= SMALL:
-        slowest = replace_copies(weights, best, rank_start, target)
+        slowest = replace_copies(weights, best, rank_start, CLOSE * mean)
     if (best < 0).any():
         fill_empty(best, rank_start, weights / copies)
         slowest = sum_ranks(weights / count_held(best, weights.shape[0]), best, rank_start).max()

@@ -1,0 +1,284 @@
+"""Measures the balancer: recorded and made-up routing replayed, placement at DeepSeek-V3's size, speed beside EPLB, growth.
+
+EPLB's own Python is not part of this repository: clone https://github.com/deepseek-ai/EPLB and give ``--eplb EPLB/eplb.py``.
+"""
+
+import argparse
+import importlib.util
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from counterflow.balance import (
+    Placement,
+    make_cluster,
+    make_home_placement,
+    measure_balancedness,
+    plan_clones,
+    plan_moves,
+    plan_placement,
+    rebalance_experts,
+    replay_trace,
+    share_evenly,
+    split_tokens,
+    sum_by_rank,
+)
+from counterflow.balance.cluster import Array
+from counterflow.balance.loads import read_trace
+from counterflow.balance.reference import solve_split, solve_traffic
+
+RECORDED = Path(__file__).resolve().parents[2] / "shared" / "data" / "routing_a.npz"
+LAYERS, EXPERTS, SLOTS, RANKS, NODES, GROUPS = 58, 256, 320, 64, 8, 8
+SIGMAS = (0.5, 1.0, 1.5)
+# Widths, ranks and clones per rank of made-up traces; how fast logits wander, and the step of a bias against imbalance.
+WIDTHS = ((32, 4, 1), (64, 8, 1), (64, 8, 2), (128, 8, 1), (128, 16, 1), (256, 32, 1))
+DRIFTS = ((0.02, 0.0), (0.1, 0.0), (0.05, 0.02))
+SIZES = (64, 128, 256, 512, 1024)
+
+
+def main() -> None:
+    """Measure what is asked for, all by default, and print it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--trace", type=Path, default=RECORDED, metavar="FILE", help="the recorded routing to replay")
+    parser.add_argument("--eplb", type=Path, metavar="FILE", help="EPLB's eplb.py, to be timed beside")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="random loads per case (default: 3)")
+    given = parser.parse_args()
+    for part in given.parts:
+        if part not in PARTS:
+            parser.error(f"no part {part!r}; allowed: {', '.join(PARTS)}")
+    # One core for everyone.
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    for part in given.parts or PARTS:
+        print(f"== {part}", flush=True)
+        PARTS[part](given)
+
+
+def measure_recorded(given: argparse.Namespace) -> None:
+    """Replay a recording at several intervals."""
+    if not given.trace.exists():
+        print(f"{given.trace} is not there; give --trace FILE")
+        return
+    counts = read_trace(given.trace)
+    for ranks in (4, 8, 16):
+        for interval in (1, 5, 20):
+            print_replay(f"{given.trace.name}, {ranks} ranks, 1 clone per rank, every {interval}", counts, ranks, 1, interval)
+
+
+def measure_drifting(given: argparse.Namespace) -> None:
+    """Replay made-up routing of several widths, with and without a bias that works against imbalance."""
+    for experts, ranks, clones in WIDTHS:
+        for drift, bias in DRIFTS:
+            name = f"{experts} experts, {ranks} ranks, {clones} clones per rank, drift {drift}, bias step {bias}"
+            print_replay(name, make_trace(experts, drift, bias), ranks, clones, 1)
+
+
+def make_trace(experts: int, drift: float, bias_step: float, batches: int = 200, layers: int = 2) -> Array:
+    """Return counts of routing whose logits wander, none above one token's single place of six, and vary from batch to batch."""
+    random = np.random.default_rng(experts)
+    logits = random.normal(0, 1, (layers, experts))
+    bias = np.zeros((layers, experts))
+    counts = np.empty((batches, layers, experts), np.int64)
+    for seen in counts:
+        logits = logits * np.sqrt(1 - drift**2) + random.normal(0, drift, logits.shape)
+        shares = np.exp(logits + bias + random.normal(0, 0.1, logits.shape))
+        shares = np.minimum(shares / shares.sum(1, keepdims=True), 1 / 6)
+        seen[:] = [random.multinomial(128 * experts, row / row.sum()) for row in shares]
+        bias -= bias_step * np.sign(seen - seen.mean(1, keepdims=True))
+    return counts
+
+
+def print_replay(name: str, counts: Array, ranks: int, clones: int, interval: int) -> None:
+    """Print mean and 5th percentile of each method."""
+    done = replay_trace(counts, ranks, clones, interval)
+    scores = [f"{method} {rows.mean():.4f} {np.percentile(rows, 5):.4f}" for method, rows in done.balancedness.items()]
+    print(
+        f"{name}: mean and 5th percentile: {', '.join(scores)}; {done.moves.mean():.2f} clones sent a layer and micro-batch",
+        flush=True,
+    )
+
+
+def measure_placement(given: argparse.Namespace) -> None:
+    """Place DeepSeek-V3's experts freely, under each policy, beside EPLB's plans; traffic beside a linear program's."""
+    cluster = make_cluster(RANKS, SLOTS, NODES)
+    width = np.full(NODES, RANKS // NODES)
+    home = np.arange(EXPERTS) // (EXPERTS // GROUPS)
+    for sigma in SIGMAS:
+        for seed in range(given.seeds):
+            loads = np.random.default_rng(seed).lognormal(0, sigma, (LAYERS, EXPERTS))
+            theirs = {groups: score_maps(loads, groups, "deepseek") for groups in (1, GROUPS)}
+            ours = score_maps(loads, 1, "auto")
+            grouped = score_maps(loads, GROUPS, "auto")
+            spilled = plan_placement(loads, cluster, GROUPS, "spill")
+            bound = (loads.sum(1) / RANKS / plan_placement(loads, cluster, 1, "global").bound).mean()
+            slowest = spilled.rank_loads.max(1)
+            least = sum(solve_traffic(row, home, width, pace) for row, pace in zip(loads, slowest, strict=True))
+            at_95 = sum(solve_traffic(row, home, width, row.sum() / RANKS / 0.95) for row in loads)
+            print(
+                f"sigma {sigma} seed {seed}: global {ours.mean():.4f} (EPLB {theirs[1].mean():.4f}, bound {bound:.4f}); "
+                f"by node {grouped.mean():.4f} (EPLB {theirs[GROUPS].mean():.4f}); "
+                f"layers below EPLB {int((ours < theirs[1] - 1e-9).sum() + (grouped < theirs[GROUPS] - 1e-9).sum())}; "
+                f"spill {spilled.balancedness.mean():.4f}, off-node {spilled.off_node.sum() / loads.sum():.2%}, "
+                f"{spilled.off_node.sum() / least:.3f} of the least for its pace, "
+                f"{spilled.off_node.sum() / at_95:.3f} of the least for 0.95",
+                flush=True,
+            )
+
+
+def score_maps(loads: Array, groups: int, policy: str) -> Array:
+    """Return the balancedness of each layer under `rebalance_experts`."""
+    replicas, _, _ = rebalance_experts(loads, SLOTS, groups, NODES if groups > 1 else 1, RANKS, policy=policy)
+    cluster = make_cluster(RANKS, SLOTS)
+    return measure_balancedness(sum_by_rank(share_evenly(loads, Placement(cluster, replicas)), cluster))
+
+
+def measure_speed(given: argparse.Namespace) -> None:
+    """Time all layers at DeepSeek-V3's size, on one core, medians of several, in turns with EPLB's Python."""
+    print(f"first calls: {time_first_calls()}")
+    reference = load_reference(given.eplb) if given.eplb else None
+    if reference is None:
+        print("EPLB's Python is not timed; give --eplb FILE")
+    for sigma in SIGMAS:
+        loads = np.random.default_rng(0).lognormal(0, sigma, (LAYERS, EXPERTS)) * 1000
+        before = make_home_placement(LAYERS, EXPERTS, RANKS, 1)
+        noisy = loads * np.random.default_rng(1).lognormal(0, 0.1, (9, LAYERS, EXPERTS))
+        counts = np.rint(loads).astype(np.int64)
+        cloned = plan_clones(noisy[:8], before).placement
+        free = Placement(make_cluster(RANKS, SLOTS), rebalance_experts(loads, SLOTS, 1, 1, RANKS)[0])
+        calls: dict[str, Callable[[], Any]] = {
+            "global policy": partial(rebalance_experts, loads, SLOTS, 1, 1, RANKS),
+            "by node": partial(rebalance_experts, loads, SLOTS, GROUPS, NODES, RANKS),
+            "spill": partial(rebalance_experts, loads, SLOTS, GROUPS, NODES, RANKS, policy="spill"),
+            "deepseek policy": partial(rebalance_experts, loads, SLOTS, 1, 1, RANKS, policy="deepseek"),
+            "split, homes and clones": partial(split_tokens, counts, cloned),
+            "split, free placement": partial(split_tokens, counts, free),
+            "clones, from none": partial(plan_clones, noisy[:8], before),
+            "clones, from the last": partial(plan_clones, noisy[1:], cloned),
+            "clones, one forecast": partial(plan_clones, noisy[8], before),
+            "moves": partial(plan_moves, before, cloned),
+        }
+        if reference is not None:
+            calls["EPLB global"] = partial(reference, loads, 1, 1)
+            calls["EPLB by node"] = partial(reference, loads, GROUPS, NODES)
+        times = time_in_turns(calls)
+        print(f"sigma {sigma}, milliseconds: " + ", ".join(f"{name} {1000 * spent:.1f}" for name, spent in times.items()))
+        if reference is not None:
+            print(
+                f"  EPLB over ours: global {times['EPLB global'] / times['global policy']:.0f} times, "
+                f"by node {times['EPLB by node'] / times['by node']:.0f} times",
+                flush=True,
+            )
+
+
+def time_in_turns(calls: dict[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
+    """Return the median seconds of each call; each round makes every call once, after one that is not counted."""
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(rounds + 1):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            if round_:
+                spent[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(times) for name, times in spent.items()}
+
+
+def load_reference(path: Path) -> Callable[[Array, int, int], Any]:
+    """Return a call of EPLB's published function, on one thread."""
+    import torch
+
+    torch.set_num_threads(1)
+    spec = importlib.util.spec_from_file_location("eplb_reference", path)
+    assert spec is not None and spec.loader is not None, f"{path} is no Python file"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda loads, groups, nodes: module.rebalance_experts(torch.from_numpy(loads), SLOTS, groups, nodes, RANKS)
+
+
+def time_first_calls() -> str:
+    """Return what a fresh process spends on its first plan, with nothing compiled yet and with the cache filled."""
+    code = (
+        "import numpy as np; from counterflow.balance import *; w = np.random.default_rng(0).lognormal(0, 1, (2, 16)); "
+        "rebalance_experts(w, 24, 4, 4, 8); rebalance_experts(w, 24, 4, 4, 8, policy='spill'); "
+        "p = make_home_placement(2, 16, 8, 1); "
+        "p = plan_clones(w, p).placement; split_tokens(np.rint(w * 100).astype(int), p)"
+    )
+    spent = []
+    with tempfile.TemporaryDirectory() as cache:
+        for _ in range(2):
+            begin = time.perf_counter()
+            subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "NUMBA_CACHE_DIR": cache})
+            spent.append(time.perf_counter() - begin)
+    return f"{spent[0]:.1f} s once per installation, all compiled; {spent[1]:.1f} s per process after that, imports included"
+
+
+def measure_growth(given: argparse.Namespace) -> None:
+    """Time one layer as ranks and experts double, over slots times log(slots), the smallest being 1."""
+    first: dict[str, float] = {}
+    for ranks in SIZES:
+        slots = 3 * ranks
+        cluster = make_cluster(ranks, slots)
+        cases = [np.random.default_rng(seed).lognormal(0, 1, (1, 2 * ranks)) for seed in range(max(3, given.seeds))]
+        before = make_home_placement(1, 2 * ranks, ranks, 1)
+        counts = [np.rint(case * 1000).astype(np.int64) for case in cases]
+        cloned = [plan_clones(case, before).placement for case in cases]
+        later = [case * np.random.default_rng(9).lognormal(0, 0.1, (8, *case.shape)) for case in cases]
+        calls: dict[str, Callable[[], Any]] = {
+            "global policy": partial(run_each, partial(plan_placement, policy="global"), [(case, cluster) for case in cases]),
+            "split": partial(run_each, split_tokens, list(zip(counts, cloned, strict=True))),
+            "clones": partial(run_each, plan_clones, list(zip(later, cloned, strict=True))),
+        }
+        times = {name: spent / len(cases) for name, spent in time_in_turns(calls).items()}
+        scale = slots * np.log(slots)
+        for name, spent in times.items():
+            first.setdefault(name, spent / scale)
+        print(
+            f"{2 * ranks} experts, {ranks} ranks, {slots} slots: "
+            + ", ".join(f"{name} {1000 * spent:.2f} ms ({spent / scale / first[name]:.2f})" for name, spent in times.items()),
+            flush=True,
+        )
+
+
+def run_each(call: Callable[..., Any], cases: list[Any]) -> None:
+    """Make a call for each case."""
+    for case in cases:
+        call(*case)
+
+
+def measure_split(given: argparse.Namespace) -> None:
+    """Compare the split with a linear program at full size."""
+    worst = 0.0
+    for seed in range(given.seeds):
+        random = np.random.default_rng(seed)
+        loads = random.lognormal(0, 1, (LAYERS, EXPERTS)) * 1000
+        placement = plan_clones(loads, make_home_placement(LAYERS, EXPERTS, RANKS, 1)).placement
+        counts = random.poisson(loads)
+        slowest = sum_by_rank(split_tokens(counts, placement), placement.cluster).max(1)
+        for layer in range(LAYERS):
+            best = solve_split(counts[layer], placement.experts[layer], placement.cluster.rank_of_slot)
+            worst = max(worst, float(slowest[layer] - best))
+    print(
+        f"{given.seeds * LAYERS} layers: at most {worst:.3f} tokens above the linear program, exact in whole tokens where below 1"
+    )
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "recorded": measure_recorded,
+    "drifting": measure_drifting,
+    "placement": measure_placement,
+    "split": measure_split,
+    "speed": measure_speed,
+    "growth": measure_growth,
+}
+
+
+if __name__ == "__main__":
+    main()
