@@ -1,12 +1,26 @@
 """Compiles inner loops; importing this loads the compiler."""
 
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numba
 
+PACKAGE = Path(__file__).parent
+
 
 def compile_fast[Function: Callable[..., Any]](function: Function) -> Function:
-    """Compile a function, once per installation."""
-    compiled: Function = numba.njit(cache=True)(function)
-    return compiled
+    """Compile a function, once per installation and again when any file of the package has changed."""
+    compiled: Any = numba.njit(cache=True)(function)
+    # Left to itself, numba looks at the function's own file alone, and would go on with what it called in another before.
+    compiled._cache._cache_file._source_stamp = stamp_sources()
+    result: Function = compiled
+    return result
+
+
+@cache
+def stamp_sources() -> tuple[tuple[str, int, int], ...]:
+    """Return the name, the time of the last change and the size of every source file of the package."""
+    files = sorted(PACKAGE.rglob("*.py"))
+    return tuple((str(file.relative_to(PACKAGE)), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
