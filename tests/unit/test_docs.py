@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,3 +41,26 @@ def test_schedule_commands_in_the_docs_are_understood(page: str, tmp_path: Path)
                 text=True,
                 check=True,
             )
+
+
+def test_balance_commands_in_the_docs_are_understood(tmp_path: Path) -> None:
+    np.savez(tmp_path / "loads.npz", loads=np.random.default_rng(0).lognormal(0, 1, (2, 256)))
+    trace = (ROOT / "examples" / "routing.npz").read_bytes()
+    for name in ("trace.npz", "routing_a.npz", "examples/routing.npz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(trace)
+    commands = [
+        command
+        for page in ("docs/balance.md", "README.md")
+        for block in find_blocks(page, "console")
+        for command in re.findall(r"^\$ counterflow (balance .*)$", block, flags=re.MULTILINE)
+    ]
+    assert len(commands) >= 4
+    for command in commands:
+        subprocess.run(
+            [sys.executable, "-m", "counterflow.cli", *shlex.split(command)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
