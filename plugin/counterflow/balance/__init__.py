@@ -3,6 +3,7 @@
 What is compiled is loaded with the first call that needs it.
 """
 
+from counterflow.balance.changes import match_ranks, take_if_worth
 from counterflow.balance.clones import ClonePlan, plan_clones
 from counterflow.balance.cluster import Cluster, make_cluster
 from counterflow.balance.eplb import rebalance_experts
@@ -35,6 +36,7 @@ __all__ = [
     "keep_slots",
     "make_cluster",
     "make_home_placement",
+    "match_ranks",
     "measure_balancedness",
     "plan_clones",
     "plan_moves",
@@ -44,4 +46,5 @@ __all__ = [
     "share_evenly",
     "split_tokens",
     "sum_by_rank",
+    "take_if_worth",
 ]
