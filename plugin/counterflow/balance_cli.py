@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +91,10 @@ def run_plan(given: argparse.Namespace) -> int:
     _check_plan_outputs(given)
     loads = read_loads(given.loads)
     cluster = make_cluster(given.ranks, given.slots, given.nodes)
-    from counterflow.balance.planning import plan_placement  # loads a compiler
+    from counterflow.balance.packing import place_layer  # loads a compiler
+    from counterflow.balance.planning import plan_placement
 
+    _announce_compiling(place_layer)
     weight = {} if given.traffic_weight is None else {"traffic_weight": given.traffic_weight}
     plan = plan_placement(loads, cluster, given.groups, given.policy, **weight)
     if given.out is not None:
@@ -112,8 +115,10 @@ def run_replay(given: argparse.Namespace) -> int:
         if getattr(given, name) is not None:
             check_output(f"--{name}", getattr(given, name))
     counts = read_trace(given.trace, given.key)
-    from counterflow.balance.replay import replay_trace  # loads a compiler
+    from counterflow.balance.cloning import plan_layer  # loads a compiler
+    from counterflow.balance.replay import replay_trace
 
+    _announce_compiling(plan_layer)
     done = replay_trace(counts, given.ranks, given.clones_per_rank, given.interval, given.nodes, given.warmup)
     _write_pictures(given, done)
     figures = describe_replay(done)
@@ -122,6 +127,14 @@ def run_replay(given: argparse.Namespace) -> int:
     else:
         _print_replay(done, figures)
     return 0
+
+
+def _announce_compiling(function: Any) -> None:
+    """Say why the first run takes long, to who looks on."""
+    from counterflow.compiling import is_compiled
+
+    if sys.stderr.isatty() and not is_compiled(function):
+        print("compiling, once per installation: up to a minute", file=sys.stderr)
 
 
 def describe_plan(plan: "Plan", loads: Array) -> dict[str, Any]:

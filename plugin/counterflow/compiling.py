@@ -13,10 +13,16 @@ PACKAGE = Path(__file__).parent
 def compile_fast[Function: Callable[..., Any]](function: Function) -> Function:
     """Compile a function, once per installation and again when any file of the package has changed."""
     compiled: Any = numba.njit(cache=True)(function)
-    # Left to itself, numba looks at the function's own file alone, and would go on with what it called in another before.
-    compiled._cache._cache_file._source_stamp = stamp_sources()
+    if not numba.config.DISABLE_JIT:
+        # Left to itself, numba looks at the function's own file alone, and would go on with what it called in another before.
+        compiled._cache._cache_file._source_stamp = stamp_sources()
     result: Function = compiled
     return result
+
+
+def is_compiled(function: Any) -> bool:
+    """Tell whether a function by `compile_fast` need not be compiled any more, as it is once per installation."""
+    return bool(numba.config.DISABLE_JIT or function._cache._cache_file._load_index())
 
 
 @cache

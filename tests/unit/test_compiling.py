@@ -1,5 +1,6 @@
 """What is compiled is kept, and made anew when a file that it calls has changed."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -8,13 +9,14 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[2] / "plugin" / "counterflow"
 CALLER = """
 from counterflow.callee import give
-from counterflow.compiling import compile_fast
+from counterflow.compiling import compile_fast, is_compiled
 
 @compile_fast
 def ask():
     return give()
 
-print(ask(), sum(ask.stats.cache_hits.values()))
+known = is_compiled(ask)
+print(ask(), sum(ask.stats.cache_hits.values()), known)
 """
 CALLEE = "from counterflow.compiling import compile_fast\n\n@compile_fast\ndef give():\n    return {}\n"
 
@@ -31,7 +33,17 @@ def test_a_change_in_a_called_file_is_seen(tmp_path: Path) -> None:
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.strip()
 
     (package / "callee.py").write_text(CALLEE.format(1))
-    assert run() == "1 0", "compiled at first"
-    assert run() == "1 1", "kept"
+    assert run() == "1 0 False", "compiled at first"
+    assert run() == "1 1 True", "kept"
     (package / "callee.py").write_text(CALLEE.format(22))
-    assert run() == "22 0", "compiled again after the change"
+    assert run() == "22 0 False", "compiled again after the change"
+
+
+def test_without_the_compiler_all_runs_as_plain_python() -> None:
+    code = (
+        "import numpy as np; from counterflow.balance import make_home_placement, plan_clones; "
+        "print((plan_clones(np.arange(1, 9.0)[None], make_home_placement(1, 8, 4, 1)).after < 1.05).all())"
+    )
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "True"
