@@ -135,6 +135,12 @@ def test_nodes_may_interleave_ranks() -> None:
         assert len({(expert // 8, node) for expert, node in zip(held.tolist(), cluster.node_of_slot.tolist(), strict=True)}) == 2
 
 
+@pytest.mark.parametrize("policy", ["global", "hierarchical", "spill"])
+def test_a_node_may_have_no_load_at_all(policy: str) -> None:
+    loads = np.array([[1.0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 2, 1, 0, 0]])
+    check_plan(loads, plan_placement(loads, make_cluster(4, 12, 2), 2, policy))
+
+
 @pytest.mark.parametrize(
     ("loads", "cluster", "groups", "policy", "said"),
     [
