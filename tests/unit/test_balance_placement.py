@@ -136,8 +136,8 @@ def test_nodes_may_interleave_ranks() -> None:
 
 
 @pytest.mark.parametrize("policy", ["global", "hierarchical", "spill"])
-def test_a_node_may_have_no_load_at_all(policy: str) -> None:
-    loads = np.array([[1.0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 2, 1, 0, 0]])
+def test_a_node_may_have_no_load_to_speak_of(policy: str) -> None:
+    loads = np.array([[1.0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 2, 1, 0, 0], [1.0, 0, 0, 0, 5e-324, 0, 0, 0]])
     check_plan(loads, plan_placement(loads, make_cluster(4, 12, 2), 2, policy))
 
 
@@ -155,6 +155,8 @@ def test_a_node_may_have_no_load_at_all(policy: str) -> None:
         (-np.ones((1, 8)), make_cluster(2, 8), 1, "global", "-1"),
         (np.full((1, 8), np.nan), make_cluster(2, 8), 1, "global", "nan"),
         (np.zeros((1, 8)), make_cluster(2, 8), 1, "global", "0"),
+        # Half of it is 0.
+        (np.full((1, 8), 5e-324), make_cluster(2, 8), 1, "global", "below 1e-100"),
     ],
 )
 def test_what_cannot_work_is_refused(loads: Array, cluster: Cluster, groups: int, policy: str, said: str | None) -> None:

@@ -107,7 +107,7 @@ def _follow_eplb(counts: Array, first: int, interval: int, cluster: Cluster) -> 
     scores = []
     for start in range(first, len(counts), interval):
         past = counts[max(0, start - EPLB_WINDOW) : start].sum(0)
-        experts, _, _ = place_as_deepseek(past.astype(np.float32), cluster.slots, 1, 1, cluster.ranks)
+        experts, _, _ = place_as_deepseek(past, cluster.slots, 1, 1, cluster.ranks)
         coming = counts[start : start + interval]
         placed = Placement(cluster, experts)
         scores += [measure_balancedness(sum_by_rank(share_evenly(seen, placed), cluster)) for seen in coming]
