@@ -51,7 +51,9 @@ def add_balance_commands(commands: Any) -> None:
     replay.add_argument("trace", type=Path, metavar="TRACE", help="counts[micro-batches, layers, experts] in .npz or .npy")
     replay.add_argument("--clones-per-rank", type=int, required=True, metavar="C", help="spare slots per rank, beside its homes")
     replay.add_argument("--interval", type=int, required=True, metavar="N", help="micro-batches from one plan to the next")
-    replay.add_argument("--warmup", type=int, default=50, metavar="N", help="micro-batches before the first scored (default: 50)")
+    replay.add_argument(
+        "--warmup", type=int, metavar="N", help="micro-batches before the first scored (default: 50, or half of a short trace)"
+    )
     replay.add_argument("--key", default="counts", metavar="NAME", help="the trace's array in an .npz (default: counts)")
     replay.set_defaults(run=run_replay)
     _add_replay_outputs(replay)

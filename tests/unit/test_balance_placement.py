@@ -167,6 +167,25 @@ def test_what_cannot_work_is_refused(loads: Array, cluster: Cluster, groups: int
         plan_placement(loads, cluster, groups, policy)
 
 
+@pytest.mark.parametrize(
+    ("experts", "homes", "said"),
+    [
+        ([[0, 1, 2, 0, 1]], None, "shape \\(1, 5\\)"),
+        ([0, 1, 2, 0], None, "shape \\(4,\\)"),
+        ([[0.0, 1, 2, 0]], None, "type float64"),
+        ([[0, 1, -2, 0]], None, "integers from -1"),
+        ([[0, 1, 2, -1]], [[0, 1], [0, 1]], "homes of type int64 and shape \\(2, 2\\)"),
+        ([[0, 1, 2, -1]], [[0.0, 1, 2]], "homes of type float64"),
+        ([[0, 1, 2, -1]], [[0, 1, 4]], "homes from slot 0 to 4; allowed: 0 to 3"),
+        ([[0, 1, 2, -1]], [[0, 2, 1]], "slot 2, the home of expert 1, holds 2"),
+        ([[0, 1, 2, -1]], [[0, 1]], "expert 2 in a slot beside homes of 2 experts"),
+    ],
+)
+def test_a_placement_that_points_nowhere_is_refused(experts: object, homes: object, said: str) -> None:
+    with pytest.raises(BalanceError, match=said):
+        Placement(make_cluster(2, 4), np.array(experts), None if homes is None else np.array(homes))
+
+
 def test_slots_must_divide() -> None:
     with pytest.raises(BalanceError, match="9 slots on 2 ranks"):
         make_cluster(2, 9)

@@ -1,6 +1,7 @@
 """Clones around fixed homes: near the best there is, few moves, none without a gain."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,9 +132,10 @@ def test_what_does_not_fit_is_refused(shape: tuple[int, ...], homes: bool, said:
 
 
 @pytest.mark.parametrize(
-    ("load", "horizon", "price"), [(-1.0, 8, 0.1), (np.nan, 8, 0.1), (1.0, 0, 0.1), (1.0, 8, -1.0), (1.0, 8, np.nan)]
+    ("load", "horizon", "price"),
+    [(-1.0, 8, 0.1), (np.nan, 8, 0.1), (1e308, 8, 0.1), (1.0, 0, 0.1), (1.0, np.nan, 0.1), (1.0, 8, -1.0), (1.0, 8, np.nan)],
 )
-def test_numbers_that_cannot_be_are_refused(load: float, horizon: int, price: float) -> None:
+def test_numbers_that_cannot_be_are_refused(load: float, horizon: Any, price: float) -> None:
     with pytest.raises(BalanceError, match="allowed"):
         plan_clones(np.full((1, 8), load), make_home_placement(1, 8, 4, 1), horizon, price)
 
