@@ -178,18 +178,19 @@ def spread_copies(weights: Array, copies: Array, excess: Array, home: Array, nod
             carried -= beyond * sizes[expert]
         if surplus > 0:
             choose_sent(sizes, own, counts[node], sent, surplus, max(0.0, carried))
-    load = np.zeros(total)
+    load, held = np.zeros(total), np.zeros(total, np.int64)
     for node in range(total):
-        load[node] = (counts[node] * sizes).sum()
+        load[node], held[node] = (counts[node] * sizes).sum(), counts[node].sum()
     for expert in np.argsort(-sizes, kind="mergesort"):
         for _ in range(sent[expert]):
             to = -1
             for node in range(total):
-                fits = counts[node].sum() < slots[node] and counts[node, expert] < width[node]
+                fits = held[node] < slots[node] and counts[node, expert] < width[node]
                 if fits and (to < 0 or load[node] / width[node] < load[to] / width[to]):
                     to = node
             if to >= 0:
                 counts[to, expert] += 1
+                held[to] += 1
                 load[to] += sizes[expert]
     return counts
 
