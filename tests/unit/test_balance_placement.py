@@ -115,6 +115,15 @@ def test_at_the_size_of_deepseek_v3(sigma: float) -> None:
     assert spilled.off_node.sum() <= 1.2 * least
 
 
+@pytest.mark.parametrize(("ranks", "experts", "nodes"), [(8, 64, 4), (16, 256, 4), (32, 512, 4)])
+def test_spilling_helps_where_nodes_have_few_ranks(ranks: int, experts: int, nodes: int) -> None:
+    loads = np.random.default_rng(5).lognormal(0, 1.5, (16, experts))
+    cluster = make_cluster(ranks, experts * 3 // 2, nodes)
+    plan = plan_placement(loads, cluster, nodes, "spill")
+    check_plan(loads, plan)
+    assert plan.balancedness.mean() >= 0.94 and plan.balancedness.min() >= 0.9
+
+
 def test_spilling_stops_where_traffic_costs_more_than_it_saves() -> None:
     loads = np.random.default_rng(3).lognormal(0, 1, (4, 64))
     cluster = make_cluster(16, 80, 4)

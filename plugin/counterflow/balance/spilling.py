@@ -90,15 +90,33 @@ def place_spilling(weights: Array, home: Array, nodes: Nodes, pace: float) -> Ar
         copies, excess = count_spilling(weights, home, nodes, node_loads, pace, tightness, extra)
         counts = spread_copies(weights, copies, excess, home, nodes)
         experts = pack_nodes(weights / copies, counts, nodes)
-        if (experts < 0).any():
+        held = count_held(experts, weights.shape[0])
+        if held.min() == 0:
             continue
-        load = sum_ranks(weights / copies, experts, nodes.rank_start)
-        trade_across(weights / copies, experts, load, home, nodes, pace, allowed)
+        if (experts < 0).any():
+            # Some copies found no place: their own nodes are full, or have one on each rank.
+            fill_at_home(experts, weights / held, home, nodes)
+            held = count_held(experts, weights.shape[0])
+        load = sum_ranks(weights / held, experts, nodes.rank_start)
+        trade_across(weights / held, experts, load, home, nodes, pace, allowed)
         if load.max() < best_slowest:
             best, best_slowest = experts, load.max()
         if best_slowest <= pace:
             return best
     return best
+
+
+@compile_fast
+def fill_at_home(experts: Array, sizes: Array, home: Array, nodes: Nodes) -> None:
+    """Put into each empty slot the largest expert of its node that its rank lacks."""
+    order = np.argsort(-sizes, kind="mergesort")
+    for rank, node in enumerate(nodes.of_rank):
+        for slot in range(nodes.rank_start[rank], nodes.rank_start[rank + 1]):
+            if experts[slot] < 0:
+                for expert in order:
+                    if home[expert] == node and not holds(experts, nodes.rank_start, rank, expert):
+                        experts[slot] = expert
+                        break
 
 
 @compile_fast
