@@ -139,20 +139,31 @@ def count_spilling(
             spare -= max(1, int(np.ceil(weights[expert] / pace)))
     limit = slots.copy()
     for node in np.argsort(-excess, kind="mergesort"):
-        if excess[node] == 0:
+        if excess[node] == 0 or spare <= 0:
             continue
         own = np.flatnonzero(home == node)
-        more, carries = extra, False
-        while (not carries or more > 0) and spare > 0:
-            limit[node] += 1
-            spare -= 1
-            copies[own] = count_copies(weights[own], limit[node], nodes.of_rank.shape[0])
-            shares = np.sort(np.repeat(weights[own] / copies[own], copies[own]))
-            if carries:
-                more -= 1
-            carries = shares[slots[node] - limit[node] :].sum() >= excess[node] and shares[-1] <= pace * tightness
+        most = nodes.of_rank.shape[0]
+        # With more copies, those that leave carry more and none is larger, so halving finds the fewest.
+        low, high = slots[node] + 1, slots[node] + spare
+        while low < high:
+            middle = (low + high) // 2
+            if carries_excess(weights[own], slots[node], middle, most, excess[node], pace * tightness):
+                high = middle
+            else:
+                low = middle + 1
+        limit[node] = min(low + extra, slots[node] + spare)
+        spare -= limit[node] - slots[node]
+        copies[own] = count_copies(weights[own], limit[node], most)
     share_rest(weights, home, copies, excess, slots, slots.sum() - limit[excess > 0].sum())
     return copies, excess
+
+
+@compile_fast
+def carries_excess(weights: Array, slots: int, limit: int, most: int, excess: float, largest: float) -> bool:
+    """Tell whether, with ``limit`` copies, the largest carry ``excess`` where ``slots`` stay, and none is above ``largest``."""
+    copies = count_copies(weights, limit, most)
+    shares = np.sort(np.repeat(weights / copies, copies))
+    return bool(shares[slots - limit :].sum() >= excess and shares[-1] <= largest)
 
 
 @compile_fast
@@ -224,8 +235,9 @@ def choose_sent(sizes: Array, own: Array, counts: Array, sent: Array, surplus: i
     names = names[np.argsort(sizes[names], kind="mergesort")]
     share = sizes[names]
     first, missed = 0, np.inf
+    sums = np.cumsum(share)
     for start in range(names.shape[0] - surplus + 1):
-        miss = rate_miss(share[start : start + surplus].sum(), excess)
+        miss = rate_miss(sums[start + surplus - 1] - (sums[start - 1] if start > 0 else 0.0), excess)
         if miss < missed:
             first, missed = start, miss
     chosen = np.zeros(names.shape[0], np.bool_)
@@ -235,11 +247,15 @@ def choose_sent(sizes: Array, own: Array, counts: Array, sent: Array, surplus: i
     while improved:
         improved = False
         out, into = -1, -1
+        others = np.flatnonzero(~chosen)
+        shares = share[others]
         for inside in np.flatnonzero(chosen):
-            for outside in np.flatnonzero(~chosen):
-                miss = rate_miss(carried - share[inside] + share[outside], excess)
+            # Of the others, which are in order, only the two around what is missing can be best.
+            place = np.searchsorted(shares, excess - carried + share[inside])
+            for near in range(max(0, place - 1), min(place + 1, shares.shape[0])):
+                miss = rate_miss(carried - share[inside] + shares[near], excess)
                 if miss < missed - 1e-12 * (excess + share[-1]):
-                    missed, out, into, improved = miss, int(inside), int(outside), True
+                    missed, out, into, improved = miss, int(inside), int(others[near]), True
         if improved:
             chosen[out], chosen[into] = False, True
             carried += share[into] - share[out]
