@@ -45,7 +45,8 @@ def check_loads(loads: Any, name: str = "loads") -> Array:
     if len(empty):
         size = f"below {SMALLEST_LOAD:g}" if values[empty[0]].any() else "0"
         raise BalanceError(
-            f"{name}: all {values.shape[1]} loads of layer {empty[0]} are {size}; allowed: some load in each; leave that layer out"
+            f"{name}: all {values.shape[1]} loads of layer {empty[0]} are {size}; "
+            "allowed: some load in each; leave that layer out"
         )
     values[values < SMALLEST_LOAD] = 0.0
     return values
