@@ -91,6 +91,16 @@ def test_clones_stay_on_their_node_where_traffic_is_dear() -> None:
     assert count_away(5.0) < count_away(0.0)
 
 
+@pytest.mark.parametrize("weight", [0.1, 2.0])
+def test_the_time_expected_is_that_of_the_split_that_will_be_used(weight: float) -> None:
+    before = make_home_placement(6, 64, 16, 2, nodes=4)
+    loads = np.random.default_rng(8).lognormal(0, 1, (4, 6, 64)) * 1000
+    plan = plan_clones(loads, before, traffic_weight=weight)
+    again = plan_clones(loads, plan.placement, traffic_weight=weight)
+    np.testing.assert_allclose(again.before, plan.after, rtol=1e-12)
+    assert (plan.after <= plan.before).all()
+
+
 def test_ranks_may_have_different_numbers_of_spare_slots() -> None:
     cluster = Cluster((3, 2, 4), (0, 0, 0))
     before = Placement(cluster, np.array([[0, 1, -1, 2, 3, 4, 5, -1, -1]]), np.array([[0, 1, 3, 4, 5, 6]]))
