@@ -22,8 +22,6 @@ SLACK = 1.15
 # Spilled copies beyond those that carry the excess: so many numbers are tried, from none.
 EXTRA = 4
 TRADES = 400
-EXTRA = 4
-TRADES = 400
 
 
 class Nodes(NamedTuple):
