@@ -21,7 +21,10 @@ TIGHTNESS = (1.0, 0.995, 0.99, 0.985, 0.98, 0.97, 0.96, 0.95)
 SLACK = 1.15
 # Spilled copies beyond those that carry the excess: so many numbers are tried, from none.
 EXTRA = 4
+# Trades across nodes, and the pairs of slots that all of them together may look at: with thousands of slots per rank none is
+# worth its time, and none is needed.
 TRADES = 400
+PAIRS = 40_000_000
 
 
 class Nodes(NamedTuple):
@@ -287,7 +290,8 @@ def trade_across(sizes: Array, experts: Array, load: Array, home: Array, nodes: 
         for slot in range(nodes.rank_start[rank], nodes.rank_start[rank + 1]):
             if experts[slot] >= 0 and home[experts[slot]] != node:
                 away += sizes[experts[slot]]
-    for _ in range(TRADES):
+    widest = (nodes.rank_start[1:] - nodes.rank_start[:-1]).max()
+    for _ in range(min(TRADES, PAIRS // (widest * experts.shape[0]))):
         slow = int(np.argmax(load))
         if load[slow] <= pace:
             return
