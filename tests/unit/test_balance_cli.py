@@ -132,6 +132,14 @@ def test_replay_prints_a_table_and_draws(trace: Path, tmp_path: Path, capsys: py
     assert ElementTree.parse(svg).getroot().tag.endswith("svg")
 
 
+def test_replay_takes_half_of_a_short_trace_as_its_past_and_an_interval_beyond_it(
+    trace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["replay", str(trace), "--ranks", "4", "--clones-per-rank", "1", "--interval", str(10**400)]
+    code, text, err = run(argv, capsys)
+    assert (code, err) == (0, "") and "micro-batches 6 to 11" in text
+
+
 def test_replay_counts_moves() -> None:
     scores = {name: np.linspace(0.5, 1, 101)[:, None] for name in ("fixed", "eplb", "counterflow", "oracle")}
     tokens = np.ones((101, 1, 2), np.int64)
@@ -172,7 +180,10 @@ def test_replay_counts_moves() -> None:
         ("replay {trace}.npz --ranks 2 --clones-per-rank 1 --interval 1 --key tokens", "no array tokens; it has counts, topk"),
         ("replay {cut}.npz --ranks 2 --clones-per-rank 1 --interval 1", "{cut}.npz: cannot be read as .npz"),
         ("replay {trace}.npz --ranks 3 --clones-per-rank 1 --interval 1 --warmup 2", "8 experts on 3 ranks"),
+        ("plan {good}.csv --slots 1000000000000 --ranks 1000000000000", "1000000000000 slots; allowed: 1048576 at most"),
         ("replay {trace}.npz --ranks 2 --clones-per-rank -1 --interval 1 --warmup 2", "-1 clones per rank"),
+        ("replay {trace}.npz --ranks 2 --clones-per-rank 9 --interval 1 --warmup 2", "9 clones per rank; allowed: 0 to 8"),
+        ("replay {short}.npy --ranks 2 --clones-per-rank 1 --interval 1", "a trace of 1 micro-batches; allowed: 2 or more"),
         ("replay {trace}.npz --ranks 2 --clones-per-rank 1 --interval 0 --warmup 2", "interval 0"),
         ("replay {trace}.npz --ranks 2 --clones-per-rank 1 --interval 1 --warmup 12", "12"),
         ("replay {trace}.npz --ranks 2 --clones-per-rank 1 --interval 1 --warmup 2 --nodes 4", "2 ranks on 4 nodes"),
@@ -184,7 +195,8 @@ def test_bad_input_gets_one_line(argv: str, said: str, tmp_path: Path, trace: Pa
     for name, text in (texts | {"deep.json": "[[[[1, 2]]]]"}).items():
         (tmp_path / name).write_text(text)
     (tmp_path / "cut.npz").write_bytes(trace.read_bytes()[:-50])
-    names = {name: str(tmp_path / name) for name in ("none", "negative", "nan", "zero", "deep", "cut", "good", "trace")}
+    np.save(tmp_path / "short.npy", np.ones((1, 1, 8), np.int64))
+    names = {name: str(tmp_path / name) for name in ("none", "negative", "nan", "zero", "deep", "cut", "good", "trace", "short")}
     code, out, err = run([part.format(**names) for part in argv.split()], capsys)
     assert (code, out) == (2, "")
     assert said.format(**names) in err and err.startswith("counterflow: ") and err.count("\n") == 1

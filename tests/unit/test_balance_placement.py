@@ -115,6 +115,15 @@ def test_at_the_size_of_deepseek_v3(sigma: float) -> None:
     assert spilled.off_node.sum() <= 1.2 * least
 
 
+@pytest.mark.parametrize(("ranks", "experts", "nodes"), [(8, 64, 4), (16, 256, 4), (32, 512, 4)])
+def test_spilling_helps_where_nodes_have_few_ranks(ranks: int, experts: int, nodes: int) -> None:
+    loads = np.random.default_rng(5).lognormal(0, 1.5, (16, experts))
+    cluster = make_cluster(ranks, experts * 3 // 2, nodes)
+    plan = plan_placement(loads, cluster, nodes, "spill")
+    check_plan(loads, plan)
+    assert plan.balancedness.mean() >= 0.94 and plan.balancedness.min() >= 0.9
+
+
 def test_spilling_stops_where_traffic_costs_more_than_it_saves() -> None:
     loads = np.random.default_rng(3).lognormal(0, 1, (4, 64))
     cluster = make_cluster(16, 80, 4)
@@ -135,6 +144,12 @@ def test_nodes_may_interleave_ranks() -> None:
         assert len({(expert // 8, node) for expert, node in zip(held.tolist(), cluster.node_of_slot.tolist(), strict=True)}) == 2
 
 
+@pytest.mark.parametrize("policy", ["global", "hierarchical", "spill"])
+def test_a_node_may_have_no_load_to_speak_of(policy: str) -> None:
+    loads = np.array([[1.0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 2, 1, 0, 0], [1.0, 0, 0, 0, 5e-324, 0, 0, 0]])
+    check_plan(loads, plan_placement(loads, make_cluster(4, 12, 2), 2, policy))
+
+
 @pytest.mark.parametrize(
     ("loads", "cluster", "groups", "policy", "said"),
     [
@@ -149,6 +164,8 @@ def test_nodes_may_interleave_ranks() -> None:
         (-np.ones((1, 8)), make_cluster(2, 8), 1, "global", "-1"),
         (np.full((1, 8), np.nan), make_cluster(2, 8), 1, "global", "nan"),
         (np.zeros((1, 8)), make_cluster(2, 8), 1, "global", "0"),
+        # Half of it is 0.
+        (np.full((1, 8), 5e-324), make_cluster(2, 8), 1, "global", "below 1e-100"),
     ],
 )
 def test_what_cannot_work_is_refused(loads: Array, cluster: Cluster, groups: int, policy: str, said: str | None) -> None:
@@ -157,6 +174,25 @@ def test_what_cannot_work_is_refused(loads: Array, cluster: Cluster, groups: int
         return
     with pytest.raises(BalanceError, match=said):
         plan_placement(loads, cluster, groups, policy)
+
+
+@pytest.mark.parametrize(
+    ("experts", "homes", "said"),
+    [
+        ([[0, 1, 2, 0, 1]], None, "shape \\(1, 5\\)"),
+        ([0, 1, 2, 0], None, "shape \\(4,\\)"),
+        ([[0.0, 1, 2, 0]], None, "type float64"),
+        ([[0, 1, -2, 0]], None, "integers from -1"),
+        ([[0, 1, 2, -1]], [[0, 1], [0, 1]], "homes of type int64 and shape \\(2, 2\\)"),
+        ([[0, 1, 2, -1]], [[0.0, 1, 2]], "homes of type float64"),
+        ([[0, 1, 2, -1]], [[0, 1, 4]], "homes from slot 0 to 4; allowed: 0 to 3"),
+        ([[0, 1, 2, -1]], [[0, 2, 1]], "slot 2, the home of expert 1, holds 2"),
+        ([[0, 1, 2, -1]], [[0, 1]], "expert 2 in a slot beside homes of 2 experts"),
+    ],
+)
+def test_a_placement_that_points_nowhere_is_refused(experts: object, homes: object, said: str) -> None:
+    with pytest.raises(BalanceError, match=said):
+        Placement(make_cluster(2, 4), np.array(experts), None if homes is None else np.array(homes))
 
 
 def test_slots_must_divide() -> None:

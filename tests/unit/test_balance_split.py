@@ -99,6 +99,8 @@ def test_another_process_finds_the_same_split() -> None:
         (np.ones((1, 4), np.int64), "2 layers"),
         (np.ones((2, 3), np.int64), "3 experts"),
         (np.ones((2, 5), np.int64), "5 experts"),
+        (np.full((2, 4), 2**63 - 1), "3.68935e\\+19 tokens in a layer"),
+        (np.full((2, 4), 2**63, np.uint64), "3.68935e\\+19 tokens in a layer"),
     ],
 )
 def test_counts_that_do_not_fit_are_refused(counts: Array, said: str) -> None:

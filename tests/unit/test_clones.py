@@ -1,6 +1,7 @@
 """Clones around fixed homes: near the best there is, few moves, none without a gain."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,6 +91,16 @@ def test_clones_stay_on_their_node_where_traffic_is_dear() -> None:
     assert count_away(5.0) < count_away(0.0)
 
 
+@pytest.mark.parametrize("weight", [0.1, 2.0])
+def test_the_time_expected_is_that_of_the_split_that_will_be_used(weight: float) -> None:
+    before = make_home_placement(6, 64, 16, 2, nodes=4)
+    loads = np.random.default_rng(8).lognormal(0, 1, (4, 6, 64)) * 1000
+    plan = plan_clones(loads, before, traffic_weight=weight)
+    again = plan_clones(loads, plan.placement, traffic_weight=weight)
+    np.testing.assert_allclose(again.before, plan.after, rtol=1e-12)
+    assert (plan.after <= plan.before).all()
+
+
 def test_ranks_may_have_different_numbers_of_spare_slots() -> None:
     cluster = Cluster((3, 2, 4), (0, 0, 0))
     before = Placement(cluster, np.array([[0, 1, -1, 2, 3, 4, 5, -1, -1]]), np.array([[0, 1, 3, 4, 5, 6]]))
@@ -131,9 +142,10 @@ def test_what_does_not_fit_is_refused(shape: tuple[int, ...], homes: bool, said:
 
 
 @pytest.mark.parametrize(
-    ("load", "horizon", "price"), [(-1.0, 8, 0.1), (np.nan, 8, 0.1), (1.0, 0, 0.1), (1.0, 8, -1.0), (1.0, 8, np.nan)]
+    ("load", "horizon", "price"),
+    [(-1.0, 8, 0.1), (np.nan, 8, 0.1), (1e308, 8, 0.1), (1.0, 0, 0.1), (1.0, np.nan, 0.1), (1.0, 8, -1.0), (1.0, 8, np.nan)],
 )
-def test_numbers_that_cannot_be_are_refused(load: float, horizon: int, price: float) -> None:
+def test_numbers_that_cannot_be_are_refused(load: float, horizon: Any, price: float) -> None:
     with pytest.raises(BalanceError, match="allowed"):
         plan_clones(np.full((1, 8), load), make_home_placement(1, 8, 4, 1), horizon, price)
 

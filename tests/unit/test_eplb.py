@@ -105,6 +105,18 @@ def test_arrays_do_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 
+def test_deepseeks_own_plan_cannot_be_asked_for_without_doubles() -> None:
+    with pytest.raises(ValueError, match="distinct under policy deepseek"):
+        rebalance_experts(np.array([[8.0, 1.0]]), 4, 1, 1, 2, policy="deepseek", distinct=True)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("policy", ["deepseek", "auto"])
+def test_loads_that_float32_cannot_hold_are_refused_without_a_warning(policy: str) -> None:
+    with pytest.raises(ValueError, match="weight from 1.0 to inf as float32"):
+        rebalance_experts(np.array([[1e60, 1.0]]), 2, 1, 1, 1, policy=policy)
+
+
 @pytest.mark.parametrize(
     ("weight", "sizes", "said"),
     [

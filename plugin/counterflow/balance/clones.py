@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from counterflow.balance.cluster import Array
+from counterflow.balance.loads import LARGEST_LOAD
 from counterflow.balance.placement import Placement
 from counterflow.balance.planning import TRAFFIC_WEIGHT
 from counterflow.errors import BalanceError
@@ -54,9 +55,10 @@ def plan_clones(
             f"forecasts of shape {forecasts.shape}; allowed: [forecasts, layers, experts], "
             f"layers and experts as in the placement, {placement.homes.shape}"
         )
-    if not np.isfinite(forecasts).all() or forecasts.min() < 0:
-        raise BalanceError("forecasts hold a load that is negative or not a number; allowed: 0 or more")
-    if horizon < 1 or not 0 <= move_price < np.inf or not 0 <= traffic_weight < np.inf:
+    # Written so that a NaN is refused.
+    if not ((forecasts >= 0) & (forecasts <= LARGEST_LOAD)).all():
+        raise BalanceError(f"forecasts from {forecasts.min()} to {forecasts.max()}; allowed: loads from 0 to {LARGEST_LOAD:g}")
+    if not horizon >= 1 or not 0 <= move_price < np.inf or not 0 <= traffic_weight < np.inf:
         raise BalanceError(
             f"horizon {horizon}, move price {move_price}, traffic weight {traffic_weight}; "
             "allowed: a horizon of 1 or more, the others 0 or more"

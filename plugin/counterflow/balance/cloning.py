@@ -70,6 +70,11 @@ def plan_layer(layer: Layer, current: Array) -> tuple[Array, float, float]:
     fresh = weigh(layer, fill_slots(layer, current))
     more = count_new(layer, current, fresh.experts) - count_new(layer, current, kept.experts)
     best = improve(layer, fresh) if fresh.time + layer.price * more < kept.time else kept
+    if layer.traffic > 0:
+        # Many splits are equally fast; the one that will be used may send more off its node than the one found step by step.
+        best = weigh(layer, best.experts)
+        if best.time > before.time - layer.price * count_new(layer, current, best.experts):
+            best = before
     return best.experts, before.time, best.time
 
 

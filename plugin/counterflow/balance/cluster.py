@@ -9,6 +9,8 @@ import numpy as np
 from counterflow.errors import BalanceError
 
 Array = np.ndarray[Any, Any]
+# Far above any cluster's; a mistyped number must not fill the memory.
+MAX_SLOTS = 2**20
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Cluster:
                 f"nodes of ranks {list(self.node_of_rank)} for {self.ranks} ranks; "
                 "allowed: one node per rank, numbered from 0 without a gap"
             )
+        _check_slots(self.slots)
 
     @property
     def ranks(self) -> int:
@@ -64,11 +67,12 @@ class Cluster:
 def make_cluster(ranks: int, slots: int, nodes: int = 1) -> Cluster:
     """Return a cluster of equal ranks on equal nodes, in order.
 
-    Raises `BalanceError` where slots do not divide by ranks or ranks by nodes.
+    Raises `BalanceError` where slots do not divide by ranks or ranks by nodes, or are more than 2**20.
     """
     for name, count in (("ranks", ranks), ("slots", slots), ("nodes", nodes)):
         if count < 1:
             raise BalanceError(f"{count} {name}; allowed: 1 or more")
+    _check_slots(slots)
     if slots % ranks:
         raise BalanceError(
             f"{slots} slots on {ranks} ranks; allowed: a multiple of {ranks}, such as {-(-slots // ranks) * ranks}"
@@ -76,3 +80,8 @@ def make_cluster(ranks: int, slots: int, nodes: int = 1) -> Cluster:
     if ranks % nodes:
         raise BalanceError(f"{ranks} ranks on {nodes} nodes; allowed: a number of nodes that divides {ranks}")
     return Cluster((slots // ranks,) * ranks, tuple(rank * nodes // ranks for rank in range(ranks)))
+
+
+def _check_slots(slots: int) -> None:
+    if slots > MAX_SLOTS:
+        raise BalanceError(f"{slots} slots; allowed: {MAX_SLOTS} at most, those of all ranks together")

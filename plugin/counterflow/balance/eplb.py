@@ -49,10 +49,12 @@ def _rebalance(
     by_node = nodes < 1 or groups % nodes == 0 or policy in ("hierarchical", "spill")
     cluster = make_cluster(gpus, replicas, nodes if by_node else 1)
     chosen = choose_policy(policy, groups, loads.shape[1], cluster)
+    if distinct and chosen == "deepseek":
+        raise BalanceError("distinct under policy deepseek, which may put an expert on a GPU twice; allowed: any other policy")
     check_room(loads.shape[1], cluster, "deepseek")
     # A tensor's group sums are its own, rounding included.
     sums = given.reshape(len(loads), groups, -1).sum(-1).numpy() if is_tensor and by_node else None
-    reference = place_as_deepseek(loads.astype(np.float32), replicas, groups, nodes, gpus, sums)
+    reference = place_as_deepseek(loads, replicas, groups, nodes, gpus, sums)
     if chosen == "deepseek":
         return reference
     try:

@@ -18,6 +18,8 @@ from counterflow.errors import BalanceError
 
 # Far above any count of tokens, and low enough that sums, squares and sums of squares stay finite.
 LARGEST_LOAD = 1e100
+# Less is taken as 0, so that shares of a load, and their squares, do not vanish.
+SMALLEST_LOAD = 1e-100
 LARGEST_COUNT = 2**40
 MAX_FILE_BYTES = 2 * 2**30
 # As float64 or int64, whatever the file's own type.
@@ -29,7 +31,8 @@ MAX_TEXT_BYTES = 64 * 2**20
 def check_loads(loads: Any, name: str = "loads") -> Array:
     """Return loads as ``float64[layers, experts]``; ``[experts]`` becomes one layer.
 
-    Raises `BalanceError` where the shape is another, a load is negative, not finite or above 1e100, or a layer has no load.
+    Loads below 1e-100 become 0. Raises `BalanceError` where the shape is another, a load is negative, not finite or above 1e100,
+    or all of a layer are 0.
     """
     given = _check_numbers(loads, name)
     values = given[None] if given.ndim == 1 else given
@@ -38,11 +41,14 @@ def check_loads(loads: Any, name: str = "loads") -> Array:
     values = values.astype(np.float64)
     # Written so that a NaN, which compares as false with anything, is refused.
     _refuse_entry(values, ~((values >= 0) & (values <= LARGEST_LOAD)), ("layer", "expert"), name, f"0 to {LARGEST_LOAD:g}")
-    empty = np.flatnonzero(values.max(1) == 0)
+    empty = np.flatnonzero(values.max(1) < SMALLEST_LOAD)
     if len(empty):
+        size = f"below {SMALLEST_LOAD:g}" if values[empty[0]].any() else "0"
         raise BalanceError(
-            f"{name}: all {values.shape[1]} loads of layer {empty[0]} are 0; allowed: some load in each; leave that layer out"
+            f"{name}: all {values.shape[1]} loads of layer {empty[0]} are {size}; "
+            "allowed: some load in each; leave that layer out"
         )
+    values[values < SMALLEST_LOAD] = 0.0
     return values
 
 

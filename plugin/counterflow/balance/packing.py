@@ -132,6 +132,7 @@ def replace_copies(weights: Array, experts: Array, rank_start: Array, target: fl
         copies = count_held(experts, weights.shape[0])
         load = sum_ranks(weights / copies, experts, rank_start)
         help_slowest(weights / copies, experts, load, rank_start)
+        # Also where a node's experts have no load at all.
         if load.max() <= target:
             return float(load.max())
         best = load.max() + 1e-3 * (load**2).sum() / load.sum()

@@ -16,11 +16,22 @@ class Placement:
 
     ``experts``: ``int64[layers, slots]``, the logical expert of a slot or `EMPTY`. ``homes``: ``int64[layers, experts]``, the
     slot where an expert's own weights live, or None where no copy is more than another (serving). Its other slots are clones.
+    Raises `BalanceError` for arrays that do not fit the cluster or each other: compiled code takes what they say on trust.
     """
 
     cluster: Cluster
     experts: Array
     homes: Array | None = None
+
+    def __post_init__(self) -> None:
+        held, slots = self.experts, self.cluster.slots
+        if held.dtype.kind != "i" or held.ndim != 2 or held.shape[1] != slots or held.min(initial=EMPTY) < EMPTY:
+            raise BalanceError(
+                f"experts of type {held.dtype} and shape {held.shape}; "
+                f"allowed: integers from {EMPTY}, which is an empty slot, [layers, {slots} slots]"
+            )
+        if self.homes is not None:
+            _check_homes(self.homes, held)
 
     @property
     def layers(self) -> int:
@@ -28,15 +39,35 @@ class Placement:
         return int(self.experts.shape[0])
 
 
+def _check_homes(homes: Array, held: Array) -> None:
+    layers, slots = held.shape
+    if homes.dtype.kind != "i" or homes.ndim != 2 or homes.shape[0] != layers:
+        raise BalanceError(
+            f"homes of type {homes.dtype} and shape {homes.shape}; allowed: integers, [layers, experts] of {layers} layers"
+        )
+    if homes.min(initial=0) < 0 or homes.max(initial=0) >= slots:
+        raise BalanceError(f"homes from slot {homes.min()} to {homes.max()}; allowed: 0 to {slots - 1}")
+    experts = homes.shape[1]
+    wrong = np.take_along_axis(held, homes, 1) != np.arange(experts)
+    if wrong.any():
+        layer, expert = np.argwhere(wrong)[0]
+        slot = homes[layer, expert]
+        raise BalanceError(
+            f"layer {layer}: slot {slot}, the home of expert {expert}, holds {held[layer, slot]}; allowed: the expert itself"
+        )
+    if held.max(initial=EMPTY) >= experts:
+        raise BalanceError(f"expert {held.max()} in a slot beside homes of {experts} experts; allowed: experts with a home")
+
+
 def make_home_placement(layers: int, experts: int, ranks: int, clones_per_rank: int, nodes: int = 1) -> Placement:
     """Return homes where Megatron and DeepSpeed put them, in order, E/R on each rank, and empty slots for clones behind them.
 
-    Raises `BalanceError` where experts do not divide by ranks.
+    Raises `BalanceError` where experts do not divide by ranks, or clones are more than experts.
     """
     if ranks < 1 or experts % ranks:
         raise BalanceError(f"{experts} experts on {ranks} ranks; allowed: a number of ranks that divides the experts")
-    if clones_per_rank < 0:
-        raise BalanceError(f"{clones_per_rank} clones per rank; allowed: 0 or more")
+    if not 0 <= clones_per_rank <= experts:
+        raise BalanceError(f"{clones_per_rank} clones per rank; allowed: 0 to {experts}, the number of experts")
     own = experts // ranks
     width = own + clones_per_rank
     cluster = make_cluster(ranks, ranks * width, nodes)

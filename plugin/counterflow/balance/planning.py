@@ -113,7 +113,7 @@ def place_by_eplb(loads: Array, cluster: Cluster, groups: int) -> tuple[Array, A
     """Return DeepSeek's slots, ``[layers, slots]``, and the node of each expert's group, ``[layers, experts]``."""
     from counterflow.balance.deepseek import place_as_deepseek
 
-    experts, _, _ = place_as_deepseek(loads.astype(np.float32), cluster.slots, groups, cluster.nodes, cluster.ranks)
+    experts, _, _ = place_as_deepseek(loads, cluster.slots, groups, cluster.nodes, cluster.ranks)
     home = np.zeros(loads.shape, np.int64)
     if groups % cluster.nodes == 0:
         layer = np.arange(len(loads))[:, None]

@@ -53,11 +53,15 @@ def replay_trace(
     ``warmup`` micro-batches (50, or half of a short trace) are only looked at. Raises `BalanceError` for a trace or numbers
     that cannot work.
     """
+    if len(counts) < 2:
+        raise BalanceError(f"a trace of {len(counts)} micro-batches; allowed: 2 or more, those to plan from and those to score")
     first = min(50, len(counts) // 2) if warmup is None else warmup
     if interval < 1:
         raise BalanceError(f"interval {interval}; allowed: 1 or more micro-batches")
     if not 1 <= first < len(counts):
         raise BalanceError(f"a warm-up of {first} of the trace's {len(counts)} micro-batches; allowed: 1 to {len(counts) - 1}")
+    # A plan lasts no longer than the trace, so nothing is predicted beyond it.
+    interval = min(interval, len(counts))
     _, layers, experts = counts.shape
     homes = make_home_placement(layers, experts, ranks, clones_per_rank, nodes)
     scored = counts[first:]
@@ -107,7 +111,7 @@ def _follow_eplb(counts: Array, first: int, interval: int, cluster: Cluster) -> 
     scores = []
     for start in range(first, len(counts), interval):
         past = counts[max(0, start - EPLB_WINDOW) : start].sum(0)
-        experts, _, _ = place_as_deepseek(past.astype(np.float32), cluster.slots, 1, 1, cluster.ranks)
+        experts, _, _ = place_as_deepseek(past, cluster.slots, 1, 1, cluster.ranks)
         coming = counts[start : start + interval]
         placed = Placement(cluster, experts)
         scores += [measure_balancedness(sum_by_rank(share_evenly(seen, placed), cluster)) for seen in coming]

@@ -21,9 +21,10 @@ TIGHTNESS = (1.0, 0.995, 0.99, 0.985, 0.98, 0.97, 0.96, 0.95)
 SLACK = 1.15
 # Spilled copies beyond those that carry the excess: so many numbers are tried, from none.
 EXTRA = 4
+# Trades across nodes, and the pairs of slots that all of them together may look at: with thousands of slots per rank none is
+# worth its time, and none is needed.
 TRADES = 400
-EXTRA = 4
-TRADES = 400
+PAIRS = 40_000_000
 
 
 class Nodes(NamedTuple):
@@ -90,15 +91,33 @@ def place_spilling(weights: Array, home: Array, nodes: Nodes, pace: float) -> Ar
         copies, excess = count_spilling(weights, home, nodes, node_loads, pace, tightness, extra)
         counts = spread_copies(weights, copies, excess, home, nodes)
         experts = pack_nodes(weights / copies, counts, nodes)
-        if (experts < 0).any():
+        held = count_held(experts, weights.shape[0])
+        if held.min() == 0:
             continue
-        load = sum_ranks(weights / copies, experts, nodes.rank_start)
-        trade_across(weights / copies, experts, load, home, nodes, pace, allowed)
+        if (experts < 0).any():
+            # Some copies found no place: their own nodes are full, or have one on each rank.
+            fill_at_home(experts, weights / held, home, nodes)
+            held = count_held(experts, weights.shape[0])
+        load = sum_ranks(weights / held, experts, nodes.rank_start)
+        trade_across(weights / held, experts, load, home, nodes, pace, allowed)
         if load.max() < best_slowest:
             best, best_slowest = experts, load.max()
         if best_slowest <= pace:
             return best
     return best
+
+
+@compile_fast
+def fill_at_home(experts: Array, sizes: Array, home: Array, nodes: Nodes) -> None:
+    """Put into each empty slot the largest expert of its node that its rank lacks."""
+    order = np.argsort(-sizes, kind="mergesort")
+    for rank, node in enumerate(nodes.of_rank):
+        for slot in range(nodes.rank_start[rank], nodes.rank_start[rank + 1]):
+            if experts[slot] < 0:
+                for expert in order:
+                    if home[expert] == node and not holds(experts, nodes.rank_start, rank, expert):
+                        experts[slot] = expert
+                        break
 
 
 @compile_fast
@@ -121,20 +140,31 @@ def count_spilling(
             spare -= max(1, int(np.ceil(weights[expert] / pace)))
     limit = slots.copy()
     for node in np.argsort(-excess, kind="mergesort"):
-        if excess[node] == 0:
+        if excess[node] == 0 or spare <= 0:
             continue
         own = np.flatnonzero(home == node)
-        more, carries = extra, False
-        while (not carries or more > 0) and spare > 0:
-            limit[node] += 1
-            spare -= 1
-            copies[own] = count_copies(weights[own], limit[node], nodes.of_rank.shape[0])
-            shares = np.sort(np.repeat(weights[own] / copies[own], copies[own]))
-            if carries:
-                more -= 1
-            carries = shares[slots[node] - limit[node] :].sum() >= excess[node] and shares[-1] <= pace * tightness
+        most = nodes.of_rank.shape[0]
+        # With more copies, those that leave carry more and none is larger, so halving finds the fewest.
+        low, high = slots[node] + 1, slots[node] + spare
+        while low < high:
+            middle = (low + high) // 2
+            if carries_excess(weights[own], slots[node], middle, most, excess[node], pace * tightness):
+                high = middle
+            else:
+                low = middle + 1
+        limit[node] = min(low + extra, slots[node] + spare)
+        spare -= limit[node] - slots[node]
+        copies[own] = count_copies(weights[own], limit[node], most)
     share_rest(weights, home, copies, excess, slots, slots.sum() - limit[excess > 0].sum())
     return copies, excess
+
+
+@compile_fast
+def carries_excess(weights: Array, slots: int, limit: int, most: int, excess: float, largest: float) -> bool:
+    """Tell whether, with ``limit`` copies, the largest carry ``excess`` where ``slots`` stay, and none is above ``largest``."""
+    copies = count_copies(weights, limit, most)
+    shares = np.sort(np.repeat(weights / copies, copies))
+    return bool(shares[slots - limit :].sum() >= excess and shares[-1] <= largest)
 
 
 @compile_fast
@@ -178,18 +208,19 @@ def spread_copies(weights: Array, copies: Array, excess: Array, home: Array, nod
             carried -= beyond * sizes[expert]
         if surplus > 0:
             choose_sent(sizes, own, counts[node], sent, surplus, max(0.0, carried))
-    load = np.zeros(total)
+    load, held = np.zeros(total), np.zeros(total, np.int64)
     for node in range(total):
-        load[node] = (counts[node] * sizes).sum()
+        load[node], held[node] = (counts[node] * sizes).sum(), counts[node].sum()
     for expert in np.argsort(-sizes, kind="mergesort"):
         for _ in range(sent[expert]):
             to = -1
             for node in range(total):
-                fits = counts[node].sum() < slots[node] and counts[node, expert] < width[node]
+                fits = held[node] < slots[node] and counts[node, expert] < width[node]
                 if fits and (to < 0 or load[node] / width[node] < load[to] / width[to]):
                     to = node
             if to >= 0:
                 counts[to, expert] += 1
+                held[to] += 1
                 load[to] += sizes[expert]
     return counts
 
@@ -205,8 +236,9 @@ def choose_sent(sizes: Array, own: Array, counts: Array, sent: Array, surplus: i
     names = names[np.argsort(sizes[names], kind="mergesort")]
     share = sizes[names]
     first, missed = 0, np.inf
+    sums = np.cumsum(share)
     for start in range(names.shape[0] - surplus + 1):
-        miss = rate_miss(share[start : start + surplus].sum(), excess)
+        miss = rate_miss(sums[start + surplus - 1] - (sums[start - 1] if start > 0 else 0.0), excess)
         if miss < missed:
             first, missed = start, miss
     chosen = np.zeros(names.shape[0], np.bool_)
@@ -216,11 +248,15 @@ def choose_sent(sizes: Array, own: Array, counts: Array, sent: Array, surplus: i
     while improved:
         improved = False
         out, into = -1, -1
+        others = np.flatnonzero(~chosen)
+        shares = share[others]
         for inside in np.flatnonzero(chosen):
-            for outside in np.flatnonzero(~chosen):
-                miss = rate_miss(carried - share[inside] + share[outside], excess)
+            # Of the others, which are in order, only the two around what is missing can be best.
+            place = np.searchsorted(shares, excess - carried + share[inside])
+            for near in range(max(0, place - 1), min(place + 1, shares.shape[0])):
+                miss = rate_miss(carried - share[inside] + shares[near], excess)
                 if miss < missed - 1e-12 * (excess + share[-1]):
-                    missed, out, into, improved = miss, int(inside), int(outside), True
+                    missed, out, into, improved = miss, int(inside), int(others[near]), True
         if improved:
             chosen[out], chosen[into] = False, True
             carried += share[into] - share[out]
@@ -254,7 +290,8 @@ def trade_across(sizes: Array, experts: Array, load: Array, home: Array, nodes: 
         for slot in range(nodes.rank_start[rank], nodes.rank_start[rank + 1]):
             if experts[slot] >= 0 and home[experts[slot]] != node:
                 away += sizes[experts[slot]]
-    for _ in range(TRADES):
+    widest = (nodes.rank_start[1:] - nodes.rank_start[:-1]).max()
+    for _ in range(min(TRADES, PAIRS // (widest * experts.shape[0]))):
         slow = int(np.argmax(load))
         if load[slow] <= pace:
             return

@@ -6,6 +6,9 @@ from counterflow.balance.cluster import Array
 from counterflow.balance.placement import Placement
 from counterflow.errors import BalanceError
 
+# Tokens of a layer, of which sums do not overflow.
+LARGEST_SUM = 2.0**62
+
 
 def split_tokens(counts: Array, placement: Placement) -> Array:
     """Return ``int64[layers, slots]``: the tokens of each slot, such that every layer's slowest rank is as fast as it can be.
@@ -22,6 +25,9 @@ def split_tokens(counts: Array, placement: Placement) -> Array:
             f"counts of type {counts.dtype} and shape {counts.shape}; allowed: whole numbers, 0 or more, "
             f"[layers, experts] of the placement's {placement.layers} layers"
         )
+    most = counts.sum(1, dtype=np.float64).max(initial=0)
+    if most > LARGEST_SUM:
+        raise BalanceError(f"counts of {most:g} tokens in a layer; allowed: {LARGEST_SUM:g} at most")
     held = placement.experts.max(initial=-1)
     copied = np.zeros(counts.shape, np.bool_)
     if held < counts.shape[1]:
