@@ -43,10 +43,10 @@ def plan_placement(
 
     ``loads``: ``[layers, experts]``, in any unit. Consecutive experts make a group, ``groups`` in all. ``policy``: ``global``
     ignores groups and nodes; ``hierarchical`` keeps every copy on the node that its group is given; ``spill`` begins so, then
-    sends copies of hot experts to other nodes where the slowest rank gains more than ``traffic_weight`` times the off-node
-    load, per rank; ``auto`` is hierarchical where nodes divide groups, else global, as EPLB has it; ``deepseek`` is EPLB's
-    own plan. No rank gets two copies of an expert, but under ``deepseek``. Raises `BalanceError` for loads, slots, groups or
-    a policy that cannot work.
+    sends copies of hot experts to other nodes, or as a last resort ignores nodes, where the slowest rank gains more than
+    ``traffic_weight`` times the off-node load, per rank; ``auto`` is hierarchical where nodes divide groups, else global, as
+    EPLB has it; ``deepseek`` is EPLB's own plan. No rank gets two copies of an expert, but under ``deepseek``. Raises
+    `BalanceError` for loads, slots, groups or a policy that cannot work.
     """
     loads = check_loads(loads)
     policy = choose_policy(policy, groups, loads.shape[1], cluster)
@@ -164,8 +164,11 @@ def place_by_node(loads: Array, home: Array, cluster: Cluster, traffic_weight: f
     spilled = np.stack(
         [place_spilling(weights, where, nodes, target) for weights, where, target in zip(loads, home, pace, strict=True)]
     )
-    cost = [weigh_objective(loads, home, Placement(cluster, experts), traffic_weight) for experts in (placed, spilled)]
-    return np.where((cost[1] < cost[0])[:, None], spilled, placed)
+    # Where nodes are so small that spilling cannot help, all nodes alike may still pay.
+    candidates = np.stack([placed, spilled, place_globally(loads, cluster)])
+    cost = [weigh_objective(loads, home, Placement(cluster, experts), traffic_weight) for experts in candidates]
+    cheapest: Array = candidates[np.argmin(cost, axis=0), np.arange(len(loads))]
+    return cheapest
 
 
 def weigh_objective(loads: Array, home: Array, placement: Placement, traffic_weight: float) -> Array:

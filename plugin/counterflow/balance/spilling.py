@@ -86,9 +86,10 @@ def place_spilling(weights: Array, home: Array, nodes: Nodes, pace: float) -> Ar
         node_loads[node] += weights[expert]
     width = nodes.rank_from[1:] - nodes.rank_from[:-1]
     allowed = SLACK * np.maximum(0.0, node_loads - pace * width).sum()
-    for attempt in range(EXTRA * len(TIGHTNESS)):
-        extra, tightness = attempt // len(TIGHTNESS), TIGHTNESS[attempt % len(TIGHTNESS)]
-        copies, excess = count_spilling(weights, home, nodes, node_loads, pace, tightness, extra)
+    for attempt in range(2 * EXTRA * len(TIGHTNESS)):
+        tightness, extra = TIGHTNESS[attempt % len(TIGHTNESS)], attempt // len(TIGHTNESS) % EXTRA
+        narrow = attempt < EXTRA * len(TIGHTNESS)
+        copies, excess = count_spilling(weights, home, nodes, node_loads, pace, tightness, extra, narrow)
         counts = spread_copies(weights, copies, excess, home, nodes)
         experts = pack_nodes(weights / copies, counts, nodes)
         held = count_held(experts, weights.shape[0])
@@ -122,13 +123,13 @@ def fill_at_home(experts: Array, sizes: Array, home: Array, nodes: Nodes) -> Non
 
 @compile_fast
 def count_spilling(
-    weights: Array, home: Array, nodes: Nodes, node_loads: Array, pace: float, tightness: float, extra: int
+    weights: Array, home: Array, nodes: Nodes, node_loads: Array, pace: float, tightness: float, extra: int, narrow: bool
 ) -> tuple[Array, Array]:
-    """Return the copies of each expert, and the excess of each node: its load above ``tightness`` of what its ranks take at
-        ``pace``.
+    """Return the copies of each expert, and the excess of each node: its load above what its ranks take at a pace.
 
-    A node with an excess gets copies for all its slots, and as many more as it takes for the largest of them to carry the
-    excess and for none to be more than a rank can take, and ``extra`` ones. The others share the rest of the slots.
+    The pace is ``tightness`` of ``pace``. A node with an excess gets copies for all its slots, and as many more as it takes for
+    the largest of them to carry the excess and for none to be more than a rank can take, and ``extra`` ones. The others share
+    the rest of the slots; with ``narrow`` none of their experts gets more copies than its node has ranks.
     """
     copies = np.ones(weights.shape[0], np.int64)
     slots = nodes.node_start[1:] - nodes.node_start[:-1]
@@ -143,19 +144,21 @@ def count_spilling(
         if excess[node] == 0 or spare <= 0:
             continue
         own = np.flatnonzero(home == node)
-        most = nodes.of_rank.shape[0]
+        ranks = nodes.of_rank.shape[0]
         # With more copies, those that leave carry more and none is larger, so halving finds the fewest.
         low, high = slots[node] + 1, slots[node] + spare
         while low < high:
             middle = (low + high) // 2
-            if carries_excess(weights[own], slots[node], middle, most, excess[node], pace * tightness):
+            if carries_excess(weights[own], slots[node], middle, ranks, excess[node], pace * tightness):
                 high = middle
             else:
                 low = middle + 1
         limit[node] = min(low + extra, slots[node] + spare)
         spare -= limit[node] - slots[node]
-        copies[own] = count_copies(weights[own], limit[node], most)
-    share_rest(weights, home, copies, excess, slots, slots.sum() - limit[excess > 0].sum())
+        copies[own] = count_copies(weights[own], limit[node], ranks)
+    width = nodes.rank_from[1:] - nodes.rank_from[:-1]
+    most = width[home] if narrow else np.full(home.shape[0], nodes.of_rank.shape[0])
+    share_rest(weights, home, copies, excess, slots, slots.sum() - limit[excess > 0].sum(), most)
     return copies, excess
 
 
@@ -168,8 +171,11 @@ def carries_excess(weights: Array, slots: int, limit: int, most: int, excess: fl
 
 
 @compile_fast
-def share_rest(weights: Array, home: Array, copies: Array, excess: Array, slots: Array, total: int) -> None:
-    """Give the nodes without an excess ``total`` copies, none more than it has slots, always one of the largest share."""
+def share_rest(weights: Array, home: Array, copies: Array, excess: Array, slots: Array, total: int, most: Array) -> None:
+    """Give the nodes without an excess ``total`` copies, up to their slots, always one of the largest share.
+
+    An expert gets up to ``most[expert]``.
+    """
     held = np.zeros(slots.shape[0], np.int64)
     for node in home:
         held[node] += 1
@@ -178,7 +184,7 @@ def share_rest(weights: Array, home: Array, copies: Array, excess: Array, slots:
     heapq.heapify(order)
     while left > 0 and len(order) > 0:
         _, expert = heapq.heappop(order)
-        if held[home[expert]] < slots[home[expert]]:
+        if held[home[expert]] < slots[home[expert]] and copies[expert] < most[expert]:
             copies[expert] += 1
             held[home[expert]] += 1
             left -= 1
@@ -227,8 +233,7 @@ def spread_copies(weights: Array, copies: Array, excess: Array, home: Array, nod
 
 @compile_fast
 def choose_sent(sizes: Array, own: Array, counts: Array, sent: Array, surplus: int, excess: float) -> None:
-    """Move ``surplus`` copies of the experts ``own`` from ``counts`` to ``sent``, such that they carry ``excess`` and little
-    more.
+    """Move ``surplus`` copies of the experts ``own`` from ``counts`` to ``sent``: such as carry ``excess`` and little more.
 
     Begins with the run of neighbours in size that misses it least, then exchanges single copies.
     """
