@@ -21,8 +21,7 @@ class Plan:
     """A placement and what is expected of it.
 
     ``rank_loads``: ``float64[layers, ranks]``. ``bound``: ``float64[layers]``, no placement under the same policy has a
-    slowest rank below. ``off_node``: ``float64[layers]``, the load computed off the node of its expert's group; 0 on one
-    node.
+    slowest rank below. ``off_node``: ``float64[layers]``, see `measure_off_node`.
     """
 
     placement: Placement
@@ -54,17 +53,15 @@ def plan_placement(
         raise BalanceError(f"traffic weight {traffic_weight}; allowed: a number, 0 or more")
     check_room(loads.shape[1], cluster, policy)
     if policy == "deepseek":
-        experts, home = place_by_eplb(loads, cluster, groups)
+        experts = place_by_eplb(loads, cluster, groups)
     elif policy == "global":
-        experts, home = place_globally(loads, cluster), np.zeros(loads.shape, np.int64)
+        experts = place_globally(loads, cluster)
     else:
-        home = assign_groups(loads, groups, cluster)
-        experts = place_by_node(loads, home, cluster, None if policy == "hierarchical" else traffic_weight)
+        experts = place_by_node(loads, groups, cluster, None if policy == "hierarchical" else traffic_weight)
     placement = Placement(cluster, experts)
-    shares = share_evenly(loads, placement)
-    away = np.take_along_axis(home, np.maximum(experts, 0), 1) != cluster.node_of_slot
-    off_node = np.where(away, shares, 0.0).sum(1) if policy != "global" and cluster.nodes > 1 else np.zeros(len(loads))
-    return Plan(placement, sum_by_rank(shares, cluster), bound_slowest(loads, groups, cluster, policy), off_node)
+    rank_loads = sum_by_rank(share_evenly(loads, placement), cluster)
+    bound = bound_slowest(loads, groups, cluster, policy)
+    return Plan(placement, rank_loads, bound, measure_off_node(loads, groups, placement))
 
 
 def choose_policy(policy: str, groups: int, experts: int, cluster: Cluster) -> str:
@@ -109,16 +106,11 @@ def check_room(experts: int, cluster: Cluster, policy: str) -> None:
             )
 
 
-def place_by_eplb(loads: Array, cluster: Cluster, groups: int) -> tuple[Array, Array]:
-    """Return DeepSeek's slots, ``[layers, slots]``, and the node of each expert's group, ``[layers, experts]``."""
+def place_by_eplb(loads: Array, cluster: Cluster, groups: int) -> Array:
+    """Return DeepSeek's expert of each slot, ``int64[layers, slots]``."""
     from counterflow.balance.deepseek import place_as_deepseek
 
-    experts, _, _ = place_as_deepseek(loads, cluster.slots, groups, cluster.nodes, cluster.ranks)
-    home = np.zeros(loads.shape, np.int64)
-    if groups % cluster.nodes == 0:
-        layer = np.arange(len(loads))[:, None]
-        home[layer, experts] = cluster.node_of_slot
-    return experts, home
+    return place_as_deepseek(loads, cluster.slots, groups, cluster.nodes, cluster.ranks)[0]
 
 
 def place_globally(loads: Array, cluster: Cluster) -> Array:
@@ -141,10 +133,11 @@ def assign_groups(loads: Array, groups: int, cluster: Cluster) -> Array:
     return np.repeat(node_of_group, loads.shape[1] // groups, axis=1)
 
 
-def place_by_node(loads: Array, home: Array, cluster: Cluster, traffic_weight: float | None) -> Array:
+def place_by_node(loads: Array, groups: int, cluster: Cluster, traffic_weight: float | None) -> Array:
     """Return the expert of each slot, ``int64[layers, slots]``; with a ``traffic_weight`` copies may leave their node."""
     from counterflow.balance.spilling import Nodes, place_spilling, place_within
 
+    home = assign_groups(loads, groups, cluster)
     of_rank = np.asarray(cluster.node_of_rank)
     ranks = np.argsort(of_rank, kind="stable")
     slots = np.argsort(cluster.node_of_slot, kind="stable")
@@ -164,20 +157,40 @@ def place_by_node(loads: Array, home: Array, cluster: Cluster, traffic_weight: f
     spilled = np.stack(
         [place_spilling(weights, where, nodes, target) for weights, where, target in zip(loads, home, pace, strict=True)]
     )
-    # Where nodes are so small that spilling cannot help, all nodes alike may still pay.
     candidates = np.stack([placed, spilled, place_globally(loads, cluster)])
-    cost = [weigh_objective(loads, home, Placement(cluster, experts), traffic_weight) for experts in candidates]
+    cost = np.array([weigh_objective(loads, groups, Placement(cluster, experts), traffic_weight) for experts in candidates])
+    # All nodes alike is for layers that cannot keep pace, such as on nodes of two ranks.
+    keeps_pace = sum_by_rank(share_evenly(loads, Placement(cluster, spilled)), cluster).max(1) <= pace * (1 + 1e-9)
+    cost[2, keeps_pace] = np.inf
     cheapest: Array = candidates[np.argmin(cost, axis=0), np.arange(len(loads))]
     return cheapest
 
 
-def weigh_objective(loads: Array, home: Array, placement: Placement, traffic_weight: float) -> Array:
+def weigh_objective(loads: Array, groups: int, placement: Placement, traffic_weight: float) -> Array:
     """Return ``float64[layers]``: the slowest rank's load and, weighted, the off-node load per rank."""
-    shares = share_evenly(loads, placement)
-    away = np.take_along_axis(home, placement.experts, 1) != placement.cluster.node_of_slot
-    slowest = sum_by_rank(shares, placement.cluster).max(1)
-    objective: Array = slowest + traffic_weight * np.where(away, shares, 0.0).sum(1) / placement.cluster.ranks
+    slowest = sum_by_rank(share_evenly(loads, placement), placement.cluster).max(1)
+    objective: Array = slowest + traffic_weight * measure_off_node(loads, groups, placement) / placement.cluster.ranks
     return objective
+
+
+def measure_off_node(loads: Array, groups: int, placement: Placement) -> Array:
+    """Return ``float64[layers]``: the load computed off the node of its expert's group.
+
+    A group's node is the one that leaves least, each node having as many groups: an assignment problem, solved exactly. 0 where
+    nodes do not divide groups, so that groups have no node.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    nodes, total = placement.cluster.nodes, loads.sum(1)
+    if nodes == 1 or groups % nodes:
+        return np.zeros(len(loads))
+    here = np.zeros((len(loads), groups, nodes))
+    group = placement.experts * groups // loads.shape[1]
+    np.add.at(here, (np.arange(len(loads))[:, None], group, placement.cluster.node_of_slot), share_evenly(loads, placement))
+    places = np.repeat(here, groups // nodes, axis=2)
+    kept = np.array([layer[linear_sum_assignment(layer, maximize=True)].sum() for layer in places])
+    # Sums in another order are not quite the same.
+    return np.where(total - kept > 1e-9 * total, total - kept, 0.0)
 
 
 def bound_slowest(loads: Array, groups: int, cluster: Cluster, policy: str) -> Array:
