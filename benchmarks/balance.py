@@ -29,6 +29,7 @@ from counterflow.balance import (
     rebalance_experts,
     replay_trace,
     share_evenly,
+    share_tokens,
     split_tokens,
     sum_by_rank,
 )
@@ -161,6 +162,7 @@ def measure_speed(given: argparse.Namespace) -> None:
             "deepseek policy": partial(rebalance_experts, loads, SLOTS, 1, 1, RANKS, policy="deepseek"),
             "split, homes and clones": partial(split_tokens, counts, cloned),
             "split, free placement": partial(split_tokens, counts, free),
+            "shares, layer by layer": partial(run_each, share_tokens, list_layers(counts, cloned)),
             "clones, from none": partial(plan_clones, noisy[:8], before),
             "clones, from the last": partial(plan_clones, noisy[1:], cloned),
             "clones, one forecast": partial(plan_clones, noisy[8], before),
@@ -177,6 +179,17 @@ def measure_speed(given: argparse.Namespace) -> None:
                 f"by node {times['EPLB by node'] / times['by node']:.0f} times",
                 flush=True,
             )
+
+
+def list_layers(counts: Array, placement: Placement) -> list[tuple[Array, Placement, Array]]:
+    """Return what `share_tokens` takes of each layer: its counts spread over a source per rank, its part of the placement."""
+    assert placement.homes is not None
+    ranks = placement.cluster.ranks
+    spread = np.random.default_rng(2).multinomial(counts, np.full(ranks, 1 / ranks)).transpose(0, 2, 1).copy()
+    return [
+        (row, Placement(placement.cluster, placement.experts[layer][None], placement.homes[layer][None]), np.arange(ranks))
+        for layer, row in enumerate(spread)
+    ]
 
 
 def time_in_turns(calls: dict[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:

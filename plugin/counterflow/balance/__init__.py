@@ -19,6 +19,7 @@ from counterflow.balance.placement import (
 from counterflow.balance.planning import POLICIES, Plan, plan_placement
 from counterflow.balance.prediction import LoadPredictor
 from counterflow.balance.replay import Replay, replay_trace
+from counterflow.balance.shares import share_tokens
 from counterflow.balance.split import split_tokens
 from counterflow.errors import BalanceError
 
@@ -44,6 +45,7 @@ __all__ = [
     "rebalance_experts",
     "replay_trace",
     "share_evenly",
+    "share_tokens",
     "split_tokens",
     "sum_by_rank",
     "take_if_worth",

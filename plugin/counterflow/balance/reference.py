@@ -43,6 +43,25 @@ def solve_split(counts: Array, experts: Array, rank_of_slot: Array) -> float:
     return float(solved.fun)
 
 
+def solve_staying(counts: Array, tokens: Array, experts: Array, of_source: Array, of_slot: Array) -> int:
+    """Return the most tokens that any sharing of a split keeps in their place, by a linear program (HiGHS). One layer.
+
+    ``counts[sources, experts]``, ``tokens[slots]``, ``experts[slots]``; ``of_source[sources]`` and ``of_slot[slots]``: the place,
+    a rank or a node, of each.
+    """
+    from scipy.optimize import linprog
+
+    sources, slots = len(counts), len(experts)
+    of_expert = (experts[:, None] == np.arange(counts.shape[1])).astype(float)
+    # Variables: what each source sends to each slot, at source * slots + slot; nothing to slots that are empty.
+    solved = linprog(
+        c=-(of_source[:, None] == of_slot).astype(float).ravel(),
+        A_eq=np.vstack([np.kron(np.eye(sources), of_expert.T), np.kron(np.ones(sources), np.eye(slots))]),
+        b_eq=np.concatenate([counts.ravel(), tokens]),
+    )
+    return round(float(-solved.fun))
+
+
 def solve_traffic(weights: Array, home: Array, ranks_of_node: Array, pace: float) -> float:
     """Return the least load computed off its home node such that no node has more than ``pace`` per rank, by a linear program
     (HiGHS).
