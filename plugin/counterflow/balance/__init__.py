@@ -7,6 +7,7 @@ from counterflow.balance.changes import match_ranks, take_if_worth
 from counterflow.balance.clones import ClonePlan, plan_clones
 from counterflow.balance.cluster import Cluster, make_cluster
 from counterflow.balance.eplb import rebalance_experts
+from counterflow.balance.homes import HomePlan, plan_homes
 from counterflow.balance.moves import Moves, keep_slots, plan_moves
 from counterflow.balance.placement import (
     EMPTY,
@@ -29,6 +30,7 @@ __all__ = [
     "BalanceError",
     "ClonePlan",
     "Cluster",
+    "HomePlan",
     "LoadPredictor",
     "Moves",
     "Placement",
@@ -40,6 +42,7 @@ __all__ = [
     "match_ranks",
     "measure_balancedness",
     "plan_clones",
+    "plan_homes",
     "plan_moves",
     "plan_placement",
     "rebalance_experts",

@@ -1,6 +1,6 @@
 """Slow, obvious counterparts of the fast algorithms: what tests compare them with."""
 
-from itertools import combinations, product
+from itertools import combinations, permutations, product
 
 import numpy as np
 
@@ -112,4 +112,15 @@ def plan_clones_best(counts: Array, placement: Placement) -> int:
     for choice in product(range(EMPTY, len(counts)), repeat=len(spare)):
         experts[spare] = choice
         best = min(best, bound_split(counts, experts, placement.cluster.rank_of_slot))
+    return best
+
+
+def place_homes_best(loads: Array, held: Array) -> float:
+    """Return the least load of the slowest rank, the mean over the forecasts, of all homes that keep their column. Tiny.
+
+    ``loads[forecasts, experts]``; ``held[columns, ranks]``: the experts of a column, which change ranks among themselves.
+    """
+    best = np.inf
+    for choice in product(*(permutations(column) for column in held.tolist())):
+        best = min(best, float(loads[:, np.array(choice)].sum(1).max(1).mean()))
     return best
