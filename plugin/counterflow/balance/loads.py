@@ -115,7 +115,7 @@ def _read(path: Path, readers: dict[str, Callable[[Path], Array]]) -> Array:
         raise BalanceError(f"{path} is a pickle, which runs code when it is read; save its counts with numpy.savez and give that")
     if suffix not in readers:
         raise BalanceError(f"{path}: {suffix or 'no suffix'} is not known; allowed: {', '.join(readers)}")
-    with _name_file(path):
+    with name_file(path):
         if not path.is_file():
             raise BalanceError(f"{path} is no file" if path.exists() else f"{path}: there is no such file")
         limit = MAX_TEXT_BYTES if suffix in (".csv", ".json") else MAX_FILE_BYTES
@@ -125,7 +125,8 @@ def _read(path: Path, readers: dict[str, Callable[[Path], Array]]) -> Array:
 
 
 @contextmanager
-def _name_file(path: Path) -> Iterator[None]:
+def name_file(path: Path) -> Iterator[None]:
+    """Turn whatever reading a file raises into a `BalanceError` of one line that names the file."""
     try:
         yield
     except BalanceError:
@@ -158,8 +159,8 @@ def _list_names(names: Iterable[str]) -> str:
     return ", ".join(name[:40] if name.isprintable() else ascii(name[:40]) for name in sorted(names)[:20]) or "nothing"
 
 
-def _read_array(file: IO[bytes], name: str) -> Array:
-    """Read an array in numpy's format without ever allocating more than its header was allowed to ask for."""
+def read_array_header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Return shape, whether it lies column by column, and type of an array of numbers in numpy's format; no data is read."""
     version = np.lib.format.read_magic(file)
     # Later versions have headers of up to 4 GiB and are written for structured types alone.
     if version != (1, 0):
@@ -169,6 +170,12 @@ def _read_array(file: IO[bytes], name: str) -> Array:
         raise BalanceError(f"{name} holds Python objects, a pickle, which runs code when it is read; save numbers")
     if dtype.kind not in "iuf":
         raise BalanceError(f"{name} of type {dtype}; allowed: integers or floats")
+    return shape, by_column, dtype
+
+
+def _read_array(file: IO[bytes], name: str) -> Array:
+    """Read an array in numpy's format without ever allocating more than its header was allowed to ask for."""
+    shape, by_column, dtype = read_array_header(file, name)
     if min(shape, default=0) < 0 or math.prod(shape) > MAX_ENTRIES:
         raise BalanceError(f"{name} of shape {shape}; allowed: {MAX_ENTRIES} numbers, {MAX_FILE_BYTES} bytes")
     asked = math.prod(shape) * dtype.itemsize
