@@ -141,16 +141,19 @@ def test_moves_in_words() -> None:
 def test_page_data_is_the_replay() -> None:
     replay = make_replay(30, 3, 8)
     data = read_data(render_replay_html(replay, "t"))
-    assert (data["first"], data["steps"], data["size"], data["groups"], data["layers"]) == (50, 30, 1, 30, [0, 1, 2])
+    assert (data["steps"], data["size"], data["groups"], data["layers"]) == (30, 1, 30, [0, 1, 2])
+    assert data["firsts"] == data["lasts"] == list(range(50, 80))
     assert data["chosen"] == find_worst_layers(replay, 1)[0] == 2
     assert data["lowest"] == {}
     for name in METHODS:
         assert unpack(data["means"][name], 3, 30) == pytest.approx(replay.balancedness[name].T, abs=2e-5)
-    for name, tokens in (("fixed", replay.fixed_loads), ("counterflow", replay.loads)):
+    for drawn, tokens in zip(data["maps"], (replay.fixed_loads, replay.loads), strict=True):
         expected = (tokens / tokens.mean(-1, keepdims=True)).transpose(1, 0, 2)
-        assert unpack(data["loads"][name], 3, 30, 8) == pytest.approx(expected, abs=1e-4)
-    assert data["moves"] == replay.moves.sum(1).tolist()
-    assert data["far"] == replay.off_node_moves.sum(1).tolist()
+        assert unpack(drawn["values"], 3, 30, 8) == pytest.approx(expected, abs=1e-4)
+    assert [drawn["name"] for drawn in data["maps"]] == ["before", "after"]
+    moves, far = data["bars"][0]["series"]
+    assert moves["values"] == replay.moves.sum(1).tolist()
+    assert far["values"] == replay.off_node_moves.sum(1).tolist()
 
 
 def test_large_replays_are_down_sampled_and_say_so() -> None:
@@ -161,7 +164,8 @@ def test_large_replays_are_down_sampled_and_say_so() -> None:
     assert "Down-sampled: 1,000 micro-batches are drawn as 334 groups of 3." in page
     assert unpack(data["lowest"]["eplb"], 2, 334).min() == pytest.approx(replay.balancedness["eplb"].min(), abs=2e-5)
     assert unpack(data["means"]["eplb"], 2, 334)[:, 0] == pytest.approx(replay.balancedness["eplb"][:3].mean(0), abs=2e-5)
-    assert data["moves"][0] == pytest.approx(replay.moves[:3].sum() / 3, abs=1e-3)
+    assert data["bars"][0]["series"][0]["values"][0] == pytest.approx(replay.moves[:3].sum() / 3, abs=1e-3)
+    assert (data["firsts"][1], data["lasts"][1], data["lasts"][-1]) == (53, 55, 1049)
     assert "Down-sampled" not in render_replay_html(make_replay(), "t")
     drawn = " ".join(list_texts(render_replay_svg(replay, "t")))
     assert "Down-sampled: 1,000 micro-batches are drawn as 334 groups of 3." in drawn

@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from counterflow.balance.recorded import append_loads, append_step, record_step
+from counterflow.balance import recorded_steps
+from counterflow.balance.loads import read_trace
+from counterflow.balance.recorded import append_loads, append_step, read_record, record_step
 from counterflow.errors import BalanceError
+from made_record import make_record
 
 Counts = np.ndarray[Any, Any]
 
@@ -116,3 +119,196 @@ def test_a_line_says_where_its_loads_end(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "a" / "b" / "eplb-rank00007.jsonl").read_text().splitlines()]
     assert [line["end"] for line in lines] == [2, 4, 6]
     assert np.load(tmp_path / "a" / "b" / "loads-rank00007.npy").shape == (6, 2, 4)
+
+
+# ---- reading
+
+PARTS = {0: [1, 6], 3: [2, 5, 4]}
+
+
+def change_line(directory: Path, line: int, **changes: Any) -> None:
+    """Change keys of a line of rank 0's steps, a None leaves its key out."""
+    path = directory / "eplb-rank00000.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    changed = json.loads(lines[line]) | changes
+    lines[line] = json.dumps({key: value for key, value in changed.items() if value is not None}) + "\n"
+    path.write_text("".join(lines))
+
+
+def refuse(directory: Path, said: str) -> None:
+    with pytest.raises(BalanceError) as caught:
+        read_record(directory)
+    message = str(caught.value)
+    assert said in message and "\n" not in message and len(message) < 600 and message.isprintable()
+
+
+def test_pipeline_ranks_are_merged_in_the_order_of_layers(tmp_path: Path) -> None:
+    counts = make_record(tmp_path, PARTS, range(1, 9))
+    record = read_record(tmp_path)
+    assert (record.layers.tolist(), record.steps.tolist()) == ([1, 2, 4, 5, 6], list(range(1, 9)))
+    assert record.microbatches.tolist() == [2] * 8
+    both = np.concatenate([counts[0], counts[3]], 1)[:, [0, 2, 4, 3, 1]]
+    np.testing.assert_array_equal(record.counts, both)
+    np.testing.assert_array_equal(read_trace(tmp_path), both)
+    homes = both.reshape(8, 2, 5, 4, 4).sum(-1)
+    assert record.before == pytest.approx((homes.mean(-1) / homes.max(-1)).mean(1))
+    lines = [json.loads(line) for line in (tmp_path / "eplb-rank00003.jsonl").read_text().splitlines()]
+    assert record.after[:, [1, 3, 2]].tolist() == [line["balancedness_after"] for line in lines]
+
+
+def test_figures_are_summed_and_times_are_the_longest(tmp_path: Path) -> None:
+    make_record(tmp_path, PARTS, range(3))
+    change_line(tmp_path, 1, clones=5, moved=2, homes_moved=1, bytes=100, weights_ms=99.5, gradients_ms=0, waited_ms=98)
+    figures = read_record(tmp_path).figures
+    other = json.loads((tmp_path / "eplb-rank00003.jsonl").read_text().splitlines()[1])
+    assert [figures[name][1] for name in ("clones", "moved", "homes_moved", "bytes")] == [
+        5 + other["clones"], 2 + other["moved"], 1, 100 + other["bytes"]
+    ]  # fmt: skip
+    assert [figures[name][1] for name in ("weights_ms", "gradients_ms", "waited_ms")] == [99.5, other["gradients_ms"], 98]
+
+
+def test_the_placement_of_a_step_is_that_of_all_layers(tmp_path: Path) -> None:
+    make_record(tmp_path, PARTS, range(4))
+    record = read_record(tmp_path)
+    for index in (0, -1):
+        lines = [json.loads((tmp_path / f"eplb-rank0000{rank}.jsonl").read_text().splitlines()[index]) for rank in (0, 3)]
+        placement = record.find_placement(index)
+        held = [*lines[0]["experts"], *lines[1]["experts"]]
+        assert placement.experts.tolist() == [held[n] for n in (0, 2, 4, 3, 1)]
+        assert placement.homes is not None and placement.homes.shape == (5, 16)
+        assert placement.cluster.slots_per_rank == (5,) * 4
+
+
+@given(starts=st.sets(st.integers(1, 9), max_size=9))
+def test_loads_are_summed_by_groups_of_steps(tmp_path_factory: Any, starts: set[int]) -> None:
+    directory = tmp_path_factory.mktemp("record")
+    make_record(directory, {0: [0], 1: [1]}, range(10), experts=4, ranks=2, microbatches=3)
+    record = read_record(directory)
+    begins = [0, *sorted(starts)]
+    wanted = [part.sum(0) for part in np.split(record.counts, [3 * start for start in begins[1:]])]
+    np.testing.assert_array_equal(record.sum_loads(np.array(begins)), wanted)
+
+
+def test_what_a_resumed_run_does_again_replaces_what_it_did_before(tmp_path: Path) -> None:
+    first = make_record(tmp_path, {0: [0]}, range(1, 11))[0]
+    second = make_record(tmp_path, {0: [0]}, range(8, 14))[0]
+    record = read_record(tmp_path)
+    assert record.steps.tolist() == list(range(1, 14))
+    np.testing.assert_array_equal(record.counts, np.concatenate([first[:14], second]))
+
+
+def test_lines_find_their_loads_after_a_kill_between_the_two(tmp_path: Path) -> None:
+    first = make_record(tmp_path, {0: [0, 1]}, range(5))[0]
+    append_loads(tmp_path / "loads-rank00000.npy", make_counts(2, 2, 16))
+    with (tmp_path / "eplb-rank00000.jsonl").open("a") as file:
+        file.write('{"step": 5, "lay')
+    np.testing.assert_array_equal(read_record(tmp_path).counts, first)
+    second = make_record(tmp_path, {0: [0, 1]}, range(5, 7))[0]
+    record = read_record(tmp_path)
+    assert record.steps.tolist() == list(range(7))
+    np.testing.assert_array_equal(record.counts, np.concatenate([first, second]))
+
+
+def test_lines_without_an_end_follow_each_other(tmp_path: Path) -> None:
+    counts = make_record(tmp_path, {0: [0]}, range(3))[0]
+    for line in range(3):
+        change_line(tmp_path, line, end=None)
+    np.testing.assert_array_equal(read_record(tmp_path).counts, counts)
+
+
+def test_steps_are_those_that_all_pipeline_ranks_have_whole(tmp_path: Path) -> None:
+    make_record(tmp_path, {0: [0], 1: [1]}, range(6))
+    make_record(tmp_path, {0: [0]}, range(6, 9))
+    loads = tmp_path / "loads-rank00001.npy"
+    loads.write_bytes(loads.read_bytes()[:-1])
+    record = read_record(tmp_path)
+    assert record.steps.tolist() == list(range(5)) and record.counts.shape == (10, 2, 16)
+
+
+def test_steps_whose_loads_were_written_over_are_left_out(tmp_path: Path) -> None:
+    make_record(tmp_path, {0: [0]}, range(4))
+    change_line(tmp_path, 3, end=7)
+    assert read_record(tmp_path).steps.tolist() == [0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"step": -1}, "step is -1; allowed: a whole number from 0 to"),
+        ({"step": True}, "step is True"),
+        ({"step": None}, "has no step; allowed: a whole number"),
+        ({"layers": [1]}, "layers is [1]; allowed: [1, 6], as in the lines before"),
+        ({"layers": [6, 1]}, "layers is [6, 1]"),
+        ({"microbatches": 0}, "microbatches is 0"),
+        ({"microbatches": 3, "end": 2}, "end is 2; allowed: a whole number from 3"),
+        ({"ranks": 3}, "20 slots on 3 ranks"),
+        ({"ranks": 10**15}, "20 slots on 1000000000000000 ranks"),
+        ({"balancedness_before": [0.5]}, "balancedness_before is [0.5]; allowed: 2 numbers from 0 to 1"),
+        ({"balancedness_after": [0.5, 1.5]}, "balancedness_after is [0.5, 1.5]"),
+        ({"balancedness_after": [0.5, float("nan")]}, "balancedness_after is [0.5, nan]"),
+        ({"experts": [[0, 1], [0]]}, "experts is [[0, 1], [0]]; allowed: 2 rows"),
+        ({"experts": "\x1b[31m" * 99}, r"experts is '\x1b[31m"),
+        ({"experts": [[], []]}, "experts is [[], []]"),
+        ({"experts": [[16] * 20] * 2}, "allowed: 2 rows, one per layer, all as long, of whole numbers from -1 to 15"),
+        ({"experts": [[10**30] * 20] * 2}, "experts is [["),
+        ({"experts": [["a" * 99] * 20] * 2}, "experts is [['aaa"),
+        ({"experts": [[-1] * 20] * 2}, "layer 0: slot 0, the home of expert 0, holds -1"),
+        ({"homes": [[0, 1], [0, 1]]}, "homes of 2 experts; allowed: 16"),
+        ({"homes": [[20] * 16] * 2}, "from 0 to 19"),
+        ({"bytes": 1.5}, "bytes is 1.5"),
+        ({"clones": -1}, "clones is -1"),
+        ({"waited_ms": float("inf")}, "waited_ms is inf"),
+        ({"weights_ms": "1"}, "weights_ms is '1'"),
+    ],
+)
+def test_a_line_that_does_not_fit_is_named(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    make_record(tmp_path, PARTS, range(4))
+    change_line(tmp_path, 2, **changes)
+    refuse(tmp_path, said)
+    refuse(tmp_path, f"{tmp_path / 'eplb-rank00000.jsonl'}, line 3")
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "", "\x00", "[" * 100_000, '{"step": ' + "9" * 5000 + "}", "\udc80"])
+def test_a_line_that_is_no_object_is_named(tmp_path: Path, line: str) -> None:
+    make_record(tmp_path, PARTS, range(2))
+    with (tmp_path / "eplb-rank00000.jsonl").open("ab") as file:
+        file.write(line.encode(errors="surrogateescape") + b"\n")
+    refuse(tmp_path, "eplb-rank00000.jsonl, line 3")
+    refuse(tmp_path, "allowed: one object per step")
+
+
+def test_folders_that_are_no_record_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(tmp_path / "nowhere", "has 0 files eplb-rank*.jsonl; allowed: 1 to 4096, as a run with --cf-eplb --cf-record")
+    (tmp_path / "eplb-rank0\n.jsonl").touch()
+    refuse(tmp_path, "has 0 files")
+    (tmp_path / "eplb-rank00000.jsonl").touch()
+    refuse(tmp_path, "loads-rank00000.npy is no file")
+    append_loads(tmp_path / "loads-rank00000.npy", make_counts(1, 1, 16))
+    refuse(tmp_path, "no step that all 1 pipeline ranks finished")
+    make_record(tmp_path, {0: [0]}, range(3))
+    make_record(tmp_path, {1: [0]}, range(3))
+    refuse(tmp_path, "layer 0 twice")
+    (tmp_path / "eplb-rank00001.jsonl").unlink()
+    make_record(tmp_path, {2: [1]}, range(3), experts=8)
+    refuse(tmp_path, "loads of [8, 16] experts")
+    (tmp_path / "eplb-rank00002.jsonl").unlink()
+    make_record(tmp_path, {3: [1]}, range(3), ranks=2)
+    refuse(tmp_path, "step 0 has ranks, slots and micro-batches [(2, 18, 2), (4, 20, 2)]")
+    monkeypatch.setattr(recorded_steps, "MAX_LINE_BYTES", 100)
+    refuse(tmp_path, "line 1 is longer than 100 bytes")
+
+
+def test_loads_that_are_none_are_refused(tmp_path: Path) -> None:
+    make_record(tmp_path, {0: [0]}, range(3))
+    path = tmp_path / "loads-rank00000.npy"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4] + b"\xff" * 4)
+    with pytest.raises(BalanceError, match="has -1 tokens in step 2; allowed: 0 to"):
+        _ = read_record(tmp_path).counts
+    np.save(path, np.array([{}] * 3, object), allow_pickle=True)
+    refuse(tmp_path, "a pickle")
+    path.write_bytes(whole[:60])
+    refuse(tmp_path, "cannot be read as .npy")
+    header = whole[:128].replace(b"(6, 1, 16)", b"(6, 9" + b"9" * 12 + b", 16)").replace(b" " * 12, b"", 1)
+    path.write_bytes(header[:128] + whole[128:])
+    refuse(tmp_path, "line 1")

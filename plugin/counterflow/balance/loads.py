@@ -84,10 +84,14 @@ def read_loads(path: Path) -> Array:
 
 
 def read_trace(path: Path, key: str = "counts") -> Array:
-    """Read ``int64[micro-batches, layers, experts]`` from an .npz, under ``key``, or an .npy.
+    """Read ``int64[micro-batches, layers, experts]`` from an .npz, under ``key``, an .npy, or the folder of a recorded run.
 
     Raises `BalanceError` that names the file.
     """
+    if path.is_dir():
+        from counterflow.balance.recorded import read_record  # which reads arrays as this module does
+
+        return check_counts(read_record(path).counts, str(path))
     values = _read(path, {".npz": lambda file: _read_npz(file, key), ".npy": _read_npy})
     return check_counts(values, str(path))
 

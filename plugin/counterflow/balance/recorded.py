@@ -6,18 +6,99 @@
 
 import io
 import json
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from counterflow.balance.cluster import Array
-from counterflow.balance.loads import name_file, read_array_header
+from counterflow.balance.cluster import Array, make_cluster
+from counterflow.balance.loads import MAX_ENTRIES, MAX_FILE_BYTES, name_file, read_array_header
+from counterflow.balance.placement import Placement
+from counterflow.balance.recorded_steps import SUMS, TIMES, RecordedStep, read_steps
 from counterflow.errors import BalanceError
 
 _TYPE = np.dtype("<i4")
 LARGEST_RECORDED = 2**31 - 1
+# Far above any run's.
+MAX_PARTS = 4096
+
+
+@dataclass(frozen=True)
+class RecordedBalance:
+    """What a run with ``--cf-eplb --cf-record`` wrote: S steps, L layers of all pipeline ranks, E experts, R ranks.
+
+    ``layers``: ``int64[L]``, their numbers in the model, ascending. ``steps``: ``int64[S]``, their numbers, ascending; of a step
+    that a resumed run did again the later is here. ``microbatches``: ``int64[S]``. ``before`` and ``after``: ``float64[S, L]``,
+    balancedness with homes alone and with clones, the mean of the step's micro-batches. ``figures``: ``float64[S]`` by name,
+    `SUMS` summed over pipeline ranks, of `TIMES` the longest.
+    """
+
+    layers: Array
+    steps: Array
+    microbatches: Array
+    before: Array
+    after: Array
+    figures: dict[str, Array]
+    experts: int
+    parts: "tuple[_Part, ...]" = field(repr=False)
+
+    @cached_property
+    def counts(self) -> Array:
+        """``int64[micro-batches, L, E]``: tokens per expert of all steps, read from the files.
+
+        Raises `BalanceError` for more than `MAX_ENTRIES`; `sum_loads` has no such bound.
+        """
+        total, size = int(self.microbatches.sum()), len(self.layers) * self.experts
+        if total * size > MAX_ENTRIES:
+            raise BalanceError(
+                f"record of {total:,} micro-batches, {len(self.layers)} layers and {self.experts} experts; allowed: "
+                f"{MAX_ENTRIES:,} counts at once, {MAX_ENTRIES // size:,} such micro-batches: cut a part from its loads-rank*.npy"
+            )
+        counts = np.empty((total, len(self.layers), self.experts), np.int64)
+        ends = np.cumsum(self.microbatches)
+        for places, step, rows in self._read_rows():
+            counts[ends[step] - len(rows) : ends[step], places] = rows
+        return counts
+
+    def sum_loads(self, starts: Array) -> Array:
+        """Return ``int64[groups, L, E]``: tokens per expert of groups of steps, each from its start to the next one's."""
+        sums = np.zeros((len(starts), len(self.layers), self.experts), np.int64)
+        groups = np.searchsorted(starts, np.arange(len(self.steps)), side="right") - 1
+        for places, step, rows in self._read_rows():
+            sums[groups[step], places] += rows.sum(0, dtype=np.int64)
+        return sums
+
+    def find_placement(self, index: int) -> Placement:
+        """Return the placement of the step at an index, such as -1 for the last, of all layers; homes and clones."""
+        number = int(self.steps[index])
+        order = np.argsort(np.concatenate([part.layers for part in self.parts]))
+        held = [part.steps[number] for part in self.parts]
+        experts, homes = (np.concatenate([getattr(step, name) for step in held])[order] for name in ("experts", "homes"))
+        return Placement(make_cluster(held[0].ranks, experts.shape[1]), experts, homes)
+
+    def _read_rows(self) -> Iterator[tuple[Array, int, Array]]:
+        """Yield the places of a part's layers, the index of a step and its ``int32[micro-batches, layers, experts]``."""
+        for part in self.parts:
+            places = np.searchsorted(self.layers, part.layers)
+            with name_file(part.loads), part.loads.open("rb") as file:
+                for index, number in enumerate(self.steps.tolist()):
+                    yield places, index, _read_loads(file, part, part.steps[number])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one pipeline rank wrote; ``start`` is the byte of its loads at which the first micro-batch begins."""
+
+    loads: Path
+    start: int
+    layers: Array
+    experts: int
+    steps: dict[int, RecordedStep]
 
 
 # ---- writing
@@ -130,3 +211,105 @@ def _find_last_line_end(file: IO[bytes]) -> int:
             return begin + found + 1
         end = begin
     return 0
+
+
+# ---- reading
+
+
+def read_record(directory: Path) -> RecordedBalance:
+    """Read what all pipeline ranks wrote, of the steps that each of them has whole.
+
+    What a kill left unfinished is passed over; anything else that does not fit raises `BalanceError` that names file and line.
+    """
+    with name_file(directory):
+        paths = _list_steps(directory)
+    parts = tuple(_read_part(path) for path in paths)
+    _check_parts(directory, parts)
+    numbers = sorted(set.intersection(*(set(part.steps) for part in parts)))
+    if not numbers:
+        raise BalanceError(f"{directory} has no step that all {len(parts)} pipeline ranks finished; allowed: 1 or more")
+    return _merge(directory, parts, numbers)
+
+
+def _merge(directory: Path, parts: tuple[_Part, ...], numbers: list[int]) -> RecordedBalance:
+    rows = [[part.steps[number] for part in parts] for number in numbers]
+    for row in rows:
+        sizes = {(step.ranks, step.experts.shape[1], step.microbatches) for step in row}
+        if len(sizes) > 1:
+            raise BalanceError(
+                f"{directory}: step {row[0].number} has ranks, slots and micro-batches {sorted(sizes)}; "
+                "allowed: the same in all files; record each run in a folder of its own"
+            )
+    layers = np.concatenate([part.layers for part in parts])
+    order = np.argsort(layers)
+
+    def join(take: Callable[[RecordedStep], Array]) -> Array:
+        return np.stack([np.concatenate([take(step) for step in row])[order] for row in rows])
+
+    def combine(name: str, how: Callable[[list[float]], float]) -> Array:
+        return np.array([how([step.figures[name] for step in row]) for row in rows], np.float64)
+
+    return RecordedBalance(
+        layers=layers[order],
+        steps=np.array(numbers),
+        microbatches=np.array([row[0].microbatches for row in rows]),
+        before=join(lambda step: step.before),
+        after=join(lambda step: step.after),
+        figures={name: combine(name, math.fsum) for name in SUMS} | {name: combine(name, max) for name in TIMES},
+        experts=parts[0].experts,
+        parts=parts,
+    )
+
+
+def _list_steps(directory: Path) -> list[Path]:
+    paths = sorted(path for path in directory.glob("eplb-rank*.jsonl") if re.fullmatch(r"eplb-rank[0-9]+\.jsonl", path.name))
+    if not 1 <= len(paths) <= MAX_PARTS:
+        raise BalanceError(
+            f"{directory} has {len(paths)} files eplb-rank*.jsonl; "
+            f"allowed: 1 to {MAX_PARTS}, as a run with --cf-eplb --cf-record DIR writes them"
+        )
+    for path in paths:
+        if not path.is_file() or not _find_loads(path).is_file():
+            missing = _find_loads(path) if path.is_file() else path
+            raise BalanceError(f"{missing} is no file; allowed: a pair of files for each pipeline rank, loads and steps")
+    total = sum(path.stat().st_size for path in paths)
+    if total > MAX_FILE_BYTES:
+        raise BalanceError(f"{directory} has {total} bytes in its eplb-rank*.jsonl; allowed: {MAX_FILE_BYTES}")
+    return paths
+
+
+def _check_parts(directory: Path, parts: tuple[_Part, ...]) -> None:
+    experts = {part.experts for part in parts}
+    if len(experts) > 1:
+        raise BalanceError(f"{directory} has loads of {sorted(experts)} experts; allowed: as many in all files")
+    layers, times = np.unique(np.concatenate([part.layers for part in parts]), return_counts=True)
+    if (times > 1).any():
+        raise BalanceError(
+            f"{directory} has layer {layers[times > 1][0]} twice; "
+            "allowed: each layer once; record each run, and each number of pipeline ranks, in a folder of its own"
+        )
+
+
+def _find_loads(path: Path) -> Path:
+    return path.with_name(path.name.replace("eplb-", "loads-", 1)).with_suffix(".npy")
+
+
+def _read_part(path: Path) -> _Part:
+    loads = _find_loads(path)
+    with name_file(loads), loads.open("rb") as file:
+        rows, start, (layers, experts) = _find_end(file, loads)
+    numbers, steps = read_steps(path, layers, experts)
+    return _Part(loads, start, np.array(numbers, np.int64), experts, {step.number: step for step in steps if step.end <= rows})
+
+
+def _read_loads(file: IO[bytes], part: _Part, step: RecordedStep) -> Array:
+    shape = (step.microbatches, len(part.layers), part.experts)
+    size = math.prod(shape) * _TYPE.itemsize
+    file.seek(part.start + (step.end - step.microbatches) * size // step.microbatches)
+    data = file.read(size)
+    if len(data) < size:
+        raise BalanceError(f"{part.loads} was cut while it was read; allowed: a record that only grows")
+    rows = np.frombuffer(data, _TYPE).reshape(shape)
+    if rows.min() < 0:
+        raise BalanceError(f"{part.loads} has {rows.min()} tokens in step {step.number}; allowed: 0 to {LARGEST_RECORDED}")
+    return rows

@@ -13,8 +13,8 @@ from counterflow.report.colours import DARK, LIGHT
 _ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
 
-def fill_page(name: str, data: dict[str, Any], **values: Any) -> str:
-    """Return the page of ``<name>.html`` with its style and script behind those that all pages share.
+def fill_page(name: str, script: str, data: dict[str, Any], **values: Any) -> str:
+    """Return the page of ``<name>.html`` with style and script of ``<script>.css`` and ``.js`` behind those that all pages share.
 
     ``data`` is what the script draws; ``values`` are the template's, escaped there.
     """
@@ -24,8 +24,8 @@ def fill_page(name: str, data: dict[str, Any], **values: Any) -> str:
     return environment.get_template(f"{name}.html").render(
         light=LIGHT,
         dark=DARK,
-        style=Markup(_read("base.css") + _read(f"{name}.css")),
-        script=Markup(_read("base.js") + _read(f"{name}.js")),
+        style=Markup(_read("base.css") + _read(f"{script}.css")),
+        script=Markup(_read("base.js") + _read(f"{script}.js")),
         data=Markup(json.dumps(data, separators=(",", ":"), allow_nan=False).translate(_ESCAPES)),
         **values,
     )

@@ -32,6 +32,7 @@ def render_html(pictures: Sequence[Picture]) -> str:
     pictures = prepare_pictures(pictures, MAX_SPANS, "the page")
     return fill_page(
         "page",
+        "page",
         {"pictures": [encode_picture(picture) for picture in pictures]},
         title=" / ".join(map(clean_title, pictures)),
         pictures=[_describe(picture) for picture in pictures],

@@ -1,12 +1,13 @@
-// Draws a balance replay: a small chart per layer, and of the chosen layer its lines and its loads before and after; moves.
+// Draws what came of balancing, over micro-batches or steps: a small chart per layer; of the chosen layer lines and heat maps; bars.
 (() => {
   const LEFT = 46, RIGHT = 22, TOP = 8, AXIS = 36; // pixels around the large plots
   const SMALL = 84; // height of a layer's small chart
   const ORDER = ["fixed", "eplb", "oracle", "counterflow"]; // the last is drawn on top
   const data = JSON.parse(document.getElementById("data").textContent);
-  const { first, steps, size, groups, ranks, layers, root } = data;
+  const { firsts, lasts, steps, size, groups, rows, layers } = data;
   const methods = ORDER.filter((name) => name in data.names);
-  const means = unpackAll(data.means), lowest = unpackAll(data.lowest), loads = unpackAll(data.loads);
+  const means = unpackAll(data.means), lowest = unpackAll(data.lowest);
+  const maps = data.maps.map((map) => ({ ...map, values: unpack(map.values) }));
   const state = { chosen: data.chosen, width: 0 };
   const buttons = [...document.querySelectorAll(".layer")];
   const chooser = document.getElementById("layer");
@@ -25,23 +26,22 @@
     return values;
   }
 
-  function findLoad(name, layer, group, rank) { return loads[name][(layer * groups + group) * ranks + rank]; }
+  function findCell(map, layer, group, row) { return map.values[(layer * groups + group) * rows + row]; }
   function endOf(group) { return Math.min((group + 1) * size, steps); }
   function writeShare(value) { return value.toFixed(3); }
 
   function nameGroup(group) {
-    const from = first + group * size, to = first + endOf(group) - 1;
-    return from === to ? `micro-batch ${from}` : `micro-batches ${from} to ${to}`;
+    const from = firsts[group], to = lasts[group];
+    return from === to ? `${data.unit} ${from}` : `${data.units} ${from} to ${to}`;
   }
 
   // ---- places
   function listPlots() {
-    const drawings = {
-      lines: { height: 260, draw: drawLines, describe: describeLines },
-      before: { height: heightOfMap(), draw: (plot) => drawMap(plot, "fixed"), describe: describeLoads },
-      after: { height: heightOfMap(), draw: (plot) => drawMap(plot, "counterflow"), describe: describeLoads },
-      moves: { height: 190, draw: drawMoves, describe: describeMoves },
-    };
+    const drawings = { lines: { height: 260, draw: drawLines, describe: describeLines } };
+    for (const map of maps) drawings[map.name] = { height: heightOfMap(), draw: (plot) => drawMap(plot, map), describe: describeCell };
+    for (const bars of data.bars) {
+      drawings[bars.name] = { height: 190, draw: (plot) => drawBars(plot, bars), describe: (plot, group) => describeBars(bars, group) };
+    }
     return Object.entries(drawings).flatMap(([id, drawing]) => {
       const canvas = document.getElementById(id);
       return canvas ? [{ id, canvas, pen: canvas.getContext("2d"), cursor: canvas.nextElementSibling, ...drawing }] : [];
@@ -49,7 +49,7 @@
   }
 
   /** Rows of 18 pixels, thinner where ranks are many, never less than a pixel. */
-  function heightOfMap() { return TOP + Math.max(Math.min(18 * ranks, 384), ranks) + AXIS; }
+  function heightOfMap() { return TOP + Math.max(Math.min(18 * rows, 384), rows) + AXIS; }
 
   function placePlot(plot) {
     const width = Math.max(200, plot.canvas.parentElement.clientWidth);
@@ -76,16 +76,26 @@
     pen.textBaseline = "middle";
   }
 
+  /** Where a number of a micro-batch or step is, or the next one that is there, and its number. */
+  function findStep(number) {
+    const group = lasts.findIndex((last) => last >= number), from = Math.max(number, firsts[group]);
+    const share = (from - firsts[group] + 0.5) / (lasts[group] - firsts[group] + 1);
+    return { at: group * size + share * (endOf(group) - group * size), label: from };
+  }
+
   function drawSteps({ pen, box }) {
-    const step = Math.max(1, chooseStep(steps, (box.right - box.left) / 70));
+    const first = firsts[0], last = lasts[groups - 1];
+    const step = Math.max(1, chooseStep(last - first + 1, (box.right - box.left) / 70));
     pen.textAlign = "center";
     pen.fillStyle = colours.muted;
-    for (let n = Math.ceil(first / step) * step; n < first + steps; n += step) {
-      const x = toX(box, n - first + 0.5);
+    for (let n = Math.ceil(first / step) * step, free = -Infinity; n <= last; n += step) {
+      const { at, label } = findStep(n), x = toX(box, at);
+      if (x < free) continue; // between numbers that are not there, labels would lie on each other
       pen.fillRect(Math.round(x), box.bottom, 1, 4);
-      pen.fillText(String(n), x, box.bottom + 12);
+      pen.fillText(String(label), x, box.bottom + 12);
+      free = x + 40;
     }
-    pen.fillText("micro-batch", (box.left + box.right) / 2, box.bottom + 27);
+    pen.fillText(data.unit, (box.left + box.right) / 2, box.bottom + 27);
   }
 
   /** A thin line and a label at each value of the vertical axis. */
@@ -149,29 +159,31 @@
     for (const name of methods) drawMethod(plot, name, layer, 1);
   }
 
-  /** Five shades for 0, 1/2, 1, the root and its square, mixed between. */
-  function mixColour(load) {
-    const place = Math.min(load <= 1 ? 2 * load : 2 + Math.log(load) / Math.log(root), 4);
-    const lower = Math.min(Math.floor(place), 3), share = place - lower;
-    const [one, other] = [colours.shades[lower], colours.shades[lower + 1]];
-    return one.map((value, n) => Math.floor(value + (other[n] - value) * share + 0.5));
+  /** Loads: five shades for 0, 1/2, 1, the root and its square. Clones: from neutral to green, even in doublings of copies. */
+  function mixColour(value, { scale, root, most }) {
+    if (scale === "clones") return mix(colours.shades[2], colours.green, Math.log2(1 + value) / Math.log2(1 + most));
+    const place = Math.min(value <= 1 ? 2 * value : 2 + Math.log(value) / Math.log(root), 4);
+    const lower = Math.min(Math.floor(place), 3);
+    return mix(colours.shades[lower], colours.shades[lower + 1], place - lower);
   }
 
-  function paintMap(name) {
+  function mix(one, other, share) { return one.map((value, n) => Math.floor(value + (other[n] - value) * share + 0.5)); }
+
+  function paintMap(map) {
     const tile = document.createElement("canvas");
     tile.width = groups;
-    tile.height = ranks;
-    const pen = tile.getContext("2d"), image = pen.createImageData(groups, ranks);
-    for (let rank = 0; rank < ranks; rank++) {
+    tile.height = rows;
+    const pen = tile.getContext("2d"), image = pen.createImageData(groups, rows);
+    for (let row = 0; row < rows; row++) {
       for (let group = 0; group < groups; group++) {
-        image.data.set([...mixColour(findLoad(name, state.chosen, group, rank)), 255], 4 * (rank * groups + group));
+        image.data.set([...mixColour(findCell(map, state.chosen, group, row), map), 255], 4 * (row * groups + group));
       }
     }
     pen.putImageData(image, 0, 0);
     return tile;
   }
 
-  function drawMap(plot, name) {
+  function drawMap(plot, map) {
     const { pen, box } = plot;
     clear(plot);
     const wide = box.right - box.left, high = box.bottom - box.top, ratio = window.devicePixelRatio || 1;
@@ -179,30 +191,32 @@
     pen.beginPath();
     pen.rect(box.left, box.top, wide, high);
     pen.clip(); // the last group may be shorter than the others
-    pen.imageSmoothingEnabled = groups > wide * ratio || ranks > high * ratio;
-    pen.drawImage(paintMap(name), box.left, box.top, wide * groups * size / steps, high);
+    pen.imageSmoothingEnabled = groups > wide * ratio || rows > high * ratio;
+    pen.drawImage(paintMap(map), box.left, box.top, wide * groups * size / steps, high);
     pen.restore();
     drawSteps(plot);
-    const step = Math.max(1, chooseStep(ranks, Math.max(1, high / 16)));
+    const step = Math.max(1, chooseStep(rows, Math.max(1, high / 16)));
     pen.textAlign = "right";
     pen.fillStyle = colours.muted;
-    for (let rank = 0; rank < ranks; rank += step) pen.fillText(String(rank), box.left - 6, box.top + (rank + 0.5) / ranks * high);
+    for (let row = 0; row < rows; row += step) pen.fillText(String(row), box.left - 6, box.top + (row + 0.5) / rows * high);
     pen.save();
     pen.translate(10, (box.top + box.bottom) / 2);
     pen.rotate(-Math.PI / 2);
     pen.textAlign = "center";
-    if (high >= 40) pen.fillText("rank", 0, 0);
+    if (high >= 40) pen.fillText(data.row, 0, 0);
     pen.restore();
   }
 
-  function drawMoves(plot) {
-    const { pen, box } = plot, highest = Math.max(...data.moves), high = box.bottom - box.top;
+  /** Each series from the ground up, the later before the earlier; what has no colour is for the tooltip alone. */
+  function drawBars(plot, { series }) {
+    const drawn = series.filter(({ colour }) => colour), highest = Math.max(...drawn.flatMap(({ values }) => values));
+    const { pen, box } = plot, high = box.bottom - box.top;
     clear(plot);
     drawSteps(plot);
     drawLevels(plot, listLevels(0, highest, 4), (value) => box.bottom - value / highest * high);
     for (let n = 0; n < groups; n++) {
       const left = toX(box, n * size), width = toX(box, endOf(n)) - left, gap = width > 4 ? 1 : 0;
-      for (const [values, colour] of [[data.moves, "up-F"], [data.far, "up-B"]]) {
+      for (const { values, colour } of drawn) {
         const bar = values[n] / highest * high;
         pen.fillStyle = colours[colour];
         pen.fillRect(left + gap / 2, box.bottom - bar, width - gap, bar);
@@ -225,9 +239,12 @@
 
   function readColours() {
     const shades = [0, 1, 2, 3, 4].map((shade) => `load-${shade}`);
-    colours = findColours(["ground", "muted", "grid", "up-F", "up-B", ...ORDER, ...shades]);
-    colours.shades = shades.map((name) => [1, 3, 5].map((n) => parseInt(colours[name].slice(n, n + 2), 16)));
+    colours = findColours(["ground", "muted", "grid", "up-F", "up-B", "activations", ...ORDER, ...shades]);
+    colours.shades = shades.map((name) => splitChannels(colours[name]));
+    colours.green = splitChannels(colours.activations);
   }
+
+  function splitChannels(colour) { return [1, 3, 5].map((n) => parseInt(colour.slice(n, n + 2), 16)); }
 
   function choose(layer) {
     state.chosen = clamp(layer, 0, layers.length - 1);
@@ -250,16 +267,17 @@
 
   function describeLines(plot, group) { return describeLayer(state.chosen, group); }
 
-  function describeLoads({ box }, group, y) {
-    const rank = clamp(Math.floor((y - box.top) / (box.bottom - box.top) * ranks), 0, ranks - 1);
-    const lines = Object.keys(loads).map((name) => `${data.names[name]}: ${writeShare(findLoad(name, state.chosen, group, rank))} × the mean`);
-    return [`rank ${rank}, layer ${layers[state.chosen]}, ${nameGroup(group)}`, ...lines];
+  function describeCell({ box }, group, y) {
+    const row = clamp(Math.floor((y - box.top) / (box.bottom - box.top) * rows), 0, rows - 1);
+    const lines = maps.map((map) => {
+      const value = findCell(map, state.chosen, group, row);
+      return map.scale === "clones" ? `${map.words}: ${Number(writeShare(value))}` : `${map.words}: ${writeShare(value)} × the mean`;
+    });
+    return [`${data.row} ${row}, layer ${layers[state.chosen]}, ${nameGroup(group)}`, ...lines];
   }
 
-  function describeMoves(plot, group) {
-    const unit = size > 1 ? "clones per micro-batch" : "clones";
-    const far = data.far.some((count) => count > 0) ? [`${writeNumber(data.far[group])} of them from another node`] : [];
-    return [nameGroup(group), `${writeNumber(data.moves[group])} ${unit}`, ...far];
+  function describeBars({ series }, group) {
+    return [nameGroup(group), ...series.map(({ values, words }) => `${writeNumber(values[group])} ${words}`)];
   }
 
   function hover(plot, event) {

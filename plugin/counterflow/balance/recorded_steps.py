@@ -1,0 +1,159 @@
+"""The lines of a recorded run, one JSON object per training step: read from files that are not trusted."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from counterflow.balance.cluster import Array, make_cluster
+from counterflow.balance.loads import name_file
+from counterflow.balance.placement import EMPTY, Placement
+from counterflow.errors import BalanceError
+
+# Of a step, summed over pipeline ranks, and the largest of them.
+SUMS = ("clones", "moved", "homes_moved", "bytes")
+TIMES = ("weights_ms", "gradients_ms", "waited_ms")
+# Far above any run's; what is read must not fill the memory.
+MAX_LINE_BYTES = 16 * 2**20
+MAX_WHOLE = 2**53
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """A line: its micro-batches end at ``end`` in the loads; ``experts`` and ``homes`` are ``int32[layers, ...]``."""
+
+    number: int
+    ranks: int
+    microbatches: int
+    end: int
+    before: Array
+    after: Array
+    experts: Array
+    homes: Array
+    figures: dict[str, float]
+
+
+def read_steps(path: Path, layers: int, experts: int) -> tuple[list[int], list[RecordedStep]]:
+    """Return the layers' numbers in the model, and the steps of one pipeline rank, ascending.
+
+    A last line without an end, which a kill leaves, is passed over. Of what a resumed run did again, the later is kept. Raises
+    `BalanceError` that names file and line for anything that does not fit so many layers and experts.
+    """
+    kept: list[RecordedStep] = []
+    numbers: list[int] | None = None
+    for line, where in _read_lines(path):
+        numbers = _take_layers(line, where, layers, numbers)
+        step = _parse_step(line, where, layers, experts, kept[-1] if kept else None)
+        # A resumed run goes back to its checkpoint: what it did after that is no part of how it came here.
+        while kept and (kept[-1].number >= step.number or kept[-1].end > step.end - step.microbatches):
+            kept.pop()
+        kept.append(step)
+    return numbers or [], kept
+
+
+def _read_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield each finished line and where it is."""
+    with name_file(path), path.open("rb") as file:
+        number = 0
+        while (line := file.readline(MAX_LINE_BYTES)).endswith(b"\n"):
+            number += 1
+            where = f"{path}, line {number}"
+            try:
+                given = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise BalanceError(f"{where} is no JSON: {str(error)[:80]}; allowed: one object per step") from None
+            if not isinstance(given, dict):
+                raise BalanceError(f"{where} is {_quote(given)}; allowed: one object per step")
+            yield given, where
+        if len(line) == MAX_LINE_BYTES:
+            raise BalanceError(f"{path}, line {number + 1} is longer than {MAX_LINE_BYTES} bytes; allowed: one object per step")
+
+
+def _parse_step(given: dict[str, Any], where: str, layers: int, experts: int, last: RecordedStep | None) -> RecordedStep:
+    ranks = _take_whole(given, "ranks", where, 1)
+    microbatches = _take_whole(given, "microbatches", where, 1)
+    follows = {"end": (last.end if last else 0) + microbatches}
+    held = _take_table(given, "experts", where, layers, (EMPTY, experts - 1))
+    homes = _take_table(given, "homes", where, layers, (0, held.shape[1] - 1))
+    if homes.shape[1] != experts:
+        raise BalanceError(f"{where}: homes of {homes.shape[1]} experts; allowed: {experts}, as its loads have")
+    try:
+        Placement(make_cluster(ranks, held.shape[1]), held, homes)
+    except BalanceError as error:
+        raise BalanceError(f"{where}: {error}") from None
+    if last is not None and np.array_equal(held, last.experts) and np.array_equal(homes, last.homes):
+        held, homes = last.experts, last.homes  # most steps of a long run share theirs
+    return RecordedStep(
+        number=_take_whole(given, "step", where, 0),
+        ranks=ranks,
+        microbatches=microbatches,
+        end=_take_whole(follows | given, "end", where, microbatches),
+        before=_take_shares(given, "balancedness_before", where, layers),
+        after=_take_shares(given, "balancedness_after", where, layers),
+        experts=held,
+        homes=homes,
+        figures={name: _take_whole(given, name, where, 0) for name in SUMS}
+        | {name: _take_number(given, name, where) for name in TIMES},
+    )
+
+
+def _take(given: dict[str, Any], key: str, where: str, fits: Callable[[Any], bool], allowed: str) -> Any:
+    if key not in given:
+        raise BalanceError(f"{where} has no {key}; allowed: {allowed}")
+    if not fits(given[key]):
+        raise BalanceError(f"{where}: {key} is {_quote(given[key])}; allowed: {allowed}")
+    return given[key]
+
+
+def _take_whole(given: dict[str, Any], key: str, where: str, least: int) -> int:
+    allowed = f"a whole number from {least} to {MAX_WHOLE}"
+    return int(_take(given, key, where, lambda value: type(value) is int and least <= value <= MAX_WHOLE, allowed))
+
+
+def _take_number(given: dict[str, Any], key: str, where: str) -> float:
+    allowed = f"a number from 0 to {MAX_WHOLE}"
+    return float(_take(given, key, where, lambda value: type(value) in (int, float) and 0 <= value <= MAX_WHOLE, allowed))
+
+
+def _take_shares(given: dict[str, Any], key: str, where: str, layers: int) -> Array:
+    def fits(value: Any) -> bool:
+        # A rounding error above 1 is none of the reader's.
+        return _is_list(value, layers) and all(type(each) in (int, float) and 0 <= each <= 1 + 1e-6 for each in value)
+
+    taken = _take(given, key, where, fits, f"{layers} numbers from 0 to 1, one per layer of its loads")
+    return np.minimum(np.array(taken, np.float64), 1.0)
+
+
+def _take_layers(given: dict[str, Any], where: str, layers: int, before: list[int] | None) -> list[int]:
+    def fits(value: Any) -> bool:
+        whole = _is_list(value, layers) and all(type(each) is int and 0 <= each <= MAX_WHOLE for each in value)
+        return whole and len(set(value)) == layers and before in (None, value)
+
+    allowed = (
+        f"{layers} whole numbers, as its loads have layers" if before is None else f"{_quote(before)}, as in the lines before"
+    )
+    return list(_take(given, "layers", where, fits, allowed))
+
+
+def _take_table(given: dict[str, Any], key: str, where: str, layers: int, bounds: tuple[int, int]) -> Array:
+    """Return ``int32[layers, columns]``. By hand: numpy would make room for the longest text in every entry."""
+
+    def fits(value: Any) -> bool:
+        rows = _is_list(value, layers) and all(_is_list(row, len(value[0]) if _is_list(value[0]) else 0) for row in value)
+        return rows and all(type(each) is int and bounds[0] <= each <= bounds[1] for row in value for each in row)
+
+    allowed = f"{layers} rows, one per layer, all as long, of whole numbers from {bounds[0]} to {bounds[1]}"
+    return np.array(_take(given, key, where, fits, allowed), np.int32)
+
+
+def _is_list(value: Any, size: int | None = None) -> bool:
+    return isinstance(value, list) and len(value) > 0 and size in (None, len(value))
+
+
+def _quote(value: Any) -> str:
+    """Return a value of a file on one line, short, without what could steer a terminal."""
+    text = ascii(value)
+    return text if len(text) <= 40 else text[:39] + "…"
