@@ -313,6 +313,29 @@ def _check_eplb(args: Any, options: Options) -> None:
         raise OptionError(
             f"--cf-eplb does not know --moe-token-dispatcher-type {dispatcher}: alltoall, allgather and flex are allowed"
         )
+    if getattr(args, "fp8", None) and (_get(args, "fp8_recipe", "delayed")) == "delayed":
+        raise OptionError(
+            "--cf-eplb does not run with --fp8-recipe delayed, whose scales are another expert's history once a clone changes: "
+            "give tensorwise, blockwise or mxfp8"
+        )
+    _check_rehoming(args, options)
+
+
+def _check_rehoming(args: Any, options: Options) -> None:
+    """Homes move with what the optimizer keeps for them, as far as it is known what that is."""
+    if options.eplb_rehome_interval is None:
+        return
+    optimizer = getattr(args, "optimizer", None) or "adam"
+    if optimizer not in ("adam", "sgd"):
+        raise OptionError(f"--cf-eplb-rehome-interval moves the state of adam and sgd; --optimizer {optimizer} given: drop it")
+    refused = {
+        "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
+        "optimizer_cpu_offload": "--optimizer-cpu-offload",
+        "use_layer_wise_distributed_optimizer": "--use-layer-wise-distributed-optimizer",
+    }
+    for name, flag in refused.items():
+        if getattr(args, name, None):
+            raise OptionError(f"--cf-eplb-rehome-interval does not run with {flag} in this version: drop one of the two")
 
 
 def has_balancing(args: Any, options: Options) -> bool:

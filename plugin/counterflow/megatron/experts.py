@@ -84,6 +84,12 @@ class LayerSlots:
         others, _ = self.clone_module(other_tokens, tokens_per_slot[self._own :], other_probs)
         return torch.cat((own, others)), bias
 
+    @property
+    def number(self) -> int:
+        """The layer's number in the model, from 1; prediction layers come after all others."""
+        layer = self.layer
+        return int(layer.layer_number + (layer.config.num_layers if layer.is_mtp_layer else 0))
+
     def list_experts(self) -> LayerExperts:
         """Return the parameters of this rank's slots."""
         homes = list_weights(self.layer.experts, self._own)

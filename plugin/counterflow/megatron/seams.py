@@ -173,6 +173,15 @@ GATHER_COUNTS = Seam(
     ("input_",),
     "expert balancing: one gather of counts, not two",
 )
+TRAIN_STEP = Seam(
+    "megatron.training.training",
+    "train_step",
+    ("forward_step_func", "data_iterator", "model", "optimizer"),
+    "expert balancing: the optimizer of homes that move",
+)
+SAVE_CHECKPOINT = Seam(
+    "megatron.training.checkpointing", "save_checkpoint", ("iteration", "model", "optimizer"), "expert balancing: homes in order"
+)
 REPORT_MOE = Seam(
     "megatron.core.transformer.moe.moe_logging",
     "MoEMetricsTracker.report",
@@ -203,6 +212,8 @@ SEAMS = (
     MOE_LAYER,
     DEAL_TOKENS,
     GATHER_COUNTS,
+    TRAIN_STEP,
+    SAVE_CHECKPOINT,
     REPORT_MOE,
 )
 
@@ -336,6 +347,7 @@ def install_balancing(patches: Patches, options: Options) -> None:
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     from counterflow.megatron.balancing import ExpertBalancer
+    from counterflow.megatron.checkpoint import refuse_other_experts
     from counterflow.megatron.experts import answer_from_shares, deal_to_slots, give_slots
 
     balancer = ExpertBalancer(options)
@@ -347,16 +359,19 @@ def install_balancing(patches: Patches, options: Options) -> None:
     name = GATHER_COUNTS.symbol
     patches.set(token_dispatcher, name, answer_from_shares(getattr(token_dispatcher, name)))
     _take(patches, GET_SCHEDULE, lambda original: _balance_schedule(original, balancer))
+    _take(patches, TRAIN_STEP, balancer.wrap_train_step)
+    _take(patches, SAVE_CHECKPOINT, balancer.wrap_save)
+    _take(patches, LOAD_CHECKPOINT, refuse_other_experts)
     if REPORT_MOE.is_present():
         from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 
-        patches.set(MoEMetricsTracker, "report", balancer.add_to_report(MoEMetricsTracker.report))
+        patches.set(MoEMetricsTracker, "report", balancer.wrap_report(MoEMetricsTracker.report))
 
 
 def _balance_schedule(original: Callable[..., Any], balancer: Any) -> Callable[..., Any]:
     @wraps(original)
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
-        return balancer.wrap(original(*args, **kwargs))
+        return balancer.wrap_schedule(original(*args, **kwargs))
 
     return get_forward_backward_func
 

@@ -32,14 +32,15 @@ class LayerExperts:
 
 @dataclass
 class Traffic:
-    """What went on since the last step was summed up: seconds of the host's clock, ``waited`` of them with nothing else to do.
+    """What went on since the last step: seconds of the host's clock, ``waited`` of them with nothing else to do.
 
-    ``clones``: those sent in the expert-parallel group, ``moved`` of them to slots that held another expert; ``bytes``: what this
-    rank sent.
+    ``clones``: those sent in the expert-parallel group, ``moved`` of them to slots that held another expert; ``homes``: those
+    that moved in it; ``bytes``: what all clones of the group took, weights and gradients.
     """
 
     clones: int = 0
     moved: int = 0
+    homes: int = 0
     bytes: int = 0
     weights: float = 0.0
     gradients: float = 0.0
@@ -101,6 +102,7 @@ class Clones:
                 *(o for t in sent for o in self._send(self._layers[layer].homes[t.home], t.home_rank, t.clone_rank, t, 0)),
                 *(o for t in sent for o in self._receive(self._layers[layer].clones[t.clone], t.home_rank, t.clone_rank, t, 0)),
             ]
+            self._traffic.bytes += len(sent) * _count_bytes(self._layers[layer].homes[0])
             if operations:
                 self._coming[layer] = time.monotonic(), dist.batch_isend_irecv(operations)
 
@@ -129,6 +131,7 @@ class Clones:
         self._rounds = [[] for _ in range(int(rounds.max(initial=-1)) + 1)]
         for transfer, turn in zip(self._held, rounds.tolist(), strict=True):
             self._rounds[turn].append(transfer)
+            self._traffic.bytes += _count_bytes(_list_gradients(self._layers[transfer.layer].homes[0]))
         self._sent_home_at = time.monotonic()
         self._start_round()
 
@@ -183,9 +186,7 @@ class Clones:
     def _send(self, tensors: Iterable[torch.Tensor], giver: int, taker: int, transfer: _Transfer, tag: int) -> list[dist.P2POp]:
         if giver != self._rank:
             return []
-        operations = self._make_operations(dist.isend, tensors, taker, transfer, tag)
-        self._traffic.bytes += sum(o.tensor.numel() * o.tensor.element_size() for o in operations)
-        return operations
+        return self._make_operations(dist.isend, tensors, taker, transfer, tag)
 
     def _receive(
         self, tensors: Iterable[torch.Tensor], giver: int, taker: int, transfer: _Transfer, tag: int
@@ -215,9 +216,11 @@ class Clones:
 def measure_clones(layers: list[LayerExperts]) -> tuple[int, int]:
     """Return the bytes of this rank's clones: of their weights, and of their gradients."""
     parameters = [parameter for layer in layers for clone in layer.clones for parameter in clone]
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    gradients = sum(p.main_grad.numel() * p.main_grad.element_size() for p in parameters if hasattr(p, "main_grad"))
-    return weights, gradients
+    return _count_bytes(parameters), _count_bytes([p.main_grad for p in parameters if hasattr(p, "main_grad")])
+
+
+def _count_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _list_gradients(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:

@@ -26,7 +26,7 @@ def move_homes(old: Placement, new: Placement, group: dist.ProcessGroup, take: T
     """
     rank, peers = group.rank(), dist.get_process_group_ranks(group)
     giver, taker = find_exchanges(old, new)
-    for layer, place in np.argwhere((giver[:, rank] != rank)).tolist():
+    for layer, place in np.argwhere(giver[:, rank] != rank).tolist():
         tensors = take(layer, place)
         arrived = [torch.empty_like(tensor) for tensor in tensors]
         operations = []
@@ -40,7 +40,7 @@ def move_homes(old: Placement, new: Placement, group: dist.ProcessGroup, take: T
 
 
 def find_exchanges(old: Placement, new: Placement) -> tuple[Array, Array]:
-    """Return ``int64[layers, ranks, places]`` twice: from which rank a home's next expert comes, and to which its last one goes."""
+    """Return ``int64[layers, ranks, places]`` twice: the rank that a home's next expert comes from, and that its last goes to."""
     assert old.homes is not None and new.homes is not None
     width = old.cluster.slots_per_rank[0]
     places = old.homes.shape[1] // old.cluster.ranks

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from counterflow.balance.clones import MOVE_PRICE, plan_clones
 from counterflow.balance.cluster import Array
+from counterflow.balance.homes import plan_homes
 from counterflow.balance.moves import arrange_rounds, keep_slots
 from counterflow.balance.placement import EMPTY, Placement, make_home_placement
 from counterflow.balance.prediction import LoadPredictor
@@ -22,15 +23,22 @@ TRANSFERS_PER_STEP = 3
 class ClonePlanner:
     """Plans on the first rank of ``group``, the ranks that hold the same layers, and tells the others.
 
-    ``interval``: steps between plans; ``traffic_weight``: as in `plan_clones`. So placements are the same everywhere, whatever
-    a rank's processor rounds.
+    ``interval``: steps between plans; ``rehome_interval``: steps between those that may move homes; ``traffic_weight``: as in
+    `plan_clones`. So placements are the same everywhere, whatever a rank's processor rounds.
     """
 
     def __init__(
-        self, placement: Placement, group: dist.ProcessGroup, device: torch.device, interval: int, traffic_weight: float
-    ):
+        self,
+        placement: Placement,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        interval: int,
+        rehome_interval: int | None,
+        traffic_weight: float,
+    ) -> None:
         self._placement, self._group, self._device = placement, group, device
-        self._interval, self._traffic_weight = interval, traffic_weight
+        self._interval, self._rehome_interval, self._traffic_weight = interval, rehome_interval, traffic_weight
+        self._steps = 0
         self._leader = dist.get_process_group_ranks(group)[0]
         self._predictor: LoadPredictor | None = None
         self._pool = ThreadPoolExecutor(1, "counterflow-plan") if group.rank() == 0 else None
@@ -43,7 +51,16 @@ class ClonePlanner:
         ``microbatches`` are those of a step, ``placement`` what the ranks hold now.
         """
         self._is_due = True
+        self._steps += self._interval
         if self._pool is not None:
+            self._planned = self._pool.submit(self._plan, counts, microbatches, placement)
+
+    def resume(self, counts: Array | None, microbatches: int, placement: Placement) -> None:
+        """Start to plan from the loads that an earlier run kept, where the first rank has some. Every rank calls it."""
+        found = torch.tensor([counts is not None], dtype=torch.int64, device=self._device)
+        dist.broadcast(found, self._leader, group=self._group)
+        self._is_due = bool(found)
+        if self._pool is not None and counts is not None:
             self._planned = self._pool.submit(self._plan, counts, microbatches, placement)
 
     def take(self) -> Placement | None:
@@ -71,7 +88,12 @@ class ClonePlanner:
             self._predictor = LoadPredictor(counts.shape[1], counts.shape[2], microbatches * self._interval)
         for seen in counts:
             self._predictor.observe(seen)
-        return plan_next(self._predictor.forecast(FORECASTS), placement, microbatches, self._traffic_weight)
+        forecasts = self._predictor.forecast(FORECASTS)
+        if self._rehome_interval is not None and self._steps >= self._rehome_interval:
+            self._steps = 0
+            horizon = microbatches * self._rehome_interval
+            placement = plan_homes(forecasts, placement, horizon, traffic_weight=self._traffic_weight).placement
+        return plan_next(forecasts, placement, microbatches, self._traffic_weight)
 
 
 def plan_next(forecasts: Array, placement: Placement, microbatches: int, traffic_weight: float) -> Placement:
@@ -80,6 +102,8 @@ def plan_next(forecasts: Array, placement: Placement, microbatches: int, traffic
     Every clone is sent anew in every step, since the optimizer changes its home: what a slot held counts for nothing, and each
     clone has to be worth its transfers within the step's micro-batches.
     """
+    if not has_clone_slots(placement):
+        return placement
     bare = clear_clones(placement)
     plan = plan_clones(forecasts, bare, microbatches, TRANSFERS_PER_STEP * MOVE_PRICE, traffic_weight)
     return keep_slots(placement, plan.placement)
@@ -91,6 +115,12 @@ def clear_clones(placement: Placement) -> Placement:
     experts = np.full_like(placement.experts, EMPTY)
     np.put_along_axis(experts, placement.homes, np.broadcast_to(np.arange(placement.homes.shape[1]), placement.homes.shape), 1)
     return Placement(placement.cluster, experts, placement.homes)
+
+
+def has_clone_slots(placement: Placement) -> bool:
+    """Tell whether there are slots beside the homes."""
+    assert placement.homes is not None
+    return bool(placement.cluster.slots > placement.homes.shape[1])
 
 
 def compile_planner() -> None:
@@ -112,5 +142,6 @@ def _run_small() -> None:
 
     homes = make_home_placement(1, 4, 2, 1)
     placement = plan_clones(np.array([[9.0, 1.0, 1.0, 1.0]]), homes, move_price=0.0).placement
+    plan_homes(np.array([[9.0, 1.0, 1.0, 1.0]]), homes, 8)
     share_tokens(np.full((2, 4), 3), placement, np.arange(2))
     arrange_rounds(np.array([0, 1]), np.array([1, 0]), 2, 1)
