@@ -18,8 +18,9 @@ USAGE = """usage: python -m counterflow.launch SCRIPT [ARGS...]
 Runs a Megatron training script with counterflow's flags:
   --cf-schedule NAME|FILE.csv   1f1b, interleaved, dualpipev, or a table in CSV
   --cf-overlap                  hide expert all-to-all behind compute in the schedule's overlapped pairs
+  --cf-eplb                     clone hot experts and split their tokens, with the same losses and checkpoints
   --cf-platform auto|cpu|cuda   cpu runs on CPU ranks over gloo; auto does so where no GPU is found
-  --cf-record DIR               write every training step's timeline to DIR
+  --cf-record DIR               write every training step's timeline, and its expert loads, to DIR
 All other arguments are the script's own; SCRIPT --help lists them together."""
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from counterflow.balance.recorded import read_record
 from ranks import RankError, start_ranks
 from train import TRACKER, read_flags
 
@@ -87,17 +88,20 @@ def test_what_cannot_work_ends_in_one_line(tmp_path: Path, flags: list[str], sai
 
 
 @pytest.mark.skipif("MEGATRON_LM_PATH" not in os.environ, reason="set MEGATRON_LM_PATH to a Megatron-LM core_v0.19.0 checkout")
-def test_megatrons_own_pretrain_gpt_trains_under_dualpipev(tmp_path: Path) -> None:
+def test_megatrons_own_pretrain_gpt_trains_under_dualpipev_with_clones(tmp_path: Path) -> None:
     script = Path(os.environ["MEGATRON_LM_PATH"]) / "pretrain_gpt.py"
     flags = [*read_flags("deepseek-v3-small.args"), *read_flags("cpu.args"), *SMALL]
     flags += ["--mock-data", "--train-iters", "4", "--eval-interval", "4"]
     flags += ["--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2", "--cf-schedule", "dualpipev"]
+    flags += ["--cf-eplb", "--cf-record", str(tmp_path / "record")]
     lines: list[str] = []
     command = [sys.executable, "-W", "ignore", "-m", "counterflow.launch", str(script), *flags]
     start_ranks(4, command, tmp_path, lines.append)
     losses = [float(match[1]) for line in lines if (match := re.search(r"lm loss: ([\d.E+-]+)", line))]
     assert len(losses) == 4
     assert losses[-1] < losses[0]
+    assert any("balancedness: " in line and " clones: " in line for line in lines)
+    assert read_record(tmp_path / "record").steps.tolist() == [1, 2, 3, 4]
 
 
 def test_a_rank_that_fails_is_named_with_its_exception(tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ class LayerSlots:
         if at_home == len(tokens):
             return run_homes(tokens, tokens_per_slot[: self._own], probs, **kwargs)
         assert self._clones is not None
-        self._clones.finish_refresh(self._clones_index)
+        if self._clones.finish_refresh(self._clones_index):
+            _forget_cached_weights(self.clone_module)
         sizes = [at_home, len(tokens) - at_home]
         (own_tokens, other_tokens), (own_probs, other_probs) = torch.split(tokens, sizes), torch.split(probs, sizes)
         own, bias = run_homes(own_tokens, tokens_per_slot[: self._own], own_probs, **kwargs)
@@ -176,6 +177,13 @@ def _add_clones(experts: Any, slots: LayerSlots) -> None:
         return set_homes_training(mode)
 
     experts.forward, experts.backward_dw, experts.train = forward, backward_dw, train
+
+
+def _forget_cached_weights(module: Any) -> None:
+    """Let Transformer Engine's modules quantize their weights anew (untested on GPU); upstream does so for the model's own."""
+    for part in module.modules():
+        if hasattr(part, "is_first_microbatch"):
+            part.is_first_microbatch = True
 
 
 def list_delayed(module: Any) -> list[Any]:

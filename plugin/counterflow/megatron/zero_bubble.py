@@ -7,6 +7,7 @@ entry per backward and module (untested on GPU). What else has weights, norms, b
 computed in the I; it is small.
 """
 
+from collections.abc import Iterator
 from functools import partial, wraps
 from importlib import metadata
 from typing import Any
@@ -123,9 +124,17 @@ def _set_after(post_init: Any) -> Any:
 
 def defer_engine_weight_grads(chunk: Any) -> None:
     """After a backward of a chunk: hand the queued weight gradients of its Transformer Engine modules over."""
-    modules = [module for module in chunk.modules() if getattr(module, "wgrad_store", None) is not None]
+    modules = [module for module in _list_modules(chunk) if getattr(module, "wgrad_store", None) is not None]
     if modules:
         defer_weight_grad(partial(_run_engine_weight_grads, modules))
+
+
+def _list_modules(chunk: Any) -> Iterator[Any]:
+    """Yield the chunk's modules, and those of its clones (--cf-eplb), which are no children of it."""
+    for module in chunk.modules():
+        yield module
+        if (slots := getattr(module, "cf_slots", None)) is not None and slots.clone_module is not None:
+            yield from slots.clone_module.modules()
 
 
 def _run_engine_weight_grads(modules: list[Any]) -> None:

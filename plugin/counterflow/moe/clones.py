@@ -106,12 +106,14 @@ class Clones:
             if operations:
                 self._coming[layer] = time.monotonic(), dist.batch_isend_irecv(operations)
 
-    def finish_refresh(self, layer: int) -> None:
-        """Wait for the weights of one layer: before its clones compute."""
-        if layer in self._coming:
-            begun, works = self._coming.pop(layer)
-            self._wait(works)
-            self._traffic.weights += time.monotonic() - begun
+    def finish_refresh(self, layer: int) -> bool:
+        """Wait for the weights of one layer, before its clones compute; tell whether there were any to wait for."""
+        if layer not in self._coming:
+            return False
+        begun, works = self._coming.pop(layer)
+        self._wait(works)
+        self._traffic.weights += time.monotonic() - begun
+        return True
 
     def expect_gradients(self) -> None:
         """Begin a step, after `refresh`: the clones' gradients are zero, and due at the homes."""
