@@ -19,7 +19,7 @@ from counterflow.config import Options
 from counterflow.errors import BalanceError
 from counterflow.megatron.experts import LayerSlots
 from counterflow.megatron.optimizer_state import take_state
-from counterflow.moe.clones import Clones, Traffic, measure_clones
+from counterflow.moe.clones import Clones, Traffic, find_timeout, measure_clones
 from counterflow.moe.homes import move_homes
 from counterflow.moe.loads import LoadTracker
 from counterflow.moe.planning import ClonePlanner
@@ -44,7 +44,7 @@ class BalancedModel:
         self.is_leader = self._stage.rank() == 0
         layer = self._layers[0].layer
         self._sources = layer.token_dispatcher.tp_ep_group
-        self._group = _open_group(layer.ep_group, self._device)
+        self._group = _open_group(layer.ep_group)
         self._placement = self._make_placement()
         self._held = self._placement.experts.copy()
         self._are_stale = False
@@ -257,11 +257,10 @@ def _agree_on_cluster(ep_group: Any, width: int, stage: Any, device: torch.devic
     return Cluster((width,) * ep_group.size(), tuple(said.tolist()))
 
 
-def _open_group(ep_group: Any, device: torch.device) -> dist.ProcessGroup:
+def _open_group(ep_group: Any) -> dist.ProcessGroup:
     """Return a group of the expert-parallel ranks for the clones alone, which waits as long as Megatron's own."""
-    timeout = ep_group._get_backend(device).options._timeout
     ranks = dist.get_process_group_ranks(ep_group)
-    group = dist.new_group(ranks, timeout, use_local_synchronization=True, group_desc="CF_CLONES")
+    group = dist.new_group(ranks, find_timeout(ep_group), use_local_synchronization=True, group_desc="CF_CLONES")
     assert isinstance(group, dist.ProcessGroup)
     # A group's first batch of transfers may need all its ranks, and not all of them send to each other.
     dist.barrier(group=group)

@@ -8,6 +8,7 @@ since a hot expert's home gets gradients from many ranks. All ranks of the group
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,8 @@ class Clones:
         self._rank, self._ranks = group.rank(), cluster.ranks
         self._peers = dist.get_process_group_ranks(group)
         self._width, self._own = cluster.slots_per_rank[0], len(layers[0].homes)
+        # Waiting on a GPU orders streams and returns; a time limit there would stop the host instead.
+        self._limit = (find_timeout(group),) if layers[0].homes[0][0].device.type == "cpu" else ()
         self._held: list[_Transfer] = []
         self._coming: dict[int, tuple[float, list[dist.Work]]] = {}
         self._rounds: list[list[_Transfer]] = []
@@ -208,11 +211,17 @@ class Clones:
     def _wait(self, works: list[dist.Work]) -> None:
         begun = time.monotonic()
         for work in works:
-            work.wait()
+            work.wait(*self._limit)
         self._traffic.waited += time.monotonic() - begun
 
     def _list_clone_parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for layer in self._layers for clone in layer.clones for parameter in clone]
+
+
+def find_timeout(group: dist.ProcessGroup) -> timedelta:
+    """Return how long the ranks of a group wait for each other."""
+    timeout: timedelta = group._get_backend(torch.device(torch.cuda.current_device())).options._timeout
+    return timeout
 
 
 def measure_clones(layers: list[LayerExperts]) -> tuple[int, int]:
