@@ -75,7 +75,7 @@ def describe_step(
         "experts": new.experts,
         "homes": new.homes,
         "clones": clones,
-        "moved": int((new.experts != old.experts).sum()),
+        "moved": int(((new.experts != old.experts) & (new.experts != EMPTY)).sum()),
         "homes_moved": 0,
         "bytes": clones * 2 * 3_000_000,
         "weights_ms": round(weights, 3),

@@ -68,10 +68,26 @@ class RecordedBalance:
     def sum_loads(self, starts: Array) -> Array:
         """Return ``int64[groups, L, E]``: tokens per expert of groups of steps, each from its start to the next one's."""
         sums = np.zeros((len(starts), len(self.layers), self.experts), np.int64)
-        groups = np.searchsorted(starts, np.arange(len(self.steps)), side="right") - 1
+        groups = self._find_groups(starts)
         for places, step, rows in self._read_rows():
             sums[groups[step], places] += rows.sum(0, dtype=np.int64)
         return sums
+
+    def count_clones(self, starts: Array) -> Array:
+        """Return ``float64[groups, L, E]``: clones that each expert had beside its home, the mean of a group's steps."""
+        sums = np.zeros((len(starts), len(self.layers), self.experts))
+        groups = self._find_groups(starts)
+        for part in self.parts:
+            places = np.searchsorted(self.layers, part.layers)
+            # Empty slots are counted in a column of their own, before those of experts.
+            columns = (self.experts + 1) * np.arange(len(places))[:, None] + 1
+            for group, number in zip(groups, self.steps.tolist(), strict=True):
+                copies = np.bincount((part.steps[number].experts + columns).ravel(), minlength=len(places) * (self.experts + 1))
+                sums[group, places] += copies.reshape(len(places), -1)[:, 1:] - 1
+        return sums / np.bincount(groups)[:, None, None]
+
+    def _find_groups(self, starts: Array) -> Array:
+        return np.searchsorted(starts, np.arange(len(self.steps)), side="right") - 1
 
     def find_placement(self, index: int) -> Placement:
         """Return the placement of the step at an index, such as -1 for the last, of all layers; homes and clones."""
