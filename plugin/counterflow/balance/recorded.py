@@ -95,7 +95,7 @@ class RecordedBalance:
         order = np.argsort(np.concatenate([part.layers for part in self.parts]))
         held = [part.steps[number] for part in self.parts]
         experts, homes = (np.concatenate([getattr(step, name) for step in held])[order] for name in ("experts", "homes"))
-        return Placement(make_cluster(held[0].ranks, experts.shape[1]), experts, homes)
+        return Placement(make_cluster(held[0].ranks, experts.shape[1]), experts.astype(np.int64), homes.astype(np.int64))
 
     def _read_rows(self) -> Iterator[tuple[Array, int, Array]]:
         """Yield the places of a part's layers, the index of a step and its ``int32[micro-batches, layers, experts]``."""
@@ -290,7 +290,10 @@ def _list_steps(directory: Path) -> list[Path]:
             raise BalanceError(f"{missing} is no file; allowed: a pair of files for each pipeline rank, loads and steps")
     total = sum(path.stat().st_size for path in paths)
     if total > MAX_FILE_BYTES:
-        raise BalanceError(f"{directory} has {total} bytes in its eplb-rank*.jsonl; allowed: {MAX_FILE_BYTES}")
+        raise BalanceError(
+            f"{directory} has {total} bytes in its eplb-rank*.jsonl; "
+            f"allowed: {MAX_FILE_BYTES}; record a long run in several folders"
+        )
     return paths
 
 
