@@ -3,13 +3,13 @@
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 
-# make train takes: SCHEDULE=1f1b|interleaved|dualpipev|FILE.csv  ITERS=n  RANKS=n  PLATFORM=auto|cpu|cuda
+# make train takes: SCHEDULE=1f1b|interleaved|dualpipev|FILE.csv  EPLB=1  ITERS=n  RANKS=n  PLATFORM=auto|cpu|cuda
 #                   DIR=folder  FRESH=1  ARGS="further Megatron flags"
-TRAIN := $(if $(SCHEDULE),--schedule $(SCHEDULE)) $(if $(ITERS),--iters $(ITERS)) $(if $(RANKS),--ranks $(RANKS)) \
+TRAIN := $(if $(SCHEDULE),--schedule $(SCHEDULE)) $(if $(EPLB),--eplb) $(if $(ITERS),--iters $(ITERS)) $(if $(RANKS),--ranks $(RANKS)) \
 	$(if $(PLATFORM),--platform $(PLATFORM)) $(if $(DIR),--dir $(DIR)) $(if $(FRESH),--fresh) $(ARGS)
 
 help:
-	@echo "make train   train a real Megatron-Core MoE model under DualPipeV on this machine (SCHEDULE= ITERS= FRESH=1 ...)"
+	@echo "make train   train a real Megatron-Core MoE model under DualPipeV on this machine (SCHEDULE= EPLB=1 ITERS= FRESH=1 ...)"
 	@echo "make test    lint, type check and run all tests"
 	@echo "make bench-runtime  time the runtime beside its simulator, torch's schedules and Megatron's (ARGS=\"--steps 10\")"
 	@echo "make bench-balance  measure the balancer: balancedness, traffic, speed, growth (ARGS=\"speed --eplb FILE\")"

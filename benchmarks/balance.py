@@ -24,11 +24,13 @@ from counterflow.balance import (
     make_home_placement,
     measure_balancedness,
     plan_clones,
+    plan_homes,
     plan_moves,
     plan_placement,
     rebalance_experts,
     replay_trace,
     share_evenly,
+    share_tokens,
     split_tokens,
     sum_by_rank,
 )
@@ -161,6 +163,7 @@ def measure_speed(given: argparse.Namespace) -> None:
             "deepseek policy": partial(rebalance_experts, loads, SLOTS, 1, 1, RANKS, policy="deepseek"),
             "split, homes and clones": partial(split_tokens, counts, cloned),
             "split, free placement": partial(split_tokens, counts, free),
+            "shares, layer by layer": partial(run_each, share_tokens, list_layers(counts, cloned)),
             "clones, from none": partial(plan_clones, noisy[:8], before),
             "clones, from the last": partial(plan_clones, noisy[1:], cloned),
             "clones, one forecast": partial(plan_clones, noisy[8], before),
@@ -177,6 +180,17 @@ def measure_speed(given: argparse.Namespace) -> None:
                 f"by node {times['EPLB by node'] / times['by node']:.0f} times",
                 flush=True,
             )
+
+
+def list_layers(counts: Array, placement: Placement) -> list[tuple[Array, Placement, Array]]:
+    """Return what `share_tokens` takes of each layer: its counts spread over a source per rank, its part of the placement."""
+    assert placement.homes is not None
+    ranks = placement.cluster.ranks
+    spread = np.random.default_rng(2).multinomial(counts, np.full(ranks, 1 / ranks)).transpose(0, 2, 1).copy()
+    return [
+        (row, Placement(placement.cluster, placement.experts[layer][None], placement.homes[layer][None]), np.arange(ranks))
+        for layer, row in enumerate(spread)
+    ]
 
 
 def time_in_turns(calls: dict[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
@@ -270,11 +284,48 @@ def measure_split(given: argparse.Namespace) -> None:
     )
 
 
+def measure_homes(given: argparse.Namespace) -> None:
+    """Compare re-homing, moves free and no clones, with sorting columns against each other; time it with forecasts and prices."""
+    for ranks, columns, sigma in ((64, 4, 0.5), (64, 4, 1.0), (8, 8, 0.5), (8, 32, 1.0)):
+        rows = []
+        for seed in range(max(8, given.seeds)):
+            random = np.random.default_rng(seed)
+            loads = random.lognormal(0, sigma, (ranks, columns))
+            plan = plan_homes(loads.reshape(1, -1), make_home_placement(1, loads.size, ranks, 0), 10**7)
+            rows.append(
+                [plan.before[0], plan.after[0], min(sort_columns(loads, random) for _ in range(10)) / loads.sum() * ranks]
+            )
+        before, after, best = np.transpose(rows)
+        print(
+            f"{ranks} ranks of {columns} experts, sigma {sigma}: slowest rank {before.mean():.4f} -> {after.mean():.4f}, "
+            f"over the best of ten sorted: mean {(after / best).mean():.4f}, worst {(after / best).max():.4f}",
+            flush=True,
+        )
+    calls: dict[str, Callable[[], Any]] = {}
+    for sigma in SIGMAS:
+        random = np.random.default_rng(0)
+        forecasts = random.lognormal(0, sigma, (4, EXPERTS)) * random.lognormal(0, 0.1, (8, 4, EXPERTS))
+        for clones in (0, 1):
+            placement = make_home_placement(4, EXPERTS, RANKS, clones)
+            calls[f"sigma {sigma}, {clones} clones"] = partial(plan_homes, forecasts, placement, 1000)
+    print("4 layers, milliseconds: " + ", ".join(f"{name} {1000 * spent:.1f}" for name, spent in time_in_turns(calls).items()))
+
+
+def sort_columns(loads: Array, random: np.random.Generator) -> float:
+    """Return the slowest rank's load after columns, shuffled first, have each been sorted against the others' sums many times."""
+    loads = random.permuted(loads, axis=0)
+    for _ in range(200):
+        for column in loads.T:
+            column[np.argsort(column - loads.sum(1))] = np.sort(column)
+    return float(loads.sum(1).max())
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "recorded": measure_recorded,
     "drifting": measure_drifting,
     "placement": measure_placement,
     "split": measure_split,
+    "homes": measure_homes,
     "speed": measure_speed,
     "growth": measure_growth,
 }

@@ -20,9 +20,11 @@ STEP = re.compile(
     r".*learning rate: (?P<lr>[\dE.+-]+).*global batch size:\s*(?P<batch>\d+)"
     r".*lm loss: (?P<loss>[\dE.+-]+).*grad norm: (?P<norm>[\d.einf+-]+)"
 )
+BALANCE = re.compile(r"balancedness: (?P<before>[\d.]+) -> (?P<after>[\d.]+)")
 VALIDATION = re.compile(
     r"validation loss at iteration (?P<step>\d+)(?P<final> on (?:validation|test) set)? \| lm loss value: (?P<loss>[\dE.+-]+)"
 )
+WIDTH = 130
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -30,6 +32,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     """Return the example's own options and the flags for Megatron."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--schedule", default="dualpipev", help="as --cf-schedule (default: dualpipev)")
+    parser.add_argument("--eplb", action="store_true", help="as --cf-eplb: clone hot experts, one per rank and MoE layer")
     parser.add_argument("--iters", type=int, default=120, help="steps per run (default: 120)")
     parser.add_argument("--ranks", type=int, help="ranks to start (default: 4 on the CPU, else 2 or 4 GPUs)")
     parser.add_argument("--platform", choices=("auto", "cpu", "cuda"), default="auto", help="as --cf-platform (default: auto)")
@@ -78,6 +81,7 @@ def list_training_flags(options: argparse.Namespace, ranks: int, on_cpu: bool, t
         *list_layer_flags(on_cpu),
         *("--cf-platform", "cpu" if on_cpu else "cuda", "--cf-schedule", options.schedule),
         *(["--num-virtual-stages-per-pipeline-rank", "2"] if options.schedule == "interleaved" else []),
+        *(["--cf-eplb"] if options.eplb else []),
         *("--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", str(min(2, max(1, ranks // 2)))),
         *("--data-path", str(text), "--data-cache-path", str(directory / "data" / "cache")),
         *("--train-iters", str(target), "--eval-interval", "25", "--eval-iters", "2"),
@@ -93,18 +97,21 @@ class Display:
         self._sequence_length = sequence_length
         self._live = sys.stdout.isatty()
         self.validation: list[float] = []
+        self.balancedness: list[tuple[float, float]] = []
         self.step = 0
 
     def show(self, line: str) -> None:
         """Print what a line of the log says, if it is a step or a validation."""
         if match := STEP.search(line):
-            self._show_step(match)
+            self._show_step(match, BALANCE.search(line))
+        elif line.startswith("counterflow: "):
+            self.say(line.removeprefix("counterflow: "))
         elif (match := VALIDATION.search(line)) and not (match["final"] or "").endswith("test set"):
             self.validation.append(float(match["loss"]))
             if not match["final"]:
                 self.say(f"step {match['step']:>4}: validation loss {float(match['loss']):.4f}")
 
-    def _show_step(self, match: re.Match[str]) -> None:
+    def _show_step(self, match: re.Match[str], balance: re.Match[str] | None) -> None:
         self.step, total, seconds = int(match["step"]), int(match["total"]), float(match["ms"]) / 1000
         rate = int(match["batch"]) * self._sequence_length / seconds
         left = time.strftime("%M:%S", time.gmtime((total - self.step) * seconds))
@@ -112,11 +119,14 @@ class Display:
             f"step {self.step:>4}/{total}  loss {float(match['loss']):.4f}  lr {float(match['lr']):.2e}  "
             f"grad norm {float(match['norm']):.3f}  {rate:,.0f} tokens/s  {seconds:.2f} s  {left} left"
         )
-        print(f"\r{text:<100}" if self._live else text, end="" if self._live else "\n", flush=True)
+        if balance is not None:
+            self.balancedness.append((float(balance["before"]), float(balance["after"])))
+            text += f"  balance {balance['before']} -> {balance['after']}"
+        print(f"\r{text:<{WIDTH}}" if self._live else text, end="" if self._live else "\n", flush=True)
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
-        print(f"\r{text:<100}" if self._live else text, flush=True)
+        print(f"\r{text:<{WIDTH}}" if self._live else text, flush=True)
 
 
 def main() -> None:
@@ -159,6 +169,10 @@ def main() -> None:
         print(f"train: {error}{f' after step {display.step}' if display.step else ''}{resume}", file=sys.stderr)
         raise SystemExit(1) from None
     display.say(f"validation loss: {display.validation[0]:.4f} at first, {display.validation[-1]:.4f} after step {target}")
+    if display.balancedness:
+        before, after = (sum(values) / len(values) for values in zip(*display.balancedness, strict=True))
+        slower = f"the slowest rank had {1 / before - 1:.0%} more tokens than the mean, now {1 / after - 1:.0%}"
+        display.say(f"experts: balancedness {before:.4f} with homes alone, {after:.4f} with clones: {slower}")
     display.say(f"checkpoint of step {read_checkpoint(options.dir)}: {options.dir / 'checkpoints'}; run again to train on")
     display.say(f"logs: {logs}; curves: tensorboard --logdir {options.dir / 'tensorboard'}")
 

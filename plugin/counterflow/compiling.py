@@ -11,8 +11,11 @@ PACKAGE = Path(__file__).parent
 
 
 def compile_fast[Function: Callable[..., Any]](function: Function) -> Function:
-    """Compile a function, once per installation and again when any file of the package has changed."""
-    compiled: Any = numba.njit(cache=True)(function)
+    """Compile a function, once per installation and again when any file of the package has changed.
+
+    It runs without Python's lock, so that a plan is made beside a training step.
+    """
+    compiled: Any = numba.njit(cache=True, nogil=True)(function)
     if not numba.config.DISABLE_JIT:
         # Left to itself, numba looks at the function's own file alone, and would go on with what it called in another before.
         compiled._cache._cache_file._source_stamp = stamp_sources()

@@ -6,9 +6,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from counterflow.errors import CounterflowError, OptionError
 
@@ -19,6 +19,7 @@ UNSPLIT_SCHEDULES = ("gpipe", "1f1b", "interleaved")
 # How long the other ranks wait for rank 0 to say what is wrong; imports differ by seconds between ranks.
 SPEAKING_SECONDS = 20
 PLATFORMS = ("auto", "cpu", "cuda")
+EPLB_OPTIONS = ("eplb_clones_per_rank", "eplb_interval", "eplb_policy", "eplb_split", "eplb_rehome_interval")
 
 
 class Options(BaseModel):
@@ -37,7 +38,19 @@ class Options(BaseModel):
     stall_limit: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Seconds to wait for another pipeline rank before giving up; None: as long as the trainer's process groups wait."""
     record: Path | None = None
-    """Directory for the recorded timeline of every training step."""
+    """Directory for the recorded timeline of every training step, and for the loads of its experts."""
+    eplb: bool = False
+    """Whether hot experts are cloned, and their tokens split, while the model trains."""
+    eplb_clones_per_rank: int = Field(default=1, ge=0)
+    """Clone slots on every expert-parallel rank, in every MoE layer."""
+    eplb_interval: int = Field(default=1, ge=1)
+    """Training steps between plans of what the clone slots hold."""
+    eplb_policy: Literal["auto", "global"] = "auto"
+    """What a plan weighs: ``auto``, off-node tokens too; ``global``, balance alone."""
+    eplb_split: Literal["exact", "even"] = "exact"
+    """How the tokens of an expert are split over its slots: by each micro-batch's counts, or in equal parts."""
+    eplb_rehome_interval: int | None = Field(default=None, ge=1)
+    """Training steps between swaps of the homes themselves; None: homes stay where Megatron puts them."""
 
     @field_validator("schedule")
     @classmethod
@@ -50,6 +63,17 @@ class Options(BaseModel):
             return value
         raise ValueError(f"schedule {value!r} is not known; allowed: {', '.join(SCHEDULES)} or a table FILE.csv")
 
+    @model_validator(mode="after")
+    def _check_eplb(self) -> Self:
+        given = [name for name in EPLB_OPTIONS if getattr(self, name) != type(self).model_fields[name].default]
+        if given and not self.eplb:
+            raise ValueError(f"--cf-{given[0].replace('_', '-')} is for --cf-eplb, which is not given: add it")
+        if self.eplb and not self.eplb_clones_per_rank and self.eplb_rehome_interval is None:
+            raise ValueError(
+                "--cf-eplb-clones-per-rank 0 leaves nothing to balance with: give 1 or more, or --cf-eplb-rehome-interval"
+            )
+        return self
+
     @property
     def schedule_file(self) -> Path | None:
         """The table's path where the schedule is a file."""
@@ -58,7 +82,9 @@ class Options(BaseModel):
 
 def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the ``--cf-*`` flags to a parser, under one heading."""
-    group = parser.add_argument_group("counterflow", "DualPipe schedules and the CPU platform (counterflow plugin)")
+    group = parser.add_argument_group(
+        "counterflow", "DualPipe schedules, expert balancing and the CPU platform (counterflow plugin)"
+    )
     group.add_argument(
         "--cf-schedule",
         metavar="NAME|FILE.csv",
@@ -89,8 +115,48 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="how long to wait for another pipeline rank before every rank says where it stood and ends "
         "(default: --distributed-timeout-minutes)",
     )
-    group.add_argument("--cf-record", metavar="DIR", help="write every training step's timeline to DIR")
+    group.add_argument(
+        "--cf-record", metavar="DIR", help="write every training step's timeline, and with --cf-eplb its expert loads, to DIR"
+    )
+    _add_eplb_flags(group)
     return parser
+
+
+def _add_eplb_flags(group: Any) -> None:
+    group.add_argument(
+        "--cf-eplb",
+        action="store_true",
+        help="clone hot experts on other expert-parallel ranks and split their tokens; losses and checkpoints stay as they are",
+    )
+    group.add_argument(
+        "--cf-eplb-clones-per-rank",
+        type=int,
+        default=1,
+        metavar="N",
+        help="clone slots on every rank and MoE layer: the memory of N experts' weights and gradients (default: 1)",
+    )
+    group.add_argument(
+        "--cf-eplb-interval", type=int, default=1, metavar="STEPS", help="steps between plans of what is cloned (default: 1)"
+    )
+    group.add_argument(
+        "--cf-eplb-policy",
+        choices=("auto", "global"),
+        default="auto",
+        help="auto: keep tokens on their node where that costs no balance worth it; global: balance alone (default: auto)",
+    )
+    group.add_argument(
+        "--cf-eplb-split",
+        choices=("exact", "even"),
+        default="exact",
+        help="exact: by each micro-batch's counts, such that the slowest rank is as fast as can be; even: in equal parts, "
+        "without waiting for the counts (default: exact)",
+    )
+    group.add_argument(
+        "--cf-eplb-rehome-interval",
+        type=int,
+        metavar="STEPS",
+        help="steps between swaps of the homes themselves, weights and optimizer state together (default: never)",
+    )
 
 
 def read_flags(argv: Sequence[str]) -> Options:
@@ -122,6 +188,8 @@ def read_mapping(given: Mapping[str, Any]) -> Options:
             allowed = ", ".join(Options.model_fields)
             raise OptionError(f"counterflow has no option {name!r}; allowed: {allowed}") from None
         message = first["msg"].removeprefix("Value error, ")
+        if not name:
+            raise OptionError(message) from None
         raise OptionError(f"--cf-{name.replace('_', '-')}: {message} (given: {first['input']!r})") from None
 
 

@@ -140,7 +140,7 @@ def test_the_patch_activates_a_vendored_megatron(tmp_path: Path) -> None:
     [
         (["no_such_script.py"], 2, "counterflow: script 'no_such_script.py' does not exist"),
         (["SCRIPT", "--cf-schedule", "zigzag"], 2, "counterflow: --cf-schedule: schedule 'zigzag' is not known; allowed:"),
-        (["SCRIPT", "--cf-eplb"], 2, "counterflow: --cf-eplb is not a flag of this version"),
+        (["SCRIPT", "--cf-fp8"], 2, "counterflow: --cf-fp8 is not a flag of this version"),
         (["SCRIPT", "--cf-schedule", "TABLE"], 2, "'hello' is not an action"),
         ([], 2, ""),
     ],

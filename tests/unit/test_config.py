@@ -36,8 +36,8 @@ def test_without_flags_nothing_is_asked_for() -> None:
         (["--cf-stall-limit", "soon"], "invalid float value: 'soon'"),
         (["--cf-schedule", "none.csv"], "schedule file 'none.csv' does not exist"),
         (
-            ["--cf-eplb"],
-            "--cf-eplb is not a flag of this version of counterflow; allowed: --cf-schedule, --cf-overlap, --cf-platform, ",
+            ["--cf-eplib"],
+            "--cf-eplib is not a flag of this version of counterflow; allowed: --cf-schedule, --cf-overlap, --cf-platform, ",
         ),
         (["--cf-shedule", "1f1b"], "did you mean --cf-schedule?"),
         (["--cf-zero-bubble=1"], "ignored explicit argument '1'"),

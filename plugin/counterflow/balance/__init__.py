@@ -7,6 +7,7 @@ from counterflow.balance.changes import match_ranks, take_if_worth
 from counterflow.balance.clones import ClonePlan, plan_clones
 from counterflow.balance.cluster import Cluster, make_cluster
 from counterflow.balance.eplb import rebalance_experts
+from counterflow.balance.homes import HomePlan, plan_homes
 from counterflow.balance.moves import Moves, keep_slots, plan_moves
 from counterflow.balance.placement import (
     EMPTY,
@@ -19,6 +20,7 @@ from counterflow.balance.placement import (
 from counterflow.balance.planning import POLICIES, Plan, plan_placement
 from counterflow.balance.prediction import LoadPredictor
 from counterflow.balance.replay import Replay, replay_trace
+from counterflow.balance.shares import share_tokens
 from counterflow.balance.split import split_tokens
 from counterflow.errors import BalanceError
 
@@ -28,6 +30,7 @@ __all__ = [
     "BalanceError",
     "ClonePlan",
     "Cluster",
+    "HomePlan",
     "LoadPredictor",
     "Moves",
     "Placement",
@@ -39,11 +42,13 @@ __all__ = [
     "match_ranks",
     "measure_balancedness",
     "plan_clones",
+    "plan_homes",
     "plan_moves",
     "plan_placement",
     "rebalance_experts",
     "replay_trace",
     "share_evenly",
+    "share_tokens",
     "split_tokens",
     "sum_by_rank",
     "take_if_worth",

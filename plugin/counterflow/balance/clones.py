@@ -44,12 +44,35 @@ def plan_clones(
     micro-batches, and loads that do not change move nothing. A token computed off its home's node costs ``traffic_weight`` of
     one, once per rank. Homes stay. Raises `BalanceError` for forecasts that do not fit, or a placement without homes.
     """
-    from counterflow.balance.cloning import MEAN, Layer, plan_layer
+    from counterflow.balance.cloning import Layer, plan_layer
 
+    homes_of_layer, forecasts = check_forecasts(forecasts, placement)
+    check_prices(horizon, move_price, traffic_weight)
+    cluster = placement.cluster
+    scaled = scale_forecasts(forecasts, cluster.ranks)
+    node_of_rank = np.asarray(cluster.node_of_rank)
+    price = move_price / horizon / cluster.ranks
+    traffic = traffic_weight if cluster.nodes > 1 else 0.0
+    plans = []
+    for layer, (held, homes) in enumerate(zip(placement.experts, homes_of_layer, strict=True)):
+        spare = np.setdiff1d(np.arange(cluster.slots), homes)
+        loads = np.ascontiguousarray(scaled[:, layer])
+        plans.append(
+            plan_layer(Layer(loads, cluster.rank_of_slot, cluster.rank_start, node_of_rank, homes, spare, price, traffic), held)
+        )
+    experts, before, after = zip(*plans, strict=True)
+    return ClonePlan(Placement(cluster, np.stack(experts), placement.homes), np.array(before), np.array(after))
+
+
+def check_forecasts(forecasts: Array, placement: Placement) -> tuple[Array, Array]:
+    """Return the placement's homes, ``int64[layers, experts]``, and ``float64[forecasts, layers, experts]``.
+
+    Raises `BalanceError` for forecasts that do not fit the placement, or a placement without homes.
+    """
     forecasts = np.asarray(forecasts, np.float64)
     forecasts = forecasts[None] if forecasts.ndim == 2 else forecasts
     if placement.homes is None:
-        raise BalanceError("a placement without homes; clones are planned around homes, use plan_placement for the rest")
+        raise BalanceError("a placement without homes; allowed: one with homes, use plan_placement for the rest")
     if forecasts.ndim != 3 or forecasts.shape[1:] != placement.homes.shape or not forecasts.size:
         raise BalanceError(
             f"forecasts of shape {forecasts.shape}; allowed: [forecasts, layers, experts], "
@@ -58,23 +81,22 @@ def plan_clones(
     # Written so that a NaN is refused.
     if not ((forecasts >= 0) & (forecasts <= LARGEST_LOAD)).all():
         raise BalanceError(f"forecasts from {forecasts.min()} to {forecasts.max()}; allowed: loads from 0 to {LARGEST_LOAD:g}")
+    return placement.homes, forecasts
+
+
+def check_prices(horizon: int, move_price: float, traffic_weight: float) -> None:
+    """Raise `BalanceError` for a horizon, a move price or a traffic weight that cannot be."""
     if not horizon >= 1 or not 0 <= move_price < np.inf or not 0 <= traffic_weight < np.inf:
         raise BalanceError(
             f"horizon {horizon}, move price {move_price}, traffic weight {traffic_weight}; "
             "allowed: a horizon of 1 or more, the others 0 or more"
         )
-    cluster = placement.cluster
+
+
+def scale_forecasts(forecasts: Array, ranks: int) -> Array:
+    """Return ``int64[forecasts, layers, experts]``: each layer's loads in proportion, the mean rank's being `cloning.MEAN`."""
+    from counterflow.balance.cloning import MEAN
+
     totals = forecasts.sum(2, keepdims=True)
-    scaled = np.rint(forecasts * (cluster.ranks * MEAN) / np.where(totals > 0, totals, 1)).astype(np.int64)
-    node_of_rank = np.asarray(cluster.node_of_rank)
-    price = move_price / horizon / cluster.ranks
-    traffic = traffic_weight if cluster.nodes > 1 else 0.0
-    plans = []
-    for layer, (held, homes) in enumerate(zip(placement.experts, placement.homes, strict=True)):
-        spare = np.setdiff1d(np.arange(cluster.slots), homes)
-        loads = np.ascontiguousarray(scaled[:, layer])
-        plans.append(
-            plan_layer(Layer(loads, cluster.rank_of_slot, cluster.rank_start, node_of_rank, homes, spare, price, traffic), held)
-        )
-    experts, before, after = zip(*plans, strict=True)
-    return ClonePlan(Placement(cluster, np.stack(experts), placement.homes), np.array(before), np.array(after))
+    scaled: Array = np.rint(forecasts * (ranks * MEAN) / np.where(totals > 0, totals, 1)).astype(np.int64)
+    return scaled

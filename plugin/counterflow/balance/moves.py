@@ -134,7 +134,8 @@ def plan_moves(old: Placement, new: Placement, most_per_round: int | None = None
     layer, rank = np.divmod(place, new.cluster.ranks)
     slot = after.slot[coming]
     source = _choose_sources(before, new.cluster, width, layer, rank, expert)
-    turn = _arrange_rounds(new.cluster, source, slot, most_per_round)
+    rank_of_slot = new.cluster.rank_of_slot
+    turn = arrange_rounds(rank_of_slot[source], rank_of_slot[slot], new.cluster.ranks, most_per_round)
     order = np.lexsort((slot, layer))
     return Moves(new.cluster, new.layers, layer[order], expert[order], slot[order], source[order], turn[order])
 
@@ -240,13 +241,16 @@ def _level_senders(cluster: Cluster, wanted: Array, group: Array, rank: Array) -
     return tokens
 
 
-def _arrange_rounds(cluster: Cluster, source: Array, slot: Array, most: int | None) -> Array:
-    """Return ``int64[transfers]``, a round each: no rank has two transfers of one colour, and a round takes ``most`` colours."""
-    if most is None or not len(slot):
-        return np.zeros(len(slot), np.int64)
+def arrange_rounds(sender: Array, receiver: Array, ranks: int, most: int | None) -> Array:
+    """Return ``int64[transfers]``, a round for each transfer from rank ``sender`` to rank ``receiver``, ``int64[transfers]``.
+
+    No rank sends more than ``most`` in one round, or receives more, and there are as few rounds as can be; None: all in one.
+    """
+    if most is None or not len(sender):
+        return np.zeros(len(sender), np.int64)
     from counterflow.balance.rounds import colour_transfers  # loads a compiler
 
-    sender, receiver = cluster.rank_of_slot[source], cluster.rank_of_slot[slot]
     colours = int(max(np.bincount(sender).max(), np.bincount(receiver).max()))
-    rounds: Array = colour_transfers(sender, receiver, cluster.ranks, colours) // most
+    # No rank has two transfers of one colour, and a round takes `most` colours.
+    rounds: Array = colour_transfers(sender, receiver, ranks, colours) // most
     return rounds

@@ -1,6 +1,6 @@
 """Slow, obvious counterparts of the fast algorithms: what tests compare them with."""
 
-from itertools import combinations, product
+from itertools import combinations, permutations, product
 
 import numpy as np
 
@@ -41,6 +41,25 @@ def solve_split(counts: Array, experts: Array, rank_of_slot: Array) -> float:
         b_eq=counts,
     )
     return float(solved.fun)
+
+
+def solve_staying(counts: Array, tokens: Array, experts: Array, of_source: Array, of_slot: Array) -> int:
+    """Return the most tokens that any sharing of a split keeps in their place, by a linear program (HiGHS). One layer.
+
+    ``counts[sources, experts]``, ``tokens[slots]``, ``experts[slots]``; ``of_source[sources]`` and ``of_slot[slots]``: the place,
+    a rank or a node, of each.
+    """
+    from scipy.optimize import linprog
+
+    sources, slots = len(counts), len(experts)
+    of_expert = (experts[:, None] == np.arange(counts.shape[1])).astype(float)
+    # Variables: what each source sends to each slot, at source * slots + slot; nothing to slots that are empty.
+    solved = linprog(
+        c=-(of_source[:, None] == of_slot).astype(float).ravel(),
+        A_eq=np.vstack([np.kron(np.eye(sources), of_expert.T), np.kron(np.ones(sources), np.eye(slots))]),
+        b_eq=np.concatenate([counts.ravel(), tokens]),
+    )
+    return round(float(-solved.fun))
 
 
 def solve_traffic(weights: Array, home: Array, ranks_of_node: Array, pace: float) -> float:
@@ -93,4 +112,15 @@ def plan_clones_best(counts: Array, placement: Placement) -> int:
     for choice in product(range(EMPTY, len(counts)), repeat=len(spare)):
         experts[spare] = choice
         best = min(best, bound_split(counts, experts, placement.cluster.rank_of_slot))
+    return best
+
+
+def place_homes_best(loads: Array, held: Array) -> float:
+    """Return the least load of the slowest rank, the mean over the forecasts, of all homes that keep their column. Tiny.
+
+    ``loads[forecasts, experts]``; ``held[columns, ranks]``: the experts of a column, which change ranks among themselves.
+    """
+    best = np.inf
+    for choice in product(*(permutations(column) for column in held.tolist())):
+        best = min(best, float(loads[:, np.array(choice)].sum(1).max(1).mean()))
     return best

@@ -25,6 +25,24 @@ def name_layout(args: Any) -> str:
     return f"{name_model_layout(choose_layout(options, 2, chunks))} {chunks}"
 
 
+def refuse_other_experts(load_base_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap upstream's first look into a checkpoint: one of another number of experts is refused there, in a line."""
+
+    @wraps(load_base_checkpoint)
+    def load(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        loaded = load_base_checkpoint(load_dir, args, *rest, **kwargs)
+        saved = getattr((loaded[0] or {}).get("args"), "num_experts", None)
+        # --use-checkpoint-args looks before this run's own number is known.
+        if saved is not None and args.num_experts is not None and saved != args.num_experts:
+            raise OptionError(
+                f"the checkpoint in {load_dir} has {saved} experts in a MoE layer, --num-experts is {args.num_experts}: "
+                "clones are no experts of a checkpoint; give the number that it was saved with"
+            )
+        return loaded
+
+    return load
+
+
 def refuse_other_layout(load_base_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap upstream's first look into a checkpoint, which reads its arguments and no tensor yet."""
 

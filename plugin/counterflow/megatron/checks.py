@@ -19,6 +19,8 @@ def prepare_arguments(args: Any, options: Options) -> None:
 
     Raises `OptionError`, the same on every rank.
     """
+    if options.eplb:
+        _check_eplb(flatten(args), options)
     if options.schedule is None:
         if options.overlap:
             raise OptionError(
@@ -26,7 +28,7 @@ def prepare_arguments(args: Any, options: Options) -> None:
                 "dualpipev; Megatron's own schedule overlaps with --overlap-moe-expert-parallel-comm"
             )
         for name in ("record", "zero_bubble", "stall_limit"):
-            if (value := getattr(options, name)) is not None:
+            if (value := getattr(options, name)) is not None and not (name == "record" and options.eplb):
                 raise OptionError(
                     f"--cf-{name.replace('_', '-')} ({value} given) is for the steps of a --cf-schedule and none is given: "
                     f"add --cf-schedule {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}"
@@ -264,3 +266,88 @@ def _count_replicas(args: Any, ranks: int) -> int:
 
 def _count_model_ranks(args: Any, ranks: int) -> int:
     return int(_get(args, "tensor_model_parallel_size", 1) * _get(args, "context_parallel_size", 1) * ranks)
+
+
+def _check_eplb(args: Any, options: Options) -> None:
+    """Refuse what cannot be balanced. Expert-parallel size 1 is no error: `has_balancing` says so."""
+    experts = getattr(args, "num_experts", None)
+    if not experts:
+        raise OptionError("--cf-eplb balances the experts of a mixture-of-experts model and --num-experts is not given: drop it")
+    ranks = _get(args, "expert_model_parallel_size", 1)
+    if experts % ranks:
+        raise OptionError(
+            f"--cf-eplb: {experts} experts (--num-experts) do not divide by --expert-model-parallel-size {ranks}: "
+            "change one of the two so that every rank is home to as many"
+        )
+    others = experts - experts // ranks
+    if ranks > 1 and options.eplb_clones_per_rank > others:
+        raise OptionError(
+            f"--cf-eplb-clones-per-rank {options.eplb_clones_per_rank} given; each rank is home to {experts // ranks} of "
+            f"{experts} experts, so {others} at most can be cloned on it: give {others} or less"
+        )
+    if getattr(args, "moe_expert_capacity_factor", None) is not None:
+        raise OptionError(
+            f"--cf-eplb does not run with --moe-expert-capacity-factor {args.moe_expert_capacity_factor}, which drops (and "
+            "with --moe-pad-expert-input-to-capacity pads) what balancing would move: drop it, balanced experts need no capacity"
+        )
+    refused = {
+        "moe_pad_expert_input_to_capacity": "--moe-pad-expert-input-to-capacity",
+        "moe_paged_stash": "--moe-paged-stash",
+        "moe_use_upcycling": "--moe-use-upcycling",
+        "use_megatron_fsdp": "--use-megatron-fsdp",
+        "use_torch_fsdp2": "--use-torch-fsdp2",
+        "fp8_param_gather": "--fp8-param-gather",
+        "fp4_param_gather": "--fp4-param-gather",
+        "use_transformer_engine_op_fuser": "--use-transformer-engine-op-fuser",
+        "enable_cuda_graph": "--enable-cuda-graph",
+        "external_cuda_graph": "--external-cuda-graph",
+    }
+    for name, flag in refused.items():
+        if getattr(args, name, None):
+            raise OptionError(f"--cf-eplb does not run with {flag} in this version: drop one of the two")
+    graph = getattr(args, "cuda_graph_impl", None) or "none"
+    if graph != "none":
+        raise OptionError(f"--cf-eplb does not run under CUDA graphs: --cuda-graph-impl {graph} given, none is allowed")
+    dispatcher = getattr(args, "moe_token_dispatcher_type", None)
+    if dispatcher not in (None, "alltoall", "allgather", "flex"):
+        raise OptionError(
+            f"--cf-eplb does not know --moe-token-dispatcher-type {dispatcher}: alltoall, allgather and flex are allowed"
+        )
+    if getattr(args, "fp8", None) and (_get(args, "fp8_recipe", "delayed")) == "delayed":
+        raise OptionError(
+            "--cf-eplb does not run with --fp8-recipe delayed, whose scales are another expert's history once a clone changes: "
+            "give tensorwise, blockwise or mxfp8"
+        )
+    _check_rehoming(args, options)
+
+
+def _check_rehoming(args: Any, options: Options) -> None:
+    """Homes move with what the optimizer keeps for them, as far as it is known what that is."""
+    if options.eplb_rehome_interval is None:
+        return
+    optimizer = getattr(args, "optimizer", None) or "adam"
+    if optimizer not in ("adam", "sgd"):
+        raise OptionError(f"--cf-eplb-rehome-interval moves the state of adam and sgd; --optimizer {optimizer} given: drop it")
+    refused = {
+        "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
+        "optimizer_cpu_offload": "--optimizer-cpu-offload",
+        "use_layer_wise_distributed_optimizer": "--use-layer-wise-distributed-optimizer",
+    }
+    for name, flag in refused.items():
+        if getattr(args, name, None):
+            raise OptionError(f"--cf-eplb-rehome-interval does not run with {flag} in this version: drop one of the two")
+
+
+def has_balancing(args: Any, options: Options) -> bool:
+    """Tell whether ``--cf-eplb`` has ranks to balance; says so where it has not."""
+    if not options.eplb:
+        return False
+    if _get(flatten(args), "expert_model_parallel_size", 1) > 1:
+        return True
+    if args.rank == 0:
+        print(
+            "counterflow: eplb: --expert-model-parallel-size is 1, every rank computes all experts: there is nothing to balance, "
+            "training goes on without it",
+            flush=True,
+        )
+    return False

@@ -61,8 +61,12 @@ class GradientSync:
 
     def finish_backward(self, stage: int, microbatch: int) -> None:
         """Once a chunk's weight gradients are all there, start its reduction; keep the others from starting theirs."""
-        if self._last_gradients[stage].microbatch == microbatch and stage not in self._synced:
-            self._start_gradients(stage)
+        if self._last_gradients[stage].microbatch == microbatch:
+            if stage not in self._synced:
+                self._start_gradients(stage)
+            # Clones (--cf-eplb) send theirs home now; expert gradients are reduced after that.
+            if send_home := getattr(self._chunks[self._layout.chunk_of(stage)], "cf_send_gradients_home", None):
+                send_home()
         self.pause()
 
     def finish(self) -> None:

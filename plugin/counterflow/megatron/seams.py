@@ -155,6 +155,40 @@ SPLIT_LINEAR = Seam(
     ),
     "zero bubble: weight gradients of local linears",
 )  # fmt: skip
+MOE_LAYER = Seam(
+    "megatron.core.transformer.moe.moe_layer",
+    "MoELayer.__init__",
+    ("self", "config", "submodules", "layer_number", "pg_collection"),
+    "expert balancing: slots in place of experts",
+)
+DEAL_TOKENS = Seam(
+    "megatron.core.transformer.moe.moe_layer",
+    "MoELayer.preprocess",
+    ("self", "hidden_states", "probs", "routing_map"),
+    "expert balancing: the slot map",
+)
+GATHER_COUNTS = Seam(
+    "megatron.core.transformer.moe.token_dispatcher",
+    "gather_from_sequence_parallel_region",
+    ("input_",),
+    "expert balancing: one gather of counts, not two",
+)
+TRAIN_STEP = Seam(
+    "megatron.training.training",
+    "train_step",
+    ("forward_step_func", "data_iterator", "model", "optimizer"),
+    "expert balancing: the optimizer of homes that move",
+)
+SAVE_CHECKPOINT = Seam(
+    "megatron.training.checkpointing", "save_checkpoint", ("iteration", "model", "optimizer"), "expert balancing: homes in order"
+)
+REPORT_MOE = Seam(
+    "megatron.core.transformer.moe.moe_logging",
+    "MoEMetricsTracker.report",
+    ("self", "loss_scale", "iteration", "writer"),
+    "expert balancing: log line and TensorBoard (0.18 and later)",
+    optional=True,
+)
 
 SEAMS = (
     ADD_ARGUMENTS,
@@ -175,6 +209,12 @@ SEAMS = (
     SAVE_SHARDS,
     LOAD_CHECKPOINT,
     SPLIT_LINEAR,
+    MOE_LAYER,
+    DEAL_TOKENS,
+    GATHER_COUNTS,
+    TRAIN_STEP,
+    SAVE_CHECKPOINT,
+    REPORT_MOE,
 )
 
 
@@ -231,7 +271,7 @@ def _prepare_after(parse_args: Callable[..., Any], patches: Patches, options: Op
     @wraps(parse_args)
     def parse_and_prepare(*args: Any, **kwargs: Any) -> Any:
         nonlocal is_installed
-        from counterflow.megatron.checks import prepare_arguments
+        from counterflow.megatron.checks import has_balancing, prepare_arguments
 
         parsed = parse_args(*args, **kwargs)
         try:
@@ -243,8 +283,11 @@ def _prepare_after(parse_args: Callable[..., Any], patches: Patches, options: Op
         for name, value in chosen.model_dump(mode="json").items():
             setattr(parsed, f"cf_{name}", value)
         # Megatron parses again for its fault tolerance; wrapping twice would mirror a V back to a loop.
-        if chosen.schedule is not None and not is_installed:
-            install_schedule(patches, chosen, parsed)
+        if not is_installed:
+            if chosen.schedule is not None:
+                install_schedule(patches, chosen, parsed)
+            if has_balancing(parsed, chosen):
+                install_balancing(patches, chosen)
             is_installed = True
         return parsed
 
@@ -296,6 +339,41 @@ def install_schedule(patches: Patches, options: Options, args: Any) -> None:
         _take(patches, BUILD_ITERATORS, lambda original: _wrap_first(original, mirror_dataset_provider))
     if count_replicas(layout) > 1:
         _take(patches, BUILD_ITERATORS, read_partners_data)
+
+
+def install_balancing(patches: Patches, options: Options) -> None:
+    """Give MoE layers slots, and take the steps around which clones are filled; after the schedule, which it wraps."""
+    from megatron.core.transformer.moe import token_dispatcher
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    from counterflow.megatron.balancing import ExpertBalancer
+    from counterflow.megatron.checkpoint import refuse_other_experts
+    from counterflow.megatron.experts import answer_from_shares, deal_to_slots, give_slots
+
+    balancer = ExpertBalancer(options)
+    is_exact = options.eplb_split == "exact"
+    build = give_slots(MoELayer.__init__, options.eplb_clones_per_rank, is_exact=is_exact)
+    patches.set(MoELayer, "__init__", build)
+    patches.set(MoELayer, "preprocess", deal_to_slots(MoELayer.preprocess))
+    # There alone: elsewhere the function of that name has other work.
+    name = GATHER_COUNTS.symbol
+    patches.set(token_dispatcher, name, answer_from_shares(getattr(token_dispatcher, name)))
+    _take(patches, GET_SCHEDULE, lambda original: _balance_schedule(original, balancer))
+    _take(patches, TRAIN_STEP, balancer.wrap_train_step)
+    _take(patches, SAVE_CHECKPOINT, balancer.wrap_save)
+    _take(patches, LOAD_CHECKPOINT, refuse_other_experts)
+    if REPORT_MOE.is_present():
+        from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+
+        patches.set(MoEMetricsTracker, "report", balancer.wrap_report(MoEMetricsTracker.report))
+
+
+def _balance_schedule(original: Callable[..., Any], balancer: Any) -> Callable[..., Any]:
+    @wraps(original)
+    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
+        return balancer.wrap_schedule(original(*args, **kwargs))
+
+    return get_forward_backward_func
 
 
 def _wrap_first(function: Callable[..., Any], wrap: Callable[[Any], Any]) -> Callable[..., Any]:

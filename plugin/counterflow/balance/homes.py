@@ -1,0 +1,100 @@
+"""Re-homing: which experts should change their home, weights, masters and moments with them. The rare, slow second tier."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from counterflow.balance.clones import MOVE_PRICE, check_forecasts, check_prices, plan_clones, scale_forecasts
+from counterflow.balance.cluster import Array, Cluster
+from counterflow.balance.placement import EMPTY, Placement
+from counterflow.balance.planning import TRAFFIC_WEIGHT
+
+# A home is sent with its 2-byte weights, 4-byte masters and two 4-byte moments: 14 bytes where a clone is 2.
+HOME_PRICE = 7 * MOVE_PRICE
+
+
+@dataclass(frozen=True)
+class HomePlan:
+    """A placement with new homes, and what each layer's slowest rank is expected to take once clones are planned around them.
+
+    ``before``, with the homes so far, and ``after``: ``float64[layers]``, in units of the mean rank's load, off-node traffic
+    included.
+    """
+
+    placement: Placement
+    before: Array
+    after: Array
+
+
+def plan_homes(
+    forecasts: Array,
+    placement: Placement,
+    horizon: int,
+    move_price: float = HOME_PRICE,
+    traffic_weight: float = TRAFFIC_WEIGHT,
+) -> HomePlan:
+    """Return which homes should change places, where that pays within ``horizon`` micro-batches.
+
+    ``forecasts``: as for `plan_clones`. An expert keeps its place among the homes of a rank, in the order of slots: experts at
+    one place change ranks among themselves. For each rank to receive 1, 2, 4, ... experts at most, swaps are sought that make
+    the slowest rank faster without clones. Each of these is then judged with clones, planned into empty slots: a layer takes
+    the one that saves most, after ``move_price`` of a micro-batch's time for each expert that the rank which receives most
+    receives, and stays as it is where none saves anything. Layers that change come with their clone slots empty. Raises
+    `BalanceError` as `plan_clones` does.
+    """
+    from counterflow.balance.cloning import MEAN
+    from counterflow.balance.homing import swap_homes
+
+    homes, forecasts = check_forecasts(forecasts, placement)
+    check_prices(horizon, move_price, traffic_weight)
+    cluster = placement.cluster
+    scaled = scale_forecasts(forecasts, cluster.ranks)
+    # As a clone's: what it costs the rank that sends, over all ranks.
+    price = move_price / horizon / cluster.ranks * MEAN * len(forecasts)
+    slots = [_list_homes(row, cluster) for row in homes]
+    start = [np.where(places == EMPTY, EMPTY, held[places]) for places, held in zip(slots, placement.experts, strict=True)]
+    now, options, received = start, [homes], [np.zeros(len(homes), np.int64)]
+    for most in _double_up_to(max(len(table) for table in start)):
+        now = [
+            swap_homes(np.ascontiguousarray(scaled[:, layer].T), start[layer], now[layer], most, price)
+            for layer in range(len(homes))
+        ]
+        options.append(np.stack([_find_homes(*pair) for pair in zip(now, slots, strict=True)]))
+        received.append(np.array([(new != old).sum(0).max() for new, old in zip(now, start, strict=True)]))
+    empty = [_place_homes(option, cluster) for option in options]
+    stacked = Placement(cluster, np.concatenate(empty), np.concatenate(options))
+    judged = plan_clones(np.tile(forecasts, (1, len(options), 1)), stacked, traffic_weight=traffic_weight)
+    times = judged.after.reshape(len(options), -1)
+    best = np.argmax(horizon * (times[0] - times) - move_price * np.stack(received), axis=0)
+    layer = np.arange(len(homes))
+    experts = np.where(best[:, None] > 0, np.stack(empty)[best, layer], placement.experts)
+    return HomePlan(Placement(cluster, experts, np.stack(options)[best, layer]), times[0], times[best, layer])
+
+
+def _list_homes(homes: Array, cluster: Cluster) -> Array:
+    """Return ``int64[columns, ranks]``: the home slots of each rank in order, `EMPTY` where a rank has fewer."""
+    slots = np.sort(homes)
+    ranks = cluster.rank_of_slot[slots]
+    column = np.arange(len(slots)) - np.searchsorted(ranks, ranks)
+    table = np.full((column.max(initial=0) + 1, cluster.ranks), EMPTY)
+    table[column, ranks] = slots
+    return table
+
+
+def _find_homes(held: Array, slots: Array) -> Array:
+    """Return ``int64[experts]``: the slot of each expert of ``held[columns, ranks]``."""
+    homes = np.empty(np.count_nonzero(held != EMPTY), np.int64)
+    homes[held[held != EMPTY]] = slots[held != EMPTY]
+    return homes
+
+
+def _place_homes(homes: Array, cluster: Cluster) -> Array:
+    """Return ``int64[layers, slots]``: the experts in their homes and nothing else."""
+    experts = np.full((len(homes), cluster.slots), EMPTY)
+    np.put_along_axis(experts, homes, np.arange(homes.shape[1])[None], 1)
+    return experts
+
+
+def _double_up_to(columns: int) -> list[int]:
+    """Return 1, 2, 4, ... below ``columns``, and ``columns``."""
+    return [1 << power for power in range((columns - 1).bit_length())] + [columns]

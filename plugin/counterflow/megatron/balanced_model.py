@@ -1,0 +1,297 @@
+"""The model chunks of a rank whose experts are balanced: their slots, clones, homes and loads, step by step."""
+
+from collections import deque
+from collections.abc import Callable
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from counterflow.balance.cluster import Array, Cluster
+from counterflow.balance.placement import EMPTY, Placement, make_home_placement, measure_balancedness, share_evenly, sum_by_rank
+from counterflow.balance.planning import TRAFFIC_WEIGHT
+from counterflow.balance.recorded import read_record, record_step
+from counterflow.config import Options
+from counterflow.errors import BalanceError
+from counterflow.megatron.experts import LayerSlots
+from counterflow.megatron.optimizer_state import take_state
+from counterflow.moe.clones import Clones, Traffic, measure_clones
+from counterflow.moe.homes import move_homes
+from counterflow.moe.loads import LoadTracker
+from counterflow.moe.planning import ClonePlanner
+
+# Micro-batches whose loads a checkpoint keeps, so that the next run starts with a plan: as many as the predictor looks back.
+KEPT_MICROBATCHES = 64
+
+
+class BalancedModel:
+    """One rank's MoE layers, one or more; its ``stage`` are the ranks that hold the same ones.
+
+    ``optimizer`` has to be set before homes can move.
+    """
+
+    def __init__(self, options: Options, chunks: list[Any]) -> None:
+        self._options, self._chunks = options, chunks
+        slots = [[module.cf_slots for module in chunk.modules() if hasattr(module, "cf_slots")] for chunk in chunks]
+        self._layers: list[LayerSlots] = [one for chunk in slots for one in chunk]
+        self._experts = [one.list_experts() for one in self._layers]
+        self._device = torch.device(torch.cuda.current_device())
+        self._stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        self.is_leader = self._stage.rank() == 0
+        layer = self._layers[0].layer
+        self._sources = layer.token_dispatcher.tp_ep_group
+        self._group = _open_group(layer.ep_group, self._device)
+        self._placement = self._make_placement()
+        self._held = self._placement.experts.copy()
+        self._are_stale = False
+        self.optimizer: Any = None
+        self.traffic = Traffic()
+        self._tracker = LoadTracker(len(self._layers))
+        self._clones = self._make_clones(slots)
+        self._planner = ClonePlanner(
+            self._placement,
+            self._stage,
+            self._device,
+            options.eplb_interval,
+            options.eplb_rehome_interval,
+            0.0 if options.eplb_policy == "global" else TRAFFIC_WEIGHT,
+        )
+        self._steps: list[tuple[dict[str, Any], Array]] = []
+        self._recent: deque[Array] = deque(maxlen=KEPT_MICROBATCHES)
+        self._last: dict[str, Any] = {}
+        self._place(self._placement)
+
+    def _make_placement(self) -> Placement:
+        layer, clones = self._layers[0].layer, self._options.eplb_clones_per_rank
+        cluster = _agree_on_cluster(layer.ep_group, layer.num_local_experts + clones, self._stage, self._device)
+        homes = make_home_placement(len(self._layers), layer.config.num_moe_experts, cluster.ranks, clones)
+        return Placement(cluster, homes.experts, homes.homes)
+
+    def _make_clones(self, slots: list[list[LayerSlots]]) -> list[Clones]:
+        made, first = [], 0
+        for chunk, layers in zip(self._chunks, slots, strict=True):
+            if layers:
+                experts = self._experts[first : first + len(layers)]
+                clones = Clones(experts, first, self._placement.cluster, self._group, self.traffic)
+                for index, one in enumerate(layers):
+                    one.connect(self._tracker, first + index, clones, index)
+                if hasattr(chunk, "finish_grad_sync"):
+                    hold_reductions(chunk, clones)
+                made.append(clones)
+            first += len(layers)
+        return made
+
+    def measure_memory(self) -> tuple[int, int, int]:
+        """Return the number of layers, and the bytes of their clones' weights and gradients on this rank."""
+        return len(self._layers), *measure_clones(self._experts)
+
+    def _place(self, placement: Placement) -> None:
+        assert placement.homes is not None
+        self._placement = placement
+        for index, one in enumerate(self._layers):
+            rows = slice(index, index + 1)
+            one.hold(Placement(placement.cluster, placement.experts[rows], placement.homes[rows]), self._device)
+
+    def begin_step(self) -> None:
+        """Take the plan that is due, and start filling clones."""
+        self._tracker.forget()
+        if (planned := self._planner.take()) is not None:
+            self._move_homes(planned)
+            self._place(planned)
+        self.refresh()
+        for clones in self._clones:
+            clones.expect_gradients()
+
+    def refresh(self) -> None:
+        """Start sending weights to the clones that have none, or those from before the last optimizer step."""
+        experts = self._placement.experts
+        is_new = experts != self._held
+        wanted = (experts != EMPTY) & (is_new | self._are_stale)
+        assert self._placement.homes is not None
+        np.put_along_axis(wanted, self._placement.homes, False, 1)
+        self.traffic.clones += int(wanted.sum())
+        self.traffic.moved += int((wanted & is_new).sum())
+        if wanted.any():
+            self._finish_parameter_gathers()
+        for clones in self._clones:
+            clones.refresh(self._placement, wanted)
+        self._held, self._are_stale = experts.copy(), False
+
+    def end_step(self, step: int, microbatches: int) -> tuple[Array, Array]:
+        """Sum up a step, and start to plan after the last one of an interval; the optimizer changes the homes next.
+
+        Returns the balancedness ``[micro-batches, layers]`` of this expert-parallel group with homes alone, and as it was.
+        """
+        for clones in self._clones:
+            clones.finish_step()
+        self._are_stale = True
+        loads = self._tracker.take(microbatches, self._sources)
+        before, after = self._measure(loads.experts, loads.ranks)
+        self._steps.append((self._describe_step(step, microbatches, before, after), loads.experts))
+        if len(self._steps) == self._options.eplb_interval:
+            self._end_interval(microbatches)
+        return before, after
+
+    def _measure(self, experts: Array, ranks: Array | None) -> tuple[Array, Array]:
+        assert self._placement.homes is not None
+        cluster, layers = self._placement.cluster, np.arange(len(self._layers))[:, None]
+        at_home = np.zeros((*experts.shape[:2], cluster.slots), np.int64)
+        at_home[:, layers, self._placement.homes] = experts
+        if ranks is None:
+            ranks = np.stack([sum_by_rank(share_evenly(seen, self._placement), cluster) for seen in experts])
+        return measure_balancedness(sum_by_rank(at_home, cluster)), measure_balancedness(ranks)
+
+    def _end_interval(self, microbatches: int) -> None:
+        """Sum the interval's loads over the replicas of the experts, write them down, start to plan from them."""
+        counts = torch.from_numpy(np.concatenate([counted for _, counted in self._steps])).to(self._device)
+        dist.all_reduce(counts, group=parallel_state.get_expert_data_parallel_group())
+        summed = counts.cpu().numpy()
+        if self.is_leader:
+            ends = np.cumsum([len(counted) for _, counted in self._steps])
+            for (line, _), rows in zip(self._steps, np.split(summed, ends[:-1]), strict=True):
+                if self._options.record is not None:
+                    record_step(self._options.record, dist.get_rank(), rows, line)
+                self._recent.extend(rows)
+                self._last = line
+        self._steps.clear()
+        self._planner.start(summed, microbatches, self._placement)
+
+    def _describe_step(self, step: int, microbatches: int, before: Array, after: Array) -> dict[str, Any]:
+        """Return the step's line in the record (`counterflow.balance.recorded`)."""
+        traffic = self.traffic
+        return {
+            "step": step,
+            "layers": [one.number for one in self._layers],
+            "ranks": self._placement.cluster.ranks,
+            "clones_per_rank": self._options.eplb_clones_per_rank,
+            "microbatches": microbatches,
+            "balancedness_before": before.mean(0),
+            "balancedness_after": after.mean(0),
+            "experts": self._placement.experts,
+            "homes": self._placement.homes,
+            "clones": traffic.clones,
+            "moved": traffic.moved,
+            "homes_moved": traffic.homes,
+            "bytes": traffic.bytes,
+            "weights_ms": traffic.weights * 1e3,
+            "gradients_ms": traffic.gradients * 1e3,
+            "waited_ms": traffic.waited * 1e3,
+        }
+
+    def save_loads(self, directory: Path) -> None:
+        """Keep the last loads beside a checkpoint, as a record of their own."""
+        if self.is_leader and self._recent:
+            for old in directory.glob(f"*-rank{dist.get_rank():05d}.*"):
+                old.unlink()
+            counts = np.stack(self._recent)
+            record_step(directory, dist.get_rank(), counts, {**self._last, "microbatches": len(counts)})
+
+    def load_loads(self, directory: Path | None, microbatches: int) -> None:
+        """Plan the first step from the loads kept beside the checkpoint that the run starts from, where there are any."""
+        counts = self._read_loads(directory) if self.is_leader and directory is not None and directory.is_dir() else None
+        self._planner.resume(counts, microbatches, self._placement)
+
+    def _read_loads(self, directory: Path) -> Array | None:
+        try:
+            record = read_record(directory)
+            numbers = [one.number for one in self._layers]
+            if record.experts == self._layers[0].layer.config.num_moe_experts and set(numbers) <= set(record.layers.tolist()):
+                counts: Array = record.counts[:, np.searchsorted(record.layers, numbers)]
+                return counts
+            reason = f"its layers {record.layers.tolist()} of {record.experts} experts are not this model's"
+        except BalanceError as error:
+            reason = str(error)
+        print(f"counterflow: eplb: the loads in {directory} are not used, the first step has no clones: {reason}", flush=True)
+        return None
+
+    def bring_homes_back(self) -> Placement:
+        """Let every expert live where Megatron puts it, as checkpoints need it; return the placement until then."""
+        before, straight = self._placement, self._make_placement()
+        assert before.homes is not None and straight.homes is not None
+        if (before.homes != straight.homes).any():
+            self._move_homes(straight)
+            self._place(straight)
+        return before
+
+    def restore_homes(self, placement: Placement) -> None:
+        """Put homes, and what slots held, back to what `bring_homes_back` returned."""
+        self._move_homes(placement)
+        self._place(placement)
+
+    def _move_homes(self, new: Placement) -> None:
+        """Move homes, with masters and moments, to where ``new`` has them. Clones keep what they hold: the same weights."""
+        assert self._placement.homes is not None and new.homes is not None
+        if (self._placement.homes == new.homes).all():
+            return
+        self._finish_parameter_gathers()
+        with torch.no_grad():
+            self.traffic.homes += move_homes(self._placement, new, self._group, self._take_home, self._put_home)
+
+    def _take_home(self, layer: int, place: int) -> list[torch.Tensor]:
+        parameters = self._experts[layer].homes[place]
+        return [tensor for p in parameters for tensor in (p.data, *take_state(self.optimizer, p))]
+
+    def _put_home(self, layer: int, place: int, arrived: list[torch.Tensor]) -> None:
+        for tensor, other in zip(self._take_home(layer, place), arrived, strict=True):
+            tensor.copy_(other)
+
+    def _finish_parameter_gathers(self) -> None:
+        """Wait for the expert weights that ``--overlap-param-gather`` would gather behind the forward passes."""
+        for chunk in self._chunks:
+            # No hooks: nothing is under way, as before the first step and while the model is evaluated.
+            if getattr(chunk, "remove_forward_pre_hook_handles", None):
+                for group in chunk.expert_parallel_bucket_groups:
+                    group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+
+def _agree_on_cluster(ep_group: Any, width: int, stage: Any, device: torch.device) -> Cluster:
+    """Return the expert-parallel ranks with ``width`` slots each, on the nodes where the stage's first rank has them."""
+    per_node = torch.cuda.device_count() if device.type == "cuda" else dist.get_world_size()
+    nodes = np.array(dist.get_process_group_ranks(ep_group)) // max(1, per_node)
+    said = torch.from_numpy(np.unique(nodes, return_inverse=True)[1]).to(device)
+    dist.broadcast(said, dist.get_process_group_ranks(stage)[0], group=stage)
+    return Cluster((width,) * ep_group.size(), tuple(said.tolist()))
+
+
+def _open_group(ep_group: Any, device: torch.device) -> dist.ProcessGroup:
+    """Return a group of the expert-parallel ranks for the clones alone, which waits as long as Megatron's own."""
+    timeout = ep_group._get_backend(device).options._timeout
+    ranks = dist.get_process_group_ranks(ep_group)
+    group = dist.new_group(ranks, timeout, use_local_synchronization=True, group_desc="CF_CLONES")
+    assert isinstance(group, dist.ProcessGroup)
+    # A group's first batch of transfers may need all its ranks, and not all of them send to each other.
+    dist.barrier(group=group)
+    return group
+
+
+def hold_reductions(chunk: Any, clones: Clones) -> None:
+    """Let Megatron's data parallelism reduce expert gradients once those of the clones are home."""
+    due: list[Callable[[], None]] = []
+    finish = chunk.finish_grad_sync
+
+    def hold(start: Callable[..., None]) -> Callable[..., None]:
+        @wraps(start)
+        def start_when_home(*args: Any, **kwargs: Any) -> None:
+            if clones.are_home:
+                start(*args, **kwargs)
+            else:
+                due.append(partial(start, *args, **kwargs))
+
+        return start_when_home
+
+    @wraps(finish)
+    def finish_grad_sync(*args: Any, **kwargs: Any) -> None:
+        clones.finish_homecoming()
+        while due:
+            due.pop(0)()
+        finish(*args, **kwargs)
+
+    chunk.finish_grad_sync = finish_grad_sync
+    # For schedules that know a chunk's last gradients before they finish: `gradient_sync.GradientSync`.
+    chunk.cf_send_gradients_home = clones.start_homecoming
+    for group in chunk.expert_parallel_bucket_groups:
+        group.start_grad_sync = hold(group.start_grad_sync)

@@ -1,0 +1,179 @@
+"""``--cf-eplb`` around Megatron's own calls: when a step's clones are filled and emptied, and what is said of it.
+
+train_step            hands over the optimizer, for homes that move
+  forward_backward    take the plan, start sending weights to clones          (the pipeline's first bubbles)
+    F, B, W …         tokens are dealt to slots, loads are counted
+    last gradients    a chunk's clones start sending their gradients home     (its last bubbles)
+    finish_grad_sync  they are added at the homes, then upstream reduces
+  forward_backward    ends: loads are summed, the next plan is started        (beside the optimizer step)
+training_log          balancedness, clones and their traffic in the log line and TensorBoard
+save_checkpoint       homes are where Megatron puts them while it saves
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from counterflow.config import Options
+from counterflow.megatron.balanced_model import BalancedModel
+from counterflow.moe.planning import compile_planner
+
+# Beside a checkpoint: the last loads, from which the next run plans.
+LOADS_FOLDER = "counterflow"
+
+
+class ExpertBalancer:
+    """Wraps Megatron's calls; finds the model's MoE layers at its first step."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._is_attached = False
+        # None on a pipeline rank without MoE layers.
+        self._model: BalancedModel | None = None
+        self._said: dict[str, float] | None = None
+
+    def wrap_schedule(self, forward_backward: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a ``forward_backward`` function."""
+
+        @wraps(forward_backward)
+        def balanced_forward_backward(*args: Any, **kwargs: Any) -> Any:
+            chunks = kwargs["model"] if isinstance(kwargs["model"], list) else [kwargs["model"]]
+            self._attach(chunks, kwargs["num_microbatches"])
+            if kwargs.get("forward_only", False):
+                if self._model is not None:
+                    self._model.refresh()
+                return forward_backward(*args, **kwargs)
+            if self._model is not None:
+                self._model.begin_step()
+            result = forward_backward(*args, **kwargs)
+            self._end_step(kwargs["num_microbatches"])
+            return result
+
+        return balanced_forward_backward
+
+    def wrap_train_step(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap ``train_step``, which has the optimizer."""
+
+        @wraps(train_step)
+        def keep_optimizer(forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            self._attach(model, _count_microbatches())
+            if self._model is not None:
+                self._model.optimizer = optimizer
+            return train_step(forward_step, data_iterator, model, optimizer, *args, **kwargs)
+
+        return keep_optimizer
+
+    def wrap_save(self, save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap ``save_checkpoint``: homes are where Megatron puts them until it returns; the last loads go beside it."""
+
+        @wraps(save_checkpoint)
+        def save_at_home(iteration: int, *args: Any, **kwargs: Any) -> Any:
+            if self._model is None:
+                return save_checkpoint(iteration, *args, **kwargs)
+            placement = self._model.bring_homes_back()
+            result = save_checkpoint(iteration, *args, **kwargs)
+            self._model.restore_homes(placement)
+            if (directory := _find_loads_folder("save", iteration)) is not None:
+                self._model.save_loads(directory)
+            return result
+
+        return save_at_home
+
+    def wrap_report(self, report: Callable[..., str]) -> Callable[..., str]:
+        """Wrap Megatron's report of MoE metrics: what it returns is part of the log line, its ``writer`` is TensorBoard's."""
+
+        @wraps(report)
+        def report_and_add(*args: Any, **kwargs: Any) -> str:
+            line = report(*args, **kwargs)
+            if self._said is None:
+                return line
+            if (writer := kwargs.get("writer")) is not None:
+                for name, value in self._said.items():
+                    writer.add_scalar(f"eplb/{name}", value, kwargs["iteration"])
+            return line + describe_step(self._said)
+
+        return report_and_add
+
+    def _attach(self, chunks: list[Any], microbatches: int) -> None:
+        if self._is_attached:
+            return
+        self._is_attached = True
+        compile_planner()
+        if any(hasattr(module, "cf_slots") for chunk in chunks for module in chunk.modules()):
+            self._model = BalancedModel(self._options, chunks)
+            self._model.load_loads(_find_loads_folder("load", _get_args().iteration), microbatches)
+        self._announce()
+
+    def _announce(self) -> None:
+        """Say what the clones take, as much as on any rank."""
+        numbers = torch.tensor(self._model.measure_memory() if self._model is not None else (0, 0, 0), dtype=torch.int64)
+        numbers = numbers.to(torch.cuda.current_device())
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        layers, weights, gradients = numbers.tolist()
+        if dist.get_rank() == 0:
+            count = self._options.eplb_clones_per_rank
+            print(
+                f"counterflow: eplb: {count} clone{'s' if count != 1 else ''} per rank and MoE layer; on a rank of {layers} MoE "
+                f"layers {weights:,} bytes of weights and {gradients:,} bytes of gradients, no optimizer state",
+                flush=True,
+            )
+
+    def _end_step(self, microbatches: int) -> None:
+        """Sum the step up over all ranks; of clones, what one replica of each pipeline rank's experts has."""
+        numbers = np.zeros(8)
+        if self._model is not None:
+            before, after = self._model.end_step(_get_args().curr_iteration + 1, microbatches)
+            traffic = self._model.traffic
+            numbers[:4] = before.sum(), after.sum(), before.size, traffic.waited
+            if self._model.is_leader:
+                numbers[4:] = traffic.clones, traffic.moved, traffic.homes, traffic.bytes
+            traffic.reset()
+        summed = torch.from_numpy(numbers).to(torch.cuda.current_device())
+        dist.all_reduce(summed)
+        before, after, cells, waited, clones, moved, homes, size = summed.tolist()
+        self._said = {
+            "balancedness before": before / max(cells, 1),
+            "balancedness": after / max(cells, 1),
+            "clones": clones,
+            "clones moved": moved,
+            "homes moved": homes,
+            "MB": size / 1e6,
+            "ms waited": waited / dist.get_world_size() * 1e3,
+        }
+
+
+def describe_step(said: dict[str, float]) -> str:
+    """Return what a step's log line says of it."""
+    homes = f" homes moved: {said['homes moved']:.0f} |" if said["homes moved"] else ""
+    return (
+        f" balancedness: {said['balancedness before']:.4f} -> {said['balancedness']:.4f} |"
+        f" clones: {said['clones']:.0f}, {said['clones moved']:.0f} moved, {said['MB']:.2f} MB,"
+        f" {said['ms waited']:.1f} ms waited |{homes}"
+    )
+
+
+def _get_args() -> Any:
+    from megatron.training import get_args
+
+    return get_args()
+
+
+def _count_microbatches() -> int:
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    return int(get_num_microbatches())
+
+
+def _find_loads_folder(which: str, iteration: int) -> Path | None:
+    """Return the folder for loads beside the checkpoint to ``save`` or to ``load``; None where there is no checkpoint."""
+    from megatron.training.checkpointing import get_checkpoint_name
+
+    directory = getattr(_get_args(), which)
+    if not directory or not iteration:
+        return None
+    return Path(get_checkpoint_name(directory, iteration, return_base_dir=True)) / LOADS_FOLDER

@@ -1,0 +1,247 @@
+"""Megatron's MoE layer with slots: its router stays logical, its dispatcher deals tokens to slots, its experts get clones.
+
+The layer is upstream's own, told of more experts than there are where it deals with ranks: the dispatcher counts slots, and
+behind the local experts stands a second module of the same class, the clones. That one is no child of the layer: neither the
+optimizer, nor data parallelism, nor a checkpoint knows of it.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+from counterflow.balance.placement import Placement, sum_by_rank
+from counterflow.balance.shares import share_tokens
+from counterflow.errors import SeamError
+from counterflow.moe.clones import Clones, LayerExperts
+from counterflow.moe.loads import LoadTracker
+from counterflow.moe.slots import SlotTable, make_slot_table, place_evenly, place_exactly
+
+
+class LayerSlots:
+    """One MoE layer's slots: who holds what, how a micro-batch is split, and what it reports.
+
+    Until `connect`, and while no clone is planned, every token goes home.
+    """
+
+    def __init__(self, layer: Any, dispatcher: Any, clone_module: Any, clones_per_rank: int, *, is_exact: bool) -> None:
+        self.layer, self.clone_module = layer, clone_module
+        self._is_exact = is_exact
+        self._group = dispatcher.tp_ep_group
+        self._rank_of_source = np.arange(self._group.size()) // dispatcher.tp_size
+        self._tracker: LoadTracker | None = None
+        self._clones: Clones | None = None
+        self._index = self._clones_index = 0
+        self._table: SlotTable | None = None
+        self._own = layer.num_local_experts
+        self._per_rank = clones_per_rank
+
+    def connect(self, tracker: LoadTracker, index: int, clones: Clones, clones_index: int) -> None:
+        """Say where loads are reported and where the clones' weights come from, and this layer's place in both."""
+        self._tracker, self._index, self._clones, self._clones_index = tracker, index, clones, clones_index
+
+    def hold(self, placement: Placement, device: torch.device) -> None:
+        """Take the placement of this layer, which it has to itself."""
+        self._table = make_slot_table(placement, device)
+
+    def deal(self, probs: torch.Tensor, routing_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return probabilities and map over slots, ``[tokens, slots]``, and, where they are known, all sources' counts.
+
+        The exact split needs the counts of all ranks: the dispatcher's own gather, made here a little earlier and over experts.
+        """
+        assert self._table is not None
+        is_counted = self.layer.training and torch.is_grad_enabled() and self._tracker is not None
+        own = routing_map.sum(0)
+        if not self._is_exact:
+            if is_counted:
+                self._tracker.add_own(self._index, own)  # type: ignore[union-attr]
+            slot_map, slot_probs = place_evenly(routing_map, probs, self._table)
+            return slot_probs, slot_map, None
+        counts = gather_from_sequence_parallel_region(own, group=self._group).view(self._group.size(), -1).cpu().numpy()
+        shares = share_tokens(counts, self._table.placement, self._rank_of_source)
+        if is_counted:
+            ranks = sum_by_rank(shares.sum(0), self._table.placement.cluster)
+            self._tracker.add(self._index, counts.sum(0), ranks)  # type: ignore[union-attr]
+        slot_map, slot_probs = place_exactly(routing_map, probs, self._table, shares[self._group.rank()])
+        return slot_probs, slot_map, torch.from_numpy(shares).to(routing_map.device, non_blocking=True)
+
+    def run_experts(self, run_homes: Callable[..., Any], tokens: Any, tokens_per_slot: Any, probs: Any, **kwargs: Any) -> Any:
+        """Run the tokens of the home slots, which come first, by ``run_homes``, and the others by the clones."""
+        at_home = int(tokens_per_slot[: self._own].sum())
+        if at_home == len(tokens):
+            return run_homes(tokens, tokens_per_slot[: self._own], probs, **kwargs)
+        assert self._clones is not None
+        self._clones.finish_refresh(self._clones_index)
+        sizes = [at_home, len(tokens) - at_home]
+        (own_tokens, other_tokens), (own_probs, other_probs) = torch.split(tokens, sizes), torch.split(probs, sizes)
+        own, bias = run_homes(own_tokens, tokens_per_slot[: self._own], own_probs, **kwargs)
+        others, _ = self.clone_module(other_tokens, tokens_per_slot[self._own :], other_probs)
+        return torch.cat((own, others)), bias
+
+    @property
+    def number(self) -> int:
+        """The layer's number in the model, from 1; prediction layers come after all others."""
+        layer = self.layer
+        return int(layer.layer_number + (layer.config.num_layers if layer.is_mtp_layer else 0))
+
+    def list_experts(self) -> LayerExperts:
+        """Return the parameters of this rank's slots."""
+        homes = list_weights(self.layer.experts, self._own)
+        return LayerExperts(homes, list_weights(self.clone_module, self._per_rank) if self.clone_module is not None else [])
+
+
+def give_slots(build: Callable[..., None], clones_per_rank: int, *, is_exact: bool) -> Callable[..., None]:
+    """Wrap ``MoELayer.__init__``: the layer gets slots, ``cf_slots``, a dispatcher that deals to them, and its clones."""
+
+    @wraps(build)
+    def build_with_slots(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        given = inspect.signature(build).bind(self, *args, **kwargs).arguments
+        groups = given.get("pg_collection") or _get_default_groups()
+        self.token_dispatcher = _make_slot_dispatcher(self, clones_per_rank, groups)
+        clones = _build_clones(self, clones_per_rank, groups, given.get("name"))
+        self.cf_slots = LayerSlots(self, self.token_dispatcher, clones, clones_per_rank, is_exact=is_exact)
+        if clones is not None:
+            _add_clones(self.experts, self.cf_slots)
+
+    return build_with_slots
+
+
+def deal_to_slots(preprocess: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``MoELayer.preprocess``, which hands routed tokens to the dispatcher: it gets a map over slots."""
+
+    @wraps(preprocess)
+    def preprocess_slots(self: Any, hidden_states: Any, probs: Any, routing_map: Any) -> Any:
+        slot_probs, slot_map, shares = self.cf_slots.deal(probs, routing_map)
+        # Only this dispatcher gathers counts before it sends; padding, for quantization, changes them.
+        is_known = self.config.moe_token_dispatcher_type == "alltoall" and not self.config.moe_router_padding_for_quantization
+        with answer_gather(shares if is_known and self.token_dispatcher.tp_ep_group.size() > 1 else None):
+            return preprocess(self, hidden_states, slot_probs, slot_map)
+
+    return preprocess_slots
+
+
+def _get_default_groups() -> Any:
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+    return get_default_pg_collection()
+
+
+def _make_slot_dispatcher(layer: Any, clones_per_rank: int, groups: Any) -> Any:
+    """Return a dispatcher of the layer's own class that deals to slots."""
+    width = layer.num_local_experts + clones_per_rank
+    config = copy.copy(layer.config)
+    config.num_moe_experts = width * layer.ep_group.size()
+    first = width * layer.ep_group.rank()
+    dispatcher = type(layer.token_dispatcher)(width, list(range(first, first + width)), config=config, pg_collection=groups)
+    if layer.use_shared_expert and layer.shared_expert_overlap:
+        dispatcher.set_shared_experts(layer.shared_experts)
+    return dispatcher
+
+
+def _build_clones(layer: Any, count: int, groups: Any, name: str | None) -> Any:
+    """Return a module of the experts' own class for ``count`` clones; None for none. Draws no random number."""
+    if not count:
+        return None
+    config = copy.copy(layer.config)
+    config.perform_initialization = False
+    named = {"name": f"{name}.experts.clones"} if name is not None else {}
+    return layer.submodules.experts(count, config, pg_collection=groups, **named)
+
+
+def _add_clones(experts: Any, slots: LayerSlots) -> None:
+    """Let upstream's experts hand the clones' tokens, their delayed weight gradients, and their mode, to the clones."""
+    run_homes, finish_homes, set_homes_training = experts.forward, experts.backward_dw, experts.train
+
+    @wraps(run_homes)
+    def forward(tokens: Any, tokens_per_slot: Any, probs: Any, **kwargs: Any) -> Any:
+        return slots.run_experts(run_homes, tokens, tokens_per_slot, probs, **kwargs)
+
+    @wraps(finish_homes)
+    def backward_dw() -> None:
+        finish_homes()
+        # A clone that no token of this micro-batch came to has nothing queued.
+        if all(not module.wgrad_store.context.empty() for module in list_delayed(slots.clone_module)):
+            slots.clone_module.backward_dw()
+
+    @wraps(set_homes_training)
+    def train(mode: bool = True) -> Any:
+        slots.clone_module.train(mode)
+        return set_homes_training(mode)
+
+    experts.forward, experts.backward_dw, experts.train = forward, backward_dw, train
+
+
+def list_delayed(module: Any) -> list[Any]:
+    """Return Transformer Engine's modules in ``module`` that queue weight gradients."""
+    found = [part for part in module.modules() if getattr(part, "wgrad_store", None) is not None]
+    return [part for part in found if part.wgrad_store.delay_wgrad_compute()]
+
+
+def list_weights(experts: Any, count: int) -> list[list[torch.nn.Parameter]]:
+    """Return the parameters of each of ``count`` experts in upstream's module of them.
+
+    ``SequentialMLP`` has a module for each, Transformer Engine's grouped linears a numbered weight (and bias). Raises `SeamError`
+    for another shape.
+    """
+    if hasattr(experts, "local_experts"):
+        return [list(expert.parameters()) for expert in experts.local_experts]
+    linears = [linear for linear in (getattr(experts, f"linear_fc{n}", None) for n in (1, 2)) if linear is not None]
+    names = [f"{kind}{{}}" for kind in ("weight", "bias") if hasattr(linears[0], f"{kind}0")] if linears else []
+    if not names:
+        raise SeamError(
+            f"{type(experts).__module__}.{type(experts).__name__} keeps its weights neither as local_experts nor as "
+            "linear_fc1.weight0, …: --cf-eplb does not know how to clone one of its experts, drop the flag"
+        )
+    return [
+        [weight for linear in linears for name in names if (weight := getattr(linear, name.format(index), None)) is not None]
+        for index in range(count)
+    ]
+
+
+# What the dispatcher's next gather is to return, where it is known already.
+_answer: torch.Tensor | None = None
+
+
+@contextmanager
+def answer_gather(counts: torch.Tensor | None) -> Iterator[None]:
+    """Let the dispatcher's gather of counts inside the block return ``counts``, ``[sources, slots]``, without a collective.
+
+    Raises `SeamError` where it does not gather.
+    """
+    global _answer
+    if counts is None:
+        yield
+        return
+    _answer = counts
+    try:
+        yield
+        if _answer is not None:
+            raise SeamError("the all-to-all dispatcher of this megatron-core gathers no counts in its preprocess: drop --cf-eplb")
+    finally:
+        _answer = None
+
+
+def answer_from_shares(gather: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the gather that token dispatchers import: inside `answer_gather` the first call is answered."""
+
+    @wraps(gather)
+    def gather_or_answer(input_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        global _answer
+        if _answer is None:
+            return gather(input_, *args, **kwargs)
+        answer, _answer = _answer, None
+        if input_.dim() != 1 or len(input_) != answer.shape[1]:
+            raise SeamError(
+                f"the all-to-all dispatcher of this megatron-core gathers {tuple(input_.shape)} first where "
+                f"({answer.shape[1]},) counts are expected: drop --cf-eplb"
+            )
+        return answer.view(-1)
+
+    return gather_or_answer

@@ -1,0 +1,248 @@
+"""Clones without state: their weights come from the homes, their gradients go home before the data-parallel reduction.
+
+What a clone has is its weights and a gradient buffer. Tensors travel one by one, point to point, from where they lie to where
+they belong: weights without any copy on the way, gradients into a landing place for as many experts as a rank has clones,
+since a hot expert's home gets gradients from many ranks. All ranks of the group make the same calls in the same order.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from counterflow.balance.cluster import Array, Cluster
+from counterflow.balance.moves import arrange_rounds
+from counterflow.balance.placement import EMPTY, Placement
+
+# Tags of one (layer, slot): its weights', then its gradients'.
+TENSORS_PER_EXPERT = 8
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """One layer's experts on this rank: the parameters of each home slot and of each clone slot, in slot order."""
+
+    homes: list[list[torch.nn.Parameter]]
+    clones: list[list[torch.nn.Parameter]]
+
+
+@dataclass
+class Traffic:
+    """What went on since the last step: seconds of the host's clock, ``waited`` of them with nothing else to do.
+
+    ``clones``: those sent in the expert-parallel group, ``moved`` of them to slots that held another expert; ``homes``: those
+    that moved in it; ``bytes``: what all clones of the group took, weights and gradients.
+    """
+
+    clones: int = 0
+    moved: int = 0
+    homes: int = 0
+    bytes: int = 0
+    weights: float = 0.0
+    gradients: float = 0.0
+    waited: float = 0.0
+
+    def reset(self) -> None:
+        """Begin anew."""
+        for name, value in vars(Traffic()).items():
+            setattr(self, name, value)
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """The clone in ``slot`` of ``layer`` and its expert's home, each as its rank and its place among that rank's."""
+
+    layer: int
+    slot: int
+    clone_rank: int
+    clone: int
+    home_rank: int
+    home: int
+
+
+class Clones:
+    """The clones of one model chunk's layers, and their traffic with the homes over ``group``, which is used for nothing else.
+
+    ``first_layer``: where these layers begin in the placement given to `hold`.
+    """
+
+    def __init__(
+        self, layers: list[LayerExperts], first_layer: int, cluster: Cluster, group: dist.ProcessGroup, traffic: Traffic
+    ) -> None:
+        self._layers, self._first = layers, first_layer
+        self._group, self._traffic = group, traffic
+        self._rank, self._ranks = group.rank(), cluster.ranks
+        self._peers = dist.get_process_group_ranks(group)
+        self._width, self._own = cluster.slots_per_rank[0], len(layers[0].homes)
+        self._held: list[_Transfer] = []
+        self._coming: dict[int, tuple[float, list[dist.Work]]] = {}
+        self._rounds: list[list[_Transfer]] = []
+        self._returning: list[dist.Work] = []
+        self._landing: list[tuple[_Transfer, list[torch.Tensor]]] = []
+        self._sent_home_at: float | None = None
+        self.are_home = True
+        """Whether this step's gradients have been added at the homes."""
+        for layer in layers:
+            for clone in layer.clones:
+                _prepare(clone, layer.homes[0])
+
+    def refresh(self, placement: Placement, wanted: Array) -> None:
+        """Start sending weights to the clones of ``placement`` that are ``wanted``, ``bool[layers, slots]``.
+
+        The homes' weights must not change before `finish_refresh`.
+        """
+        self._held = self._list_transfers(placement)
+        for layer in range(len(self._layers)):
+            sent = [t for t in self._held if t.layer == layer and wanted[self._first + layer, t.slot]]
+            operations = [
+                *(o for t in sent for o in self._send(self._layers[layer].homes[t.home], t.home_rank, t.clone_rank, t, 0)),
+                *(o for t in sent for o in self._receive(self._layers[layer].clones[t.clone], t.home_rank, t.clone_rank, t, 0)),
+            ]
+            self._traffic.bytes += len(sent) * _count_bytes(self._layers[layer].homes[0])
+            if operations:
+                self._coming[layer] = time.monotonic(), dist.batch_isend_irecv(operations)
+
+    def finish_refresh(self, layer: int) -> None:
+        """Wait for the weights of one layer: before its clones compute."""
+        if layer in self._coming:
+            begun, works = self._coming.pop(layer)
+            self._wait(works)
+            self._traffic.weights += time.monotonic() - begun
+
+    def expect_gradients(self) -> None:
+        """Begin a step, after `refresh`: the clones' gradients are zero, and due at the homes."""
+        for parameter in self._list_clone_parameters():
+            parameter.main_grad.zero_()  # type: ignore[attr-defined]
+            parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+        self._rounds, self._sent_home_at, self.are_home = [], None, not self._held
+
+    def start_homecoming(self) -> None:
+        """Start sending gradients home, once they are complete; a second call in a step does nothing."""
+        if self.are_home or self._sent_home_at is not None:
+            return
+        senders = np.array([t.clone_rank for t in self._held], np.int64)
+        receivers = np.array([t.home_rank for t in self._held], np.int64)
+        # As many in one round as a rank has clones: what lands never takes more room than the clones' own gradients.
+        rounds = arrange_rounds(senders, receivers, self._ranks, max(1, self._width - self._own))
+        self._rounds = [[] for _ in range(int(rounds.max(initial=-1)) + 1)]
+        for transfer, turn in zip(self._held, rounds.tolist(), strict=True):
+            self._rounds[turn].append(transfer)
+            self._traffic.bytes += _count_bytes(_list_gradients(self._layers[transfer.layer].homes[0]))
+        self._sent_home_at = time.monotonic()
+        self._start_round()
+
+    def finish_homecoming(self) -> None:
+        """Wait until this step's gradients have been added at the homes."""
+        self.start_homecoming()
+        if self.are_home:
+            return
+        while self._returning or self._rounds:
+            self._wait(self._returning)
+            for transfer, gradients in self._landing:
+                homes = self._layers[transfer.layer].homes[transfer.home]
+                for home, gradient in zip(homes, gradients, strict=True):
+                    home.main_grad.add_(gradient)  # type: ignore[attr-defined]
+            self._start_round()
+        assert self._sent_home_at is not None
+        self._traffic.gradients += time.monotonic() - self._sent_home_at
+        self.are_home = True
+
+    def finish_step(self) -> None:
+        """Let nothing be under way that the optimizer would change."""
+        for layer in list(self._coming):
+            self.finish_refresh(layer)
+        self.finish_homecoming()
+
+    def _start_round(self) -> None:
+        self._landing, operations = [], []
+        for transfer in self._rounds.pop(0) if self._rounds else []:
+            layer = self._layers[transfer.layer]
+            ends = transfer.clone_rank, transfer.home_rank, transfer, TENSORS_PER_EXPERT
+            if transfer.clone_rank == self._rank:
+                operations += self._send(_list_gradients(layer.clones[transfer.clone]), *ends)
+            if transfer.home_rank == self._rank:
+                landing = [torch.empty_like(gradient) for gradient in _list_gradients(layer.homes[transfer.home])]
+                self._landing.append((transfer, landing))
+                operations += self._receive(landing, *ends)
+        self._returning = dist.batch_isend_irecv(operations) if operations else []
+
+    def _list_transfers(self, placement: Placement) -> list[_Transfer]:
+        """Return every clone that ``placement`` has in this chunk's layers, ordered by layer and slot."""
+        assert placement.homes is not None
+        rows = slice(self._first, self._first + len(self._layers))
+        experts, homes = placement.experts[rows], placement.homes[rows]
+        is_clone = experts != EMPTY
+        np.put_along_axis(is_clone, homes, False, 1)
+        layers, slots = np.nonzero(is_clone)
+        clone_ranks, places = np.divmod(slots, self._width)
+        home_ranks, home_places = np.divmod(homes[layers, experts[layers, slots]], self._width)
+        columns = layers, slots, clone_ranks, places - self._own, home_ranks, home_places
+        return [_Transfer(*row) for row in np.stack(columns, 1).tolist()]
+
+    def _send(self, tensors: Iterable[torch.Tensor], giver: int, taker: int, transfer: _Transfer, tag: int) -> list[dist.P2POp]:
+        if giver != self._rank:
+            return []
+        return self._make_operations(dist.isend, tensors, taker, transfer, tag)
+
+    def _receive(
+        self, tensors: Iterable[torch.Tensor], giver: int, taker: int, transfer: _Transfer, tag: int
+    ) -> list[dist.P2POp]:
+        return self._make_operations(dist.irecv, tensors, giver, transfer, tag) if taker == self._rank else []
+
+    def _make_operations(
+        self, run: Callable[..., Any], tensors: Iterable[torch.Tensor], peer: int, transfer: _Transfer, tag: int
+    ) -> list[dist.P2POp]:
+        """Return one operation for each tensor; its tag says what it is, for groups that match messages by tags."""
+        place = (self._first + transfer.layer) * self._ranks * self._width + transfer.slot
+        begin = 2 * TENSORS_PER_EXPERT * place + tag
+        return [
+            dist.P2POp(run, tensor.detach(), self._peers[peer], self._group, begin + part) for part, tensor in enumerate(tensors)
+        ]
+
+    def _wait(self, works: list[dist.Work]) -> None:
+        begun = time.monotonic()
+        for work in works:
+            work.wait()
+        self._traffic.waited += time.monotonic() - begun
+
+    def _list_clone_parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for layer in self._layers for clone in layer.clones for parameter in clone]
+
+
+def measure_clones(layers: list[LayerExperts]) -> tuple[int, int]:
+    """Return the bytes of this rank's clones: of their weights, and of their gradients."""
+    parameters = [parameter for layer in layers for clone in layer.clones for parameter in clone]
+    return _count_bytes(parameters), _count_bytes([p.main_grad for p in parameters if hasattr(p, "main_grad")])
+
+
+def _count_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _list_gradients(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    return [parameter.main_grad for parameter in parameters]  # type: ignore[attr-defined]
+
+
+def _prepare(clone: list[torch.nn.Parameter], home: list[torch.nn.Parameter]) -> None:
+    """Give a clone's parameters the type of a home's, and a gradient buffer as the trainer gave the home one."""
+    if len(clone) != len(home) or len(home) > TENSORS_PER_EXPERT:
+        raise ValueError(
+            f"a clone of {len(clone)} tensors for a home of {len(home)}; up to {TENSORS_PER_EXPERT}, as many in both"
+        )
+    for copied, own in zip(clone, home, strict=True):
+        copied.data = torch.zeros_like(own.data)
+        if hasattr(own, "main_grad"):
+            copied.main_grad = torch.zeros_like(own.main_grad)  # type: ignore[attr-defined]
+            copied.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+            copied.register_post_accumulate_grad_hook(_add_gradient)  # type: ignore[no-untyped-call]
+
+
+def _add_gradient(parameter: torch.Tensor) -> None:
+    # As Megatron's hook for a home's parameter: a linear may have added its gradient itself, and left a placeholder.
+    if parameter.grad is not None and not parameter.grad_added_to_main_grad:  # type: ignore[attr-defined]
+        parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+    parameter.grad = None

@@ -1,0 +1,59 @@
+"""Load tracking: tokens per expert and rank, of every layer and micro-batch, without waiting for a device."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from counterflow.balance.cluster import Array
+
+
+class Loads(NamedTuple):
+    """Tokens of one step: ``experts``, ``int64[micro-batches, layers, experts]``, and ``ranks``, ``[…, ranks]``, where known."""
+
+    experts: Array
+    ranks: Array | None
+
+
+class LoadTracker:
+    """Keeps what the layers of this pipeline rank report until it is taken."""
+
+    def __init__(self, layers: int) -> None:
+        self._counts: list[list[tuple[Array, Array]]] = [[] for _ in range(layers)]
+        self._own: list[list[torch.Tensor]] = [[] for _ in range(layers)]
+
+    def add(self, layer: int, experts: Array, ranks: Array) -> None:
+        """Keep the tokens of a layer's next micro-batch, ``int64[experts]`` and ``int64[ranks]``, of all its sources."""
+        self._counts[layer].append((experts, ranks))
+
+    def add_own(self, layer: int, experts: torch.Tensor) -> None:
+        """Keep this source's own tokens, ``int64[experts]``, on the device: they are summed over the sources when taken."""
+        self._own[layer].append(experts)
+
+    def forget(self) -> None:
+        """Drop what was kept, of a step that did not end."""
+        for counted, own in zip(self._counts, self._own, strict=True):
+            counted.clear()
+            own.clear()
+
+    def take(self, microbatches: int, sources: dist.ProcessGroup) -> Loads:
+        """Return one step's loads and forget them; ``sources`` are the ranks whose tokens are dealt together.
+
+        A layer that ran several times in a micro-batch (a repeated prediction layer) counts them together.
+        """
+        own, counts = [list(kept) for kept in self._own], [list(kept) for kept in self._counts]
+        self.forget()
+        if any(own):
+            summed = torch.stack([_fold(torch.stack(kept), microbatches) for kept in own], dim=1)
+            dist.all_reduce(summed, group=sources)
+            return Loads(summed.cpu().numpy(), None)
+        experts, ranks = (
+            np.stack([_fold(torch.from_numpy(np.stack(rows)), microbatches).numpy() for rows in part], axis=1)
+            for part in zip(*(zip(*kept, strict=True) for kept in counts), strict=True)
+        )
+        return Loads(experts, ranks)
+
+
+def _fold(rows: torch.Tensor, microbatches: int) -> torch.Tensor:
+    return rows.view(microbatches, -1, rows.shape[-1]).sum(1)
