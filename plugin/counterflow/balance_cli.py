@@ -1,10 +1,11 @@
-"""``counterflow balance``: plan where experts go, replay recorded routing."""
+"""``counterflow balance``: plan where experts go, replay recorded routing, show what a training run recorded."""
 
 import argparse
 import io
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from counterflow.balance.cluster import Array, make_cluster
 from counterflow.balance.loads import read_loads, read_trace
 from counterflow.balance.placement import count_copies, measure_balancedness
+from counterflow.balance.recorded import RecordedBalance, read_record
 from counterflow.balance.serving import render_sglang, render_vllm
 from counterflow.errors import OptionError
 from counterflow.report.files import check_output, write_output
@@ -28,8 +30,10 @@ WORST_LAYERS = 5
 
 
 def add_balance_commands(commands: Any) -> None:
-    """Add ``balance plan`` and ``replay`` to the command's parser."""
-    balance = commands.add_parser("balance", help="plan where experts and their copies go, replay recorded routing")
+    """Add ``balance plan``, ``replay`` and ``show`` to the command's parser."""
+    balance = commands.add_parser(
+        "balance", help="plan where experts and their copies go, replay recorded routing, show a record"
+    )
     kinds = balance.add_subparsers(required=True, metavar="COMMAND")
     plan = kinds.add_parser("plan", help="place experts and their copies for these loads")
     plan.add_argument(
@@ -49,7 +53,12 @@ def add_balance_commands(commands: Any) -> None:
     plan.set_defaults(run=run_plan)
     _add_plan_outputs(plan)
     replay = kinds.add_parser("replay", help="plan from the past of a trace, score on what follows")
-    replay.add_argument("trace", type=Path, metavar="TRACE", help="counts[micro-batches, layers, experts] in .npz or .npy")
+    replay.add_argument(
+        "trace",
+        type=Path,
+        metavar="TRACE",
+        help="counts[micro-batches, layers, experts] in .npz or .npy, or a folder that --cf-record wrote",
+    )
     replay.add_argument(
         "--clones-per-rank", type=int, default=1, metavar="C", help="spare slots per rank, beside its homes (default: 1)"
     )
@@ -61,7 +70,11 @@ def add_balance_commands(commands: Any) -> None:
     )
     replay.add_argument("--key", default="counts", metavar="NAME", help="the trace's array in an .npz (default: counts)")
     replay.set_defaults(run=run_replay)
-    _add_replay_outputs(replay)
+    show = kinds.add_parser("show", help="show how a training run's experts were balanced")
+    show.add_argument("record", type=Path, metavar="DIR", help="folder that a run with --cf-eplb --cf-record DIR wrote")
+    show.set_defaults(run=run_show)
+    for parser in (replay, show):
+        _add_pictures(parser)
     for parser in (plan, replay):
         parser.add_argument("--ranks", type=int, required=True, metavar="R", help="expert-parallel ranks")
         parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes that the ranks are on (default: 1)")
@@ -79,7 +92,7 @@ def _add_plan_outputs(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--json", action="store_true", help="print figures as JSON instead of a table")
 
 
-def _add_replay_outputs(parser: argparse.ArgumentParser) -> None:
+def _add_pictures(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--html", type=Path, metavar="FILE", help="write an interactive page, one self-contained file")
     group.add_argument("--svg", type=Path, metavar="FILE", help="write a picture for papers")
@@ -111,21 +124,36 @@ def run_plan(given: argparse.Namespace) -> int:
 
 def run_replay(given: argparse.Namespace) -> int:
     """Replay a trace, print how balanced each method kept it, and write the pictures asked for."""
-    for name in ("html", "svg"):
-        if getattr(given, name) is not None:
-            check_output(f"--{name}", getattr(given, name))
+    _check_pictures(given)
     counts = read_trace(given.trace, given.key)
     from counterflow.balance.cloning import plan_layer  # loads a compiler
     from counterflow.balance.replay import replay_trace
 
     _announce_compiling(plan_layer)
     done = replay_trace(counts, given.ranks, given.clones_per_rank, given.interval, given.nodes, given.warmup)
-    _write_pictures(given, done)
+    from counterflow.report import render_replay_html, render_replay_svg
+
+    _write_pictures(given, {"html": render_replay_html, "svg": render_replay_svg}, done, given.trace)
     figures = describe_replay(done)
     if given.json:
         print(json.dumps(figures, indent=2))
     else:
         _print_replay(done, figures)
+    return 0
+
+
+def run_show(given: argparse.Namespace) -> int:
+    """Print how balanced a recorded run was and what that cost, and draw it where that is asked for."""
+    _check_pictures(given)
+    record = read_record(given.record)
+    from counterflow.report import render_record_html, render_record_svg
+
+    _write_pictures(given, {"html": render_record_html, "svg": render_record_svg}, record, given.record)
+    figures = describe_record(record)
+    if given.json:
+        print(json.dumps(figures, indent=2))
+    else:
+        _print_record(record, figures)
     return 0
 
 
@@ -176,6 +204,39 @@ def describe_replay(replay: "Replay") -> dict[str, dict[str, float]]:
     }
     figures["counterflow"] |= {"moves": int(replay.moves.sum()), "off_node_moves": int(replay.off_node_moves.sum())}
     return figures
+
+
+def describe_record(record: RecordedBalance) -> dict[str, Any]:
+    """Return a record's figures, as ``--json`` prints them; ``layers`` has one object per layer.
+
+    ``before`` is the mean balancedness of homes alone over steps, ``after`` that with clones, the worst steps beside them;
+    ``per_step`` are what was sent and how long that took, of all layers, as mean, most and sum over steps.
+    """
+    columns = {
+        "layer": record.layers,
+        "before": record.before.mean(0),
+        "after": record.after.mean(0),
+        "worst_before": record.before.min(0),
+        "worst_after": record.after.min(0),
+    }
+    lists = [column.tolist() for column in columns.values()]
+    cluster = record.find_placement(-1).cluster
+    return {
+        "steps": len(record.steps),
+        "first_step": int(record.steps[0]),
+        "last_step": int(record.steps[-1]),
+        "microbatches": int(record.microbatches.sum()),
+        "experts": record.experts,
+        "slots": cluster.slots,
+        "ranks": cluster.ranks,
+        "mean": {"before": float(record.before.mean()), "after": float(record.after.mean())},
+        "worst": {"before": float(record.before.min()), "after": float(record.after.min())},
+        "per_step": {
+            name: {"mean": float(values.mean()), "most": float(values.max()), "sum": float(values.sum())}
+            for name, values in record.figures.items()
+        },
+        "layers": [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)],
+    }
 
 
 def _sum_contiguous(loads: Array, ranks: int) -> Array:
@@ -272,6 +333,22 @@ def _print_replay(replay: "Replay", figures: dict[str, dict[str, float]]) -> Non
     _print_table(["", "mean", "p5", "worst", "moves", "off node"], rows)
 
 
+def _print_record(record: RecordedBalance, figures: dict[str, Any]) -> None:
+    from counterflow.report.record_figures import describe_run, list_transfers
+
+    shown = figures["layers"]
+    print(f"{describe_run(record)}; balancedness is mean over slowest rank")
+    if len(shown) > SHOWN_LAYERS:
+        shown = sorted(shown, key=lambda layer: float(layer["before"]))[:WORST_LAYERS]
+        print(f"the {len(shown)} layers of {len(figures['layers'])} that are least balanced on homes alone:")
+    names = ("before", "after", "worst_before", "worst_after")
+    rows = [[f"layer {layer['layer']}", *(f"{layer[name]:.4f}" for name in names)] for layer in shown]
+    every = [figures[kind][name] for kind in ("mean", "worst") for name in ("before", "after")]
+    rows.append(["all layers", *(f"{value:.4f}" for value in every)])
+    _print_table(["", "before", "after", "worst before", "worst after"], rows)
+    _print_table(["of each step", "mean", "most", "in all"], [list(row) for row in list_transfers(record)])
+
+
 def _print_table(headings: list[str], rows: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -284,12 +361,13 @@ def _print_table(headings: list[str], rows: list[list[str]]) -> None:
     Console().print(grid)
 
 
-def _write_pictures(given: argparse.Namespace, replay: "Replay") -> None:
-    if given.html is None and given.svg is None:
-        return
-    from counterflow.report import render_replay_html, render_replay_svg
-
-    title = given.trace.name
-    for name, render in (("html", render_replay_html), ("svg", render_replay_svg)):
+def _check_pictures(given: argparse.Namespace) -> None:
+    for name in ("html", "svg"):
         if getattr(given, name) is not None:
-            write_output(f"--{name}", getattr(given, name), render(replay, title))
+            check_output(f"--{name}", getattr(given, name))
+
+
+def _write_pictures(given: argparse.Namespace, forms: dict[str, Callable[[Any, str], str]], drawn: Any, source: Path) -> None:
+    for name, render in forms.items():
+        if getattr(given, name) is not None:
+            write_output(f"--{name}", getattr(given, name), render(drawn, source.resolve().name))

@@ -18,6 +18,21 @@ READ_PIXEL = """([index, x, y]) => {
     return "#" + values.map((value) => value.toString(16).padStart(2, "0")).join("");
 }"""
 
+# Children of a part of the page that lie on each other, by their texts.
+FIND_OVERLAPS = """() => {
+    const found = [];
+    const isLeft = (a, b) => a.right <= b.left + 0.5, isAbove = (a, b) => a.bottom <= b.top + 0.5;
+    const isApart = (a, b) => isLeft(a, b) || isLeft(b, a) || isAbove(a, b) || isAbove(b, a);
+    const parents = "header, section, .tables, .tools, .legend, .layers, .layer, .scale, figure";
+    for (const parent of document.querySelectorAll(parents)) {
+        const boxes = [...parent.children].map((node) => [node.textContent.trim() || node.tagName, node.getBoundingClientRect()]);
+        boxes.forEach(([text, box], n) => boxes.slice(n + 1).forEach(([other, next]) => {
+            if (!isApart(box, next)) found.push(`"${text}" and "${other}"`);
+        }));
+    }
+    return found;
+}"""
+
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
@@ -59,3 +74,9 @@ def open_text(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
 def read_pixel() -> Callable[[Any, int, float, float], str]:
     """Reads the colour that a page's canvas shows at a place in the window, as #rrggbb."""
     return lambda page, index, x, y: str(page.evaluate(READ_PIXEL, [index, x, y]))
+
+
+@pytest.fixture
+def find_overlaps() -> Callable[[Any], list[str]]:
+    """Names what lies on each other in a page of plots."""
+    return lambda page: list(page.evaluate(FIND_OVERLAPS))

@@ -15,19 +15,6 @@ from counterflow.report import render_replay_html
 from counterflow.report.balance_figures import choose_root, group_steps, place_loads, weigh_loads
 from counterflow.report.colours import DARK, LIGHT, choose_load_colour
 
-FIND_OVERLAPS = """() => {
-    const found = [];
-    const isLeft = (a, b) => a.right <= b.left + 0.5, isAbove = (a, b) => a.bottom <= b.top + 0.5;
-    const isApart = (a, b) => isLeft(a, b) || isLeft(b, a) || isAbove(a, b) || isAbove(b, a);
-    for (const parent of document.querySelectorAll("header, section, .tools, .legend, .layers, .layer, .scale, figure")) {
-        const boxes = [...parent.children].map((node) => [node.textContent.trim() || node.tagName, node.getBoundingClientRect()]);
-        boxes.forEach(([text, box], n) => boxes.slice(n + 1).forEach(([other, next]) => {
-            if (!isApart(box, next)) found.push(`"${text}" and "${other}"`);
-        }));
-    }
-    return found;
-}"""
-
 
 def make_replay(steps: int = 40, layers: int = 3, ranks: int = 8, nodes: int = 2, rate: float = 1.0) -> Replay:
     random = np.random.default_rng(steps * layers)
@@ -171,8 +158,10 @@ def test_hostile_titles_run_nothing(open_replay: Open) -> None:
     [(1, 1, 1, 1, 0.0), (60, 1, 4, 1, 0.5), (400, 58, 64, 8, 0.5), (401, 2, 300, 2, 5.0)],
     ids=lambda sizes: "x".join(map(str, sizes)),
 )
-def test_nothing_is_cut_or_covered(open_replay: Open, sizes: Any, width: int, scheme: str, tmp_path: Path) -> None:
+def test_nothing_is_cut_or_covered(
+    open_replay: Open, find_overlaps: Any, sizes: Any, width: int, scheme: str, tmp_path: Path
+) -> None:
     page = open_replay(make_replay(*sizes), scheme, width)
     page.page.screenshot(path=str(tmp_path / "screen.png"), full_page=True)  # pytest keeps it for a look
     assert page.page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.page.evaluate(FIND_OVERLAPS) == []
+    assert find_overlaps(page.page) == []

@@ -27,7 +27,7 @@ def _record_part(
     recorded = []
     for step in steps:
         drift = 0.97 * drift + 0.25 * random.normal(0, 1, drift.shape)
-        share = np.exp((0.4 + 0.15 * np.arange(len(layers)))[:, None] * drift)
+        share = np.exp((0.4 + 0.15 * (np.arange(len(layers)) % 5))[:, None] * drift)
         counts = random.poisson(1000 * share, (microbatches, *share.shape))
         planned = place_clones(counts[0] if not recorded else recorded[-1].mean(0), placement)
         record_step(directory, rank, counts, describe_step(step, layers, counts, placement, planned, random))
@@ -75,7 +75,7 @@ def describe_step(
         "experts": new.experts,
         "homes": new.homes,
         "clones": clones,
-        "moved": int((new.experts != old.experts).sum()),
+        "moved": int(((new.experts != old.experts) & (new.experts != EMPTY)).sum()),
         "homes_moved": 0,
         "bytes": clones * 2 * 3_000_000,
         "weights_ms": round(weights, 3),

@@ -11,9 +11,11 @@ import pytest
 from counterflow.balance.cluster import Array, make_cluster
 from counterflow.balance.placement import Placement, measure_balancedness, share_evenly, sum_by_rank
 from counterflow.balance.planning import POLICIES, Plan
+from counterflow.balance.recorded import read_record
 from counterflow.balance.replay import Replay
 from counterflow.balance_cli import describe_plan, describe_replay
 from counterflow.cli import main
+from made_record import make_record
 
 
 def run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -36,6 +38,13 @@ def trace(tmp_path: Path) -> Path:
     """Twelve micro-batches of two layers of eight experts."""
     np.savez(tmp_path / "trace.npz", counts=np.random.default_rng(0).integers(0, 100, (12, 2, 8)), topk=2)
     return tmp_path / "trace.npz"
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    """What two pipeline ranks recorded of 20 steps: three layers of sixteen experts on four ranks."""
+    make_record(tmp_path / "record", {0: [2, 9], 4: [5]}, range(1, 21))
+    return tmp_path / "record"
 
 
 PLAN = "--slots 24 --ranks 4".split()
@@ -140,6 +149,51 @@ def test_replay_takes_half_of_a_short_trace_as_its_past_and_an_interval_beyond_i
     assert (code, err) == (0, "") and "micro-batches 6 to 11" in text
 
 
+def test_a_recorded_run_is_replayed(record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, err = run(["replay", str(record), *REPLAY, "--json"], capsys)
+    assert (code, err) == (0, "")
+    np.save(tmp_path / "trace.npy", read_record(record).counts)
+    assert text == run(["replay", str(tmp_path / "trace.npy"), *REPLAY, "--json"], capsys)[1]
+    assert json.loads(text)["counterflow"]["mean"] > json.loads(text)["fixed"]["mean"]
+
+
+def test_show_prints_figures(record: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    read = read_record(record)
+    code, text, err = run(["show", str(record), "--json"], capsys)
+    figures = json.loads(text)
+    assert (code, err) == (0, "")
+    sizes = ("steps", "first_step", "last_step", "microbatches", "experts", "slots", "ranks")
+    assert [figures[name] for name in sizes] == [20, 1, 20, 40, 16, 20, 4]
+    assert [row["layer"] for row in figures["layers"]] == [2, 5, 9]
+    assert [row["before"] for row in figures["layers"]] == pytest.approx(read.before.mean(0))
+    assert [row["worst_after"] for row in figures["layers"]] == pytest.approx(read.after.min(0))
+    assert figures["mean"]["after"] == pytest.approx(read.after.mean()) and figures["worst"]["before"] == read.before.min()
+    sent = read.figures["bytes"]
+    assert figures["per_step"]["bytes"] == {"mean": sent.mean(), "most": sent.max(), "sum": sent.sum()}
+
+
+def test_show_prints_tables_and_draws(record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    html, svg = tmp_path / "show.html", tmp_path / "show.svg"
+    code, text, err = run(["show", str(record), "--html", str(html), "--svg", str(svg)], capsys)
+    assert (code, err) == (0, "")
+    assert text.startswith("steps 1 to 20 · 40 micro-batches · 3 layers · 16 experts · 20 slots on 4 ranks; balancedness")
+    after = read_record(record).after
+    lines = [line.split() for line in text.splitlines()]
+    assert f"{after[:, 1].mean():.4f}" in next(line for line in lines if line[:2] == ["layer", "5"])
+    assert f"{after.min():.4f}" in next(line for line in lines if line[:2] == ["all", "layers"])
+    assert all(words in text for words in ("clones sent", "of them new experts", "received, MB", "compute waited, ms"))
+    assert "<h1>record</h1>" in html.read_text() and ElementTree.parse(svg).getroot().tag.endswith("svg")
+
+
+def test_show_prints_the_worst_of_many_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_record(tmp_path, {0: list(range(30, 50))}, range(2), experts=8)
+    code, text, _ = run(["show", str(tmp_path)], capsys)
+    lines = text.splitlines()
+    assert code == 0 and lines[1] == "the 5 layers of 20 that are least balanced on homes alone:"
+    worst = 30 + int(read_record(tmp_path).before.mean(0).argmin())
+    assert lines[3].startswith(f"layer {worst} ") and sum(line.startswith("layer ") for line in lines) == 5
+
+
 def test_replay_counts_moves() -> None:
     scores = {name: np.linspace(0.5, 1, 101)[:, None] for name in ("fixed", "eplb", "counterflow", "oracle")}
     tokens = np.ones((101, 1, 2), np.int64)
@@ -188,6 +242,10 @@ def test_replay_counts_moves() -> None:
         ("replay {trace}.npz --ranks 2 --clones-per-rank 1 --interval 1 --warmup 12", "12"),
         ("replay {trace}.npz --ranks 2 --clones-per-rank 1 --interval 1 --warmup 2 --nodes 4", "2 ranks on 4 nodes"),
         ("replay {trace}.npz --ranks 2 --clones-per-rank 1 --interval 1 --svg nowhere/x.svg", "there is no folder nowhere"),
+        ("replay {empty} --ranks 2", "{empty} has 0 files eplb-rank*.jsonl; allowed: 1 to 4096"),
+        ("show {none}", "{none} has 0 files eplb-rank*.jsonl"),
+        ("show {trace}.npz", "{trace}.npz has 0 files eplb-rank*.jsonl"),
+        ("show {empty} --html nowhere/x.html", "there is no folder nowhere"),
     ],
 )
 def test_bad_input_gets_one_line(argv: str, said: str, tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,13 +254,15 @@ def test_bad_input_gets_one_line(argv: str, said: str, tmp_path: Path, trace: Pa
         (tmp_path / name).write_text(text)
     (tmp_path / "cut.npz").write_bytes(trace.read_bytes()[:-50])
     np.save(tmp_path / "short.npy", np.ones((1, 1, 8), np.int64))
-    names = {name: str(tmp_path / name) for name in ("none", "negative", "nan", "zero", "deep", "cut", "good", "trace", "short")}
+    (tmp_path / "empty").mkdir()
+    files = ("none", "negative", "nan", "zero", "deep", "cut", "good", "trace", "short", "empty")
+    names = {name: str(tmp_path / name) for name in files}
     code, out, err = run([part.format(**names) for part in argv.split()], capsys)
     assert (code, out) == (2, "")
     assert said.format(**names) in err and err.startswith("counterflow: ") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["plan", "--help"], ["replay", "--help"]])
+@pytest.mark.parametrize("argv", [["--help"], ["plan", "--help"], ["replay", "--help"], ["show", "--help"]])
 def test_help_is_there(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(argv, capsys)
     assert code == 0 and "usage: counterflow balance" in out

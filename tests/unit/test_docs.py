@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from made_record import make_record
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -49,13 +51,14 @@ def test_balance_commands_in_the_docs_are_understood(tmp_path: Path) -> None:
     for name in ("trace.npz", "routing_a.npz", "examples/routing.npz"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(trace)
+    make_record(tmp_path / "runs" / "record", {0: [1, 2], 4: [3, 4]}, range(1, 31))
     commands = [
         command
         for page in ("docs/balance.md", "README.md")
         for block in find_blocks(page, "console")
         for command in re.findall(r"^\$ counterflow (balance .*)$", block, flags=re.MULTILINE)
     ]
-    assert len(commands) >= 4
+    assert len(commands) >= 7
     for command in commands:
         subprocess.run(
             [sys.executable, "-m", "counterflow.cli", *shlex.split(command)],

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counterflow.balance import recorded_steps
+from counterflow.balance import recorded, recorded_steps
 from counterflow.balance.loads import read_trace
+from counterflow.balance.placement import count_copies
 from counterflow.balance.recorded import append_loads, append_step, read_record, record_step
 from counterflow.errors import BalanceError
 from made_record import make_record
@@ -179,6 +180,7 @@ def test_the_placement_of_a_step_is_that_of_all_layers(tmp_path: Path) -> None:
         assert placement.cluster.slots_per_rank == (5,) * 4
 
 
+@settings(max_examples=25)
 @given(starts=st.sets(st.integers(1, 9), max_size=9))
 def test_loads_are_summed_by_groups_of_steps(tmp_path_factory: Any, starts: set[int]) -> None:
     directory = tmp_path_factory.mktemp("record")
@@ -187,6 +189,15 @@ def test_loads_are_summed_by_groups_of_steps(tmp_path_factory: Any, starts: set[
     begins = [0, *sorted(starts)]
     wanted = [part.sum(0) for part in np.split(record.counts, [3 * start for start in begins[1:]])]
     np.testing.assert_array_equal(record.sum_loads(np.array(begins)), wanted)
+
+
+def test_clones_are_the_copies_beside_homes(tmp_path: Path) -> None:
+    make_record(tmp_path, PARTS, range(7))
+    record = read_record(tmp_path)
+    clones = np.stack([count_copies(record.find_placement(index), 16) - 1 for index in range(7)])
+    assert clones.sum() == 7 * 5 * 2, "two clones in each layer"
+    wanted = [part.mean(0) for part in np.split(clones, [2, 6])]
+    np.testing.assert_allclose(record.count_clones(np.array([0, 2, 6])), wanted)
 
 
 def test_what_a_resumed_run_does_again_replaces_what_it_did_before(tmp_path: Path) -> None:
@@ -296,6 +307,17 @@ def test_folders_that_are_no_record_are_refused(tmp_path: Path, monkeypatch: pyt
     refuse(tmp_path, "step 0 has ranks, slots and micro-batches [(2, 18, 2), (4, 20, 2)]")
     monkeypatch.setattr(recorded_steps, "MAX_LINE_BYTES", 100)
     refuse(tmp_path, "line 1 is longer than 100 bytes")
+    monkeypatch.setattr(recorded, "MAX_FILE_BYTES", 1000)
+    refuse(tmp_path, "allowed: 1000; record a long run in several folders")
+
+
+def test_more_counts_than_fit_are_refused_but_summed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_record(tmp_path, {0: [0]}, range(3))
+    monkeypatch.setattr(recorded, "MAX_ENTRIES", 95)
+    record = read_record(tmp_path)
+    with pytest.raises(BalanceError, match="record of 6 micro-batches, .*; allowed: 95 counts at once, 5 such"):
+        _ = record.counts
+    assert record.sum_loads(np.array([0])).shape == (1, 1, 16)
 
 
 def test_loads_that_are_none_are_refused(tmp_path: Path) -> None:

@@ -68,10 +68,26 @@ class RecordedBalance:
     def sum_loads(self, starts: Array) -> Array:
         """Return ``int64[groups, L, E]``: tokens per expert of groups of steps, each from its start to the next one's."""
         sums = np.zeros((len(starts), len(self.layers), self.experts), np.int64)
-        groups = np.searchsorted(starts, np.arange(len(self.steps)), side="right") - 1
+        groups = self._find_groups(starts)
         for places, step, rows in self._read_rows():
             sums[groups[step], places] += rows.sum(0, dtype=np.int64)
         return sums
+
+    def count_clones(self, starts: Array) -> Array:
+        """Return ``float64[groups, L, E]``: clones that each expert had beside its home, the mean of a group's steps."""
+        sums = np.zeros((len(starts), len(self.layers), self.experts))
+        groups = self._find_groups(starts)
+        for part in self.parts:
+            places = np.searchsorted(self.layers, part.layers)
+            # Empty slots are counted in a column of their own, before those of experts.
+            columns = (self.experts + 1) * np.arange(len(places))[:, None] + 1
+            for group, number in zip(groups, self.steps.tolist(), strict=True):
+                copies = np.bincount((part.steps[number].experts + columns).ravel(), minlength=len(places) * (self.experts + 1))
+                sums[group, places] += copies.reshape(len(places), -1)[:, 1:] - 1
+        return sums / np.bincount(groups)[:, None, None]
+
+    def _find_groups(self, starts: Array) -> Array:
+        return np.searchsorted(starts, np.arange(len(self.steps)), side="right") - 1
 
     def find_placement(self, index: int) -> Placement:
         """Return the placement of the step at an index, such as -1 for the last, of all layers; homes and clones."""
@@ -79,7 +95,7 @@ class RecordedBalance:
         order = np.argsort(np.concatenate([part.layers for part in self.parts]))
         held = [part.steps[number] for part in self.parts]
         experts, homes = (np.concatenate([getattr(step, name) for step in held])[order] for name in ("experts", "homes"))
-        return Placement(make_cluster(held[0].ranks, experts.shape[1]), experts, homes)
+        return Placement(make_cluster(held[0].ranks, experts.shape[1]), experts.astype(np.int64), homes.astype(np.int64))
 
     def _read_rows(self) -> Iterator[tuple[Array, int, Array]]:
         """Yield the places of a part's layers, the index of a step and its ``int32[micro-batches, layers, experts]``."""
@@ -274,7 +290,10 @@ def _list_steps(directory: Path) -> list[Path]:
             raise BalanceError(f"{missing} is no file; allowed: a pair of files for each pipeline rank, loads and steps")
     total = sum(path.stat().st_size for path in paths)
     if total > MAX_FILE_BYTES:
-        raise BalanceError(f"{directory} has {total} bytes in its eplb-rank*.jsonl; allowed: {MAX_FILE_BYTES}")
+        raise BalanceError(
+            f"{directory} has {total} bytes in its eplb-rank*.jsonl; "
+            f"allowed: {MAX_FILE_BYTES}; record a long run in several folders"
+        )
     return paths
 
 

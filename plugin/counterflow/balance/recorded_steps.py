@@ -23,7 +23,8 @@ MAX_WHOLE = 2**53
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """A line: its micro-batches end at ``end`` in the loads; ``experts`` and ``homes`` are ``int32[layers, ...]``."""
+    """A line: its micro-batches end at ``end`` in the loads; ``experts`` and ``homes`` are integers
+    ``[layers, slots]`` and ``[layers, experts]``, as of a `Placement`."""
 
     number: int
     ranks: int
@@ -139,14 +140,15 @@ def _take_layers(given: dict[str, Any], where: str, layers: int, before: list[in
 
 
 def _take_table(given: dict[str, Any], key: str, where: str, layers: int, bounds: tuple[int, int]) -> Array:
-    """Return ``int32[layers, columns]``. By hand: numpy would make room for the longest text in every entry."""
+    """Return integers ``[layers, columns]``. By hand: numpy would make room for the longest text in every entry."""
 
     def fits(value: Any) -> bool:
         rows = _is_list(value, layers) and all(_is_list(row, len(value[0]) if _is_list(value[0]) else 0) for row in value)
         return rows and all(type(each) is int and bounds[0] <= each <= bounds[1] for row in value for each in row)
 
     allowed = f"{layers} rows, one per layer, all as long, of whole numbers from {bounds[0]} to {bounds[1]}"
-    return np.array(_take(given, key, where, fits, allowed), np.int32)
+    # Of a long run there are many.
+    return np.array(_take(given, key, where, fits, allowed), np.int16 if bounds[1] < 2**15 else np.int32)
 
 
 def _is_list(value: Any, size: int | None = None) -> bool:

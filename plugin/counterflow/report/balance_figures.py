@@ -88,24 +88,34 @@ def list_methods(replay: Replay) -> list[str]:
 
 def summarise_methods(replay: Replay) -> dict[str, tuple[float, float, float]]:
     """Return mean, 5th percentile and worst balancedness over micro-batches and layers, by method."""
-    found = {}
-    for name in list_methods(replay):
-        values = replay.balancedness[name]
-        found[name] = (float(values.mean()), float(np.percentile(values, 5)), float(values.min()))
-    return found
+    return {name: summarise(replay.balancedness[name]) for name in list_methods(replay)}
+
+
+def summarise(values: Array) -> tuple[float, float, float]:
+    """Return mean, 5th percentile and lowest."""
+    return float(values.mean()), float(np.percentile(values, 5)), float(values.min())
 
 
 def find_worst_layers(replay: Replay, most: int) -> list[int]:
     """Return the layers of least mean balancedness under fixed homes, the worst first, at most so many."""
-    return [int(layer) for layer in np.argsort(replay.balancedness["fixed"].mean(0), kind="stable")[:most]]
+    return find_lowest_layers(replay.balancedness["fixed"], most)
+
+
+def find_lowest_layers(values: Array, most: int) -> list[int]:
+    """Return the layers of least mean of ``[steps, layers]``, the least first, at most so many."""
+    return [int(layer) for layer in np.argsort(values.mean(0), kind="stable")[:most]]
 
 
 def weigh_loads(loads: Array, layer: int, grouping: Grouping) -> Array:
     """Return ``float64[groups, ranks]``: each rank's tokens over the mean rank's, of one layer of ``[steps, layers, ranks]``.
 
-    Tokens of a group are summed first. Where there are none, all ranks are equal: 1.
+    Tokens of a group are summed first.
     """
-    tokens = np.add.reduceat(loads[:, layer], grouping.starts, axis=0)
+    return divide_by_mean(np.add.reduceat(loads[:, layer], grouping.starts, axis=0))
+
+
+def divide_by_mean(tokens: Array) -> Array:
+    """Return tokens over their mean along the last axis; where there are none, all are equal: 1."""
     mean = tokens.mean(-1, keepdims=True)
     return np.divide(tokens, mean, out=np.ones(tokens.shape), where=mean > 0)
 
@@ -153,13 +163,13 @@ def describe_moves(replay: Replay) -> str:
     return f"{write_count(total, 'clone')} sent in {over}: {means}; {source}."
 
 
-def describe_grouping(grouping: Grouping) -> str:
+def describe_grouping(grouping: Grouping, units: str = "micro-batches") -> str:
     """Return in words what was lost by drawing groups; empty where nothing was."""
     if grouping.size == 1:
         return ""
     return (
-        f"Down-sampled: {grouping.steps:,} micro-batches are drawn as {len(grouping.starts):,} groups of {grouping.size:,}. "
-        "Lines are the mean of a group, the shade below them reaches down to its lowest; heat maps and moves are means."
+        f"Down-sampled: {grouping.steps:,} {units} are drawn as {len(grouping.starts):,} groups of {grouping.size:,}. "
+        "Lines are the mean of a group, the shade below them reaches down to its lowest; heat maps and bars are means."
     )
 
 

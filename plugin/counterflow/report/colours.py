@@ -73,8 +73,13 @@ def choose_load_colour(place: float, theme: dict[str, str]) -> str:
     """Return the colour at a place on the scale of loads, from 0 to 4: five shades, mixed between."""
     lower = min(int(place), 3)
     share = place - lower
-    pairs = zip(*(_split_channels(theme[f"load-{shade}"]) for shade in (lower, lower + 1)), strict=True)
-    return "#" + "".join(f"{int(one + (other - one) * share + 0.5):02x}" for one, other in pairs)
+    return mix_colours(theme[f"load-{lower}"], theme[f"load-{lower + 1}"], share)
+
+
+def mix_colours(one: str, other: str, share: float) -> str:
+    """Return the colour at a share of the way from one to the other."""
+    pairs = zip(_split_channels(one), _split_channels(other), strict=True)
+    return "#" + "".join(f"{int(first + (second - first) * share + 0.5):02x}" for first, second in pairs)
 
 
 def _split_channels(colour: str) -> list[int]:
