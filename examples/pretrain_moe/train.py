@@ -82,7 +82,7 @@ def list_training_flags(options: argparse.Namespace, ranks: int, on_cpu: bool, t
         *("--cf-platform", "cpu" if on_cpu else "cuda", "--cf-schedule", options.schedule),
         *(["--num-virtual-stages-per-pipeline-rank", "2"] if options.schedule == "interleaved" else []),
         *(["--cf-eplb"] if options.eplb else []),
-        *("--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", str(min(2, max(1, ranks // 2)))),
+        *("--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", str(min(4, max(1, ranks // 2)))),
         *("--data-path", str(text), "--data-cache-path", str(directory / "data" / "cache")),
         *("--train-iters", str(target), "--eval-interval", "25", "--eval-iters", "2"),
         *("--save", str(directory / "checkpoints"), "--load", str(directory / "checkpoints"), "--save-interval", "50"),

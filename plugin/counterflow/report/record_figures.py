@@ -20,8 +20,8 @@ TRANSFERS = {
     "moved": "of them new experts",
     "homes_moved": "homes moved",
     "bytes": "sent and received, MB",
-    "weights_ms": "weights, ms",
-    "gradients_ms": "gradients, ms",
+    "weights_ms": "weights under way, ms",
+    "gradients_ms": "gradients under way, ms",
     "waited_ms": "compute waited, ms",
 }
 
@@ -93,7 +93,7 @@ def list_bars(record: RecordedBalance, grouping: Grouping) -> list[Bars]:
             "Time of transfers in each step",
             "No transfer took any time.",
             [
-                ("times", "up-F", f"ms of transfers{per}", "ms that weights and gradients took per step", both),
+                ("times", "up-F", f"ms of transfers{per}", "ms that weights and gradients were under way per step", both),
                 ("waited", "up-B", "ms of it waited for", "that compute waited for", figures["waited_ms"]),
                 ("weights", "", "ms of weights", "", figures["weights_ms"]),
                 ("gradients", "", "ms of gradients", "", figures["gradients_ms"]),
