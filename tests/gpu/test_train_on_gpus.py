@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from counterflow.balance.recorded import read_record
 from counterflow.schedule import load_record
 
 torch = pytest.importorskip("torch")
@@ -59,6 +60,34 @@ def test_transformer_engine_leaves_weight_gradients_to_the_w(tmp_path: Path) -> 
     spans = load_record(tmp_path / "record", step=5).spans
     spent = {kind: sum(s.end - s.start for s in spans if s.action.kind == kind) for kind in "IW"}
     assert spent["W"] > 0.2 * spent["I"], f"a W does no work: {spent}"
+
+
+EXPERT_KINDS = {
+    "one by one": [],
+    "grouped": ["--moe-grouped-gemm"],
+    "grouped, FP8": ["--moe-grouped-gemm", "--fp8-format", "e4m3", "--fp8-recipe", "blockwise"],
+    "flex": ["--moe-grouped-gemm", "--moe-token-dispatcher-type", "flex", "--moe-flex-dispatcher-backend", "deepep"],
+}
+
+
+@pytest.mark.parametrize("kind", EXPERT_KINDS)
+@pytest.mark.parametrize("split", ["exact", "even"])
+def test_clones_leave_the_losses_as_they_are(tmp_path: Path, kind: str, split: str) -> None:
+    if torch.cuda.device_count() < 4:
+        pytest.skip("needs four GPUs: two pipeline ranks of two expert-parallel ranks")
+    if kind != "one by one":
+        pytest.importorskip("transformer_engine")
+    if kind == "flex":
+        pytest.importorskip("deep_ep")
+    flags = ["--bf16", "--expert-model-parallel-size", "2", *EXPERT_KINDS[kind]]
+    train(tmp_path / "run", "dualpipev", *flags, ranks=4)
+    start = ["--load", str(tmp_path / "run" / "checkpoints"), "--finetune", "--no-load-optim", "--no-load-rng"]
+    reference = train(tmp_path / "a", "dualpipev", *flags, *start, ranks=4)
+    balanced = ["--eplb", "--cf-eplb-split", split, "--cf-record", str(tmp_path / "record")]
+    assert train(tmp_path / "b", "dualpipev", *flags, *start, *balanced, ranks=4) == pytest.approx(reference, rel=1e-2)
+    record = read_record(tmp_path / "record")
+    assert record.figures["clones"].sum() > 0, "nothing was cloned"
+    assert record.after.mean() > record.before.mean()
 
 
 def test_a_nan_loss_ends_all_ranks_over_nccl(tmp_path: Path) -> None:
