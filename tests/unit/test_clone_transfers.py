@@ -97,3 +97,16 @@ def test_frozen_weights_have_clones_without_gradients(works: list[Work], frozen:
     assert [getattr(weight, "main_grad", None) is None for weight in layers[0].homes[0]] == list(frozen)
     assert all(w.main_grad.tolist() == [3.0, 3.0] for w in layers[0].homes[0] if w.requires_grad)  # type: ignore[attr-defined]
     assert all(weight.grad is None for weight in clone)
+
+
+def test_weights_that_evaluation_did_not_use_have_come_before_it_ends(works: list[Work]) -> None:
+    # A rank whose clone got no token never waits for its weights; the next step may change the home or send to the slot again.
+    ranks, layers, placement = make_ranks(frozen=(False, False))
+    for rank in ranks:
+        rank.refresh(placement, np.array([[False, False, False, True]]))
+    assert works and not any(work.is_done for work in works)
+    for rank in ranks:
+        rank.finish_evaluation()
+    assert all(work.is_done for work in works)
+    # Whoever caches what it made of a clone's weights still has to know that they are others.
+    assert ranks[1].finish_refresh(0) and not ranks[1].finish_refresh(0)

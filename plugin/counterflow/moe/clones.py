@@ -113,10 +113,14 @@ class Clones:
         """Wait for the weights of one layer, before its clones compute; tell whether there were any to wait for."""
         if layer not in self._coming:
             return False
-        begun, works = self._coming.pop(layer)
-        self._wait(works)
-        self._traffic.weights += time.monotonic() - begun
+        self._wait_for_weights(layer)
+        del self._coming[layer]
         return True
+
+    def finish_evaluation(self) -> None:
+        """Let no weights be under way, which nothing had to compute with; `finish_refresh` still tells of them."""
+        for layer in self._coming:
+            self._wait_for_weights(layer)
 
     def expect_gradients(self) -> None:
         """Begin a step, after `refresh`: the clones' gradients are zero, and due at the homes."""
@@ -208,6 +212,13 @@ class Clones:
         return [
             dist.P2POp(run, tensor.detach(), self._peers[peer], self._group, begin + part) for part, tensor in enumerate(tensors)
         ]
+
+    def _wait_for_weights(self, layer: int) -> None:
+        begun, works = self._coming[layer]
+        if works:
+            self._wait(works)
+            self._traffic.weights += time.monotonic() - begun
+            self._coming[layer] = begun, []
 
     def _wait(self, works: list[dist.Work]) -> None:
         begun = time.monotonic()
