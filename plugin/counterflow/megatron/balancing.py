@@ -76,7 +76,9 @@ class ExpertBalancer:
             placement = self._model.bring_homes_back()
             result = save_checkpoint(iteration, *args, **kwargs)
             self._model.restore_homes(placement)
-            if (directory := _find_loads_folder("save", iteration)) is not None:
+            # One that is not persistent lies elsewhere, and is soon gone.
+            is_kept = not kwargs.get("non_persistent_ckpt", False)
+            if is_kept and (directory := _find_loads_folder("save", iteration)) is not None:
                 self._model.save_loads(directory)
             return result
 
