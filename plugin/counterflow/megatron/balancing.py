@@ -11,7 +11,7 @@ save_checkpoint       homes are where Megatron puts them while it saves
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,7 @@ class ExpertBalancer:
             chunks = kwargs["model"] if isinstance(kwargs["model"], list) else [kwargs["model"]]
             self._attach(chunks, kwargs["num_microbatches"])
             if kwargs.get("forward_only", False):
-                if self._model is not None:
-                    self._model.refresh()
-                return forward_backward(*args, **kwargs)
+                return self._evaluate(partial(forward_backward, *args, **kwargs))
             if self._model is not None:
                 self._model.begin_step()
             result = forward_backward(*args, **kwargs)
@@ -78,7 +76,9 @@ class ExpertBalancer:
             placement = self._model.bring_homes_back()
             result = save_checkpoint(iteration, *args, **kwargs)
             self._model.restore_homes(placement)
-            if (directory := _find_loads_folder("save", iteration)) is not None:
+            # One that is not persistent lies elsewhere, and is soon gone.
+            is_kept = not kwargs.get("non_persistent_ckpt", False)
+            if is_kept and (directory := _find_loads_folder("save", iteration)) is not None:
                 self._model.save_loads(directory)
             return result
 
@@ -122,6 +122,14 @@ class ExpertBalancer:
                 f"layers {weights:,} bytes of weights and {gradients:,} bytes of gradients, no optimizer state",
                 flush=True,
             )
+
+    def _evaluate(self, run: Callable[[], Any]) -> Any:
+        if self._model is None:
+            return run()
+        self._model.refresh()
+        result = run()
+        self._model.finish_evaluation()
+        return result
 
     def _end_step(self, microbatches: int) -> None:
         """Sum the step up over all ranks; of clones, what one replica of each pipeline rank's experts has."""

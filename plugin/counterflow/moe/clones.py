@@ -113,16 +113,21 @@ class Clones:
         """Wait for the weights of one layer, before its clones compute; tell whether there were any to wait for."""
         if layer not in self._coming:
             return False
-        begun, works = self._coming.pop(layer)
-        self._wait(works)
-        self._traffic.weights += time.monotonic() - begun
+        self._wait_for_weights(layer)
+        del self._coming[layer]
         return True
+
+    def finish_evaluation(self) -> None:
+        """Let no weights be under way, which nothing had to compute with; `finish_refresh` still tells of them."""
+        for layer in self._coming:
+            self._wait_for_weights(layer)
 
     def expect_gradients(self) -> None:
         """Begin a step, after `refresh`: the clones' gradients are zero, and due at the homes."""
         for parameter in self._list_clone_parameters():
-            parameter.main_grad.zero_()  # type: ignore[attr-defined]
-            parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+            if hasattr(parameter, "main_grad"):
+                parameter.main_grad.zero_()
+                parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
         self._rounds, self._sent_home_at, self.are_home = [], None, not self._held
 
     def start_homecoming(self) -> None:
@@ -148,9 +153,9 @@ class Clones:
         while self._returning or self._rounds:
             self._wait(self._returning)
             for transfer, gradients in self._landing:
-                homes = self._layers[transfer.layer].homes[transfer.home]
+                homes = _list_gradients(self._layers[transfer.layer].homes[transfer.home])
                 for home, gradient in zip(homes, gradients, strict=True):
-                    home.main_grad.add_(gradient)  # type: ignore[attr-defined]
+                    home.add_(gradient)
             self._start_round()
         assert self._sent_home_at is not None
         self._traffic.gradients += time.monotonic() - self._sent_home_at
@@ -208,6 +213,13 @@ class Clones:
             dist.P2POp(run, tensor.detach(), self._peers[peer], self._group, begin + part) for part, tensor in enumerate(tensors)
         ]
 
+    def _wait_for_weights(self, layer: int) -> None:
+        begun, works = self._coming[layer]
+        if works:
+            self._wait(works)
+            self._traffic.weights += time.monotonic() - begun
+            self._coming[layer] = begun, []
+
     def _wait(self, works: list[dist.Work]) -> None:
         begun = time.monotonic()
         for work in works:
@@ -227,7 +239,7 @@ def find_timeout(group: dist.ProcessGroup) -> timedelta:
 def measure_clones(layers: list[LayerExperts]) -> tuple[int, int]:
     """Return the bytes of this rank's clones: of their weights, and of their gradients."""
     parameters = [parameter for layer in layers for clone in layer.clones for parameter in clone]
-    return _count_bytes(parameters), _count_bytes([p.main_grad for p in parameters if hasattr(p, "main_grad")])
+    return _count_bytes(parameters), _count_bytes(_list_gradients(parameters))
 
 
 def _count_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -235,7 +247,8 @@ def _count_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _list_gradients(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-    return [parameter.main_grad for parameter in parameters]  # type: ignore[attr-defined]
+    """Return the gradient buffers of parameters; frozen ones have none."""
+    return [parameter.main_grad for parameter in parameters if hasattr(parameter, "main_grad")]
 
 
 def _prepare(clone: list[torch.nn.Parameter], home: list[torch.nn.Parameter]) -> None:
@@ -246,6 +259,7 @@ def _prepare(clone: list[torch.nn.Parameter], home: list[torch.nn.Parameter]) ->
         )
     for copied, own in zip(clone, home, strict=True):
         copied.data = torch.zeros_like(own.data)
+        copied.requires_grad_(own.requires_grad)
         if hasattr(own, "main_grad"):
             copied.main_grad = torch.zeros_like(own.main_grad)  # type: ignore[attr-defined]
             copied.grad_added_to_main_grad = False  # type: ignore[attr-defined]

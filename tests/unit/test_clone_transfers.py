@@ -1,0 +1,112 @@
+"""What travels between homes and clones, with two ranks in one process: sends lie in a mailbox until they are waited for."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from counterflow.balance.placement import Placement, make_home_placement
+from counterflow.moe import clones as moe_clones
+from counterflow.moe.clones import Clones, LayerExperts, Traffic
+
+
+class Work:
+    """A transfer; nothing arrives before it is waited for."""
+
+    def __init__(self, finish: Any) -> None:
+        self._finish, self.is_done = finish, False
+
+    def wait(self, *limit: Any) -> None:
+        if not self.is_done:
+            self._finish()
+        self.is_done = True
+
+
+@pytest.fixture
+def works(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
+    """Stand in for torch.distributed; the list has every receive that was started."""
+    started: list[Work] = []
+    mail: dict[tuple[int, int, int], torch.Tensor] = {}
+
+    def start(operations: list[Any]) -> list[Work]:
+        for kind, tensor, peer, rank, tag in operations:
+            if kind == "send":
+                mail[rank, peer, tag] = tensor.clone()
+        receives = [o for o in operations if o[0] == "receive"]
+        begun = [Work(lambda o=o: o[1].copy_(mail.pop((o[2], o[3], o[4])))) for o in receives]
+        started.extend(begun)
+        return begun
+
+    fake = SimpleNamespace(
+        isend="send",
+        irecv="receive",
+        P2POp=lambda kind, tensor, peer, group, tag: (kind, tensor, peer, group.rank(), tag),
+        batch_isend_irecv=start,
+        get_process_group_ranks=lambda group: [0, 1],
+    )
+    monkeypatch.setattr(moe_clones, "dist", fake)
+    monkeypatch.setattr(moe_clones, "find_timeout", lambda group: 1)
+    return started
+
+
+def make_expert(value: float, *, frozen: tuple[bool, ...]) -> list[torch.nn.Parameter]:
+    """Two weights of one expert, with gradient buffers as data parallelism gives them to those that are trained."""
+    made = []
+    for is_frozen in frozen:
+        parameter = torch.nn.Parameter(torch.full((2,), value), requires_grad=not is_frozen)
+        if not is_frozen:
+            parameter.main_grad = torch.zeros(2)  # type: ignore[attr-defined]
+        made.append(parameter)
+    return made
+
+
+def make_ranks(*, frozen: tuple[bool, ...]) -> tuple[list[Clones], list[LayerExperts], Placement]:
+    """Two ranks with one expert each; the placement has a clone of expert 0 on rank 1."""
+    placement = make_home_placement(1, 2, 2, 1)
+    layers = [
+        LayerExperts(
+            [make_expert(rank + 1.0, frozen=frozen)], [[torch.nn.Parameter(torch.full((2,), float("nan"))) for _ in frozen]]
+        )
+        for rank in range(2)
+    ]
+    made = [Clones([layers[r]], 0, placement.cluster, SimpleNamespace(rank=lambda r=r: r), Traffic()) for r in range(2)]  # type: ignore[arg-type]
+    experts = placement.experts.copy()
+    experts[0, 3] = 0
+    return made, layers, Placement(placement.cluster, experts, placement.homes)
+
+
+@pytest.mark.parametrize("frozen", [(False, False), (True, False), (True, True)])
+def test_frozen_weights_have_clones_without_gradients(works: list[Work], frozen: tuple[bool, ...]) -> None:
+    ranks, layers, placement = make_ranks(frozen=frozen)
+    for rank in ranks:
+        rank.refresh(placement, np.array([[False, False, False, True]]))
+        rank.expect_gradients()
+    assert ranks[1].finish_refresh(0)
+    (clone,) = layers[1].clones
+    assert [weight.tolist() for weight in clone] == [[1.0, 1.0], [1.0, 1.0]]
+    assert [weight.requires_grad for weight in clone] == [not each for each in frozen]
+    for weight in clone:
+        if weight.requires_grad:
+            (weight.sum() * 3).backward()
+    for rank in ranks:
+        rank.start_homecoming()
+    for rank in ranks:
+        rank.finish_homecoming()
+    assert [getattr(weight, "main_grad", None) is None for weight in layers[0].homes[0]] == list(frozen)
+    assert all(w.main_grad.tolist() == [3.0, 3.0] for w in layers[0].homes[0] if w.requires_grad)  # type: ignore[attr-defined]
+    assert all(weight.grad is None for weight in clone)
+
+
+def test_weights_that_evaluation_did_not_use_have_come_before_it_ends(works: list[Work]) -> None:
+    # A rank whose clone got no token never waits for its weights; the next step may change the home or send to the slot again.
+    ranks, layers, placement = make_ranks(frozen=(False, False))
+    for rank in ranks:
+        rank.refresh(placement, np.array([[False, False, False, True]]))
+    assert works and not any(work.is_done for work in works)
+    for rank in ranks:
+        rank.finish_evaluation()
+    assert all(work.is_done for work in works)
+    # Whoever caches what it made of a clone's weights still has to know that they are others.
+    assert ranks[1].finish_refresh(0) and not ranks[1].finish_refresh(0)
