@@ -1,5 +1,5 @@
 # Two commands do everything, each from nothing: make train, make test.
-.PHONY: help setup train test lint doctor bench-runtime bench-balance clean
+.PHONY: help setup train test lint doctor bench-runtime bench-balance bench-eplb clean
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 
@@ -13,6 +13,7 @@ help:
 	@echo "make test    lint, type check and run all tests"
 	@echo "make bench-runtime  time the runtime beside its simulator, torch's schedules and Megatron's (ARGS=\"--steps 10\")"
 	@echo "make bench-balance  measure the balancer: balancedness, traffic, speed, growth (ARGS=\"speed --eplb FILE\")"
+	@echo "make bench-eplb  measure expert balancing in training: exactness, balance, overhead (ARGS=\"overhead\")"
 	@echo "make doctor  say what is installed and whether it fits"
 	@echo "make setup   only make .venv and install; the others do it where it is missing"
 
@@ -41,6 +42,9 @@ bench-runtime: setup
 
 bench-balance: setup
 	@$(BIN)/python benchmarks/balance.py $(ARGS)
+
+bench-eplb: setup
+	@$(BIN)/python benchmarks/expert_balancing.py $(ARGS)
 
 clean:
 	rm -rf .venv runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

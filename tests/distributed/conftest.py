@@ -1,20 +1,15 @@
 """Runs every training case of this folder once per test session, many in each start of four CPU ranks."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import eplb_cases
 from cases import list_cases
 from counterflow.schedule import build, to_csv
 from data import prepare_text
-from ranks import start_ranks
-
-RANKS = 4
-# Megatron leaves threads and sockets behind when it is set up again in one process; many make it crawl.
-CASES_PER_START = 11
+from start_cases import run_cases
 
 
 @pytest.fixture(scope="session")
@@ -29,11 +24,11 @@ def runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict
     directory = tmp_path_factory.mktemp("training")
     # A table as a user would write it to a file; 2 pipeline ranks, 6 micro-batches.
     (directory / "table.csv").write_text(to_csv(build("dualpipev", 2, 6)))
-    worker = str(Path(__file__).with_name("worker.py"))
-    cases, done = list_cases(text, directory), {}
-    for first in range(0, len(cases), CASES_PER_START):
-        given, results = directory / f"cases-{first}.json", directory / f"results-{first}.json"
-        given.write_text(json.dumps(cases[first : first + CASES_PER_START]))
-        start_ranks(RANKS, [sys.executable, "-W", "ignore", worker, str(given), str(results)], directory / "logs")
-        done |= {run["name"]: {**run, "directory": directory} for run in json.loads(results.read_text())}
-    return done
+    return run_cases("worker.py", list_cases(text, directory), directory)
+
+
+@pytest.fixture(scope="session")
+def balanced_runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What each balancing case logged, by its name."""
+    directory = tmp_path_factory.mktemp("balancing")
+    return run_cases("eplb_worker.py", eplb_cases.list_cases(text, directory), directory)

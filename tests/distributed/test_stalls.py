@@ -1,14 +1,11 @@
 """When a rank dies, fails, is late or has another table, every other rank ends in time and says where it stood."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
+from bare_ranks import HUNG, run_bare
 from stall_cases import CASES, RANKS
 
 WORKER = Path(__file__).with_name("stall_worker.py")
@@ -16,36 +13,10 @@ WORKER = Path(__file__).with_name("stall_worker.py")
 
 def run_ranks(case: str) -> tuple[list[int], list[str]]:
     """Return each rank's exit status and what it said."""
-    # As under torchrun, the store is not in a rank: it outlives them.
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     # Importing torch takes a minute on a busy machine; what is bounded here is a hang.
-    environment = {
-        **os.environ,
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "WORLD_SIZE": str(RANKS),
-        "OMP_NUM_THREADS": "1",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), case],
-            env={**environment, "RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    errors = []
-    for rank in ranks:
-        try:
-            errors.append(rank.communicate(timeout=240)[1])
-        except subprocess.TimeoutExpired:
-            rank.kill()
-            errors.append("HUNG")
-    said = [next((line for line in text.splitlines() if line.startswith("said: ")), text[-2000:]) for text in errors]
-    return [rank.returncode for rank in ranks], said
+    ended = run_bare([str(WORKER), case], RANKS, timeout=240)
+    said = [next((line for line in text.splitlines() if line.startswith("said: ")), text[-2000:]) for _, text in ended]
+    return [status for status, _ in ended], said
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -54,7 +25,7 @@ def test_every_rank_says_where_it_stood(case: str) -> None:
     statuses, said = run_ranks(case)
     # In the cool-down rank 3 needs nobody any more: it may be done.
     assert all(status != 0 for status in statuses[:3]), said
-    assert "HUNG" not in said, f"{case}: a rank waits for ever: {said}"
+    assert HUNG not in said, f"{case}: a rank waits for ever: {said}"
     survivors = [rank for rank in range(RANKS) if statuses[rank] != 0 and (how not in ("killed", "late") or rank != 2)]
     if how == "table":
         assert all("ranks 2 have another table than rank 0" in text for text in said), said

@@ -1,37 +1,18 @@
 """Real training runs under each schedule against plain Megatron, from one checkpoint."""
 
-import math
 from statistics import median
 from typing import Any
 
 import pytest
 
 from cases import FAMILIES, OWN_REFERENCE, RESUMED, SAVED, SCHEDULES, SEARCHED, STEPS, VARIANTS
+from comparing import TOLERANCE, assert_same_steps
 from counterflow.schedule import load_record
 
 # The fixture behind these runs every case; the first test waits for them all.
 pytestmark = pytest.mark.timeout(1800)
 
 Runs = dict[str, dict[str, Any]]
-
-# Only the order in which fp32 gradients are summed differs, under half precision too.
-TOLERANCE = 1e-5
-
-
-def assert_same_steps(run: dict[str, Any], reference: dict[str, Any]) -> None:
-    """Losses and gradient norms agree at each step that both logged."""
-    expected = {step["iteration"]: step for step in reference["steps"]}
-    assert run["error"] is None
-    assert run["steps"], f"{run['name']} logged no step"
-    for step in run["steps"]:
-        other = expected[step["iteration"]]
-        for name in ("loss", "grad_norm"):
-            assert math.isfinite(step[name]) or step["skipped"], (
-                f"{run['name']}: {name} of step {step['iteration']} is {step[name]}"
-            )
-            assert step[name] == pytest.approx(other[name], rel=TOLERANCE, nan_ok=True), (
-                f"{run['name']}, step {step['iteration']}: {name} {step[name]} is not {other[name]} of {reference['name']}"
-            )
 
 
 @pytest.mark.parametrize("optimizer", ["plain", "sharded"])

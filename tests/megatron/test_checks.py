@@ -9,7 +9,7 @@ import pytest
 
 from counterflow.config import Options
 from counterflow.errors import CounterflowError, OptionError
-from counterflow.megatron.checks import count_microbatches, prepare_arguments
+from counterflow.megatron.checks import count_microbatches, has_balancing, prepare_arguments
 from counterflow.schedule import ScheduleTable, build, to_csv
 
 
@@ -257,3 +257,75 @@ def test_a_split_that_is_asked_for_must_be_had() -> None:
     ):
         prepare_arguments(make_arguments(**engine), Options(schedule="zbv", zero_bubble=True))
     prepare_arguments(make_arguments(transformer_impl="local"), Options(schedule="zbv", zero_bubble=True))
+
+
+MODEL = {"num_experts": 8, "rank": 0}
+
+
+@pytest.mark.parametrize(
+    ("clones", "given", "said"),
+    [
+        (1, {"num_experts": None}, "--num-experts is not given: drop it"),
+        (1, {"num_experts": 7}, "7 experts (--num-experts) do not divide by --expert-model-parallel-size 2"),
+        (
+            5,
+            {},
+            "--cf-eplb-clones-per-rank 5 given; each rank is home to 4 of 8 experts, so 4 at most can be cloned on it: "
+            "give 4 or less",
+        ),
+        (7, {"expert_model_parallel_size": 4}, "so 6 at most can be cloned on it"),
+        (1, {"moe_expert_capacity_factor": 1.0}, "does not run with --moe-expert-capacity-factor 1.0"),
+        (1, {"moe_expert_capacity_factor": 0.0}, "does not run with --moe-expert-capacity-factor 0.0"),
+        (1, {"moe_pad_expert_input_to_capacity": True}, "does not run with --moe-pad-expert-input-to-capacity"),
+        (1, {"moe_token_dispatcher_type": "pigeon"}, "--moe-token-dispatcher-type pigeon: alltoall, allgather and flex are"),
+        (1, {"moe_use_upcycling": True}, "does not run with --moe-use-upcycling"),
+        (1, {"fp8_param_gather": True}, "does not run with --fp8-param-gather"),
+        (1, {"use_megatron_fsdp": True}, "does not run with --use-megatron-fsdp"),
+        (1, {"cuda_graph_impl": "local"}, "--cuda-graph-impl local given, none is allowed"),
+    ],
+)
+@pytest.mark.parametrize("schedule", [None, "1f1b"])
+def test_what_cannot_be_balanced_is_refused(schedule: str | None, clones: int, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError) as raised:
+        prepare_arguments(
+            make_arguments(**{**MODEL, **given}), Options(schedule=schedule, eplb=True, eplb_clones_per_rank=clones)
+        )
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("given", [{}, {"moe_token_dispatcher_type": "allgather"}, {"expert_model_parallel_size": 4}])
+def test_as_many_clones_as_other_ranks_have_experts_are_accepted(
+    given: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = make_arguments(**{**MODEL, **given})
+    options = Options(eplb=True, eplb_clones_per_rank=8 - 8 // args.expert_model_parallel_size)
+    prepare_arguments(args, options)
+    assert has_balancing(args, options)
+    assert not capsys.readouterr().out
+
+
+def test_one_expert_parallel_rank_is_told_that_there_is_nothing_to_balance(capsys: pytest.CaptureFixture[str]) -> None:
+    options = Options(eplb=True, eplb_clones_per_rank=2)
+    for size in (1, None):
+        args = make_arguments(**MODEL, expert_model_parallel_size=size)
+        prepare_arguments(args, options)
+        assert not has_balancing(args, options)
+        (line,) = capsys.readouterr().out.splitlines()
+        assert "--expert-model-parallel-size is 1" in line and "there is nothing to balance, training goes on without it" in line
+    args.rank = 1
+    assert not has_balancing(args, options) and not capsys.readouterr().out, "every rank says it"
+
+
+def test_balancing_alone_may_record(tmp_path: Path) -> None:
+    prepare_arguments(make_arguments(**MODEL), Options(eplb=True, record=tmp_path))
+    assert not has_balancing(make_arguments(**MODEL), Options(record=tmp_path))
+
+
+def test_nested_yaml_arguments_are_balanced_alike() -> None:
+    args = make_arguments(**MODEL)
+    args.model_parallel = SimpleNamespace(expert_model_parallel_size=args.__dict__.pop("expert_model_parallel_size"))
+    options = Options(eplb=True, eplb_clones_per_rank=5)
+    with pytest.raises(OptionError, match="so 4 at most can be cloned on it"):
+        prepare_arguments(args, options)
+    assert has_balancing(args, Options(eplb=True))

@@ -43,6 +43,18 @@ def test_without_flags_nothing_is_asked_for() -> None:
         (["--cf-zero-bubble=1"], "ignored explicit argument '1'"),
         (["--cf-platform", "tpu"], "invalid choice: 'tpu'"),
         (["--cf-schedule"], "expected one argument"),
+        (["--cf-eplb-interval", "2"], "--cf-eplb-interval is for --cf-eplb, which is not given: add it"),
+        (["--cf-eplb-split", "even"], "--cf-eplb-split is for --cf-eplb, which is not given: add it"),
+        (
+            ["--cf-eplb", "--cf-eplb-clones-per-rank", "0"],
+            "--cf-eplb-clones-per-rank 0 leaves nothing to balance with: give 1 or more, or --cf-eplb-rehome-interval",
+        ),
+        (["--cf-eplb", "--cf-eplb-clones-per-rank=-1"], "--cf-eplb-clones-per-rank: Input should be greater than or equal to 0"),
+        (["--cf-eplb", "--cf-eplb-interval", "0"], "--cf-eplb-interval: Input should be greater than or equal to 1 (given: 0)"),
+        (["--cf-eplb", "--cf-eplb-rehome-interval", "0"], "--cf-eplb-rehome-interval: Input should be greater than or equal"),
+        (["--cf-eplb", "--cf-eplb-policy", "local"], "--cf-eplb-policy: invalid choice: 'local'"),
+        (["--cf-eplb", "--cf-eplb-split", "half"], "--cf-eplb-split: invalid choice: 'half'"),
+        (["--cf-eplb", "--cf-eplb-clones", "1"], "did you mean --cf-eplb-clones-per-rank?"),
     ],
 )
 def test_what_is_not_allowed_is_refused_in_one_line(argv: list[str], said: str) -> None:
@@ -50,6 +62,15 @@ def test_what_is_not_allowed_is_refused_in_one_line(argv: list[str], said: str) 
         read_flags(argv)
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_balancing_is_read_with_what_belongs_to_it() -> None:
+    assert read_flags(["--cf-eplb"]) == Options(eplb=True)
+    argv = "--cf-eplb --cf-eplb-clones-per-rank 2 --cf-eplb-interval 5 --cf-eplb-policy global --cf-eplb-split even".split()
+    expected = Options(eplb=True, eplb_clones_per_rank=2, eplb_interval=5, eplb_policy="global", eplb_split="even")
+    assert read_flags(argv) == expected
+    alone = read_flags("--cf-eplb --cf-eplb-clones-per-rank 0 --cf-eplb-rehome-interval 50".split())
+    assert (alone.eplb_clones_per_rank, alone.eplb_rehome_interval) == (0, 50)
 
 
 def test_a_mapping_is_as_strict() -> None:

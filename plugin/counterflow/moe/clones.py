@@ -98,6 +98,7 @@ class Clones:
 
         The homes' weights must not change before `finish_refresh`.
         """
+        self._finish_refreshes()
         self._held = self._list_transfers(placement)
         for layer in range(len(self._layers)):
             sent = [t for t in self._held if t.layer == layer and wanted[self._first + layer, t.slot]]
@@ -163,9 +164,13 @@ class Clones:
 
     def finish_step(self) -> None:
         """Let nothing be under way that the optimizer would change."""
+        self._finish_refreshes()
+        self.finish_homecoming()
+
+    def _finish_refreshes(self) -> None:
+        # Clones that no token came to have not waited: in an evaluation, those of a whole refresh may be left.
         for layer in list(self._coming):
             self.finish_refresh(layer)
-        self.finish_homecoming()
 
     def _start_round(self) -> None:
         self._landing, operations = [], []

@@ -1,0 +1,108 @@
+"""The balancing cases: clones drawn anew for every step, with what a training may have, and plain Megatron's runs beside them."""
+
+from pathlib import Path
+from typing import Any
+
+from cases import (
+    DUALPIPE,
+    MTP,
+    OVERLAPPED,
+    SCHEDULES,
+    SHARDED,
+    SMALL,
+    TENSOR_PARALLEL,
+    TWO_STAGES,
+    UNALIGNED,
+)
+from train import read_flags
+
+STEPS = 6
+SAVED = 3
+
+CLONES = {count: ["--cf-eplb", "--cf-eplb-clones-per-rank", str(count)] for count in (1, 2, 3)}
+ON = CLONES[1]
+EVEN = ["--cf-eplb-split", "even"]
+# Two replicas of an expert-parallel group of two, and one of four.
+TWO_REPLICAS = ["--expert-model-parallel-size", "2"]
+FOUR_RANKS = ["--expert-model-parallel-size", "4"]
+# The all-to-all dispatcher gathers uneven parts over expert tensor parallel ranks, which gloo cannot.
+SPLIT_EXPERTS = """
+    --tensor-model-parallel-size 2 --expert-tensor-parallel-size 2 --sequence-parallel --make-vocab-size-divisible-by 2
+    --moe-token-dispatcher-type allgather
+""".split()
+FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+SELECTIVE_RECOMPUTE = "--recompute-granularity selective --recompute-modules core_attn moe".split()
+FP16 = "--fp16 --initial-loss-scale 65536 --loss-scale-window 2".split()
+
+# All are compared with plain Megatron's one run of the plain or the sharded optimizer.
+PLAIN = {
+    "plain": [TWO_STAGES, ON],
+    "interleaved, two clones": [TWO_STAGES, CLONES[2], SCHEDULES["interleaved"]],
+    "two replicas": [TWO_REPLICAS, CLONES[2]],
+    "per-token loss": [TWO_STAGES, ON, ["--calculate-per-token-loss"]],
+    "1f1b, even split": [TWO_STAGES, CLONES[2], EVEN, SCHEDULES["1f1b"]],
+    "allgather dispatcher": [FOUR_RANKS, CLONES[2], ["--moe-token-dispatcher-type", "allgather"]],
+    "shared experts overlapped": [TWO_STAGES, ON, ["--moe-shared-expert-overlap"]],
+    "selective recompute": [TWO_STAGES, CLONES[2], SELECTIVE_RECOMPUTE],
+    "full recompute, even split": [TWO_STAGES, CLONES[2], EVEN, FULL_RECOMPUTE],
+    "TP 2": [TENSOR_PARALLEL, TWO_REPLICAS, ["--expert-tensor-parallel-size", "1"], CLONES[2], SCHEDULES["dualpipev"]],
+    "TP 2, expert TP 2": [TWO_REPLICAS, CLONES[2], SPLIT_EXPERTS],
+}
+SHARDED_RUNS = {
+    "sharded": [TWO_STAGES, CLONES[2], SHARDED],
+    "dualpipev": [TWO_STAGES, ON, SHARDED, SCHEDULES["dualpipev"]],
+    "dualpipev, overlap": [TWO_STAGES, CLONES[2], OVERLAPPED, SCHEDULES["dualpipev"]],
+    "zbv, overlap, not aligned": [TWO_STAGES, ON, UNALIGNED, ["--cf-schedule", "zbv"]],
+    "dualpipe": [TWO_STAGES, CLONES[2], OVERLAPPED, DUALPIPE],
+    "two replicas, overlap": [TWO_REPLICAS, ON, OVERLAPPED],
+    "four ranks, overlap, not aligned": [FOUR_RANKS, CLONES[3], UNALIGNED],
+}
+# What resumes from whose checkpoint, with or without clones.
+RESUMED = {
+    "megatron, plain": ("dualpipev, plain", [SCHEDULES["dualpipev"], ON]),
+    "megatron, sharded": ("native, sharded", [SHARDED, CLONES[2]]),
+    "plain": ("megatron, plain", []),
+    "sharded": ("megatron, sharded", [SHARDED]),
+}
+
+
+def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
+    """Return the cases in an order in which each finds the checkpoint it starts from."""
+    base = list_base_flags(text, directory)
+    cases: list[dict[str, Any]] = []
+
+    def add(name: str, *flags: list[str], plugin: bool = True, steps: int = STEPS, save: int = 0, plans: str = "drawn") -> None:
+        flat = [*base, "--train-iters", str(steps), *(flag for some in flags for flag in some)]
+        flat += ["--save", str(directory / name), "--save-interval", str(save)] if save else []
+        cases.append({"name": name, "plugin": plugin, "flags": flat, "plans": plans, "seed": len(cases)})
+
+    add("initial", TWO_STAGES, plugin=False, steps=1, save=1)
+    start = list_start_flags(directory / "initial")
+    add("megatron, plain", TWO_STAGES, start, plugin=False, save=SAVED)
+    add("megatron, sharded", TWO_STAGES, start, SHARDED, plugin=False, save=SAVED)
+    for name, flags in (PLAIN | SHARDED_RUNS).items():
+        add(name, start, *flags, save=SAVED)
+    for saved, (loaded, flags) in RESUMED.items():
+        resume = ["--load", str(directory / saved), "--ckpt-step", str(SAVED)]
+        add(f"{saved} -> {loaded}", TWO_STAGES, resume, *flags, plugin=not loaded.startswith("megatron"))
+    add("planned, every second step", TWO_STAGES, start, ON, ["--cf-eplb-interval", "2"], plans="made")
+
+    for kind, numbers in {"bf16": ["--bf16"], "fp16": FP16}.items():
+        add(f"megatron, {kind}", TWO_STAGES, start, numbers, plugin=False)
+        add(kind, TWO_STAGES, start, numbers, CLONES[2])
+    add("bf16, overlapped pairs", TWO_STAGES, start, ["--bf16", "--cf-overlap"], OVERLAPPED, CLONES[2], SCHEDULES["dualpipev"])
+    # From their own random weights: clones are to draw no random number.
+    add("megatron, MTP", TWO_STAGES, MTP, plugin=False)
+    add("MTP", TWO_STAGES, MTP, ON)
+    return cases
+
+
+def list_base_flags(text: Path, directory: Path) -> list[str]:
+    """Return the flags of the small model on this text, which all cases have."""
+    base = [flag for flag in read_flags("deepseek-v3-small.args") + read_flags("cpu.args") if flag not in SHARDED]
+    return [*base, *SMALL, "--data-path", str(text), "--data-cache-path", str(directory / "cache")]
+
+
+def list_start_flags(weights: Path) -> list[str]:
+    """Return the flags that start a training from the weights of a checkpoint."""
+    return ["--load", str(weights), "--finetune", "--no-load-optim", "--no-load-rng"]

@@ -1,0 +1,182 @@
+"""One rank of the balancing tests: `worker.py` with clones that change at every step and are compared with their homes.
+
+Usage: eplb_worker.py CASES.json RESULTS.json. A case may have "plans": "drawn" (the default: placements drawn anew for every
+step) or "made" (the planner's), the "seed" of what is drawn, and "kill": {"rank", "method", "step"}, where that rank kills itself
+behind its call of a method of `Clones`. A result has "clones": what `Watch` saw on all ranks, summed up.
+"""
+
+import hashlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import worker
+from counterflow.balance.cluster import Array
+from counterflow.balance.placement import EMPTY, Placement
+from counterflow.patching import Patches
+
+# Of a drawn placement's clone slots, how many stay empty.
+EMPTY_SHARE = 0.15
+Key = tuple[int, int, int, int]
+
+
+class Watch:
+    """What one rank saw in a case: the bits of homes and clones wherever they computed, and what changed.
+
+    Keys of bits: the first rank of the expert-parallel group, the number of the refresh, layer, expert.
+    """
+
+    def __init__(self) -> None:
+        self.homes: dict[Key, set[str]] = {}
+        self.clones: dict[Key, set[str]] = {}
+        self.clone_tokens = 0
+        self.placements: list[str] = []
+        self.said: list[dict[str, float]] = []
+        self.steps = self.refreshes = 0
+
+    def see_experts(self, slots: Any, tokens_per_slot: Any) -> None:
+        """Note the bits of a layer's experts on this rank, as they are when they compute."""
+        held = slots.list_experts()
+        own, width = len(held.homes), len(held.homes) + len(held.clones)
+        group = slots.layer.ep_group
+        experts = slots._table.placement.experts[0][group.rank() * width : (group.rank() + 1) * width].tolist()
+        self.clone_tokens += int(tokens_per_slot[own:].sum())
+        for slot, (expert, weights) in enumerate(zip(experts, held.homes + held.clones, strict=True)):
+            # What an empty slot or one that no token came to holds is of no concern: it may be under way.
+            if slot < own or int(tokens_per_slot[slot]):
+                key = (dist.get_process_group_ranks(group)[0], self.refreshes, slots._index, expert)
+                seen = self.homes if slot < own else self.clones
+                seen.setdefault(key, set()).add(digest_weights(weights))
+
+
+def digest_weights(weights: list[torch.nn.Parameter]) -> str:
+    """Return a digest of an expert's bits."""
+    parts = [weight.detach().contiguous().view(torch.uint8).numpy().tobytes() for weight in weights]
+    return hashlib.sha1(b"".join(parts)).hexdigest()
+
+
+def sum_up(watches: list[Watch]) -> dict[str, Any]:
+    """Return a case's numbers: how many clones ``computed``, ``wrong`` of them with other bits than their homes, and the rest."""
+    homes: dict[Key, set[str]] = {}
+    for watch in watches:
+        for key, bits in watch.homes.items():
+            homes.setdefault(key, set()).update(bits)
+    clones = [(key, bits) for watch in watches for key, bits in watch.clones.items()]
+    last = watches[-1]
+    return {
+        "computed": len(clones),
+        "wrong": sum(bits != homes.get(key) for key, bits in clones),
+        "tokens": sum(watch.clone_tokens for watch in watches),
+        "placements": len(last.placements),
+        "changes": sum(one != other for one, other in zip(last.placements, last.placements[1:], strict=False)),
+        "said": last.said,
+    }
+
+
+class Drawer:
+    """Draws placements in place of `plan_next`: valid, seeded, never twice the same in a row."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = np.random.default_rng(seed)
+
+    def __call__(self, forecasts: Array, placement: Placement, microbatches: int, traffic_weight: float) -> Placement:
+        """Return a placement with clones anywhere but on a rank that has the expert."""
+        while True:
+            drawn = placement.experts.copy()
+            assert placement.homes is not None
+            for held, homes in zip(drawn, placement.homes, strict=True):
+                self._draw_layer(held, homes, placement.cluster.rank_start)
+            if (drawn != placement.experts).any():
+                return Placement(placement.cluster, drawn, placement.homes)
+
+    def _draw_layer(self, held: Array, homes: Array, rank_start: Array) -> None:
+        for begin, end in zip(rank_start, rank_start[1:], strict=False):
+            spare = np.setdiff1d(np.arange(begin, end), homes)
+            others = np.flatnonzero((homes < begin) | (homes >= end))
+            held[spare] = self._random.permutation(others)[: len(spare)]
+            held[spare[self._random.random(len(spare)) < EMPTY_SHARE]] = EMPTY
+
+
+@contextmanager
+def watch_case(case: dict[str, Any]) -> Iterator[Watch]:
+    """Draw placements, watch experts and placements, and kill a rank where the case wants it, inside the block."""
+    from counterflow.megatron.balancing import _BalancedModel
+    from counterflow.megatron.experts import LayerSlots
+    from counterflow.moe import planning
+    from counterflow.moe.clones import Clones
+
+    watch, patches = Watch(), Patches()
+    if case.get("plans", "drawn") == "drawn":
+        patches.set(planning, "plan_next", Drawer(case.get("seed", 1)))
+
+    def note(target: Any, name: str, before: Callable[..., None] | None, after: Callable[..., None] | None) -> None:
+        patches.set(target, name, surround(getattr(target, name), before, after))
+
+    def count_step(_: Any) -> None:
+        watch.steps += 1
+
+    def count_refresh(_: Any) -> None:
+        watch.refreshes += 1
+
+    def note_placement(_: Any, placement: Placement) -> None:
+        watch.placements.append(hashlib.sha1(placement.experts.tobytes()).hexdigest())
+
+    def kill_self(*_: Any) -> None:
+        if kill["rank"] == dist.get_rank() and kill["step"] == watch.steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    note(_BalancedModel, "begin_step", count_step, None)
+    note(_BalancedModel, "refresh", count_refresh, None)
+    note(_BalancedModel, "_place", note_placement, None)
+    note(_BalancedModel, "end_step", None, lambda model, *_: watch.said.append(model.said))
+    # Weights do not change inside a forward; behind it, gathers of parameters have ended too.
+    note(
+        LayerSlots, "run_experts", None, lambda slots, run, tokens, tokens_per_slot, *_: watch.see_experts(slots, tokens_per_slot)
+    )
+    if (kill := case.get("kill")) is not None:
+        note(Clones, kill["method"], None, kill_self)
+    try:
+        yield watch
+    finally:
+        patches.undo()
+
+
+def surround(function: Callable[..., Any], before: Callable[..., None] | None, after: Callable[..., None] | None) -> Any:
+    """Return ``function`` with calls of the others, by the same arguments, around it."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            before(*args)
+        result = function(*args, **kwargs)
+        if after is not None:
+            after(*args)
+        return result
+
+    return run
+
+
+def run_watched(run_case: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Wrap `worker.run_case`: clones are watched, and what was seen on all ranks is in the result."""
+
+    @wraps(run_case)
+    def run(case: dict[str, Any]) -> dict[str, Any]:
+        with watch_case(case) as watch:
+            result = run_case(case)
+        watches: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(watches, watch)
+        return {**result, "clones": sum_up(watches)}
+
+    return run
+
+
+if __name__ == "__main__":
+    worker.run_case = run_watched(worker.run_case)
+    worker.main()

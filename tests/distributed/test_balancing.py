@@ -1,0 +1,133 @@
+"""Real training runs with clones that change at every step, against plain Megatron, from one checkpoint."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bare_ranks import HUNG, run_bare
+from cases import SHARDED, TWO_STAGES
+from checkpoints import list_entries, measure_difference, read_tensors
+from comparing import TOLERANCE, assert_same_steps
+from eplb_cases import CLONES, PLAIN, RESUMED, SAVED, SHARDED_RUNS, STEPS, list_base_flags, list_start_flags
+from start_cases import RANKS, run_cases
+
+# The fixture behind these runs every case; the first test waits for them all.
+pytestmark = pytest.mark.timeout(1800)
+
+Runs = dict[str, dict[str, Any]]
+WORKER = Path(__file__).with_name("eplb_worker.py")
+REFERENCES = dict.fromkeys(PLAIN, "megatron, plain") | dict.fromkeys(SHARDED_RUNS, "megatron, sharded")
+# A step in which one of the ranks dies, after the checkpoint of the step before.
+KILLED = 5
+
+
+def assert_clones_changed_and_were_their_homes(run: dict[str, Any]) -> None:
+    clones = run["clones"]
+    # The first step has homes alone: nothing is known yet.
+    assert clones["placements"] == STEPS and clones["changes"] == STEPS - 1, "not a new placement in every step"
+    assert clones["computed"] >= STEPS - 1 and clones["tokens"] > 0, "hardly any clone computed"
+    assert clones["wrong"] == 0, f"{clones['wrong']} of {clones['computed']} clones had other weights than their homes"
+
+
+@pytest.mark.parametrize(("name", "reference"), REFERENCES.items())
+def test_clones_that_change_at_every_step_train_like_megatron(balanced_runs: Runs, name: str, reference: str) -> None:
+    run = balanced_runs[name]
+    assert len(run["steps"]) == STEPS
+    assert_same_steps(run, balanced_runs[reference])
+    assert run["evaluations"] == pytest.approx(balanced_runs[reference]["evaluations"], rel=TOLERANCE)
+    assert_clones_changed_and_were_their_homes(run)
+
+
+@pytest.mark.parametrize(("name", "reference"), REFERENCES.items())
+def test_checkpoints_are_megatrons(balanced_runs: Runs, name: str, reference: str) -> None:
+    directory = balanced_runs[name]["directory"]
+    assert list_entries(directory / name, STEPS) == list_entries(directory / reference, STEPS), "other keys, types or shapes"
+    found, expected = (read_tensors(directory / one, STEPS) for one in (name, reference))
+    differences = {key: measure_difference(found[key], expected[key]) for key in expected}
+    worst = max(differences, key=differences.__getitem__)
+    assert differences[worst] <= TOLERANCE, f"{worst} differs by {differences[worst]:.1e} of its largest value"
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(saved, loaded) for saved, (loaded, _) in RESUMED.items()])
+def test_checkpoints_are_taken_over_with_and_without_the_plugin(balanced_runs: Runs, saved: str, loaded: str) -> None:
+    run = balanced_runs[f"{saved} -> {loaded}"]
+    assert [step["iteration"] for step in run["steps"]] == list(range(SAVED + 1, STEPS + 1))
+    assert_same_steps(run, balanced_runs["megatron, sharded" if "sharded" in saved else "megatron, plain"])
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "MTP"])
+def test_other_numbers_are_megatrons_too(balanced_runs: Runs, kind: str) -> None:
+    assert_same_steps(balanced_runs[kind], balanced_runs[f"megatron, {kind}"])
+    assert_clones_changed_and_were_their_homes(balanced_runs[kind])
+
+
+def test_overlapped_pairs_with_clones(balanced_runs: Runs) -> None:
+    run = balanced_runs["bf16, overlapped pairs"]
+    assert_same_steps(run, balanced_runs["megatron, bf16"])
+    assert_clones_changed_and_were_their_homes(run)
+
+
+def test_a_step_that_the_loss_scale_skips_leaves_clones_as_their_homes(balanced_runs: Runs) -> None:
+    assert any(step["skipped"] for step in balanced_runs["fp16"]["steps"]), "no step was skipped: nothing is tested"
+
+
+def test_predicted_tokens_lose_as_much(balanced_runs: Runs) -> None:
+    logged, expected = ([step["mtp_loss"] for step in balanced_runs[name]["steps"]] for name in ("MTP", "megatron, MTP"))
+    assert logged == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_plans_are_made_at_their_interval_and_balance(balanced_runs: Runs) -> None:
+    run = balanced_runs["planned, every second step"]
+    assert_same_steps(run, balanced_runs["megatron, plain"])
+    assert run["clones"]["wrong"] == 0 and run["clones"]["computed"] > 0
+    assert run["clones"]["placements"] == STEPS // 2, "homes first, then a plan after steps 2 and 4"
+    said = run["clones"]["said"]
+    assert said[0]["balancedness"] == said[0]["balancedness before"] < 1 and said[0]["clones"] == 0
+    for step in said[2:]:
+        assert step["clones"] > 0 and step["MB sent"] > 0
+        assert step["balancedness"] > step["balancedness before"] + 0.05, f"the plan did not balance: {step}"
+
+
+@pytest.mark.parametrize(("name", "clones", "weights", "gradients"), [("plain", 1, 4, 4), ("bf16", 2, 2, 4)])
+def test_the_log_says_what_the_clones_take(balanced_runs: Runs, name: str, clones: int, weights: int, gradients: int) -> None:
+    # Two MoE layers on the second stage; an expert has a gate, an up and a down projection of 32 x 16.
+    numbers = 2 * clones * 3 * 32 * 16
+    log = (balanced_runs[name]["logs"] / "0" / "stdout.log").read_text()
+    assert (
+        f"counterflow: eplb: {clones} clone{'s' * (clones > 1)} per rank and MoE layer; on a rank of 2 MoE layers "
+        f"{numbers * weights:,} bytes of weights and {numbers * gradients:,} bytes of gradients, no optimizer state\n"
+    ) in log
+
+
+@pytest.fixture(scope="module")
+def killed(balanced_runs: Runs, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Runs in which a rank died while clones were under way, by where: what the ranks said, and how a new start went on."""
+    directory = tmp_path_factory.mktemp("killed")
+    base = [*list_base_flags(text, directory), *TWO_STAGES, *SHARDED, *CLONES[2], "--train-iters", str(STEPS)]
+    start = list_start_flags(balanced_runs["initial"]["directory"] / "initial")
+    ends, resumed = {}, []
+    for rank, method in ((2, "refresh"), (1, "start_homecoming")):
+        saved = ["--save", str(directory / method), "--save-interval", str(KILLED - 1)]
+        kill = {"rank": rank, "method": method, "step": KILLED}
+        case = {"name": method, "plugin": True, "flags": [*base, *start, *saved], "kill": kill}
+        given = directory / f"{method}.json"
+        given.write_text(json.dumps([case]))
+        ends[method] = run_bare(["-W", "ignore", str(WORKER), str(given), str(directory / "none.json")], RANKS, timeout=120)
+        resumed.append({"name": method, "plugin": True, "flags": [*base, "--load", str(directory / method)], "seed": 7})
+    runs = run_cases("eplb_worker.py", resumed, directory)
+    return {method: {**run, "rank": rank, "ends": ends[method]} for (method, run), rank in zip(runs.items(), (2, 1), strict=True)}
+
+
+@pytest.mark.parametrize("method", ["refresh", "start_homecoming"])
+def test_a_rank_killed_in_a_transfer_ends_all_and_the_last_checkpoint_resumes(
+    balanced_runs: Runs, killed: Runs, method: str
+) -> None:
+    run = killed[method]
+    for rank, (status, said) in enumerate(run["ends"]):
+        assert said != HUNG, f"rank {rank} waits for ever for rank {run['rank']}"
+        assert status == -signal.SIGKILL if rank == run["rank"] else status > 0, f"rank {rank} ended with {status}: {said[-500:]}"
+    assert [step["iteration"] for step in run["steps"]] == list(range(KILLED, STEPS + 1))
+    assert_same_steps(run, balanced_runs["megatron, sharded"])

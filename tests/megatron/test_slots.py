@@ -1,0 +1,214 @@
+"""Tokens on slots: each routed pair once, in its slot's share, with the probabilities and gradients of the logical map."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from counterflow.balance.cluster import Array, make_cluster
+from counterflow.balance.placement import EMPTY, Placement, make_home_placement
+from counterflow.balance.shares import share_tokens
+from counterflow.errors import SeamError
+from counterflow.megatron.experts import answer_from_shares, answer_gather, list_weights
+from counterflow.moe.loads import LoadTracker
+from counterflow.moe.reference import place_one_by_one
+from counterflow.moe.slots import make_slot_table, place_evenly, place_exactly
+
+CPU = torch.device("cpu")
+
+
+class Case(NamedTuple):
+    """A layer's placement, and what each of its sources has routed: ``bool[sources, tokens, experts]``."""
+
+    placement: Placement
+    routed: Array
+    rank_of_source: Array
+    seed: int
+
+
+@st.composite
+def draw_cases(draw: st.DrawFn) -> Case:
+    """Return homes anywhere, some slots empty, experts that a rank holds twice, tokens with no expert or with all."""
+    ranks, per_rank = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    slots = ranks * per_rank
+    experts, sources = draw(st.integers(1, min(slots, 6))), draw(st.integers(1, 5))
+    seed = draw(st.integers(0, 2**32))
+    random = np.random.default_rng(seed)
+    held = random.permutation(np.concatenate([np.arange(experts), random.integers(EMPTY, experts, slots - experts)]))
+    homes = np.array([random.choice(np.flatnonzero(held == expert)) for expert in range(experts)])
+    placement = Placement(make_cluster(ranks, slots), held[None], homes[None])
+    routed = random.random((sources, draw(st.integers(0, 12)), experts)) < draw(st.sampled_from([0.2, 0.6, 1.0]))
+    return Case(placement, routed, random.integers(0, ranks, sources), seed)
+
+
+def draw_probabilities(routed: Array, seed: int) -> torch.Tensor:
+    """Return probabilities, among them infinities and NaN where nothing was routed, as a router's masked scores may be."""
+    random = np.random.default_rng(seed)
+    wild = random.choice([0.5, np.inf, -np.inf, np.nan], routed.shape)
+    return torch.from_numpy(np.where(routed, random.random(routed.shape), wild).astype(np.float32)).requires_grad_()
+
+
+def assert_placed(slot_map: torch.Tensor, slot_probs: torch.Tensor, probs: torch.Tensor, expected: Array, case: Case) -> None:
+    """The map is the reference's; probabilities and their gradients are, bit for bit, those of the logical map."""
+    held, routed = case.placement.experts[0], torch.from_numpy(expected)
+    assert slot_map.dtype == torch.bool and (slot_map.numpy() == expected).all()
+    # What each pair's expert output does to the loss does not depend on the slot that computes it.
+    pull = torch.randn(probs.shape, generator=torch.Generator().manual_seed(case.seed % 2**32))
+    logical_map = torch.zeros(probs.shape, dtype=torch.bool)
+    for slot in np.flatnonzero(held != EMPTY):
+        logical_map[:, held[slot]] |= routed[:, slot]
+        chosen = routed[:, slot]
+        assert torch.equal(slot_probs[chosen, slot], probs[chosen, held[slot]])
+    assert not slot_probs.detach()[~routed].any(), "a probability where no token is"
+    (gradient,) = torch.autograd.grad((slot_probs * pull[:, np.maximum(held, 0)])[routed].sum(), probs)
+    (wanted,) = torch.autograd.grad((probs.masked_fill(~logical_map, 0.0) * pull)[logical_map].sum(), probs)
+    assert torch.equal(gradient, wanted)
+
+
+@given(draw_cases())
+@settings(max_examples=150)
+def test_the_exact_split_puts_every_pair_on_one_slot_and_meets_the_shares(case: Case) -> None:
+    table = make_slot_table(case.placement, CPU)
+    shares = share_tokens(case.routed.sum(1), case.placement, case.rank_of_source)
+    for routed, ours in zip(case.routed, shares, strict=True):
+        probs = draw_probabilities(routed, case.seed)
+        slot_map, slot_probs = place_exactly(torch.from_numpy(routed), probs, table, ours)
+        assert (slot_map.sum(0).numpy() == ours).all(), "the shares are not met"
+        assert_placed(slot_map, slot_probs, probs, place_one_by_one(routed, case.placement.experts[0], ours), case)
+
+
+@given(draw_cases())
+@settings(max_examples=150)
+def test_the_even_split_lets_an_experts_tokens_take_turns(case: Case) -> None:
+    held = case.placement.experts[0]
+    for routed in case.routed:
+        probs = draw_probabilities(routed, case.seed)
+        slot_map, slot_probs = place_evenly(torch.from_numpy(routed), probs, make_slot_table(case.placement, CPU))
+        for expert in range(routed.shape[1]):
+            dealt = slot_map[:, held == expert]
+            assert (dealt.sum(1).numpy() == routed[:, expert]).all(), f"tokens of expert {expert} lost or made up"
+            assert dealt.sum(0).max() - dealt.sum(0).min() <= 1, "not even"
+        assert_placed(slot_map, slot_probs, probs, place_one_by_one(routed, held, None), case)
+
+
+def test_a_second_deal_of_the_same_tokens_is_the_same() -> None:
+    placement = Placement(make_cluster(2, 6), np.array([[0, 1, 2, 2, 3, 0]]), np.array([[0, 1, 3, 4]]))
+    routed = np.random.default_rng(1).random((2, 40, 4)) < [1.0, 0.5, 0.2, 0.2]
+    deals = []
+    for _ in range(2):
+        shares = share_tokens(routed.sum(1), placement, np.arange(2))
+        probs = torch.ones(routed.shape[1:])
+        deals.append(place_exactly(torch.from_numpy(routed[1]), probs, make_slot_table(placement, CPU), shares[1])[0])
+    assert torch.equal(*deals), "recomputed, a token would find other weights, and other saved activations"
+    assert deals[0][:, 5].any(), "the clone was not used"
+
+
+def test_homes_alone_leave_the_logical_map() -> None:
+    placement = make_home_placement(1, 4, 2, 1)
+    routed = torch.rand(9, 4) < 0.5
+    probs = torch.rand(9, 4)
+    table = make_slot_table(placement, CPU)
+    shares = share_tokens(routed.sum(0).numpy()[None], placement, np.zeros(1, np.int64))
+    for slot_map, slot_probs in (place_exactly(routed, probs, table, shares[0]), place_evenly(routed, probs, table)):
+        assert torch.equal(slot_map[:, [0, 1, 3, 4]], routed) and not slot_map[:, [2, 5]].any()
+        assert torch.equal(slot_probs[:, [0, 1, 3, 4]], probs * routed)
+
+
+@pytest.fixture
+def alone() -> Iterator[dist.ProcessGroup]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_loads_come_by_micro_batch_and_layer_and_are_forgotten(alone: dist.ProcessGroup) -> None:
+    tracker = LoadTracker(2)
+    random = np.random.default_rng(2)
+    experts, ranks = random.integers(0, 9, (3, 2, 4)), random.integers(0, 9, (3, 2, 2))
+    # Layer by layer, as under a schedule whose later chunk starts before the first has run all its micro-batches.
+    for layer, microbatch in ((0, 0), (0, 1), (1, 0), (0, 2), (1, 1), (1, 2)):
+        tracker.add(layer, experts[microbatch, layer], ranks[microbatch, layer])
+    taken = tracker.take(3, alone)
+    assert (taken.experts == experts).all() and taken.ranks is not None and (taken.ranks == ranks).all()
+    tracker.add(0, experts[0, 0], ranks[0, 0])
+    tracker.forget()
+    for layer in range(2):
+        tracker.add(layer, experts[1, layer], ranks[1, layer])
+    assert (tracker.take(1, alone).experts == experts[1:2]).all(), "the step that did not end was counted"
+
+
+def test_own_loads_are_summed_where_the_ranks_are_not_known(alone: dist.ProcessGroup) -> None:
+    tracker = LoadTracker(2)
+    for layer in range(2):
+        for microbatch in range(3):
+            tracker.add_own(layer, torch.tensor([layer, microbatch]))
+    taken = tracker.take(3, alone)
+    assert taken.ranks is None
+    assert taken.experts.tolist() == [[[layer, microbatch] for layer in range(2)] for microbatch in range(3)]
+
+
+def test_a_layer_that_runs_twice_in_a_micro_batch_counts_both(alone: dist.ProcessGroup) -> None:
+    tracker = LoadTracker(1)
+    for count in (1, 2, 10, 20):
+        tracker.add(0, np.array([count, 0]), np.array([count]))
+    assert tracker.take(2, alone).experts.tolist() == [[[3, 0]], [[30, 0]]]
+
+
+class GroupedLinear(torch.nn.Module):
+    """Parameters as Transformer Engine's GroupedLinear names them."""
+
+    def __init__(self, experts: int, shape: tuple[int, int], *, bias: bool) -> None:
+        super().__init__()
+        for index in range(experts):
+            self.register_parameter(f"weight{index}", torch.nn.Parameter(torch.full(shape, float(index))))
+            if bias:
+                self.register_parameter(f"bias{index}", torch.nn.Parameter(torch.full(shape[:1], float(index))))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_weights_of_grouped_linears_are_found_by_expert(bias: bool) -> None:
+    experts = torch.nn.Module()
+    # More than ten: weight1 is not to be taken for weight10.
+    experts.linear_fc1, experts.linear_fc2 = (GroupedLinear(12, shape, bias=bias) for shape in ((6, 4), (4, 3)))
+    found = list_weights(experts, 12)
+    shapes = [(6, 4), (6,), (4, 3), (4,)] if bias else [(6, 4), (4, 3)]
+    for index, weights in enumerate(found):
+        assert [tuple(weight.shape) for weight in weights] == shapes
+        assert all((weight == index).all() for weight in weights), f"expert {index} has another's weights"
+    assert {id(weight) for weights in found for weight in weights} == {id(weight) for weight in experts.parameters()}
+
+
+def test_weights_of_a_sequence_of_experts_are_found_by_expert() -> None:
+    experts = torch.nn.Module()
+    experts.local_experts = torch.nn.ModuleList(torch.nn.Linear(2, 2, bias=False) for _ in range(3))
+    assert [weights[0] for weights in list_weights(experts, 3)] == [expert.weight for expert in experts.local_experts]
+
+
+@pytest.mark.parametrize("module", [torch.nn.Module(), SimpleNamespace(linear_fc1=torch.nn.Linear(2, 2))])
+def test_experts_of_another_shape_are_refused(module: object) -> None:
+    with pytest.raises(SeamError, match="keeps its weights neither as local_experts nor as linear_fc1.weight0"):
+        list_weights(module, 2)
+
+
+def test_a_known_gather_is_answered_once_and_must_be_asked_for() -> None:
+    asked = []
+    gather = answer_from_shares(lambda counts, group=None: asked.append(counts))
+    counts = torch.arange(6).view(2, 3)
+    with answer_gather(counts):
+        assert gather(counts[0], group=None).tolist() == list(range(6))
+        gather(counts[0])
+    assert len(asked) == 1, "the second gather is the dispatcher's own"
+    with pytest.raises(SeamError, match="gathers no counts"), answer_gather(counts):
+        pass
+    with pytest.raises(SeamError, match=r"gathers \(2,\) first where \(3,\) counts"), answer_gather(counts):
+        gather(counts[0, :2])
+    gather(counts[0])
+    assert len(asked) == 2, "an error left an answer behind"
