@@ -124,7 +124,7 @@ class BalancedModel:
     def finish_evaluation(self) -> None:
         """Wait for weights that evaluation did not use: what comes next may change homes, or send to the same slots."""
         for clones in self._clones:
-            clones.finish_evaluation()
+            clones.finish_transfers()
 
     def end_step(self, step: int, microbatches: int) -> tuple[Array, Array]:
         """Sum up a step, and start to plan after the last one of an interval; the optimizer changes the homes next.

@@ -98,7 +98,7 @@ class Clones:
 
         The homes' weights must not change before `finish_refresh`.
         """
-        self._finish_refreshes()
+        self.finish_transfers()
         self._held = self._list_transfers(placement)
         for layer in range(len(self._layers)):
             sent = [t for t in self._held if t.layer == layer and wanted[self._first + layer, t.slot]]
@@ -118,8 +118,8 @@ class Clones:
         del self._coming[layer]
         return True
 
-    def finish_evaluation(self) -> None:
-        """Let no weights be under way, which nothing had to compute with; `finish_refresh` still tells of them."""
+    def finish_transfers(self) -> None:
+        """Let no weights be under way that no token has asked for; `finish_refresh` still tells of them."""
         for layer in self._coming:
             self._wait_for_weights(layer)
 
@@ -164,13 +164,8 @@ class Clones:
 
     def finish_step(self) -> None:
         """Let nothing be under way that the optimizer would change."""
-        self._finish_refreshes()
+        self.finish_transfers()
         self.finish_homecoming()
-
-    def _finish_refreshes(self) -> None:
-        # Clones that no token came to have not waited: in an evaluation, those of a whole refresh may be left.
-        for layer in list(self._coming):
-            self.finish_refresh(layer)
 
     def _start_round(self) -> None:
         self._landing, operations = [], []

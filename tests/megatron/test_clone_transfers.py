@@ -106,7 +106,19 @@ def test_weights_that_evaluation_did_not_use_have_come_before_it_ends(works: lis
         rank.refresh(placement, np.array([[False, False, False, True]]))
     assert works and not any(work.is_done for work in works)
     for rank in ranks:
-        rank.finish_evaluation()
+        rank.finish_transfers()
     assert all(work.is_done for work in works)
     # Whoever caches what it made of a clone's weights still has to know that they are others.
     assert ranks[1].finish_refresh(0) and not ranks[1].finish_refresh(0)
+
+
+def test_weights_that_no_token_asked_for_have_come_before_others_are_sent(works: list[Work]) -> None:
+    ranks, _, placement = make_ranks(frozen=(False, False))
+    wanted = np.array([[False, False, False, True]])
+    for rank in ranks:
+        rank.refresh(placement, wanted)
+    first = list(works)
+    for rank in ranks:
+        rank.refresh(placement, wanted)
+    assert all(work.is_done for work in first), "two homes write into one clone at once"
+    assert works != first
