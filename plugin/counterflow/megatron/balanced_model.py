@@ -60,7 +60,10 @@ class BalancedModel:
             options.eplb_rehome_interval,
             0.0 if options.eplb_policy == "global" else TRAFFIC_WEIGHT,
         )
-        self._steps: list[tuple[dict[str, Any], Array]] = []
+        # Loads of the steps since the last plan.
+        self._since: list[Array] = []
+        self._step: int | None = None
+        self._is_again = False
         self._recent: deque[Array] = deque(maxlen=KEPT_MICROBATCHES)
         self._last: dict[str, Any] = {}
         self._place(self._placement)
@@ -96,10 +99,14 @@ class BalancedModel:
             rows = slice(index, index + 1)
             one.hold(Placement(placement.cluster, placement.experts[rows], placement.homes[rows]), self._device)
 
-    def begin_step(self) -> None:
-        """Take the plan that is due, and start filling clones."""
+    def begin_step(self, step: int) -> None:
+        """Take the plan that is due, and start filling clones.
+
+        A step that Megatron runs again, to compare results bit by bit, keeps its placement.
+        """
         self._tracker.forget()
-        if (planned := self._planner.take()) is not None:
+        self._is_again, self._step = step == self._step, step
+        if not self._is_again and (planned := self._planner.take()) is not None:
             self._move_homes(planned)
             self._place(planned)
         self.refresh()
@@ -126,7 +133,7 @@ class BalancedModel:
         for clones in self._clones:
             clones.finish_evaluation()
 
-    def end_step(self, step: int, microbatches: int) -> tuple[Array, Array]:
+    def end_step(self, microbatches: int) -> tuple[Array, Array]:
         """Sum up a step, and start to plan after the last one of an interval; the optimizer changes the homes next.
 
         Returns the balancedness ``[micro-batches, layers]`` of this expert-parallel group with homes alone, and as it was.
@@ -136,9 +143,11 @@ class BalancedModel:
         self._are_stale = True
         loads = self._tracker.take(microbatches, self._sources)
         before, after = self._measure(loads.experts, loads.ranks)
-        self._steps.append((self._describe_step(step, microbatches, before, after), loads.experts))
-        if len(self._steps) == self._options.eplb_interval:
-            self._end_interval(microbatches)
+        if not self._is_again:
+            self._since.append(self._sum_replicas(loads.experts, self._describe_step(microbatches, before, after)))
+        if len(self._since) == self._options.eplb_interval:
+            self._planner.start(np.concatenate(self._since), microbatches, self._placement)
+            self._since.clear()
         return before, after
 
     def _measure(self, experts: Array, ranks: Array | None) -> tuple[Array, Array]:
@@ -150,26 +159,23 @@ class BalancedModel:
             ranks = np.stack([sum_by_rank(share_evenly(seen, self._placement), cluster) for seen in experts])
         return measure_balancedness(sum_by_rank(at_home, cluster)), measure_balancedness(ranks)
 
-    def _end_interval(self, microbatches: int) -> None:
-        """Sum the interval's loads over the replicas of the experts, write them down, start to plan from them."""
-        counts = torch.from_numpy(np.concatenate([counted for _, counted in self._steps])).to(self._device)
+    def _sum_replicas(self, experts: Array, line: dict[str, Any]) -> Array:
+        """Return a step's loads, summed over the replicas of the experts; write them down, with the step's ``line``."""
+        counts = torch.from_numpy(experts).to(self._device)
         dist.all_reduce(counts, group=parallel_state.get_expert_data_parallel_group())
-        summed = counts.cpu().numpy()
+        summed: Array = counts.cpu().numpy()
         if self.is_leader:
-            ends = np.cumsum([len(counted) for _, counted in self._steps])
-            for (line, _), rows in zip(self._steps, np.split(summed, ends[:-1]), strict=True):
-                if self._options.record is not None:
-                    record_step(self._options.record, dist.get_rank(), rows, line)
-                self._recent.extend(rows)
-                self._last = line
-        self._steps.clear()
-        self._planner.start(summed, microbatches, self._placement)
+            if self._options.record is not None:
+                record_step(self._options.record, dist.get_rank(), summed, line)
+            self._recent.extend(summed)
+            self._last = line
+        return summed
 
-    def _describe_step(self, step: int, microbatches: int, before: Array, after: Array) -> dict[str, Any]:
+    def _describe_step(self, microbatches: int, before: Array, after: Array) -> dict[str, Any]:
         """Return the step's line in the record (`counterflow.balance.recorded`)."""
         traffic = self.traffic
         return {
-            "step": step,
+            "step": self._step,
             "layers": [one.number for one in self._layers],
             "ranks": self._placement.cluster.ranks,
             "clones_per_rank": self._options.eplb_clones_per_rank,
