@@ -41,15 +41,20 @@ class Planner:
         return self._model._placement
 
 
-def make_model(monkeypatch: pytest.MonkeyPatch, group: Any, options: Options) -> tuple[BalancedModel, LayerSlots]:
-    for name in ("get_tensor_and_data_parallel_group", "get_expert_data_parallel_group"):
-        monkeypatch.setattr(balanced_model.parallel_state, name, lambda **kwargs: group)
+def make_layer(group: Any, clones_per_rank: int = 0) -> torch.nn.Module:
     layer = torch.nn.Module()
     layer.experts = SimpleNamespace(local_experts=[torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
     layer.token_dispatcher = SimpleNamespace(tp_ep_group=group, tp_size=1)
     layer.config = SimpleNamespace(num_moe_experts=2, num_layers=1)
     layer.ep_group, layer.num_local_experts, layer.layer_number, layer.is_mtp_layer = group, 2, 1, False
-    layer.cf_slots = LayerSlots(layer, layer.token_dispatcher, None, 0, is_exact=False)
+    layer.cf_slots = LayerSlots(layer, layer.token_dispatcher, None, clones_per_rank, is_exact=False)
+    return layer
+
+
+def make_model(monkeypatch: pytest.MonkeyPatch, group: Any, options: Options) -> tuple[BalancedModel, LayerSlots]:
+    for name in ("get_tensor_and_data_parallel_group", "get_expert_data_parallel_group"):
+        monkeypatch.setattr(balanced_model.parallel_state, name, lambda **kwargs: group)
+    layer = make_layer(group)
     model = BalancedModel(options, [layer])
     model._planner = Planner(model)  # type: ignore[assignment]
     return model, layer.cf_slots
@@ -84,3 +89,10 @@ def test_a_step_that_runs_again_keeps_its_placement_and_counts_once(
     assert (planner.taken, len(planner.started)) == (3, 3)
     assert np.array_equal(read_record(tmp_path).counts[:, 0], [[1, 1], [2, 2], [3, 3]])
     assert len((tmp_path / "eplb-rank00000.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_layer_deals_home_before_any_step(group: Any) -> None:
+    # A model may run outside a schedule: to generate text, say.
+    slots = make_layer(group, clones_per_rank=1).cf_slots
+    probs, slot_map, _ = slots.deal(torch.tensor([[0.5, 0.0]]), torch.tensor([[True, False]]))
+    assert slot_map.tolist() == [[True, False, False]] and probs.tolist() == [[0.5, 0.0, 0.0]]
