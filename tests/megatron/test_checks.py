@@ -329,3 +329,22 @@ def test_nested_yaml_arguments_are_balanced_alike() -> None:
     with pytest.raises(OptionError, match="so 4 at most can be cloned on it"):
         prepare_arguments(args, options)
     assert has_balancing(args, Options(eplb=True))
+
+
+def test_experts_are_found_where_they_are_named() -> None:
+    options = Options(eplb=True)
+    args = make_arguments()
+    with pytest.raises(OptionError, match="--num-experts is not given"):
+        prepare_arguments(args, options)
+    args.language_model = SimpleNamespace(num_moe_experts=4)
+    prepare_arguments(args, options)
+    args.language_model.num_moe_experts = 5
+    with pytest.raises(OptionError, match="5 experts .* do not divide by"):
+        prepare_arguments(args, options)
+    # The checkpoint says how many there are, later.
+    prepare_arguments(make_arguments(use_checkpoint_args=True), options)
+
+
+def test_counts_of_tokens_that_clones_would_falsify_are_refused() -> None:
+    with pytest.raises(OptionError, match="--cf-eplb does not run with --save-tokens-per-expert-interval"):
+        prepare_arguments(make_arguments(num_experts=4, save_tokens_per_expert_interval=1), Options(eplb=True))

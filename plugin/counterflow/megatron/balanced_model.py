@@ -60,7 +60,12 @@ class BalancedModel:
             options.eplb_rehome_interval,
             0.0 if options.eplb_policy == "global" else TRAFFIC_WEIGHT,
         )
-        self._steps: list[tuple[dict[str, Any], Array]] = []
+        # Since the last plan: steps, lines and loads of those not yet summed over replicas, loads of those that are.
+        self._steps = 0
+        self._own: list[tuple[dict[str, Any], Array]] = []
+        self._summed: list[Array] = []
+        self._step: int | None = None
+        self._is_again = False
         self._recent: deque[Array] = deque(maxlen=KEPT_MICROBATCHES)
         self._last: dict[str, Any] = {}
         self._place(self._placement)
@@ -96,10 +101,14 @@ class BalancedModel:
             rows = slice(index, index + 1)
             one.hold(Placement(placement.cluster, placement.experts[rows], placement.homes[rows]), self._device)
 
-    def begin_step(self) -> None:
-        """Take the plan that is due, and start filling clones."""
+    def begin_step(self, step: int) -> None:
+        """Take the plan that is due, and start filling clones.
+
+        A step that Megatron runs again, to compare results bit by bit, keeps its placement.
+        """
         self._tracker.forget()
-        if (planned := self._planner.take()) is not None:
+        self._is_again, self._step = step == self._step, step
+        if not self._is_again and (planned := self._planner.take()) is not None:
             self._move_homes(planned)
             self._place(planned)
         self.refresh()
@@ -126,7 +135,7 @@ class BalancedModel:
         for clones in self._clones:
             clones.finish_transfers()
 
-    def end_step(self, step: int, microbatches: int) -> tuple[Array, Array]:
+    def end_step(self, microbatches: int) -> tuple[Array, Array]:
         """Sum up a step, and start to plan after the last one of an interval; the optimizer changes the homes next.
 
         Returns the balancedness ``[micro-batches, layers]`` of this expert-parallel group with homes alone, and as it was.
@@ -136,9 +145,15 @@ class BalancedModel:
         self._are_stale = True
         loads = self._tracker.take(microbatches, self._sources)
         before, after = self._measure(loads.experts, loads.ranks)
-        self._steps.append((self._describe_step(step, microbatches, before, after), loads.experts))
-        if len(self._steps) == self._options.eplb_interval:
-            self._end_interval(microbatches)
+        if not self._is_again:
+            self._steps += 1
+            self._own.append((self._describe_step(microbatches, before, after), loads.experts))
+        is_last = self._steps == self._options.eplb_interval
+        if is_last or self._options.record is not None:
+            self._sum_replicas()
+        if is_last:
+            self._planner.start(np.concatenate(self._summed), microbatches, self._placement)
+            self._summed, self._steps = [], 0
         return before, after
 
     def _measure(self, experts: Array, ranks: Array | None) -> tuple[Array, Array]:
@@ -150,26 +165,27 @@ class BalancedModel:
             ranks = np.stack([sum_by_rank(share_evenly(seen, self._placement), cluster) for seen in experts])
         return measure_balancedness(sum_by_rank(at_home, cluster)), measure_balancedness(ranks)
 
-    def _end_interval(self, microbatches: int) -> None:
-        """Sum the interval's loads over the replicas of the experts, write them down, start to plan from them."""
-        counts = torch.from_numpy(np.concatenate([counted for _, counted in self._steps])).to(self._device)
+    def _sum_replicas(self) -> None:
+        """Sum loads over the replicas of the experts, and write them down with their steps' lines."""
+        if not self._own:
+            return
+        counts = torch.from_numpy(np.concatenate([own for _, own in self._own])).to(self._device)
         dist.all_reduce(counts, group=parallel_state.get_expert_data_parallel_group())
-        summed = counts.cpu().numpy()
-        if self.is_leader:
-            ends = np.cumsum([len(counted) for _, counted in self._steps])
-            for (line, _), rows in zip(self._steps, np.split(summed, ends[:-1]), strict=True):
+        ends = np.cumsum([len(own) for _, own in self._own])
+        for (line, _), summed in zip(self._own, np.split(counts.cpu().numpy(), ends[:-1]), strict=True):
+            self._summed.append(summed)
+            if self.is_leader:
                 if self._options.record is not None:
-                    record_step(self._options.record, dist.get_rank(), rows, line)
-                self._recent.extend(rows)
+                    record_step(self._options.record, dist.get_rank(), summed, line)
+                self._recent.extend(summed)
                 self._last = line
-        self._steps.clear()
-        self._planner.start(summed, microbatches, self._placement)
+        self._own.clear()
 
-    def _describe_step(self, step: int, microbatches: int, before: Array, after: Array) -> dict[str, Any]:
+    def _describe_step(self, microbatches: int, before: Array, after: Array) -> dict[str, Any]:
         """Return the step's line in the record (`counterflow.balance.recorded`)."""
         traffic = self.traffic
         return {
-            "step": step,
+            "step": self._step,
             "layers": [one.number for one in self._layers],
             "ranks": self._placement.cluster.ranks,
             "clones_per_rank": self._options.eplb_clones_per_rank,

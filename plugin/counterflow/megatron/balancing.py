@@ -47,7 +47,7 @@ class ExpertBalancer:
             if kwargs.get("forward_only", False):
                 return self._evaluate(partial(forward_backward, *args, **kwargs))
             if self._model is not None:
-                self._model.begin_step()
+                self._model.begin_step(_get_args().curr_iteration + 1)
             result = forward_backward(*args, **kwargs)
             self._end_step(kwargs["num_microbatches"])
             return result
@@ -135,7 +135,7 @@ class ExpertBalancer:
         """Sum the step up over all ranks; of clones, what one replica of each pipeline rank's experts has."""
         numbers = np.zeros(8)
         if self._model is not None:
-            before, after = self._model.end_step(_get_args().curr_iteration + 1, microbatches)
+            before, after = self._model.end_step(microbatches)
             traffic = self._model.traffic
             numbers[:4] = before.sum(), after.sum(), before.size, traffic.waited
             if self._model.is_leader:

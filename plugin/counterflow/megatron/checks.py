@@ -270,21 +270,12 @@ def _count_model_ranks(args: Any, ranks: int) -> int:
 
 def _check_eplb(args: Any, options: Options) -> None:
     """Refuse what cannot be balanced. Expert-parallel size 1 is no error: `has_balancing` says so."""
-    experts = getattr(args, "num_experts", None)
-    if not experts:
+    # Its name in a YAML file is the model's own.
+    experts = getattr(args, "num_experts", None) or getattr(args, "num_moe_experts", None)
+    if experts:
+        _check_slots(experts, _get(args, "expert_model_parallel_size", 1), options)
+    elif not getattr(args, "use_checkpoint_args", False):
         raise OptionError("--cf-eplb balances the experts of a mixture-of-experts model and --num-experts is not given: drop it")
-    ranks = _get(args, "expert_model_parallel_size", 1)
-    if experts % ranks:
-        raise OptionError(
-            f"--cf-eplb: {experts} experts (--num-experts) do not divide by --expert-model-parallel-size {ranks}: "
-            "change one of the two so that every rank is home to as many"
-        )
-    others = experts - experts // ranks
-    if ranks > 1 and options.eplb_clones_per_rank > others:
-        raise OptionError(
-            f"--cf-eplb-clones-per-rank {options.eplb_clones_per_rank} given; each rank is home to {experts // ranks} of "
-            f"{experts} experts, so {others} at most can be cloned on it: give {others} or less"
-        )
     if getattr(args, "moe_expert_capacity_factor", None) is not None:
         raise OptionError(
             f"--cf-eplb does not run with --moe-expert-capacity-factor {args.moe_expert_capacity_factor}, which drops (and "
@@ -293,6 +284,8 @@ def _check_eplb(args: Any, options: Options) -> None:
     refused = {
         "moe_pad_expert_input_to_capacity": "--moe-pad-expert-input-to-capacity",
         "moe_paged_stash": "--moe-paged-stash",
+        # It would count what homes computed; --cf-record counts what experts got.
+        "save_tokens_per_expert_interval": "--save-tokens-per-expert-interval",
         "moe_use_upcycling": "--moe-use-upcycling",
         "use_megatron_fsdp": "--use-megatron-fsdp",
         "use_torch_fsdp2": "--use-torch-fsdp2",
@@ -319,6 +312,20 @@ def _check_eplb(args: Any, options: Options) -> None:
             "give tensorwise, blockwise or mxfp8"
         )
     _check_rehoming(args, options)
+
+
+def _check_slots(experts: int, ranks: int, options: Options) -> None:
+    if experts % ranks:
+        raise OptionError(
+            f"--cf-eplb: {experts} experts (--num-experts) do not divide by --expert-model-parallel-size {ranks}: "
+            "change one of the two so that every rank is home to as many"
+        )
+    others = experts - experts // ranks
+    if ranks > 1 and options.eplb_clones_per_rank > others:
+        raise OptionError(
+            f"--cf-eplb-clones-per-rank {options.eplb_clones_per_rank} given; each rank is home to {experts // ranks} of "
+            f"{experts} experts, so {others} at most can be cloned on it: give {others} or less"
+        )
 
 
 def _check_rehoming(args: Any, options: Options) -> None:

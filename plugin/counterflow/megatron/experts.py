@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-from counterflow.balance.placement import Placement, sum_by_rank
+from counterflow.balance.placement import Placement, make_home_placement, sum_by_rank
 from counterflow.balance.shares import share_tokens
 from counterflow.errors import SeamError
 from counterflow.moe.clones import Clones, LayerExperts
 from counterflow.moe.loads import LoadTracker
-from counterflow.moe.slots import SlotTable, make_slot_table, place_evenly, place_exactly
+from counterflow.moe.slots import make_slot_table, place_evenly, place_exactly
 
 
 class LayerSlots:
@@ -38,7 +38,8 @@ class LayerSlots:
         self._tracker: LoadTracker | None = None
         self._clones: Clones | None = None
         self._index = self._clones_index = 0
-        self._table: SlotTable | None = None
+        homes = make_home_placement(1, layer.config.num_moe_experts, layer.ep_group.size(), clones_per_rank)
+        self._table = make_slot_table(homes, torch.device(torch.cuda.current_device()))
         self._own = layer.num_local_experts
         self._per_rank = clones_per_rank
 
@@ -55,7 +56,6 @@ class LayerSlots:
 
         The exact split needs the counts of all ranks: the dispatcher's own gather, made here a little earlier and over experts.
         """
-        assert self._table is not None
         is_counted = self.layer.training and torch.is_grad_enabled() and self._tracker is not None
         own = routing_map.sum(0)
         if not self._is_exact:

@@ -1,0 +1,98 @@
+"""A rank's balanced layers from step to step: one layer on one rank, whose planner only notes what it is given."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from counterflow.balance.recorded import read_record
+from counterflow.config import Options
+from counterflow.megatron import balanced_model
+from counterflow.megatron.balanced_model import BalancedModel
+from counterflow.megatron.experts import LayerSlots
+from counterflow.platform import install_cpu
+
+
+@pytest.fixture
+def group() -> Iterator[Any]:
+    patches = install_cpu()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+    patches.undo()
+
+
+class Planner:
+    """Has a plan, the placement as it is, whenever it was started."""
+
+    def __init__(self, model: BalancedModel) -> None:
+        self._model, self.started, self.taken = model, [], 0
+
+    def start(self, counts: Any, microbatches: int, placement: Any) -> None:
+        self.started.append(counts)
+
+    def take(self) -> Any:
+        self.taken += 1
+        return self._model._placement
+
+
+def make_layer(group: Any, clones_per_rank: int = 0) -> torch.nn.Module:
+    layer = torch.nn.Module()
+    layer.experts = SimpleNamespace(local_experts=[torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+    layer.token_dispatcher = SimpleNamespace(tp_ep_group=group, tp_size=1)
+    layer.config = SimpleNamespace(num_moe_experts=2, num_layers=1)
+    layer.ep_group, layer.num_local_experts, layer.layer_number, layer.is_mtp_layer = group, 2, 1, False
+    layer.cf_slots = LayerSlots(layer, layer.token_dispatcher, None, clones_per_rank, is_exact=False)
+    return layer
+
+
+def make_model(monkeypatch: pytest.MonkeyPatch, group: Any, options: Options) -> tuple[BalancedModel, LayerSlots]:
+    for name in ("get_tensor_and_data_parallel_group", "get_expert_data_parallel_group"):
+        monkeypatch.setattr(balanced_model.parallel_state, name, lambda **kwargs: group)
+    layer = make_layer(group)
+    model = BalancedModel(options, [layer])
+    model._planner = Planner(model)  # type: ignore[assignment]
+    return model, layer.cf_slots
+
+
+def run_step(model: BalancedModel, slots: LayerSlots, step: int) -> None:
+    model.begin_step(step)
+    slots.deal(torch.ones(step, 2), torch.ones(step, 2, dtype=torch.bool))
+    model.end_step(1)
+
+
+def test_every_step_is_recorded_whatever_the_interval(monkeypatch: pytest.MonkeyPatch, group: Any, tmp_path: Path) -> None:
+    options = Options(eplb=True, eplb_clones_per_rank=0, eplb_rehome_interval=6, eplb_interval=3, record=tmp_path)
+    model, slots = make_model(monkeypatch, group, options)
+    for step in range(1, 6):
+        run_step(model, slots, step)
+    record = read_record(tmp_path)
+    assert record.steps.tolist() == [1, 2, 3, 4, 5]
+    assert record.counts[:, 0].tolist() == [[step, step] for step in range(1, 6)]
+    assert [len(counts) for counts in model._planner.started] == [3]  # type: ignore[attr-defined]
+
+
+def test_a_step_that_runs_again_keeps_its_placement_and_counts_once(
+    monkeypatch: pytest.MonkeyPatch, group: Any, tmp_path: Path
+) -> None:
+    # Megatron runs a step again when a loss looks wrong, and takes other bits for a faulty device.
+    options = Options(eplb=True, eplb_clones_per_rank=0, eplb_rehome_interval=1, record=tmp_path)
+    model, slots = make_model(monkeypatch, group, options)
+    for step in (1, 2, 2, 3):
+        run_step(model, slots, step)
+    planner: Any = model._planner
+    assert (planner.taken, len(planner.started)) == (3, 3)
+    assert np.array_equal(read_record(tmp_path).counts[:, 0], [[1, 1], [2, 2], [3, 3]])
+    assert len((tmp_path / "eplb-rank00000.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_layer_deals_home_before_any_step(group: Any) -> None:
+    # A model may run outside a schedule: to generate text, say.
+    slots = make_layer(group, clones_per_rank=1).cf_slots
+    probs, slot_map, _ = slots.deal(torch.tensor([[0.5, 0.0]]), torch.tensor([[True, False]]))
+    assert slot_map.tolist() == [[True, False, False]] and probs.tolist() == [[0.5, 0.0, 0.0]]
