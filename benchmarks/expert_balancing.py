@@ -113,7 +113,9 @@ def compare(run: dict[str, Any], reference: dict[str, Any], steps: int) -> tuple
     found, expected = (read_tensors(one["directory"] / one["name"], steps) for one in (run, reference))
     if found.keys() != expected.keys():
         return loss, norm, math.inf
-    return loss, norm, max(measure_difference(found[key], expected[key]) for key in expected)
+    # Random states are kept by pipeline rank, and differ between layouts.
+    compared = [key for key in expected if not key.startswith("rng_state")]
+    return loss, norm, max(measure_difference(found[key], expected[key]) for key in compared)
 
 
 def describe(found: tuple[float, float, float], clones: dict[str, Any]) -> str:

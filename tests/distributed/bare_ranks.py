@@ -1,8 +1,12 @@
 """Ranks without a launcher: none ends another, so that each has to find out for itself."""
 
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+from contextlib import ExitStack, suppress
+from typing import IO
 
 import torch.distributed as dist
 
@@ -24,22 +28,31 @@ def run_bare(command: list[str], ranks: int, timeout: float) -> list[tuple[int, 
         "WORLD_SIZE": str(ranks),
         "OMP_NUM_THREADS": "1",
     }
-    started = [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    ended = []
-    for rank in started:
-        try:
-            text = rank.communicate(timeout=timeout)[1]
-        except subprocess.TimeoutExpired:
-            rank.kill()
-            text = HUNG
-        ended.append((rank.wait(), text))
-    return ended
+    with ExitStack() as files:
+        # Not pipes: a process that a killed rank has left behind would hold them open.
+        errors = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(ranks)]
+        started = [
+            subprocess.Popen(
+                [sys.executable, *command],
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.DEVNULL,
+                stderr=error,
+                start_new_session=True,
+            )
+            for rank, error in enumerate(errors)
+        ]
+        return [_wait(rank, error, timeout) for rank, error in zip(started, errors, strict=True)]
+
+
+def _wait(rank: subprocess.Popen[bytes], error: IO[str], timeout: float) -> tuple[int, str]:
+    try:
+        status = rank.wait(timeout)
+        error.seek(0)
+        return status, error.read()
+    except subprocess.TimeoutExpired:
+        rank.kill()
+        return rank.wait(), HUNG
+    finally:
+        # The manager of Megatron's checkpoint writer outlives a killed rank.
+        with suppress(ProcessLookupError):
+            os.killpg(rank.pid, signal.SIGKILL)

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bare_ranks import HUNG, run_bare
 from cases import SHARDED, TWO_STAGES
 from checkpoints import list_entries, measure_difference, read_tensors
-from comparing import TOLERANCE, assert_same_steps
+from comparing import HALF_TOLERANCE, TOLERANCE, assert_same_steps
 from eplb_cases import CLONES, PLAIN, RESUMED, SAVED, SHARDED_RUNS, STEPS, list_base_flags, list_start_flags
 from start_cases import RANKS, run_cases
 
@@ -44,11 +45,26 @@ def test_clones_that_change_at_every_step_train_like_megatron(balanced_runs: Run
 @pytest.mark.parametrize(("name", "reference"), REFERENCES.items())
 def test_checkpoints_are_megatrons(balanced_runs: Runs, name: str, reference: str) -> None:
     directory = balanced_runs[name]["directory"]
-    assert list_entries(directory / name, STEPS) == list_entries(directory / reference, STEPS), "other keys, types or shapes"
-    found, expected = (read_tensors(directory / one, STEPS) for one in (name, reference))
+    # Random states are kept by pipeline rank: under another layout there are others, with clones or without.
+    kept = [drop_random_states(list_entries(directory / one, STEPS)) for one in (name, reference)]
+    assert kept[0] == kept[1], "other keys, types or shapes"
+    found, expected = (drop_random_states(read_tensors(directory / one, STEPS)) for one in (name, reference))
     differences = {key: measure_difference(found[key], expected[key]) for key in expected}
     worst = max(differences, key=differences.__getitem__)
     assert differences[worst] <= TOLERANCE, f"{worst} differs by {differences[worst]:.1e} of its largest value"
+
+
+def drop_random_states[Value](entries: dict[str, Value]) -> dict[str, Value]:
+    return {key: value for key, value in entries.items() if not key.startswith("rng_state")}
+
+
+@pytest.mark.parametrize("name", ["plain", "sharded"])
+def test_clones_draw_no_random_number(balanced_runs: Runs, name: str) -> None:
+    directory, reference = balanced_runs[name]["directory"], f"megatron, {name}"
+    assert list_entries(directory / name, STEPS) == list_entries(directory / reference, STEPS)
+    found, expected = (read_tensors(directory / one, STEPS) for one in (name, reference))
+    states = [key for key in expected if key.startswith("rng_state")]
+    assert states and all(torch.equal(found[key], expected[key]) for key in states)
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [(saved, loaded) for saved, (loaded, _) in RESUMED.items()])
@@ -58,16 +74,18 @@ def test_checkpoints_are_taken_over_with_and_without_the_plugin(balanced_runs: R
     assert_same_steps(run, balanced_runs["megatron, sharded" if "sharded" in saved else "megatron, plain"])
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp16", "MTP"])
-def test_other_numbers_are_megatrons_too(balanced_runs: Runs, kind: str) -> None:
-    assert_same_steps(balanced_runs[kind], balanced_runs[f"megatron, {kind}"])
-    assert_clones_changed_and_were_their_homes(balanced_runs[kind])
-
-
-def test_overlapped_pairs_with_clones(balanced_runs: Runs) -> None:
-    run = balanced_runs["bf16, overlapped pairs"]
-    assert_same_steps(run, balanced_runs["megatron, bf16"])
-    assert_clones_changed_and_were_their_homes(run)
+@pytest.mark.parametrize(
+    ("name", "reference", "tolerance"),
+    [
+        ("bf16", "megatron, bf16", HALF_TOLERANCE),
+        ("bf16, overlapped pairs", "megatron, bf16", HALF_TOLERANCE),
+        ("fp16", "megatron, fp16", HALF_TOLERANCE),
+        ("MTP", "megatron, MTP", TOLERANCE),
+    ],
+)
+def test_other_trainings_are_megatrons_too(balanced_runs: Runs, name: str, reference: str, tolerance: float) -> None:
+    assert_same_steps(balanced_runs[name], balanced_runs[reference], tolerance)
+    assert_clones_changed_and_were_their_homes(balanced_runs[name])
 
 
 def test_a_step_that_the_loss_scale_skips_leaves_clones_as_their_homes(balanced_runs: Runs) -> None:

@@ -42,7 +42,7 @@ class Log:
                     "iteration": iteration,
                     "loss": loss,
                     # Positions: loss_scale, report_memory_flag, skipped_iter, grad_norm.
-                    "grad_norm": float(args[3]),
+                    "grad_norm": float(args[3]) if args[3] is not None else float("nan"),
                     "skipped": int(args[2]),
                     "mtp_loss": float(predicted.sum()) if predicted is not None else None,
                 }
