@@ -145,7 +145,7 @@ def measure_balance(given: argparse.Namespace, directory: Path) -> float:
             # The first step has homes alone.
             said = run["clones"]["said"][1:]
             before, after = ([step[key] for step in said] for key in ("balancedness before", "balancedness"))
-            sent, size = (statistics.mean(step[key] for step in said) for key in ("clones", "MB sent"))
+            sent, size = (statistics.mean(step[key] for step in said) for key in ("clones", "MB"))
             print(
                 f"seed {seed}, {name:34} {steps} steps: mean {statistics.mean(before):.4f} -> {statistics.mean(after):.4f}, "
                 f"lowest step {min(before):.4f} -> {min(after):.4f}; {sent:.1f} clones and {size:.2f} MB sent a step",

@@ -19,8 +19,9 @@ from train import read_flags
 STEPS = 6
 SAVED = 3
 
-CLONES = {count: ["--cf-eplb", "--cf-eplb-clones-per-rank", str(count)] for count in (1, 2, 3)}
+CLONES = {count: ["--cf-eplb", "--cf-eplb-clones-per-rank", str(count)] for count in range(4)}
 ON = CLONES[1]
+MOVING = ["--cf-eplb-rehome-interval", "1"]
 EVEN = ["--cf-eplb-split", "even"]
 # Two replicas of an expert-parallel group of two, and one of four.
 TWO_REPLICAS = ["--expert-model-parallel-size", "2"]
@@ -47,6 +48,7 @@ PLAIN = {
     "full recompute, even split": [TWO_STAGES, CLONES[2], EVEN, FULL_RECOMPUTE],
     "TP 2": [TENSOR_PARALLEL, TWO_REPLICAS, ["--expert-tensor-parallel-size", "1"], CLONES[2], SCHEDULES["dualpipev"]],
     "TP 2, expert TP 2": [TWO_REPLICAS, CLONES[2], SPLIT_EXPERTS],
+    "homes move": [FOUR_RANKS, ON, MOVING],
 }
 SHARDED_RUNS = {
     "sharded": [TWO_STAGES, CLONES[2], SHARDED],
@@ -56,6 +58,8 @@ SHARDED_RUNS = {
     "dualpipe": [TWO_STAGES, CLONES[2], OVERLAPPED, DUALPIPE],
     "two replicas, overlap": [TWO_REPLICAS, ON, OVERLAPPED],
     "four ranks, overlap, not aligned": [FOUR_RANKS, CLONES[3], UNALIGNED],
+    "homes move, two replicas, overlap": [TWO_REPLICAS, ON, MOVING, OVERLAPPED],
+    "homes move, dualpipev": [TWO_STAGES, ON, MOVING, SHARDED, SCHEDULES["dualpipev"]],
 }
 # What resumes from whose checkpoint, with or without clones.
 RESUMED = {
@@ -63,6 +67,7 @@ RESUMED = {
     "megatron, sharded": ("native, sharded", [SHARDED, CLONES[2]]),
     "plain": ("megatron, plain", []),
     "sharded": ("megatron, sharded", [SHARDED]),
+    "homes move, dualpipev": ("megatron, sharded", [SHARDED]),
 }
 
 
@@ -85,11 +90,13 @@ def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
     for saved, (loaded, flags) in RESUMED.items():
         resume = ["--load", str(directory / saved), "--ckpt-step", str(SAVED)]
         add(f"{saved} -> {loaded}", TWO_STAGES, resume, *flags, plugin=not loaded.startswith("megatron"))
+    add("homes move, no clones", TWO_STAGES, start, SHARDED, CLONES[0], MOVING)
     add("planned, every second step", TWO_STAGES, start, ON, ["--cf-eplb-interval", "2"], plans="made")
 
     for kind, numbers in {"bf16": ["--bf16"], "fp16": FP16}.items():
         add(f"megatron, {kind}", TWO_STAGES, start, numbers, plugin=False)
         add(kind, TWO_STAGES, start, numbers, CLONES[2])
+        add(f"{kind}, homes move", TWO_STAGES, start, numbers, ON, MOVING)
     add("bf16, overlapped pairs", TWO_STAGES, start, ["--bf16", "--cf-overlap"], OVERLAPPED, CLONES[2], SCHEDULES["dualpipev"])
     # From their own random weights: clones are to draw no random number.
     add("megatron, MTP", TWO_STAGES, MTP, plugin=False)

@@ -1,8 +1,9 @@
 """One rank of the balancing tests: `worker.py` with clones that change at every step and are compared with their homes.
 
 Usage: eplb_worker.py CASES.json RESULTS.json. A case may have "plans": "drawn" (the default: placements drawn anew for every
-step) or "made" (the planner's), the "seed" of what is drawn, and "kill": {"rank", "method", "step"}, where that rank kills itself
-behind its call of a method of `Clones`. A result has "clones": what `Watch` saw on all ranks, summed up.
+step, homes too where they may move) or "made" (the planner's), the "seed" of what is drawn, and "kill": {"rank", "method",
+"step"}, where that rank kills itself behind its call of a method of `Clones` or `BalancedModel`. A result has "clones": what
+`Watch` saw on all ranks, summed up.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,7 @@ class Watch:
         self.placements: list[str] = []
         self.said: list[dict[str, float]] = []
         self.steps = self.refreshes = 0
+        self.is_planning = False
 
     def see_experts(self, slots: Any, tokens_per_slot: Any) -> None:
         """Note the bits of a layer's experts on this rank, as they are when they compute."""
@@ -104,10 +107,36 @@ class Drawer:
             held[spare[self._random.random(len(spare)) < EMPTY_SHARE]] = EMPTY
 
 
+class HomeDrawer:
+    """Draws homes in place of `plan_homes`: those at one place of all ranks change places."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = np.random.default_rng(seed)
+
+    def __call__(self, forecasts: Array, placement: Placement, horizon: int, *, traffic_weight: float) -> Any:
+        """Return what has the drawn ``placement``, without clones."""
+        assert placement.homes is not None
+        width = placement.cluster.slots_per_rank[0]
+        homes = placement.homes.copy()
+        for row in homes:
+            for place in set((row % width).tolist()):
+                there = np.flatnonzero(row % width == place)
+                row[there] = self._random.permutation(row[there])
+        return SimpleNamespace(placement=Placement(placement.cluster, place_homes(homes, placement), homes))
+
+
+def place_homes(homes: Array, placement: Placement) -> Array:
+    """Return ``int64[layers, slots]`` with the experts at these homes alone."""
+    experts = np.full_like(placement.experts, EMPTY)
+    np.put_along_axis(experts, homes, np.broadcast_to(np.arange(homes.shape[1]), homes.shape), 1)
+    return experts
+
+
 @contextmanager
 def watch_case(case: dict[str, Any]) -> Iterator[Watch]:
     """Draw placements, watch experts and placements, and kill a rank where the case wants it, inside the block."""
-    from counterflow.megatron.balancing import _BalancedModel
+    from counterflow.megatron.balanced_model import BalancedModel
+    from counterflow.megatron.balancing import ExpertBalancer
     from counterflow.megatron.experts import LayerSlots
     from counterflow.moe import planning
     from counterflow.moe.clones import Clones
@@ -115,33 +144,40 @@ def watch_case(case: dict[str, Any]) -> Iterator[Watch]:
     watch, patches = Watch(), Patches()
     if case.get("plans", "drawn") == "drawn":
         patches.set(planning, "plan_next", Drawer(case.get("seed", 1)))
+        patches.set(planning, "plan_homes", HomeDrawer(case.get("seed", 1)))
 
     def note(target: Any, name: str, before: Callable[..., None] | None, after: Callable[..., None] | None) -> None:
         patches.set(target, name, surround(getattr(target, name), before, after))
 
-    def count_step(_: Any) -> None:
+    def begin_step(*_: Any) -> None:
         watch.steps += 1
+        watch.is_planning = True
+
+    def end_planning(*_: Any) -> None:
+        watch.is_planning = False
 
     def count_refresh(_: Any) -> None:
         watch.refreshes += 1
 
     def note_placement(_: Any, placement: Placement) -> None:
-        watch.placements.append(hashlib.sha1(placement.experts.tobytes()).hexdigest())
+        # The first one has homes alone; while a checkpoint is saved, homes are in order.
+        if watch.is_planning or not watch.placements:
+            watch.placements.append(hashlib.sha1(placement.experts.tobytes()).hexdigest())
 
     def kill_self(*_: Any) -> None:
         if kill["rank"] == dist.get_rank() and kill["step"] == watch.steps:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    note(_BalancedModel, "begin_step", count_step, None)
-    note(_BalancedModel, "refresh", count_refresh, None)
-    note(_BalancedModel, "_place", note_placement, None)
-    note(_BalancedModel, "end_step", None, lambda model, *_: watch.said.append(model.said))
+    note(BalancedModel, "begin_step", begin_step, end_planning)
+    note(BalancedModel, "refresh", count_refresh, None)
+    note(BalancedModel, "_place", note_placement, None)
+    note(ExpertBalancer, "_end_step", None, lambda balancer, *_: watch.said.append(balancer._said))
     # Weights do not change inside a forward; behind it, gathers of parameters have ended too.
     note(
         LayerSlots, "run_experts", None, lambda slots, run, tokens, tokens_per_slot, *_: watch.see_experts(slots, tokens_per_slot)
     )
     if (kill := case.get("kill")) is not None:
-        note(Clones, kill["method"], None, kill_self)
+        note(Clones if hasattr(Clones, kill["method"]) else BalancedModel, kill["method"], None, kill_self)
     try:
         yield watch
     finally:

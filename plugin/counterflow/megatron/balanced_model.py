@@ -229,13 +229,14 @@ class BalancedModel:
         print(f"counterflow: eplb: the loads in {directory} are not used, the first step has no clones: {reason}", flush=True)
         return None
 
-    def bring_homes_back(self) -> Placement:
-        """Let every expert live where Megatron puts it, as checkpoints need it; return the placement until then."""
+    def bring_homes_back(self) -> Placement | None:
+        """Let every expert live where Megatron puts it, as checkpoints need it; return what to restore, None for nothing."""
         before, straight = self._placement, self._make_placement()
         assert before.homes is not None and straight.homes is not None
-        if (before.homes != straight.homes).any():
-            self._move_homes(straight)
-            self._place(straight)
+        if (before.homes == straight.homes).all():
+            return None
+        self._move_homes(straight)
+        self._place(straight)
         return before
 
     def restore_homes(self, placement: Placement) -> None:

@@ -75,7 +75,8 @@ class ExpertBalancer:
                 return save_checkpoint(iteration, *args, **kwargs)
             placement = self._model.bring_homes_back()
             result = save_checkpoint(iteration, *args, **kwargs)
-            self._model.restore_homes(placement)
+            if placement is not None:
+                self._model.restore_homes(placement)
             # One that is not persistent lies elsewhere, and is soon gone.
             is_kept = not kwargs.get("non_persistent_ckpt", False)
             if is_kept and (directory := _find_loads_folder("save", iteration)) is not None:
