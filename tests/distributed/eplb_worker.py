@@ -113,7 +113,7 @@ class HomeDrawer:
     def __init__(self, seed: int) -> None:
         self._random = np.random.default_rng(seed)
 
-    def __call__(self, forecasts: Array, placement: Placement, horizon: int, *, traffic_weight: float) -> Any:
+    def __call__(self, forecasts: Array, placement: Placement, horizon: int, traffic_weight: float = 0.0) -> Any:
         """Return what has the drawn ``placement``, without clones."""
         assert placement.homes is not None
         width = placement.cluster.slots_per_rank[0]

@@ -45,7 +45,8 @@ class BalancedModel:
         layer = self._layers[0].layer
         self._sources = layer.token_dispatcher.tp_ep_group
         self._group = _open_group(layer.ep_group)
-        self._placement = self._make_placement()
+        # Homes where Megatron puts them, which checkpoints need.
+        self._straight = self._placement = self._make_placement()
         self._held = self._placement.experts.copy()
         self._are_stale = False
         self.optimizer: Any = None
@@ -231,12 +232,12 @@ class BalancedModel:
 
     def bring_homes_back(self) -> Placement | None:
         """Let every expert live where Megatron puts it, as checkpoints need it; return what to restore, None for nothing."""
-        before, straight = self._placement, self._make_placement()
-        assert before.homes is not None and straight.homes is not None
-        if (before.homes == straight.homes).all():
+        before = self._placement
+        assert before.homes is not None and self._straight.homes is not None
+        if (before.homes == self._straight.homes).all():
             return None
-        self._move_homes(straight)
-        self._place(straight)
+        self._move_homes(self._straight)
+        self._place(self._straight)
         return before
 
     def restore_homes(self, placement: Placement) -> None:
