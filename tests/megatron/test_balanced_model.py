@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from counterflow.balance.recorded import read_record
 from counterflow.config import Options
-from counterflow.megatron import balanced_model
+from counterflow.megatron import balanced_model, balancing
 from counterflow.megatron.balanced_model import BalancedModel
+from counterflow.megatron.balancing import ExpertBalancer
 from counterflow.megatron.experts import LayerSlots
 from counterflow.platform import install_cpu
 
@@ -96,3 +97,15 @@ def test_a_layer_deals_home_before_any_step(group: Any) -> None:
     slots = make_layer(group, clones_per_rank=1).cf_slots
     probs, slot_map, _ = slots.deal(torch.tensor([[0.5, 0.0]]), torch.tensor([[True, False]]))
     assert slot_map.tolist() == [[True, False, False]] and probs.tolist() == [[0.5, 0.0, 0.0]]
+
+
+def test_ranks_with_and_without_moe_layers_open_as_many_groups(monkeypatch: pytest.MonkeyPatch, group: Any) -> None:
+    # Torch names a group by how many a rank has opened: ranks that disagree wait for each other in vain in the next one.
+    options = Options(eplb=True, eplb_clones_per_rank=0, eplb_rehome_interval=1)
+    monkeypatch.setattr(balancing, "compile_planner", lambda: None)
+    monkeypatch.setattr(balancing.parallel_state, "get_expert_model_parallel_group", lambda: group)
+    before = dist.distributed_c10d._world.group_count
+    make_model(monkeypatch, group, options)
+    between = dist.distributed_c10d._world.group_count
+    ExpertBalancer(options)._attach([torch.nn.Linear(2, 2)], 1)
+    assert between - before == dist.distributed_c10d._world.group_count - between

@@ -44,7 +44,7 @@ class BalancedModel:
         self.is_leader = self._stage.rank() == 0
         layer = self._layers[0].layer
         self._sources = layer.token_dispatcher.tp_ep_group
-        self._group = _open_group(layer.ep_group)
+        self._group = open_group(layer.ep_group)
         # Homes where Megatron puts them, which checkpoints need.
         self._straight = self._placement = self._make_placement()
         self._held = self._placement.experts.copy()
@@ -280,8 +280,12 @@ def _agree_on_cluster(ep_group: Any, width: int, stage: Any, device: torch.devic
     return Cluster((width,) * ep_group.size(), tuple(said.tolist()))
 
 
-def _open_group(ep_group: Any) -> dist.ProcessGroup:
-    """Return a group of the expert-parallel ranks for the clones alone, which waits as long as Megatron's own."""
+def open_group(ep_group: Any) -> dist.ProcessGroup:
+    """Return a group of the expert-parallel ranks for the clones alone, which waits as long as Megatron's own.
+
+    Every rank of the run has to open one, also where it has no clones: torch names the groups that are opened later, as some
+    checkpoints do, by how many a rank has opened before.
+    """
     ranks = dist.get_process_group_ranks(ep_group)
     group = dist.new_group(ranks, find_timeout(ep_group), use_local_synchronization=True, group_desc="CF_CLONES")
     assert isinstance(group, dist.ProcessGroup)

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from counterflow.config import Options
-from counterflow.megatron.balanced_model import BalancedModel
+from counterflow.megatron.balanced_model import BalancedModel, open_group
 from counterflow.moe.planning import compile_planner
 
 # Beside a checkpoint: the last loads, from which the next run plans.
@@ -108,6 +109,8 @@ class ExpertBalancer:
         if any(hasattr(module, "cf_slots") for chunk in chunks for module in chunk.modules()):
             self._model = BalancedModel(self._options, chunks)
             self._model.load_loads(_find_loads_folder("load", _get_args().iteration), microbatches)
+        else:
+            open_group(parallel_state.get_expert_model_parallel_group())
         self._announce()
 
     def _announce(self) -> None:
