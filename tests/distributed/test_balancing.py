@@ -120,21 +120,22 @@ def test_the_log_says_what_the_clones_take(balanced_runs: Runs, name: str, clone
     ) in log
 
 
-@pytest.mark.parametrize(("rank", "method"), [(2, "refresh")])
 def test_a_rank_killed_in_a_transfer_ends_all_and_the_last_checkpoint_resumes(
-    balanced_runs: Runs, text: Path, tmp_path: Path, rank: int, method: str
+    balanced_runs: Runs, text: Path, tmp_path: Path
 ) -> None:
     flags = [*list_base_flags(text, tmp_path), *TWO_STAGES, *SHARDED, *CLONES[2], "--train-iters", str(STEPS)]
     start = list_start_flags(balanced_runs["initial"]["directory"] / "initial")
     save = ["--save", str(tmp_path / "saved"), "--save-interval", str(KILLED - 1)]
-    kill = {"rank": rank, "method": method, "step": KILLED}
+    kill = {"rank": 2, "method": "refresh", "step": KILLED}
     (tmp_path / "killed.json").write_text(
         json.dumps([{"name": "killed", "plugin": True, "flags": [*flags, *start, *save], "kill": kill}])
     )
     command = ["-W", "ignore", str(WORKER), str(tmp_path / "killed.json"), str(tmp_path / "none.json")]
     for index, (status, said) in enumerate(run_bare(command, RANKS, timeout=120)):
-        assert said != HUNG, f"rank {index} waits for ever for rank {rank}"
-        assert status == -signal.SIGKILL if index == rank else status > 0, f"rank {index} ended with {status}: {said[-500:]}"
+        assert said != HUNG, f"rank {index} waits for ever for rank {kill['rank']}"
+        assert status == -signal.SIGKILL if index == kill["rank"] else status > 0, (
+            f"rank {index} ended with {status}: {said[-500:]}"
+        )
     resumed = {"name": "resumed", "plugin": True, "flags": [*flags, "--load", str(tmp_path / "saved")], "seed": 7}
     run = run_cases("eplb_worker.py", [resumed], tmp_path)["resumed"]
     assert [step["iteration"] for step in run["steps"]] == list(range(KILLED, STEPS + 1))
