@@ -133,9 +133,7 @@ def test_a_rank_killed_in_a_transfer_ends_all_and_the_last_checkpoint_resumes(
     command = ["-W", "ignore", str(WORKER), str(tmp_path / "killed.json"), str(tmp_path / "none.json")]
     for index, (status, said) in enumerate(run_bare(command, RANKS, timeout=120)):
         assert said != HUNG, f"rank {index} waits for ever for rank {kill['rank']}"
-        assert status == -signal.SIGKILL if index == kill["rank"] else status > 0, (
-            f"rank {index} ended with {status}: {said[-500:]}"
-        )
+        assert status == -signal.SIGKILL if index == kill["rank"] else status > 0, f"rank {index}: {status}, {said[-500:]}"
     resumed = {"name": "resumed", "plugin": True, "flags": [*flags, "--load", str(tmp_path / "saved")], "seed": 7}
     run = run_cases("eplb_worker.py", [resumed], tmp_path)["resumed"]
     assert [step["iteration"] for step in run["steps"]] == list(range(KILLED, STEPS + 1))
