@@ -39,16 +39,12 @@ FP16 = "--fp16 --initial-loss-scale 65536 --loss-scale-window 2".split()
 PLAIN = {
     "plain": [TWO_STAGES, ON],
     "interleaved, two clones": [TWO_STAGES, CLONES[2], SCHEDULES["interleaved"]],
-    "two replicas": [TWO_REPLICAS, CLONES[2]],
-    "per-token loss": [TWO_STAGES, ON, ["--calculate-per-token-loss"]],
+    "two replicas, per-token loss": [TWO_REPLICAS, CLONES[2], ["--calculate-per-token-loss"]],
     "1f1b, even split": [TWO_STAGES, CLONES[2], EVEN, SCHEDULES["1f1b"]],
-    "allgather dispatcher": [FOUR_RANKS, CLONES[2], ["--moe-token-dispatcher-type", "allgather"]],
-    "shared experts overlapped": [TWO_STAGES, ON, ["--moe-shared-expert-overlap"]],
     "selective recompute": [TWO_STAGES, CLONES[2], SELECTIVE_RECOMPUTE],
     "full recompute, even split": [TWO_STAGES, CLONES[2], EVEN, FULL_RECOMPUTE],
     "TP 2": [TENSOR_PARALLEL, TWO_REPLICAS, ["--expert-tensor-parallel-size", "1"], CLONES[2], SCHEDULES["dualpipev"]],
-    "TP 2, expert TP 2": [TWO_REPLICAS, CLONES[2], SPLIT_EXPERTS],
-    "homes move": [FOUR_RANKS, ON, MOVING],
+    "TP 2, expert TP 2, allgather": [TWO_REPLICAS, CLONES[2], SPLIT_EXPERTS],
 }
 SHARDED_RUNS = {
     "sharded": [TWO_STAGES, CLONES[2], SHARDED],
@@ -86,21 +82,23 @@ def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
     add("megatron, plain", TWO_STAGES, start, plugin=False, save=SAVED)
     add("megatron, sharded", TWO_STAGES, start, SHARDED, plugin=False, save=SAVED)
     for name, flags in (PLAIN | SHARDED_RUNS).items():
-        add(name, start, *flags, save=SAVED)
+        add(name, start, *flags, save=SAVED if name in RESUMED else STEPS)
     for saved, (loaded, flags) in RESUMED.items():
         resume = ["--load", str(directory / saved), "--ckpt-step", str(SAVED)]
         add(f"{saved} -> {loaded}", TWO_STAGES, resume, *flags, plugin=not loaded.startswith("megatron"))
-    add("homes move, no clones", TWO_STAGES, start, SHARDED, CLONES[0], MOVING)
-    add("planned, every second step", TWO_STAGES, start, ON, ["--cf-eplb-interval", "2"], plans="made")
+    beside = ["--cf-eplb-interval", "2", "--moe-shared-expert-overlap"]
+    add("planned, every second step", TWO_STAGES, start, ON, beside, plans="made")
+    add("homes move, no clones", TWO_STAGES, start, CLONES[0], MOVING)
 
     for kind, numbers in {"bf16": ["--bf16"], "fp16": FP16}.items():
         add(f"megatron, {kind}", TWO_STAGES, start, numbers, plugin=False)
         add(kind, TWO_STAGES, start, numbers, CLONES[2])
-        add(f"{kind}, homes move", TWO_STAGES, start, numbers, ON, MOVING)
+    add("bf16, homes move", TWO_STAGES, start, ["--bf16"], ON, MOVING)
     add("bf16, overlapped pairs", TWO_STAGES, start, ["--bf16", "--cf-overlap"], OVERLAPPED, CLONES[2], SCHEDULES["dualpipev"])
-    # From their own random weights: clones are to draw no random number.
-    add("megatron, MTP", TWO_STAGES, MTP, plugin=False)
-    add("MTP", TWO_STAGES, MTP, ON)
+    # From their own random weights: clones are to draw no random number. The first stage has no experts.
+    dense_first = ["--moe-layer-freq", "([0]*2+[1]*2)"]
+    add("megatron, MTP", TWO_STAGES, MTP, dense_first, plugin=False)
+    add("MTP", TWO_STAGES, MTP, dense_first, ON)
     return cases
 
 
