@@ -22,6 +22,7 @@ import torch.distributed as dist
 import worker
 from counterflow.balance.cluster import Array
 from counterflow.balance.placement import EMPTY, Placement
+from counterflow.moe import planning
 from counterflow.patching import Patches
 
 # Of a drawn placement's clone slots, how many stay empty.
@@ -91,13 +92,14 @@ class Drawer:
 
     def __call__(self, forecasts: Array, placement: Placement, microbatches: int, traffic_weight: float) -> Placement:
         """Return a placement with clones anywhere but on a rank that has the expert."""
-        while True:
+        while planning.has_clone_slots(placement):
             drawn = placement.experts.copy()
             assert placement.homes is not None
             for held, homes in zip(drawn, placement.homes, strict=True):
                 self._draw_layer(held, homes, placement.cluster.rank_start)
             if (drawn != placement.experts).any():
                 return Placement(placement.cluster, drawn, placement.homes)
+        return placement
 
     def _draw_layer(self, held: Array, homes: Array, rank_start: Array) -> None:
         for begin, end in zip(rank_start, rank_start[1:], strict=False):
@@ -138,7 +140,6 @@ def watch_case(case: dict[str, Any]) -> Iterator[Watch]:
     from counterflow.megatron.balanced_model import BalancedModel
     from counterflow.megatron.balancing import ExpertBalancer
     from counterflow.megatron.experts import LayerSlots
-    from counterflow.moe import planning
     from counterflow.moe.clones import Clones
 
     watch, patches = Watch(), Patches()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from counterflow.balance.recorded import read_record
 from counterflow.config import Options
+from counterflow.errors import BalanceError
 from counterflow.megatron import balanced_model, balancing
 from counterflow.megatron.balanced_model import BalancedModel
 from counterflow.megatron.balancing import ExpertBalancer
@@ -109,3 +110,18 @@ def test_ranks_with_and_without_moe_layers_open_as_many_groups(monkeypatch: pyte
     between = dist.distributed_c10d._world.group_count
     ExpertBalancer(options)._attach([torch.nn.Linear(2, 2)], 1)
     assert between - before == dist.distributed_c10d._world.group_count - between
+
+
+def test_where_nothing_can_be_written_a_record_ends_the_run_in_a_line_and_a_checkpoint_does_not(
+    monkeypatch: pytest.MonkeyPatch, group: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    options = {"eplb": True, "eplb_clones_per_rank": 0, "eplb_rehome_interval": 1}
+    model, slots = make_model(monkeypatch, group, Options(**options))
+    run_step(model, slots, 1)
+    model.save_loads(file)
+    assert "loads are not kept" in capsys.readouterr().out
+    model, slots = make_model(monkeypatch, group, Options(**options, record=file))
+    with pytest.raises(BalanceError, match=r"--cf-record .*file: .*File exists.*; allowed: a folder that can be written"):
+        run_step(model, slots, 1)

@@ -177,7 +177,7 @@ class BalancedModel:
             self._summed.append(summed)
             if self.is_leader:
                 if self._options.record is not None:
-                    record_step(self._options.record, dist.get_rank(), summed, line)
+                    _record(self._options.record, summed, line)
                 self._recent.extend(summed)
                 self._last = line
         self._own.clear()
@@ -205,12 +205,18 @@ class BalancedModel:
         }
 
     def save_loads(self, directory: Path) -> None:
-        """Keep the last loads beside a checkpoint, as a record of their own."""
+        """Keep the last loads beside a checkpoint, as a record of their own; where that fails, say so and go on."""
         if self.is_leader and self._recent:
-            for old in directory.glob(f"*-rank{dist.get_rank():05d}.*"):
-                old.unlink()
             counts = np.stack(self._recent)
-            record_step(directory, dist.get_rank(), counts, {**self._last, "microbatches": len(counts)})
+            try:
+                for old in directory.glob(f"*-rank{dist.get_rank():05d}.*"):
+                    old.unlink()
+                record_step(directory, dist.get_rank(), counts, {**self._last, "microbatches": len(counts)})
+            except (OSError, BalanceError) as error:
+                print(
+                    f"counterflow: eplb: loads are not kept, a run from {directory.parent} begins without clones: {error}",
+                    flush=True,
+                )
 
     def load_loads(self, directory: Path | None, microbatches: int) -> None:
         """Plan the first step from the loads kept beside the checkpoint that the run starts from, where there are any."""
@@ -269,6 +275,13 @@ class BalancedModel:
             if getattr(chunk, "remove_forward_pre_hook_handles", None):
                 for group in chunk.expert_parallel_bucket_groups:
                     group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+
+def _record(directory: Path, counts: Array, line: dict[str, Any]) -> None:
+    try:
+        record_step(directory, dist.get_rank(), counts, line)
+    except OSError as error:
+        raise BalanceError(f"--cf-record {directory}: {error}; allowed: a folder that can be written and has room") from None
 
 
 def _agree_on_cluster(ep_group: Any, width: int, stage: Any, device: torch.device) -> Cluster:
