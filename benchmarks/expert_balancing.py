@@ -32,7 +32,7 @@ EXACT = """
     --num-experts 8 --moe-router-num-groups 4 --moe-router-group-topk 2 --moe-router-topk 3 --global-batch-size 16
     --eval-interval 1000 --eval-iters 0
 """.split()
-OPTIMIZERS: dict[str, list[str]] = {"plain": [], "sharded": SHARDED}
+KINDS: dict[str, list[str]] = {"plain": [], "sharded": SHARDED, "bf16": [*OVERLAPPED, "--bf16"]}
 LAYOUTS = {
     "PP 2 x EP 2, dualpipev": [*TWO_STAGES, "--cf-schedule", "dualpipev"],
     "EP 4": ["--expert-model-parallel-size", "4"],
@@ -66,42 +66,41 @@ def measure_exactness(given: argparse.Namespace, directory: Path) -> float:
         for replicas in given.replicas:
             folder = directory / f"{seed}-{replicas}"
             folder.mkdir()
-            runs = run_cases("eplb_worker.py", list_exact_cases(folder, seed, replicas, steps), folder, 4 * replicas)
-            for name, run in runs.items():
-                reference = name.rpartition(" | ")[2]
-                if name == reference:
-                    continue
-                found = compare(run, runs[reference], steps)
-                if reference != "bf16":
-                    largest = max(largest, *found)
-                print(f"seed {seed}, expert replicas {replicas}: {name:44} {describe(found, run['clones'])}", flush=True)
+            # Group by group, so that a run that is stopped has printed what it found.
+            for group in group_exact_cases(folder, seed, steps):
+                reference, *others = run_cases("eplb_worker.py", group, folder, 4 * replicas).values()
+                for run in others:
+                    found = compare(run, reference, steps)
+                    if reference["name"] != "bf16":
+                        largest = max(largest, *found)
+                    print(
+                        f"seed {seed}, expert replicas {replicas}: {run['name']:34} {describe(found, run['clones'])}", flush=True
+                    )
     print(f"largest difference in fp32 {largest:.1e}, allowed {TOLERANCE:g}: {'PASS' if largest <= TOLERANCE else 'NOT REACHED'}")
     return largest
 
 
-def list_exact_cases(directory: Path, seed: int, replicas: int, steps: int) -> list[dict[str, Any]]:
-    """Return the cases of one seed, named ``what | reference``, where a reference has no what."""
+def group_exact_cases(directory: Path, seed: int, steps: int) -> list[list[dict[str, Any]]]:
+    """Return groups of cases, in each the reference first: the weights that all start from, then each optimizer, and bf16."""
     text = prepare_text(directory.parent / "text", max_bytes=2**21)
-    base = [*list_base_flags(text, directory.parent), *EXACT, "--seed", str(seed)]
+    base = [*list_base_flags(text, directory.parent), *EXACT, *TWO_STAGES, "--seed", str(seed)]
     start = list_start_flags(directory / "initial")
-    cases: list[dict[str, Any]] = []
 
-    def add(name: str, flags: list[str], iterations: int = steps, *, plugin: bool = True) -> None:
+    def make_case(name: str, flags: list[str], iterations: int = steps, *, plugin: bool = True) -> dict[str, Any]:
         save = ["--save", str(directory / name), "--save-interval", str(iterations), "--train-iters", str(iterations)]
-        cases.append({"name": name, "plugin": plugin, "flags": [*base, *flags, *save], "seed": seed + len(cases)})
+        return {"name": name, "plugin": plugin, "flags": [*base, *flags, *save], "seed": seed}
 
-    add("initial", TWO_STAGES, 1, plugin=False)
-    for optimizer, chosen in OPTIMIZERS.items():
-        add(optimizer, [*TWO_STAGES, *start, *chosen], plugin=False)
+    groups = [[make_case("initial", [], 1, plugin=False)]]
+    for kind, chosen in KINDS.items():
+        group = [make_case(kind, [*start, *chosen], plugin=False)]
         for clones in (1, 2):
             on = ["--cf-eplb", "--cf-eplb-clones-per-rank", str(clones)]
-            for schedule, flags in SCHEDULES.items():
-                add(f"{schedule}, clones {clones} | {optimizer}", [*TWO_STAGES, *start, *chosen, *flags, *on])
-    add("bf16", [*TWO_STAGES, *start, *OVERLAPPED, "--bf16"], plugin=False)
-    for schedule, flags in SCHEDULES.items():
-        on = ["--cf-eplb", "--cf-eplb-clones-per-rank", "2", "--bf16"]
-        add(f"{schedule}, clones 2 | bf16", [*TWO_STAGES, *start, *OVERLAPPED, *flags, *on])
-    return cases
+            group += [
+                make_case(f"{schedule}, clones {clones}, {kind}", [*start, *chosen, *flags, *on])
+                for schedule, flags in SCHEDULES.items()
+            ]
+        groups.append(group)
+    return groups
 
 
 def compare(run: dict[str, Any], reference: dict[str, Any], steps: int) -> tuple[float, float, float]:
