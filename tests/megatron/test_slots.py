@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from counterflow.balance.cluster import Array, make_cluster
 from counterflow.balance.placement import EMPTY, Placement, make_home_placement
 from counterflow.balance.shares import share_tokens
-from counterflow.errors import SeamError
+from counterflow.errors import BalanceError, SeamError
 from counterflow.megatron.experts import answer_from_shares, answer_gather, list_weights
 from counterflow.moe.loads import LoadTracker
 from counterflow.moe.reference import place_one_by_one
@@ -160,6 +160,17 @@ def test_a_layer_that_runs_twice_in_a_micro_batch_counts_both(alone: dist.Proces
     for count in (1, 2, 10, 20):
         tracker.add(0, np.array([count, 0]), np.array([count]))
     assert tracker.take(2, alone).experts.tolist() == [[[3, 0]], [[30, 0]]]
+
+
+def test_a_layer_that_reported_nothing_has_no_load(alone: dist.ProcessGroup) -> None:
+    tracker = LoadTracker(2)
+    for count in (1, 2):
+        tracker.add(1, np.array([count, 0]), np.array([count]))
+    assert tracker.take(2, alone).experts.tolist() == [[[0, 0], [1, 0]], [[0, 0], [2, 0]]]
+    tracker.add_own(0, torch.tensor([5, 6]))
+    assert tracker.take(1, alone).experts.tolist() == [[[5, 6], [0, 0]]]
+    with pytest.raises(BalanceError, match="no MoE layer reported loads"):
+        tracker.take(1, alone)
 
 
 class GroupedLinear(torch.nn.Module):

@@ -1,5 +1,6 @@
 """The model chunks of a rank whose experts are balanced: their slots, clones, homes and loads, step by step."""
 
+import socket
 from collections import deque
 from collections.abc import Callable
 from functools import partial, wraps
@@ -286,9 +287,9 @@ def _record(directory: Path, counts: Array, line: dict[str, Any]) -> None:
 
 def _agree_on_cluster(ep_group: Any, width: int, stage: Any, device: torch.device) -> Cluster:
     """Return the expert-parallel ranks with ``width`` slots each, on the nodes where the stage's first rank has them."""
-    per_node = torch.cuda.device_count() if device.type == "cuda" else dist.get_world_size()
-    nodes = np.array(dist.get_process_group_ranks(ep_group)) // max(1, per_node)
-    said = torch.from_numpy(np.unique(nodes, return_inverse=True)[1]).to(device)
+    hosts: list[Any] = [None] * ep_group.size()
+    dist.all_gather_object(hosts, socket.gethostname(), group=ep_group)
+    said = torch.from_numpy(np.unique(hosts, return_inverse=True)[1]).to(device)
     dist.broadcast(said, dist.get_process_group_ranks(stage)[0], group=stage)
     return Cluster((width,) * ep_group.size(), tuple(said.tolist()))
 

@@ -23,7 +23,7 @@ def take_state(optimizer: Any, parameter: torch.nn.Parameter) -> list[torch.Tens
             continue
         inner = one.optimizer
         master = getattr(parameter, "main_param", parameter)
-        if any(master is own for group in inner.param_groups for own in group["params"]):
+        if inner is not None and any(master is own for group in inner.param_groups for own in group["params"]):
             moments = _drop_counters(inner.state.get(master, {}))
             return moments if master is parameter else [master, *moments]
     if is_sharded:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from counterflow.balance.cluster import Array
+from counterflow.errors import BalanceError
 
 
 class Loads(NamedTuple):
@@ -40,17 +41,23 @@ class LoadTracker:
     def take(self, microbatches: int, sources: dist.ProcessGroup) -> Loads:
         """Return one step's loads and forget them; ``sources`` are the ranks whose tokens are dealt together.
 
-        A layer that ran several times in a micro-batch (a repeated prediction layer) counts them together.
+        A layer that ran several times in a micro-batch (a repeated prediction layer) counts them together; one that reported
+        nothing, since it is frozen, say, and ran without gradients alone, has none. Raises `BalanceError` where all are such.
         """
         own, counts = [list(kept) for kept in self._own], [list(kept) for kept in self._counts]
         self.forget()
         if any(own):
-            summed = torch.stack([_fold(torch.stack(kept), microbatches) for kept in own], dim=1)
+            nothing = torch.zeros_like(next(kept[0] for kept in own if kept))
+            summed = torch.stack([_fold(torch.stack(kept or [nothing] * microbatches), microbatches) for kept in own], dim=1)
             dist.all_reduce(summed, group=sources)
             return Loads(summed.cpu().numpy(), None)
+        if not any(counts):
+            raise BalanceError("no MoE layer reported loads in a training step: there is nothing to balance, drop --cf-eplb")
+        some_experts, some_ranks = next(kept[0] for kept in counts if kept)
+        none = np.zeros_like(some_experts), np.zeros_like(some_ranks)
         experts, ranks = (
             np.stack([_fold(torch.from_numpy(np.stack(rows)), microbatches).numpy() for rows in part], axis=1)
-            for part in zip(*(zip(*kept, strict=True) for kept in counts), strict=True)
+            for part in zip(*(zip(*(kept or [none] * microbatches), strict=True) for kept in counts), strict=True)
         )
         return Loads(experts, ranks)
 
