@@ -111,7 +111,7 @@ class BalancedModel:
         self._tracker.forget()
         self._is_again, self._step = step == self._step, step
         if not self._is_again and (planned := self._planner.take()) is not None:
-            self._move_homes(planned)
+            self.traffic.homes += self._move_homes(planned)
             self._place(planned)
         self.refresh()
         for clones in self._clones:
@@ -252,14 +252,14 @@ class BalancedModel:
         self._move_homes(placement)
         self._place(placement)
 
-    def _move_homes(self, new: Placement) -> None:
-        """Move homes, with masters and moments, to where ``new`` has them. Clones keep what they hold: the same weights."""
+    def _move_homes(self, new: Placement) -> int:
+        """Move homes, with masters and moments, to where ``new`` has them; return how many. Clones hold the same weights still."""
         assert self._placement.homes is not None and new.homes is not None
         if (self._placement.homes == new.homes).all():
-            return
+            return 0
         self._finish_parameter_gathers()
         with torch.no_grad():
-            self.traffic.homes += move_homes(self._placement, new, self._group, self._take_home, self._put_home)
+            return move_homes(self._placement, new, self._group, self._take_home, self._put_home)
 
     def _take_home(self, layer: int, place: int) -> list[torch.Tensor]:
         parameters = self._experts[layer].homes[place]

@@ -68,7 +68,7 @@ class _Transfer:
 class Clones:
     """The clones of one model chunk's layers, and their traffic with the homes over ``group``, which is used for nothing else.
 
-    ``first_layer``: where these layers begin in the placement given to `hold`.
+    ``first_layer``: where these layers begin in the placement given to `refresh`.
     """
 
     def __init__(
