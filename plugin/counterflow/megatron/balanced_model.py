@@ -253,7 +253,7 @@ class BalancedModel:
         self._place(placement)
 
     def _move_homes(self, new: Placement) -> int:
-        """Move homes, with masters and moments, to where ``new`` has them; return how many. Clones hold the same weights still."""
+        """Move homes, with masters and moments, to where ``new`` has them; return how many. Clones hold the same weights."""
         assert self._placement.homes is not None and new.homes is not None
         if (self._placement.homes == new.homes).all():
             return 0

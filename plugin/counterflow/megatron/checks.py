@@ -144,9 +144,7 @@ def _check_unsupported(args: Any, schedule: str, overlap: bool) -> None:
         "enable_cuda_graph": "--enable-cuda-graph",
         "external_cuda_graph": "--external-cuda-graph",
     }
-    for name, flag in refused.items():
-        if getattr(args, name, None):
-            raise OptionError(f"--cf-schedule {schedule} does not run with {flag} in this version: drop one of the two")
+    _refuse_flags(args, refused, f"--cf-schedule {schedule}")
     if getattr(args, "overlap_moe_expert_parallel_comm", None) and not overlap:
         raise OptionError(
             f"--cf-schedule {schedule} does not take --overlap-moe-expert-parallel-comm: give --cf-overlap "
@@ -158,6 +156,13 @@ def _check_unsupported(args: Any, schedule: str, overlap: bool) -> None:
             f"--cf-schedule {schedule} does not run under CUDA graphs: --cuda-graph-impl {graph} given, none is allowed; "
             "full-iteration and per-chunk graphs fix the order that the schedule decides"
         )
+
+
+def _refuse_flags(args: Any, refused: dict[str, str], ours: str) -> None:
+    """Refuse Megatron's flags, by the names of their arguments, beside one of ours."""
+    for name, flag in refused.items():
+        if getattr(args, name, None):
+            raise OptionError(f"{ours} does not run with {flag} in this version: drop one of the two")
 
 
 def _check_zero_bubble(args: Any, options: Options) -> None:
@@ -295,9 +300,7 @@ def _check_eplb(args: Any, options: Options) -> None:
         "enable_cuda_graph": "--enable-cuda-graph",
         "external_cuda_graph": "--external-cuda-graph",
     }
-    for name, flag in refused.items():
-        if getattr(args, name, None):
-            raise OptionError(f"--cf-eplb does not run with {flag} in this version: drop one of the two")
+    _refuse_flags(args, refused, "--cf-eplb")
     graph = getattr(args, "cuda_graph_impl", None) or "none"
     if graph != "none":
         raise OptionError(f"--cf-eplb does not run under CUDA graphs: --cuda-graph-impl {graph} given, none is allowed")
@@ -340,9 +343,7 @@ def _check_rehoming(args: Any, options: Options) -> None:
         "optimizer_cpu_offload": "--optimizer-cpu-offload",
         "use_layer_wise_distributed_optimizer": "--use-layer-wise-distributed-optimizer",
     }
-    for name, flag in refused.items():
-        if getattr(args, name, None):
-            raise OptionError(f"--cf-eplb-rehome-interval does not run with {flag} in this version: drop one of the two")
+    _refuse_flags(args, refused, "--cf-eplb-rehome-interval")
 
 
 def has_balancing(args: Any, options: Options) -> bool:
