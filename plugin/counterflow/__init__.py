@@ -4,38 +4,74 @@ Importing changes nothing; `enable` (or ``python -m counterflow.launch SCRIPT``)
 """
 
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from counterflow.config import Options, merge_options, read_flags, read_mapping
+from counterflow.config import Options, read_flags, read_given
 from counterflow.patching import Patches
 from counterflow.version import __version__
 
-__all__ = ["Options", "__version__", "enable"]
+if TYPE_CHECKING:
+    from counterflow.megatron.install import Installation
 
-_enabled: Patches | None = None
+__all__ = ["Options", "__version__", "enable", "find_data_rank", "lay_out_chunks"]
+
+_installation: "Installation | None" = None
 
 
 def enable(options: Options | Mapping[str, Any] | None = None) -> Patches:
-    """Install the plugin into Megatron in this process; call it before the script's ``pretrain``.
+    """Put the plugin in force in this process, under ``megatron.training`` and in any other loop over ``megatron.core``.
 
-    ``options`` is an `Options` or a mapping of its names; ``--cf-*`` flags of the command line are added to
-    it and win. A second call changes nothing. Returns the undo log.
+    Call it before process groups and models are made. ``options`` is an `Options` or a mapping of its names; ``--cf-*`` flags of
+    the command line are added to it and win, whatever their value. A loop of your own builds its model chunks by
+    `lay_out_chunks`. Returns the undo log.
 
-    Raises `OptionError` for bad options and `SeamError` where Megatron is not as expected.
+    Raises `OptionError` for bad options, and in a second call for others than those in force; `SeamError` where Megatron is
+    not as expected.
     """
-    global _enabled
-    if _enabled:
-        return _enabled
+    global _installation
+    given = read_given(options) if options is not None else {}
     flags = read_flags(sys.argv[1:])
-    if options is not None:
-        flags = merge_options(options if isinstance(options, Options) else read_mapping(options), flags)
+    if _installation is not None and _installation.patches:
+        _installation.require_same(given | flags)
+        return _installation.patches
 
     from counterflow.platform import install_cpu, needs_cpu
 
-    patches = install_cpu() if needs_cpu(flags.platform) else Patches()
-    from counterflow.megatron.seams import install_flags
+    patches = install_cpu() if needs_cpu((given | flags).get("platform", "auto")) else Patches()
+    from counterflow.megatron.install import install
 
-    install_flags(patches, flags)
-    _enabled = patches
+    try:
+        _installation = install(patches, given, flags)
+    except BaseException:
+        patches.undo()
+        raise
     return patches
+
+
+def lay_out_chunks(build_chunk: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the function with which a loop over ``megatron.core`` builds a model chunk, as the schedule in force needs it.
+
+    ``build_chunk`` is called for every chunk of a pipeline rank in order with ``vp_stage=0``, ``vp_stage=1``, …, and returns a
+    ``MegatronModule``. It may take ``pre_process``, ``post_process`` and ``pg_collection``, or ask ``parallel_state``. Under a
+    schedule in a V, chunk 1 is built as if this rank were its mirror image; elsewhere, and without the plugin, nothing changes.
+    ``megatron.training`` does this by itself.
+    """
+    if _installation is None or _installation.options is None or not _installation.patches:
+        return build_chunk
+    from counterflow.megatron.model import lay_out_for
+
+    return lay_out_for(_installation.options, build_chunk)
+
+
+def find_data_rank(vp_stage: int) -> int:
+    """Return the data-parallel rank whose samples a model chunk reads.
+
+    A loop over ``megatron.core`` has a data iterator for each chunk of a pipeline rank, all over the same samples. Under full
+    DualPipe alone chunk 1 runs the micro-batches of the partner replica, and so reads the partner's samples.
+    """
+    if _installation is not None and _installation.patches:
+        return _installation.find_data_rank(vp_stage)
+    from megatron.core import parallel_state
+
+    return int(parallel_state.get_data_parallel_rank())

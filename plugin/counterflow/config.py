@@ -1,4 +1,9 @@
-"""The plugin's options: one validated object, filled from flags, YAML or a mapping alike."""
+"""The plugin's options: one validated object, filled from flags, YAML or a mapping alike.
+
+An option is described once, by its field of `Options`: the flag, its help, the YAML key and `describe_options` are made from it.
+What a source gives (`read_flags`, `read_given`) is checked value by value; `merge_options` lays sources over each other, the
+last one wins, and checks the whole.
+"""
 
 import argparse
 import difflib
@@ -6,7 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -18,39 +23,67 @@ SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev", "dualp
 UNSPLIT_SCHEDULES = ("gpipe", "1f1b", "interleaved")
 # How long the other ranks wait for rank 0 to say what is wrong; imports differ by seconds between ranks.
 SPEAKING_SECONDS = 20
-PLATFORMS = ("auto", "cpu", "cuda")
-EPLB_OPTIONS = ("eplb_clones_per_rank", "eplb_interval", "eplb_policy", "eplb_split", "eplb_rehome_interval")
+# More clones, or steps between plans, than any run has.
+MOST = 1_000_000
+BALANCING = "eplb_"
+
+# What one source gives: names of options, and their values, each checked by itself.
+Given = dict[str, Any]
 
 
-class Options(BaseModel):
-    """What the user asked for; every field has a flag ``--cf-<name>`` and a key of the same name."""
+def _describe(words: str, default: Any = None, metavar: str | None = None, **limits: Any) -> Any:
+    return Field(default=default, description=words, json_schema_extra={"metavar": metavar}, **limits)
+
+
+class _Fields(BaseModel):
+    """The options with what each allows by itself."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schedule: str | None = None
-    """Pipeline schedule: a name of `SCHEDULES` or the path of a table in CSV; None leaves Megatron's."""
-    overlap: bool = False
-    """Whether overlapped pairs F&B hide expert communication behind compute, on Megatron's layer schedule plans."""
-    platform: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where ranks run: ``auto`` takes the CPU where no GPU is found."""
-    zero_bubble: bool | None = None
-    """Whether an I leaves its weight gradients to the W; None: where the model can split. Off, an I runs as a whole B."""
-    stall_limit: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Seconds to wait for another pipeline rank before giving up; None: as long as the trainer's process groups wait."""
-    record: Path | None = None
-    """Directory for the recorded timeline of every training step, and for the loads of its experts."""
-    eplb: bool = False
-    """Whether hot experts are cloned, and their tokens split, while the model trains."""
-    eplb_clones_per_rank: int = Field(default=1, ge=0)
-    """Clone slots on every expert-parallel rank, in every MoE layer."""
-    eplb_interval: int = Field(default=1, ge=1)
-    """Training steps between plans of what the clone slots hold."""
-    eplb_policy: Literal["auto", "global"] = "auto"
-    """What a plan weighs: ``auto``, off-node tokens too; ``global``, balance alone."""
-    eplb_split: Literal["exact", "even"] = "exact"
-    """How the tokens of an expert are split over its slots: by each micro-batch's counts, or in equal parts."""
-    eplb_rehome_interval: int | None = Field(default=None, ge=1)
-    """Training steps between swaps of the homes themselves; None: homes stay where Megatron puts them."""
+    schedule: str | None = _describe(
+        f"pipeline schedule: {', '.join(SCHEDULES)}, or a table in CSV; without it Megatron's own runs", metavar="NAME|FILE.csv"
+    )
+    overlap: bool = _describe(
+        "run the schedule's overlapped pairs F&B so that one side's expert all-to-all hides behind the other's compute", False
+    )
+    platform: Literal["auto", "cpu", "cuda"] = _describe(
+        "where ranks run; cpu: on the CPU over gloo; auto: there where no GPU is found; cuda: never", "auto"
+    )
+    zero_bubble: bool | None = _describe(
+        "split backward passes where the schedule has I and W; without it an I runs as a whole B "
+        "(default: on where the model can split)"
+    )
+    stall_limit: float | None = _describe(
+        "how long to wait for another pipeline rank before every rank says where it stood and ends "
+        "(default: --distributed-timeout-minutes)",
+        metavar="SECONDS",
+        gt=0,
+        allow_inf_nan=False,
+    )
+    record: Path | None = _describe(
+        "write every training step's timeline, and with --cf-eplb its expert loads, to DIR", metavar="DIR"
+    )
+    eplb: bool = _describe(
+        "clone hot experts on other expert-parallel ranks and split their tokens; losses and checkpoints stay as they are", False
+    )
+    eplb_clones_per_rank: int = _describe(
+        "clone slots on every rank and MoE layer: the memory of N experts' weights and gradients", 1, "N", ge=0, le=MOST
+    )
+    eplb_interval: int = _describe("steps between plans of what is cloned", 1, "STEPS", ge=1, le=MOST)
+    eplb_policy: Literal["auto", "global"] = _describe(
+        "what a plan weighs; auto: keep tokens on their node where that costs no balance worth it; global: balance alone", "auto"
+    )
+    eplb_split: Literal["exact", "even"] = _describe(
+        "how the tokens of an expert are split over its slots; exact: by each micro-batch's counts, such that the slowest rank "
+        "is as fast as can be; even: in equal parts, without waiting for the counts",
+        "exact",
+    )
+    eplb_rehome_interval: int | None = _describe(
+        "steps between swaps of the homes themselves, weights and optimizer state together (default: never)",
+        metavar="STEPS",
+        ge=1,
+        le=MOST,
+    )
 
     @field_validator("schedule")
     @classmethod
@@ -58,20 +91,54 @@ class Options(BaseModel):
         if value is None or value in SCHEDULES:
             return value
         if value.lower().endswith(".csv"):
-            if not Path(value).is_file():
+            try:
+                is_file = Path(value).is_file()
+            except OSError as error:
+                raise ValueError(f"schedule file {value[:80]!r}… cannot be read: {error.strerror}") from None
+            if not is_file:
                 raise ValueError(f"schedule file {value!r} does not exist")
             return value
         raise ValueError(f"schedule {value!r} is not known; allowed: {', '.join(SCHEDULES)} or a table FILE.csv")
 
+    @field_validator("stall_limit", "eplb_clones_per_rank", "eplb_interval", "eplb_rehome_interval", mode="before")
+    @classmethod
+    def _refuse_truth_values(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("a number is expected")
+        return value
+
+
+class Options(_Fields):
+    """What the user asked for; every field has a flag ``--cf-<name>`` and a key of the same name."""
+
     @model_validator(mode="after")
     def _check_eplb(self) -> Self:
-        given = [name for name in EPLB_OPTIONS if getattr(self, name) != type(self).model_fields[name].default]
-        if given and not self.eplb:
-            raise ValueError(f"--cf-{given[0].replace('_', '-')} is for --cf-eplb, which is not given: add it")
+        given = [name for name in self.model_fields_set if name.startswith(BALANCING)]
+        # Switched off in so many words, what belongs to it may stay where it stands.
+        if given and "eplb" not in self.model_fields_set:
+            name = min(given, key=list(_Fields.model_fields).index)
+            raise ValueError(f"{name_flag(name)} is for --cf-eplb, which is not given: add it")
         if self.eplb and not self.eplb_clones_per_rank and self.eplb_rehome_interval is None:
             raise ValueError(
                 "--cf-eplb-clones-per-rank 0 leaves nothing to balance with: give 1 or more, or --cf-eplb-rehome-interval"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_without_schedule(self) -> Self:
+        if self.schedule is not None:
+            return self
+        if self.overlap:
+            raise ValueError(
+                "--cf-overlap overlaps the pairs of a --cf-schedule and none is given: add --cf-schedule interleaved or "
+                "dualpipev; Megatron's own schedule overlaps with --overlap-moe-expert-parallel-comm"
+            )
+        for name in ("record", "zero_bubble", "stall_limit"):
+            if (value := getattr(self, name)) is not None and not (name == "record" and self.eplb):
+                raise ValueError(
+                    f"{name_flag(name)} ({value} given) is for the steps of a --cf-schedule and none is given: "
+                    f"add --cf-schedule {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}"
+                )
         return self
 
     @property
@@ -80,87 +147,69 @@ class Options(BaseModel):
         return Path(self.schedule) if self.schedule is not None and self.schedule not in SCHEDULES else None
 
 
+def name_flag(name: str) -> str:
+    """Return the flag of an option."""
+    return f"--cf-{name.replace('_', '-')}"
+
+
 def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the ``--cf-*`` flags to a parser, under one heading."""
+    """Add a flag for every option to a parser, under one heading; a flag that is not given sets nothing."""
     group = parser.add_argument_group(
         "counterflow", "DualPipe schedules, expert balancing and the CPU platform (counterflow plugin)"
     )
-    group.add_argument(
-        "--cf-schedule",
-        metavar="NAME|FILE.csv",
-        help=f"pipeline schedule: {', '.join(SCHEDULES)}, or a table in CSV; without it Megatron's own runs",
-    )
-    group.add_argument(
-        "--cf-overlap",
-        action="store_true",
-        help="run the schedule's overlapped pairs F&B so that one side's expert all-to-all hides behind the other's compute",
-    )
-    group.add_argument(
-        "--cf-platform",
-        choices=PLATFORMS,
-        default="auto",
-        help="cpu: run Megatron on CPU ranks over gloo; auto: cpu where no GPU is found; cuda: never (default: auto)",
-    )
-    group.add_argument(
-        "--cf-zero-bubble",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="split backward passes where the schedule has I and W; without it an I runs as a whole B "
-        "(default: on where the model can split)",
-    )
-    group.add_argument(
-        "--cf-stall-limit",
-        type=float,
-        metavar="SECONDS",
-        help="how long to wait for another pipeline rank before every rank says where it stood and ends "
-        "(default: --distributed-timeout-minutes)",
-    )
-    group.add_argument(
-        "--cf-record", metavar="DIR", help="write every training step's timeline, and with --cf-eplb its expert loads, to DIR"
-    )
-    _add_eplb_flags(group)
+    for name, field in Options.model_fields.items():
+        words = f"{field.description}{_write_default(field)}".replace("%", "%%")
+        how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        if not _is_switch(field):
+            how = {"choices": _list_choices(field), "metavar": _find_metavar(field)}
+        group.add_argument(name_flag(name), default=argparse.SUPPRESS, help=words, **how)
     return parser
 
 
-def _add_eplb_flags(group: Any) -> None:
-    group.add_argument(
-        "--cf-eplb",
-        action="store_true",
-        help="clone hot experts on other expert-parallel ranks and split their tokens; losses and checkpoints stay as they are",
-    )
-    group.add_argument(
-        "--cf-eplb-clones-per-rank",
-        type=int,
-        default=1,
-        metavar="N",
-        help="clone slots on every rank and MoE layer: the memory of N experts' weights and gradients (default: 1)",
-    )
-    group.add_argument(
-        "--cf-eplb-interval", type=int, default=1, metavar="STEPS", help="steps between plans of what is cloned (default: 1)"
-    )
-    group.add_argument(
-        "--cf-eplb-policy",
-        choices=("auto", "global"),
-        default="auto",
-        help="auto: keep tokens on their node where that costs no balance worth it; global: balance alone (default: auto)",
-    )
-    group.add_argument(
-        "--cf-eplb-split",
-        choices=("exact", "even"),
-        default="exact",
-        help="exact: by each micro-batch's counts, such that the slowest rank is as fast as can be; even: in equal parts, "
-        "without waiting for the counts (default: exact)",
-    )
-    group.add_argument(
-        "--cf-eplb-rehome-interval",
-        type=int,
-        metavar="STEPS",
-        help="steps between swaps of the homes themselves, weights and optimizer state together (default: never)",
-    )
+def _is_switch(field: Any) -> bool:
+    return bool in (field.annotation, *get_args(field.annotation))
 
 
-def read_flags(argv: Sequence[str]) -> Options:
-    """Take the ``--cf-*`` flags out of a command line and validate them.
+def _list_choices(field: Any) -> tuple[str, ...] | None:
+    return get_args(field.annotation) if get_origin(field.annotation) is Literal else None
+
+
+def _find_metavar(field: Any) -> str | None:
+    metavar: str | None = field.json_schema_extra["metavar"]
+    return metavar
+
+
+def _write_default(field: Any) -> str:
+    # Of a switch that is off by default it goes without saying; where there is no value, the words say what happens.
+    return f" (default: {field.default})" if field.default is not None and field.default is not False else ""
+
+
+def describe_options() -> str:
+    """Return a table of all options in Markdown: flag, key, what is allowed, what it does."""
+    lines = ["| flag | key in YAML and `enable()` | allowed | what it does |", "| --- | --- | --- | --- |"]
+    for name, field in Options.model_fields.items():
+        flag = name_flag(name)
+        shown = f"`{flag}`, `{flag.replace('--', '--no-', 1)}`" if _is_switch(field) else f"`{flag}`"
+        cells = (shown, f"`{name}`", _write_allowed(field), f"{field.description}{_write_default(field)}")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _write_allowed(field: Any) -> str:
+    if _is_switch(field):
+        return "true, false"
+    if choices := _list_choices(field):
+        return ", ".join(choices)
+    limits = {type(limit).__name__: limit for limit in field.metadata}
+    if "Gt" in limits:
+        return f"a number above {limits['Gt'].gt}"
+    if "Ge" in limits:
+        return f"{limits['Ge'].ge} to {limits['Le'].le:,}"
+    return f"`{_find_metavar(field)}`"
+
+
+def read_flags(argv: Sequence[str]) -> Given:
+    """Take the ``--cf-*`` flags out of a command line; return what they give, each value checked by itself.
 
     Raises `OptionError` for a flag that does not exist (or not yet) and for a wrong value.
     """
@@ -174,28 +223,54 @@ def read_flags(argv: Sequence[str]) -> Options:
             close = difflib.get_close_matches(flag, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise OptionError(f"{flag} is not a flag of this version of counterflow; allowed: {', '.join(known)}{hint}")
-    return read_mapping({name.removeprefix("cf_"): value for name, value in vars(found).items()})
+    return read_given({name.removeprefix("cf_"): value for name, value in vars(found).items()})
+
+
+def read_given(given: Options | Mapping[str, Any]) -> Given:
+    """Return what a mapping, or options made elsewhere, give, each value checked by itself; raises `OptionError`, one line."""
+    if isinstance(given, Options):
+        return given.model_dump(exclude_unset=True)
+    if not isinstance(given, Mapping):
+        raise OptionError(f"options are a mapping of names to values, {type(given).__name__} given; names: {_list_names()}")
+    return _validate(_Fields, given).model_dump(exclude_unset=True)
+
+
+def merge_options(*sources: Given) -> Options:
+    """Lay what sources give over each other, the last one wins, whatever its value; raises `OptionError` where they don't fit."""
+    merged: Given = {}
+    for source in sources:
+        merged |= source
+    return _validate(Options, merged)
 
 
 def read_mapping(given: Mapping[str, Any]) -> Options:
     """Validate a mapping of option names to values; raises `OptionError` with one line."""
+    return merge_options(read_given(given))
+
+
+def _list_names() -> str:
+    return ", ".join(Options.model_fields)
+
+
+def _validate[Model: BaseModel](model: type[Model], given: Mapping[str, Any]) -> Model:
+    for name in given:
+        if name not in model.model_fields:
+            close = difflib.get_close_matches(str(name), model.model_fields, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise OptionError(f"counterflow has no option {name!r}; allowed: {_list_names()}{hint}")
     try:
-        return Options.model_validate(dict(given))
+        return model.model_validate(dict(given))
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            allowed = ", ".join(Options.model_fields)
-            raise OptionError(f"counterflow has no option {name!r}; allowed: {allowed}") from None
-        message = first["msg"].removeprefix("Value error, ")
-        if not name:
-            raise OptionError(message) from None
-        raise OptionError(f"--cf-{name.replace('_', '-')}: {message} (given: {first['input']!r})") from None
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        raise OptionError(message)
+    raise OptionError(f"{name_flag(str(first['loc'][0]))}: {message} (given: {_shorten(first['input'])})")
 
 
-def merge_options(base: Options, over: Options) -> Options:
-    """Return ``base`` with what ``over`` sets away from its default."""
-    return base.model_copy(update=over.model_dump(exclude_defaults=True))
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 class _QuietParser(argparse.ArgumentParser):
@@ -208,10 +283,10 @@ class _QuietParser(argparse.ArgumentParser):
 def fail(error: CounterflowError, rank: int) -> None:
     """End this process with status 2 and one line; what all ranks find alike, rank 0 says for all."""
     found_by_all = isinstance(error, OptionError)
-    if rank == 0 or not found_by_all:
-        where = "" if found_by_all else f"rank {rank}: "
-        print(f"counterflow: {where}{error}", file=sys.stderr, flush=True)
-    else:
-        # A launcher ends all ranks when the first one ends: that is to be rank 0, which has more to say.
+    if rank != 0 and found_by_all:
+        # A launcher ends all ranks when the first one ends: that is to be rank 0. One that is still here then was alone
+        # in finding this, a folder that its machine cannot write to, say.
         time.sleep(SPEAKING_SECONDS)
+    where = "" if rank == 0 and found_by_all else f"rank {rank}: "
+    print(f"counterflow: {where}{error}", file=sys.stderr, flush=True)
     raise SystemExit(2)

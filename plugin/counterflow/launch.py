@@ -4,30 +4,27 @@ Also under ``torchrun -m counterflow.launch SCRIPT ARGS…``. The script is not 
 installed, then the script runs as ``__main__`` with its own arguments and its own folder on the path.
 """
 
+import argparse
 import os
 import runpy
 import sys
 from pathlib import Path
 
-from counterflow.config import fail
+from counterflow.config import add_flags, fail
 from counterflow.errors import CounterflowError, OptionError
 
 USAGE = """usage: python -m counterflow.launch SCRIPT [ARGS...]
        torchrun --nproc-per-node N -m counterflow.launch SCRIPT [ARGS...]
 
-Runs a Megatron training script with counterflow's flags:
-  --cf-schedule NAME|FILE.csv   1f1b, interleaved, dualpipev, or a table in CSV
-  --cf-overlap                  hide expert all-to-all behind compute in the schedule's overlapped pairs
-  --cf-eplb                     clone hot experts and split their tokens, with the same losses and checkpoints
-  --cf-platform auto|cpu|cuda   cpu runs on CPU ranks over gloo; auto does so where no GPU is found
-  --cf-record DIR               write every training step's timeline, and its expert loads, to DIR
-All other arguments are the script's own; SCRIPT --help lists them together."""
+Runs a Megatron training script with counterflow's flags; all other arguments are the script's own, and SCRIPT --help lists
+them together.
+"""
 
 
 def main(argv: list[str]) -> None:
     """Install the plugin and run ``argv[0]`` as the main script with the rest as its arguments."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
+        print(USAGE + add_flags(argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)).format_help().rstrip())
         raise SystemExit(0 if argv else 2)
     script = Path(argv[0])
     try:

@@ -5,8 +5,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from counterflow.config import Options
+from counterflow.errors import OptionError
 from counterflow.megatron import balancing
 from counterflow.megatron.balancing import ExpertBalancer
 
@@ -23,7 +26,7 @@ class Model:
 
 @pytest.fixture
 def balancer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ExpertBalancer:
-    monkeypatch.setattr(balancing, "_get_args", lambda: SimpleNamespace(save=str(tmp_path), curr_iteration=0))
+    monkeypatch.setattr(balancing, "find_arguments", lambda: SimpleNamespace(save=str(tmp_path), curr_iteration=0))
     made = ExpertBalancer(Options(eplb=True))
     made._is_attached, made._model = True, Model()  # type: ignore[assignment]
     return made
@@ -43,3 +46,28 @@ def test_evaluation_ends_with_no_weights_under_way(balancer: ExpertBalancer) -> 
     run = balancer.wrap_schedule(lambda **kwargs: calls.append("run"))
     run(model=[], num_microbatches=1, forward_only=True)
     assert calls == ["refresh", "run", "finish_evaluation"]
+
+
+def test_one_expert_parallel_rank_is_told_that_there_is_nothing_to_balance(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(balancing.parallel_state, "get_expert_model_parallel_world_size", lambda: 1)
+    for rank, lines in ((0, 1), (1, 0)):
+        monkeypatch.setattr(balancing.dist, "get_rank", lambda rank=rank: rank)
+        run = ExpertBalancer(Options(eplb=True)).wrap_schedule(lambda **kwargs: "ran")
+        assert [run(model=[], num_microbatches=1) for _ in range(2)] == ["ran", "ran"]
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) == lines, "rank 0 says it once for all"
+        assert all("there is nothing to balance, training goes on without it" in line for line in said)
+
+
+def test_clones_without_megatrons_data_parallelism_or_built_too_late_are_refused() -> None:
+    layer = MoELayer.__new__(MoELayer)
+    torch.nn.Module.__init__(layer)
+    chunk = torch.nn.Sequential(layer)
+    with pytest.raises(OptionError, match="were built before counterflow.enable"):
+        balancing._find_slots([chunk])
+    layer.cf_slots = object()
+    with pytest.raises(OptionError, match="wrap each model chunk in DistributedDataParallel, Sequential given"):
+        balancing._find_slots([chunk])
+    assert not balancing._find_slots([torch.nn.Linear(1, 1)])

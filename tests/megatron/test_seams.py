@@ -11,9 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from counterflow.config import Options
 from counterflow.errors import OptionError, SeamError
-from counterflow.megatron import seams
+from counterflow.megatron import install, seams
 from counterflow.megatron.seams import SEAMS, Seam
 
 PATCH = Path(__file__).resolve().parents[2] / "patches" / "megatron-lm" / "0.17-0.19" / "enable.patch"
@@ -44,16 +43,16 @@ def test_the_first_argument_is_wrapped_by_position_and_by_name() -> None:
     def build(model: int, size: int = 1) -> tuple[int, int]:
         return model, size
 
-    wrapped = seams._wrap_first(build, lambda value: -value)
+    wrapped = install._wrap_first(build, lambda value: -value)
     assert wrapped(3) == wrapped(model=3) == (-3, 1)
     assert wrapped(3, size=2) == wrapped(size=2, model=3) == (-3, 2)
 
 
-def test_yaml_options_merge_under_the_flags_and_cannot_choose_the_platform() -> None:
+def test_yaml_cannot_choose_the_platform() -> None:
     parsed = SimpleNamespace(counterflow=SimpleNamespace(schedule="1f1b", record="runs"))
-    assert seams._merge_yaml(parsed, Options(schedule="dualpipev")) == Options(schedule="dualpipev", record=Path("runs"))
+    assert install.read_yaml(parsed) == {"schedule": "1f1b", "record": Path("runs")}
     with pytest.raises(OptionError, match="give --cf-platform cpu on the command line"):
-        seams._merge_yaml(SimpleNamespace(counterflow=SimpleNamespace(platform="cpu")), Options())
+        install.read_yaml(SimpleNamespace(counterflow=SimpleNamespace(platform="cpu")))
 
 
 def test_an_optional_seam_may_be_absent() -> None:

@@ -5,23 +5,36 @@ from pathlib import Path
 
 import pytest
 
-from counterflow.config import SCHEDULES, Options, add_flags, merge_options, read_flags, read_mapping
+from counterflow.config import (
+    SCHEDULES,
+    Options,
+    add_flags,
+    describe_options,
+    merge_options,
+    read_flags,
+    read_given,
+    read_mapping,
+)
 from counterflow.errors import OptionError
 
 
 def test_flags_among_a_scripts_own_are_read() -> None:
-    options = read_flags(["--lr", "1e-3", "--cf-schedule", "dualpipev", "--cf-record=runs/x", "--cf-platform", "cpu", "file"])
-    assert options == Options(schedule="dualpipev", platform="cpu", record=Path("runs/x"))
+    given = read_flags(["--lr", "1e-3", "--cf-schedule", "dualpipev", "--cf-record=runs/x", "--cf-platform", "cpu", "file"])
+    assert given == {"schedule": "dualpipev", "platform": "cpu", "record": Path("runs/x")}
 
 
-def test_a_flag_can_be_taken_back() -> None:
-    assert read_flags(["--cf-zero-bubble"]).zero_bubble is True
-    assert read_flags(["--no-cf-zero-bubble"]).zero_bubble is False
-    assert read_flags([]).zero_bubble is None, "where nothing is said, the model decides"
+def test_every_switch_can_be_taken_back() -> None:
+    assert read_flags(["--cf-zero-bubble"]) == {"zero_bubble": True}
+    assert read_flags(["--no-cf-zero-bubble", "--no-cf-eplb", "--no-cf-overlap"]) == {
+        "zero_bubble": False,
+        "eplb": False,
+        "overlap": False,
+    }
 
 
 def test_without_flags_nothing_is_asked_for() -> None:
-    assert read_flags(["--lr", "1e-3"]) == Options()
+    assert read_flags(["--lr", "1e-3"]) == {}
+    assert merge_options(read_flags([])) == Options()
 
 
 @pytest.mark.parametrize(
@@ -32,12 +45,15 @@ def test_without_flags_nothing_is_asked_for() -> None:
             f"schedule 'zigzag' is not known; allowed: {', '.join(SCHEDULES)} or a table FILE.csv",
         ),
         (["--no-cf-overlay"], "--no-cf-overlay is not a flag of this version of counterflow; allowed: "),
-        (["--cf-stall-limit", "0"], "--cf-stall-limit: Input should be greater than 0 (given: 0.0)"),
-        (["--cf-stall-limit", "soon"], "invalid float value: 'soon'"),
+        (["--cf-stall-limit", "0"], "--cf-stall-limit: Input should be greater than 0 (given: '0')"),
+        (["--cf-stall-limit", "soon"], "--cf-stall-limit: Input should be a valid number"),
+        (["--cf-eplb-interval", "1e300"], "--cf-eplb-interval: Input should be a valid integer"),
+        (["--cf-eplb-interval", "9" * 30], "--cf-eplb-interval: Input should be less than or equal to 1000000"),
+        (["--cf-schedule", "x" * 5000 + ".csv"], "… cannot be read: File name too long"),
         (["--cf-schedule", "none.csv"], "schedule file 'none.csv' does not exist"),
         (
             ["--cf-eplib"],
-            "--cf-eplib is not a flag of this version of counterflow; allowed: --cf-schedule, --cf-overlap, --cf-platform, ",
+            "--cf-eplib is not a flag of this version of counterflow; allowed: --cf-schedule, --cf-overlap, --no-cf-overlap, ",
         ),
         (["--cf-shedule", "1f1b"], "did you mean --cf-schedule?"),
         (["--cf-zero-bubble=1"], "ignored explicit argument '1'"),
@@ -50,26 +66,30 @@ def test_without_flags_nothing_is_asked_for() -> None:
             "--cf-eplb-clones-per-rank 0 leaves nothing to balance with: give 1 or more, or --cf-eplb-rehome-interval",
         ),
         (["--cf-eplb", "--cf-eplb-clones-per-rank=-1"], "--cf-eplb-clones-per-rank: Input should be greater than or equal to 0"),
-        (["--cf-eplb", "--cf-eplb-interval", "0"], "--cf-eplb-interval: Input should be greater than or equal to 1 (given: 0)"),
+        (["--cf-eplb", "--cf-eplb-interval", "0"], "--cf-eplb-interval: Input should be greater than or equal to 1 (given: '0')"),
         (["--cf-eplb", "--cf-eplb-rehome-interval", "0"], "--cf-eplb-rehome-interval: Input should be greater than or equal"),
         (["--cf-eplb", "--cf-eplb-policy", "local"], "--cf-eplb-policy: invalid choice: 'local'"),
         (["--cf-eplb", "--cf-eplb-split", "half"], "--cf-eplb-split: invalid choice: 'half'"),
+        (["--cf-overlap"], "--cf-overlap overlaps the pairs of a --cf-schedule and none is given: add --cf-schedule interleaved"),
+        (["--cf-record", "x"], "--cf-record (x given) is for the steps of a --cf-schedule and none is given"),
+        (["--no-cf-zero-bubble"], "--cf-zero-bubble (False given) is for the steps of a --cf-schedule and none is given"),
+        (["--cf-stall-limit", "5"], "--cf-stall-limit (5.0 given) is for the steps of a --cf-schedule and none is given"),
         (["--cf-eplb", "--cf-eplb-clones", "1"], "did you mean --cf-eplb-clones-per-rank?"),
     ],
 )
 def test_what_is_not_allowed_is_refused_in_one_line(argv: list[str], said: str) -> None:
     with pytest.raises(OptionError) as raised:
-        read_flags(argv)
+        merge_options(read_flags(argv))
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 def test_balancing_is_read_with_what_belongs_to_it() -> None:
-    assert read_flags(["--cf-eplb"]) == Options(eplb=True)
+    assert merge_options(read_flags(["--cf-eplb"])) == Options(eplb=True)
     argv = "--cf-eplb --cf-eplb-clones-per-rank 2 --cf-eplb-interval 5 --cf-eplb-policy global --cf-eplb-split even".split()
     expected = Options(eplb=True, eplb_clones_per_rank=2, eplb_interval=5, eplb_policy="global", eplb_split="even")
-    assert read_flags(argv) == expected
-    alone = read_flags("--cf-eplb --cf-eplb-clones-per-rank 0 --cf-eplb-rehome-interval 50".split())
+    assert merge_options(read_flags(argv)) == expected
+    alone = merge_options(read_flags("--cf-eplb --cf-eplb-clones-per-rank 0 --cf-eplb-rehome-interval 50".split()))
     assert (alone.eplb_clones_per_rank, alone.eplb_rehome_interval) == (0, 50)
 
 
@@ -81,15 +101,65 @@ def test_a_mapping_is_as_strict() -> None:
         read_mapping({"platform": "tpu"})
 
 
-def test_flags_win_over_a_mapping() -> None:
-    mapping = read_mapping({"schedule": "1f1b", "platform": "cpu"})
-    assert merge_options(mapping, read_flags(["--cf-schedule", "dualpipev"])) == Options(schedule="dualpipev", platform="cpu")
-    assert merge_options(mapping, read_flags([])) == mapping
+@pytest.mark.parametrize(
+    "given",
+    [
+        {1: 2},
+        {"stall_limit": float("nan")},
+        {"eplb_interval": True},
+        {"eplb": True, "eplb_clones_per_rank": 10**18},
+        {"record": 3},
+        {"schedule": ["1f1b"]},
+        {"overlap": None},
+        {"platform": {}},
+        ["schedule"],
+        "schedule",
+    ],
+)
+def test_a_hostile_mapping_is_refused_in_one_line(given: object) -> None:
+    with pytest.raises(OptionError) as raised:
+        merge_options(read_given(given))  # type: ignore[arg-type]
+    assert "\n" not in str(raised.value)
 
 
-def test_every_option_has_a_flag_with_help_under_one_heading() -> None:
+@pytest.mark.parametrize(
+    ("argv", "under", "expected"),
+    [
+        # Also where the flag says what is the default anyway.
+        ("--cf-eplb --cf-eplb-clones-per-rank 1", {"eplb": True, "eplb_clones_per_rank": 3}, Options(eplb=True)),
+        ("--cf-platform auto", {"platform": "cpu"}, Options()),
+        ("--no-cf-overlap", {"schedule": "dualpipev", "overlap": True}, Options(schedule="dualpipev")),
+        ("--no-cf-eplb", {"eplb": True, "eplb_interval": 4}, Options(eplb=False, eplb_interval=4)),
+        ("--cf-schedule dualpipev", {"schedule": "1f1b", "stall_limit": 3}, Options(schedule="dualpipev", stall_limit=3)),
+        # What belongs together may come from two places.
+        ("--cf-eplb-interval 4", {"eplb": True}, Options(eplb=True, eplb_interval=4)),
+        ("", {"schedule": "1f1b"}, Options(schedule="1f1b")),
+    ],
+)
+def test_flags_win_whatever_their_value(argv: str, under: dict[str, object], expected: Options) -> None:
+    assert merge_options(read_given(under), read_flags(argv.split())) == expected
+
+
+def test_what_was_merged_is_checked_as_a_whole() -> None:
+    with pytest.raises(OptionError, match="--cf-eplb-clones-per-rank 0 leaves nothing to balance with"):
+        merge_options(read_given({"eplb_clones_per_rank": 0}), read_flags(["--cf-eplb"]))
+    with pytest.raises(OptionError, match="--cf-eplb-split is for --cf-eplb, which is not given"):
+        merge_options(read_given({"eplb_split": "even"}), read_flags(["--cf-schedule", "1f1b"]))
+
+
+def test_options_made_elsewhere_give_what_was_set() -> None:
+    assert read_given(Options(schedule="1f1b", platform="auto")) == {"schedule": "1f1b", "platform": "auto"}
+
+
+def test_every_option_has_a_flag_with_its_words_under_one_heading() -> None:
     parser = add_flags(argparse.ArgumentParser())
-    text = parser.format_help()
+    text = " ".join(parser.format_help().split())
     assert text.count("counterflow:") == 1
-    for name in Options.model_fields:
+    for name, field in Options.model_fields.items():
         assert f"--cf-{name.replace('_', '-')}" in text
+        assert field.description and field.description.split(";")[0].split("--")[0].strip() in text
+
+
+def test_the_page_of_options_is_made_from_them() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "options.md"
+    assert describe_options() in page.read_text(), "run: python scripts/write_options.py"

@@ -19,13 +19,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from counterflow.config import Options
+from counterflow.errors import OptionError
 from counterflow.megatron.balanced_model import BalancedModel, open_group
+from counterflow.megatron.checks import check_loop
+from counterflow.megatron.trainer import find_arguments
 from counterflow.moe.planning import compile_planner
 
 # Beside a checkpoint: the last loads, from which the next run plans.
 LOADS_FOLDER = "counterflow"
+NOTHING_TO_BALANCE = (
+    "counterflow: eplb: --expert-model-parallel-size is 1, every rank computes all experts: there is nothing to balance, "
+    "training goes on without it"
+)
 
 
 class ExpertBalancer:
@@ -34,9 +42,12 @@ class ExpertBalancer:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._is_attached = False
+        # One expert-parallel rank: there is nothing to balance.
+        self._is_idle = False
         # None on a pipeline rank without MoE layers.
         self._model: BalancedModel | None = None
         self._said: dict[str, float] | None = None
+        self._steps = 0
 
     def wrap_schedule(self, forward_backward: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a ``forward_backward`` function."""
@@ -45,10 +56,14 @@ class ExpertBalancer:
         def balanced_forward_backward(*args: Any, **kwargs: Any) -> Any:
             chunks = kwargs["model"] if isinstance(kwargs["model"], list) else [kwargs["model"]]
             self._attach(chunks, kwargs["num_microbatches"])
+            if self._is_idle:
+                return forward_backward(*args, **kwargs)
             if kwargs.get("forward_only", False):
                 return self._evaluate(partial(forward_backward, *args, **kwargs))
             if self._model is not None:
-                self._model.begin_step(_get_args().curr_iteration + 1)
+                self._steps += 1
+                trainer = find_arguments()
+                self._model.begin_step(self._steps if trainer is None else trainer.curr_iteration + 1)
             result = forward_backward(*args, **kwargs)
             self._end_step(kwargs["num_microbatches"])
             return result
@@ -105,10 +120,17 @@ class ExpertBalancer:
         if self._is_attached:
             return
         self._is_attached = True
+        if parallel_state.get_expert_model_parallel_world_size() == 1:
+            self._is_idle = True
+            if dist.get_rank() == 0:
+                print(NOTHING_TO_BALANCE, flush=True)
+            return
+        if find_arguments() is None:
+            check_loop(chunks, self._options)
         compile_planner()
-        if any(hasattr(module, "cf_slots") for chunk in chunks for module in chunk.modules()):
+        if _find_slots(chunks):
             self._model = BalancedModel(self._options, chunks)
-            self._model.load_loads(_find_loads_folder("load", _get_args().iteration), microbatches)
+            self._model.load_loads(_find_loads_folder("load"), microbatches)
         else:
             open_group(parallel_state.get_expert_model_parallel_group())
         self._announce()
@@ -159,6 +181,20 @@ class ExpertBalancer:
         }
 
 
+def _find_slots(chunks: list[Any]) -> bool:
+    """Tell whether this rank has layers to balance; raises `OptionError` where their clones could not train with them."""
+    layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, MoELayer)]
+    if any(not hasattr(layer, "cf_slots") for layer in layers):
+        raise OptionError("--cf-eplb: this model's MoE layers were built before counterflow.enable(): call it first")
+    for chunk in chunks:
+        if layers and not hasattr(chunk, "expert_parallel_bucket_groups"):
+            raise OptionError(
+                "--cf-eplb returns the gradients of clones before Megatron's data parallelism reduces them: wrap each model "
+                f"chunk in DistributedDataParallel, {type(chunk).__name__} given"
+            )
+    return bool(layers)
+
+
 def describe_step(said: dict[str, float]) -> str:
     """Return what a step's log line says of it."""
     homes = f" homes moved: {said['homes moved']:.0f} |" if said["homes moved"] else ""
@@ -169,23 +205,20 @@ def describe_step(said: dict[str, float]) -> str:
     )
 
 
-def _get_args() -> Any:
-    from megatron.training import get_args
-
-    return get_args()
-
-
 def _count_microbatches() -> int:
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
     return int(get_num_microbatches())
 
 
-def _find_loads_folder(which: str, iteration: int) -> Path | None:
+def _find_loads_folder(which: str, iteration: int | None = None) -> Path | None:
     """Return the folder for loads beside the checkpoint to ``save`` or to ``load``; None where there is no checkpoint."""
-    from megatron.training.checkpointing import get_checkpoint_name
-
-    directory = getattr(_get_args(), which)
+    args = find_arguments()
+    if args is None:
+        return None
+    directory, iteration = getattr(args, which), args.iteration if iteration is None else iteration
     if not directory or not iteration:
         return None
+    from megatron.training.checkpointing import get_checkpoint_name
+
     return Path(get_checkpoint_name(directory, iteration, return_base_dir=True)) / LOADS_FOLDER

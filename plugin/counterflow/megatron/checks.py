@@ -8,8 +8,11 @@ import os
 from types import SimpleNamespace
 from typing import Any
 
-from counterflow.config import SCHEDULES, Options
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
+
+from counterflow.config import Options
 from counterflow.errors import OptionError, ScheduleError
+from counterflow.megatron.model import is_on_way_back
 from counterflow.megatron.tables import build_table, choose_layout, count_replicas, name_model_layout
 from counterflow.schedule.layouts import LOOPED, STRAIGHT, Layout, V
 
@@ -22,17 +25,6 @@ def prepare_arguments(args: Any, options: Options) -> None:
     if options.eplb:
         _check_eplb(flatten(args), options)
     if options.schedule is None:
-        if options.overlap:
-            raise OptionError(
-                "--cf-overlap overlaps the pairs of a --cf-schedule and none is given: add --cf-schedule interleaved or "
-                "dualpipev; Megatron's own schedule overlaps with --overlap-moe-expert-parallel-comm"
-            )
-        for name in ("record", "zero_bubble", "stall_limit"):
-            if (value := getattr(options, name)) is not None and not (name == "record" and options.eplb):
-                raise OptionError(
-                    f"--cf-{name.replace('_', '-')} ({value} given) is for the steps of a --cf-schedule and none is given: "
-                    f"add --cf-schedule {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}"
-                )
         return
     flat = flatten(args)
     ranks = _get(flat, "pipeline_model_parallel_size", 1)
@@ -346,16 +338,48 @@ def _check_rehoming(args: Any, options: Options) -> None:
     _refuse_flags(args, refused, "--cf-eplb-rehome-interval")
 
 
-def has_balancing(args: Any, options: Options) -> bool:
-    """Tell whether ``--cf-eplb`` has ranks to balance; says so where it has not."""
-    if not options.eplb:
-        return False
-    if _get(flatten(args), "expert_model_parallel_size", 1) > 1:
-        return True
-    if args.rank == 0:
-        print(
-            "counterflow: eplb: --expert-model-parallel-size is 1, every rank computes all experts: there is nothing to balance, "
-            "training goes on without it",
-            flush=True,
+def check_loop(chunks: list[Any], options: Options) -> None:
+    """Check, in the first step of a loop of the user's own over ``megatron.core``, what is in force against the model's config.
+
+    `prepare_arguments` does so for ``megatron.training``, before anything is built. Raises `OptionError` on every rank.
+    """
+    config = get_model_config(chunks[0])
+    prepare_arguments(describe_model(chunks, config), options)
+    if options.eplb_rehome_interval is not None:
+        raise OptionError(
+            "--cf-eplb-rehome-interval moves what Megatron's optimizer keeps, and puts it back for every checkpoint, which takes "
+            "megatron.training: drop it in a loop of your own"
         )
-    return False
+    if options.schedule is None:
+        return
+    if options.overlap and not config.overlap_moe_expert_parallel_comm:
+        raise OptionError("--cf-overlap needs a model whose config has overlap_moe_expert_parallel_comm=True: build it so")
+    if options.zero_bubble and any(getattr(part, "wgrad_store", None) for chunk in chunks for part in chunk.modules()):
+        raise OptionError(
+            "--cf-zero-bubble cannot split the backward passes of Transformer Engine's modules in a loop of your own in this "
+            "version: drop the flag, then they run whole"
+        )
+
+
+def describe_model(chunks: list[Any], config: Any) -> Any:
+    """Return what a model's config says under the names that ``megatron.training`` has for it."""
+    view = SimpleNamespace(**vars(config))
+    view.num_experts = config.num_moe_experts
+    view.num_virtual_stages_per_pipeline_rank = len(chunks) if len(chunks) > 1 else None
+    if view.pipeline_model_parallel_layout is not None:
+        view.pipeline_model_parallel_layout = view.num_layers = None  # whose stages were built as it says
+    shared = [get_attr_wrapped_model(chunk, "share_embeddings_and_output_weights", allow_none=True) for chunk in chunks]
+    view.untie_embeddings_and_output_weights = not any(shared)
+    return view
+
+
+def check_chunks(chunks: list[Any], options: Options, ranks: int) -> None:
+    """Raise `OptionError` unless the chunks of this rank were built for the schedule that is in force."""
+    layout = name_model_layout(_read_layout(options, ranks))
+    _check_chunks(options.schedule or "", layout, len(chunks))
+    if layout == V and not is_on_way_back(chunks[1]):
+        raise OptionError(
+            f"--cf-schedule {options.schedule} runs chunks in a V and this model's second chunk was not built for one: build "
+            "each chunk of a rank by counterflow.lay_out_chunks(…) of your builder, called with vp_stage=0, then with "
+            "vp_stage=1, after counterflow.enable()"
+        )

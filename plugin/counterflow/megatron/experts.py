@@ -103,6 +103,8 @@ def give_slots(build: Callable[..., None], clones_per_rank: int, *, is_exact: bo
     @wraps(build)
     def build_with_slots(self: Any, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
+        if self.ep_group.size() == 1:
+            return  # every rank computes all experts: there is nothing to balance
         given = inspect.signature(build).bind(self, *args, **kwargs).arguments
         groups = given.get("pg_collection") or _get_default_groups()
         self.token_dispatcher = _make_slot_dispatcher(self, clones_per_rank, groups)
@@ -119,6 +121,8 @@ def deal_to_slots(preprocess: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(preprocess)
     def preprocess_slots(self: Any, hidden_states: Any, probs: Any, routing_map: Any) -> Any:
+        if not hasattr(self, "cf_slots"):
+            return preprocess(self, hidden_states, probs, routing_map)
         slot_probs, slot_map, shares = self.cf_slots.deal(probs, routing_map)
         # Only this dispatcher gathers counts before it sends; padding, for quantization, changes them.
         is_known = self.config.moe_token_dispatcher_type == "alltoall" and not self.config.moe_router_padding_for_quantization

@@ -38,11 +38,23 @@ def hold_mirrored_rank() -> Iterator[None]:
     """Let ``parallel_state`` answer with pipeline rank P-1-r; nested use changes nothing."""
     group = parallel_state.get_pipeline_model_parallel_group()
     before = parallel_state._MPU_PIPELINE_MODEL_PARALLEL_RANK
-    parallel_state.set_pipeline_model_parallel_rank(group.size() - 1 - group.rank())
+    mirrored = group if isinstance(group, MirroredGroup) else MirroredGroup(group)
+    parallel_state.set_pipeline_model_parallel_rank(mirrored.rank())
     try:
         yield
     finally:
         parallel_state.set_pipeline_model_parallel_rank(before)
+
+
+@contextmanager
+def hold_mirrored_group() -> Iterator[None]:
+    """Let ``parallel_state`` give the pipeline group as seen from its other end, for builders that are handed no groups."""
+    before = parallel_state._PIPELINE_MODEL_PARALLEL_GROUP
+    parallel_state._PIPELINE_MODEL_PARALLEL_GROUP = MirroredGroup(before)
+    try:
+        yield
+    finally:
+        parallel_state._PIPELINE_MODEL_PARALLEL_GROUP = before
 
 
 def run_mirrored(function: Callable[..., Any]) -> Callable[..., Any]:

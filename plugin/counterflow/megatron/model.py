@@ -1,45 +1,74 @@
 """Build the model chunks and data sets of a V layout with Megatron's own builders."""
 
+import inspect
+import weakref
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 from megatron.core import parallel_state
 
+from counterflow.config import Options
 from counterflow.megatron.embeddings import copy_embedding
-from counterflow.megatron.mirror import hold_mirrored_rank, mirror_collection, run_mirrored
+from counterflow.megatron.mirror import hold_mirrored_group, hold_mirrored_rank, mirror_collection, run_mirrored
+from counterflow.megatron.tables import choose_layout, name_model_layout
+from counterflow.schedule.layouts import V
 
 WAY_BACK = 1
+# The second chunks that `lay_out_as_v` built: those of no other builder are stages of a V.
+_on_way_back: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 def lay_out_as_v(build_chunk: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a builder of one model chunk: chunk 1 is built as on the mirrored pipeline rank.
 
-    ``build_chunk`` takes ``vp_stage``, ``pre_process`` and ``post_process`` by keyword and the
-    process groups by keyword or as its first argument, as both of Megatron's build paths call it.
+    ``build_chunk`` is told which chunk by a keyword ``vp_stage``. It may take ``pre_process`` and ``post_process``, and process
+    groups by keyword or as its first argument, as both of Megatron's build paths call it; or ask ``parallel_state`` for them.
     """
-
     built: list[Any] = []
 
+    @wraps(build_chunk)
     def build(*args: Any, vp_stage: int | None = None, **kwargs: Any) -> Any:
         if vp_stage != WAY_BACK:
             built[:] = [build_chunk(*args, vp_stage=vp_stage, **kwargs)]
             return built[0]
-        if "pg_collection" in kwargs:
-            kwargs["pg_collection"] = mirror_collection(kwargs["pg_collection"])
-        else:
-            args = (mirror_collection(args[0]), *args[1:])
         with hold_mirrored_rank():
-            # Chunk 1 is the last of its rank's chunks: it ends the model on the mirrored last rank.
-            kwargs["pre_process"] = False
-            kwargs["post_process"] = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-            chunk = build_chunk(*args, vp_stage=vp_stage, **kwargs)
+            args, kwargs = _mirror_arguments(build_chunk, args, kwargs)
+            with hold_mirrored_group():
+                chunk = build_chunk(*args, vp_stage=vp_stage, **kwargs)
         chunk.sharded_state_dict = run_mirrored(chunk.sharded_state_dict)
+        _on_way_back.add(chunk)
         copy_embedding([*built, chunk])
         built.clear()
         return chunk
 
     return build
+
+
+def lay_out_for(options: Options, build_chunk: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a builder of model chunks where the schedule in force wants them in a V."""
+    is_v = options.schedule is not None and name_model_layout(choose_layout(options, 2, 2)) == V
+    return lay_out_as_v(build_chunk) if is_v else build_chunk
+
+
+def _mirror_arguments(build_chunk: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the arguments for chunk 1, under the mirrored rank: it is the last of its rank's chunks, and begins no model."""
+    parameters = list(inspect.signature(build_chunk).parameters.values())
+    names = [one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    places = {"pre_process": False, "post_process": parallel_state.is_pipeline_last_stage(ignore_virtual=True)}
+    mirrored = list(args)
+    for index, (value, name) in enumerate(zip(args, names, strict=False)):
+        mirrored[index] = places.get(name, value)
+    mirrored = [mirror_collection(value) if hasattr(value, "pp") else value for value in mirrored]
+    kwargs = {name: mirror_collection(value) if name == "pg_collection" and value else value for name, value in kwargs.items()}
+    return tuple(mirrored), kwargs | {name: value for name, value in places.items() if name in kwargs}
+
+
+def is_on_way_back(chunk: Any) -> bool:
+    """Tell whether a chunk, as it stands in the model or wrapped by data parallelism, was built as a V's second."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk in _on_way_back
 
 
 def is_for_way_back(provider: Any) -> bool:

@@ -6,16 +6,16 @@ the start with the version and the symbol named.
 """
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
-from counterflow.config import UNSPLIT_SCHEDULES, Options, add_flags, fail, merge_options, read_mapping
-from counterflow.errors import CounterflowError, OptionError, SeamError
+from counterflow.errors import SeamError
 from counterflow.patching import Patches
-from counterflow.schedule.layouts import V
+
+TRAINER = "megatron.training"
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Seam:
 
     def find_misfit(self) -> str | None:
         """Return what is wrong with the symbol; None where it fits or may be absent."""
+        if self.module.startswith(TRAINER) and importlib.util.find_spec(TRAINER) is None:
+            return None  # a loop of its own over megatron.core, without megatron.training
         try:
             home = importlib.import_module(self.module)
         except ImportError as error:
@@ -65,6 +67,12 @@ PARSE_ARGS = Seam(
 )
 GET_SCHEDULE = Seam(
     "megatron.core.pipeline_parallel.schedules", "get_forward_backward_func", ("pp_size", "vp_size"), "the pipeline schedule"
+)
+OWN_TRANSFERS = Seam(
+    "megatron.core.pipeline_parallel.schedules",
+    "P2PCommunicator",
+    ("pp_group", "config"),
+    "made by Megatron's own pipelined schedules alone: they do not run in place of the chosen one",
 )
 FORWARD_STEP = Seam(
     "megatron.core.pipeline_parallel.schedules",
@@ -194,6 +202,7 @@ SEAMS = (
     ADD_ARGUMENTS,
     PARSE_ARGS,
     GET_SCHEDULE,
+    OWN_TRANSFERS,
     FORWARD_STEP,
     BACKWARD_STEP,
     GET_SHAPES,
@@ -238,166 +247,7 @@ def check_seams() -> None:
             )
 
 
-def _take(patches: Patches, seam: Seam, wrap: Callable[[Any], Any]) -> None:
-    patches.replace(importlib.import_module(seam.module), seam.symbol, wrap)
-
-
-def install_flags(patches: Patches, options: Options) -> None:
-    """Show the flags in the script's ``--help``; set up the schedule once the arguments are read."""
-    check_seams()
-    _take(patches, ADD_ARGUMENTS, _show_flags)
-    _take(patches, PARSE_ARGS, lambda original: _prepare_after(original, patches, options))
-
-
-def _show_flags(add_arguments: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    @wraps(add_arguments)
-    def add_arguments_and_flags(parser: Any) -> Any:
-        parser = add_flags(add_arguments(parser))
-        # A bare % in one of upstream's help texts (0.19.2 has one) breaks --help for all flags.
-        formatter = parser._get_formatter()
-        for action in parser._actions:
-            try:
-                formatter._expand_help(action)
-            except (ValueError, TypeError):
-                action.help = action.help.replace("%", "%%")
-        return parser
-
-    return add_arguments_and_flags
-
-
-def _prepare_after(parse_args: Callable[..., Any], patches: Patches, options: Options) -> Callable[..., Any]:
-    is_installed = False
-
-    @wraps(parse_args)
-    def parse_and_prepare(*args: Any, **kwargs: Any) -> Any:
-        nonlocal is_installed
-        from counterflow.megatron.checks import has_balancing, prepare_arguments
-
-        parsed = parse_args(*args, **kwargs)
-        try:
-            chosen = _merge_yaml(parsed, options)
-            prepare_arguments(parsed, chosen)
-        except CounterflowError as error:
-            fail(error, parsed.rank)
-        # Into the arguments, and so into every checkpoint: the next load knows the layout of this one.
-        for name, value in chosen.model_dump(mode="json").items():
-            setattr(parsed, f"cf_{name}", value)
-        # Megatron parses again for its fault tolerance; wrapping twice would mirror a V back to a loop.
-        if not is_installed:
-            if chosen.schedule is not None:
-                install_schedule(patches, chosen, parsed)
-            if has_balancing(parsed, chosen):
-                install_balancing(patches, chosen)
-            is_installed = True
-        return parsed
-
-    return parse_and_prepare
-
-
-def _merge_yaml(parsed: Any, options: Options) -> Options:
-    """Add the ``counterflow:`` section of a ``--yaml-cfg`` file; a flag given on the command line wins."""
-    section = getattr(parsed, "counterflow", None)
-    if section is None:
-        return options
-    given = read_mapping(vars(section))
-    if given.platform != "auto":
-        raise OptionError(
-            f"platform: {given.platform} stands in the YAML file, which is read after the platform is chosen: "
-            f"give --cf-platform {given.platform} on the command line"
-        )
-    return merge_options(given, options)
-
-
-def install_schedule(patches: Patches, options: Options, args: Any) -> None:
-    """Take the schedule, split backward passes, and for a V the builders, data sets and checkpoint check."""
-    from counterflow.megatron.checkpoint import refuse_other_layout
-    from counterflow.megatron.crosslink import read_partners_data
-    from counterflow.megatron.embeddings import keep_embeddings_on_first_rank, save_copies_once
-    from counterflow.megatron.model import lay_out_as_v, mirror_dataset_provider
-    from counterflow.megatron.schedule import PipelineSchedule
-    from counterflow.megatron.tables import choose_layout, count_replicas, name_model_layout
-    from counterflow.megatron.zero_bubble import delay_engine_weight_grads, find_engine_obstacle, split_local_linears
-
-    if options.zero_bubble is not False and (options.overlap or options.schedule not in UNSPLIT_SCHEDULES):
-        split_local_linears(patches)
-        if getattr(args, "transformer_impl", "") == "transformer_engine" and find_engine_obstacle(args) is None:
-            delay_engine_weight_grads(patches)
-    pipeline = PipelineSchedule(options)
-    _take(patches, GET_SCHEDULE, lambda original: _choose_schedule(original, pipeline))
-    _take(patches, LOAD_CHECKPOINT, refuse_other_layout)
-    if options.overlap:
-        from counterflow.megatron.overlap import defer_inside_plans
-
-        defer_inside_plans(patches)
-    layout = choose_layout(options, 2, 2)
-    if name_model_layout(layout) == V:
-        _take(patches, MAKE_GROUPS, keep_embeddings_on_first_rank)
-        _take(patches, SAVE_SHARDS, save_copies_once)
-        _take(patches, GET_MODEL, lambda original: _wrap_first(original, lay_out_as_v))
-        if BUILD_STAGES.is_present():
-            _take(patches, BUILD_STAGES, lambda original: _wrap_first(original, lay_out_as_v))
-        _take(patches, BUILD_ITERATORS, lambda original: _wrap_first(original, mirror_dataset_provider))
-    if count_replicas(layout) > 1:
-        _take(patches, BUILD_ITERATORS, read_partners_data)
-
-
-def install_balancing(patches: Patches, options: Options) -> None:
-    """Give MoE layers slots, and take the steps around which clones are filled; after the schedule, which it wraps."""
-    from megatron.core.transformer.moe import token_dispatcher
-    from megatron.core.transformer.moe.moe_layer import MoELayer
-
-    from counterflow.megatron.balancing import ExpertBalancer
-    from counterflow.megatron.checkpoint import refuse_other_experts
-    from counterflow.megatron.experts import answer_from_shares, deal_to_slots, give_slots
-
-    balancer = ExpertBalancer(options)
-    is_exact = options.eplb_split == "exact"
-    build = give_slots(MoELayer.__init__, options.eplb_clones_per_rank, is_exact=is_exact)
-    patches.set(MoELayer, "__init__", build)
-    patches.set(MoELayer, "preprocess", deal_to_slots(MoELayer.preprocess))
-    # There alone: elsewhere the function of that name has other work.
-    name = GATHER_COUNTS.symbol
-    patches.set(token_dispatcher, name, answer_from_shares(getattr(token_dispatcher, name)))
-    _take(patches, GET_SCHEDULE, lambda original: _balance_schedule(original, balancer))
-    _take(patches, TRAIN_STEP, balancer.wrap_train_step)
-    _take(patches, SAVE_CHECKPOINT, balancer.wrap_save)
-    _take(patches, LOAD_CHECKPOINT, refuse_other_experts)
-    if REPORT_MOE.is_present():
-        from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
-
-        patches.set(MoEMetricsTracker, "report", balancer.wrap_report(MoEMetricsTracker.report))
-
-
-def _balance_schedule(original: Callable[..., Any], balancer: Any) -> Callable[..., Any]:
-    @wraps(original)
-    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
-        return balancer.wrap_schedule(original(*args, **kwargs))
-
-    return get_forward_backward_func
-
-
-def _wrap_first(function: Callable[..., Any], wrap: Callable[[Any], Any]) -> Callable[..., Any]:
-    """Call ``function`` with its first argument, by position or by name, wrapped."""
-    name = next(iter(inspect.signature(function).parameters))
-
-    @wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if name in kwargs:
-            return function(*args, **{**kwargs, name: wrap(kwargs[name])})
-        return function(wrap(args[0]), *args[1:], **kwargs)
-
-    return wrapped
-
-
-def _choose_schedule(original: Callable[..., Any], pipeline: Any) -> Callable[..., Any]:
-    @wraps(original)
-    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
-        from megatron.core.pipeline_parallel import schedules
-
-        if type(kwargs.get("schedule_pg_collection")).__name__ == "MultiModuleProcessGroupCollection":
-            raise OptionError("--cf-schedule does not run models of several pipelines (multi-module process groups): drop it")
-        chosen = original(*args, **kwargs)
-        # Asked for a model without a pipeline (a separate one, say), upstream's choice stands.
-        return chosen if chosen is schedules.forward_backward_no_pipelining else pipeline.forward_backward
-
-    return get_forward_backward_func
+def take(patches: Patches, seam: Seam, wrap: Callable[[Any], Any]) -> None:
+    """Put ``wrap(original)`` in the symbol's place, wherever it was imported; nothing where there is no such symbol."""
+    if seam.is_present():
+        patches.replace(importlib.import_module(seam.module), seam.symbol, wrap)

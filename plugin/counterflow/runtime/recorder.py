@@ -5,12 +5,14 @@ timeline. On a CPU the host's clock is the truth. On a GPU the host only issues 
 are recorded and read after the step (untested on GPU).
 """
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from counterflow.errors import OptionError
 from counterflow.schedule.actions import Action
 from counterflow.schedule.timeline import Span, dump_record
 
@@ -65,6 +67,19 @@ class Recorder:
         self._marks.clear()
         self._base = None
         return spans
+
+
+def check_folder(option: str, directory: Path) -> None:
+    """Make the folder that an option names, and write a file in it; raises `OptionError` where that cannot be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OptionError(
+            f"{option} {directory} cannot be written: {reason}; give a folder that can be made and written"
+        ) from None
 
 
 def append_record(directory: Path, pipeline_ranks: list[int], rank: int, step: int, schedule: str, spans: list[Span]) -> None:

@@ -1,0 +1,81 @@
+"""One rank of the tests of a loop over megatron-core without its trainer: runs examples/core_loop/train.py many times.
+
+Usage: loop_worker.py CASES.json RESULTS.json. A case is {"name", "flags", "wrong"}; ``wrong`` names what the loop does wrongly.
+"""
+
+import contextlib
+import io
+import json
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import megatron.core.pipeline_parallel
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import schedules
+
+import counterflow
+from counterflow.errors import OptionError
+
+loop = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "core_loop" / "train.py")))
+
+# Each of these is one line that a loop of one's own lacks, or has in the wrong place.
+WRONG: dict[str, Callable[[], Any]] = {
+    "chunks not laid out": lambda: mock.patch.object(counterflow, "lay_out_chunks", lambda build: build),
+    "partner's samples not read": lambda: mock.patch.object(counterflow, "find_data_rank", lambda stage: 0),
+}
+
+
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    """Run the loop once; return what it printed per step, or the refusal that ended it."""
+    sys.argv = ["train.py", *case["flags"]]
+    given = loop.read_arguments(sys.argv[1:])
+    wrong = case.get("wrong")
+    own = schedules.get_forward_backward_func
+    patches = counterflow.enable({} if given.plain else loop.OPTIONS)
+    said, printed = None, io.StringIO()
+    with contextlib.ExitStack() as stack:
+        if wrong == "schedule taken too early":
+            stack.enter_context(mock.patch.object(megatron.core.pipeline_parallel, "get_forward_backward_func", own))
+        elif wrong in WRONG:
+            stack.enter_context(WRONG[wrong]())
+        stack.enter_context(contextlib.redirect_stdout(printed))
+        try:
+            loop.train(given)
+        except OptionError as error:
+            said = str(error)
+    parallel_state.destroy_model_parallel()
+    torch.distributed.barrier()
+    patches.undo()
+    return {"name": case["name"], "steps": list(read_steps(printed.getvalue())), "error": said}
+
+
+def read_steps(text: str) -> Iterator[dict[str, float]]:
+    """Yield each step's numbers, under the names that Megatron's trainer gives them elsewhere in these tests."""
+    for line in text.splitlines():
+        if line.startswith("step "):
+            words = line.split()
+            yield {"iteration": int(words[1]), "loss": float(words[3]), "grad_norm": float(words[6]), "skipped": 0}
+
+
+def main() -> None:
+    cases, results = Path(sys.argv[1]), Path(sys.argv[2])
+    first = counterflow.enable()
+    torch.distributed.init_process_group("gloo")
+    first.undo()
+    done = []
+    for case in json.loads(cases.read_text()):
+        done.append(run_case(case))
+        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            results.write_text(json.dumps(done))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
