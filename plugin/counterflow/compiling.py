@@ -1,5 +1,7 @@
 """Compiles inner loops; importing this loads the compiler."""
 
+import hashlib
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,7 +13,7 @@ PACKAGE = Path(__file__).parent
 
 
 def compile_fast[Function: Callable[..., Any]](function: Function) -> Function:
-    """Compile a function, once per installation and again when any file of the package has changed.
+    """Compile a function, once per installation and again when a file that holds compiled functions has other contents.
 
     It runs without Python's lock, so that a plan is made beside a training step.
     """
@@ -29,7 +31,19 @@ def is_compiled(function: Any) -> bool:
 
 
 @cache
-def stamp_sources() -> tuple[tuple[str, int, int], ...]:
-    """Return the name, the time of the last change and the size of every source file of the package."""
-    files = sorted(PACKAGE.rglob("*.py"))
-    return tuple((str(file.relative_to(PACKAGE)), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+def stamp_sources() -> str:
+    """Return a digest of the contents of the files that hold compiled functions, and of those whose names these import."""
+    texts = {file.relative_to(PACKAGE): file.read_text(encoding="utf-8") for file in sorted(PACKAGE.rglob("*.py"))}
+    due = [file for file, text in texts.items() if "@compile_fast" in text]
+    reached: set[Path] = set()
+    while due:
+        file = due.pop()
+        if file in texts and file not in reached:
+            reached.add(file)
+            modules = re.findall(r"^ *from counterflow\.([\w.]+) import", texts[file], re.MULTILINE)
+            due += [Path(*module.split(".")).with_suffix(".py") for module in modules]
+            due += [Path(*module.split("."), "__init__.py") for module in modules]
+    digest = hashlib.sha256()
+    for file in sorted(reached):
+        digest.update(f"{file}\0{texts[file]}\0".encode())
+    return digest.hexdigest()

@@ -37,6 +37,22 @@ def test_a_change_in_a_called_file_is_seen(tmp_path: Path) -> None:
     assert run() == "1 1 True", "kept"
     (package / "callee.py").write_text(CALLEE.format(22))
     assert run() == "22 0 False", "compiled again after the change"
+    (package / "other.py").write_text("# holds no kernel\n")
+    (package / "callee.py").touch()
+    assert run() == "22 1 True", "kept, whatever else is edited"
+
+
+def test_a_change_of_what_a_kernel_reads_is_seen(tmp_path: Path) -> None:
+    package = tmp_path / "counterflow"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    shutil.copy(PACKAGE / "compiling.py", package)
+    (package / "caller.py").write_text(CALLER.replace("callee import give", "constants import VALUE").replace("give()", "VALUE"))
+    command = [sys.executable, "-c", "import counterflow.caller"]
+    for value in ("3", "4"):
+        (package / "constants.py").write_text(f"VALUE = {value}\n")
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+        assert done.stdout.strip() == f"{value} 0 False"
 
 
 def test_without_the_compiler_all_runs_as_plain_python() -> None:
