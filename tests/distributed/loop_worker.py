@@ -24,9 +24,19 @@ from counterflow.errors import OptionError
 
 loop = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "core_loop" / "train.py")))
 
+
+def build_with_own_groups(config: Any, vp_stage: int | None = None) -> Any:
+    """Build a chunk as from process groups that the builder kept from before."""
+    chunk = loop.build_chunk(config, vp_stage)
+    group = parallel_state.get_pipeline_model_parallel_group()
+    chunk.pg_collection = SimpleNamespace(pp=getattr(group, "_group", group))
+    return chunk
+
+
 # Each of these is one line that a loop of one's own lacks, or has in the wrong place.
 WRONG: dict[str, Callable[[], Any]] = {
     "chunks not laid out": lambda: mock.patch.object(counterflow, "lay_out_chunks", lambda build: build),
+    "groups of its own": lambda: mock.patch.dict(loop.build_model.__globals__, {"build_chunk": build_with_own_groups}),
     "partner's samples not read": lambda: mock.patch.object(counterflow, "find_data_rank", lambda stage: 0),
 }
 

@@ -18,6 +18,7 @@ RUNS = {
 }
 WRONG = {
     "chunks not laid out": ([], "build each chunk of a rank by counterflow.lay_out_chunks"),
+    "groups of its own": ([], "let it take them by a keyword pg_collection, and give it that"),
     "partner's samples not read": (["--cf-schedule", "dualpipe"], "samples of data-parallel rank counterflow.find_data_rank(1)"),
     "schedule taken too early": (["--no-cf-eplb"], "get_forward_backward_func() after counterflow.enable(), not before"),
     "one chunk": (["--chunks", "1"], "holds 2 model chunks per pipeline rank (VPP 2), 1 chunks per rank given"),

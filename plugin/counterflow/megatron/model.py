@@ -9,6 +9,7 @@ from typing import Any
 from megatron.core import parallel_state
 
 from counterflow.config import Options
+from counterflow.errors import OptionError
 from counterflow.megatron.embeddings import copy_embedding
 from counterflow.megatron.mirror import hold_mirrored_group, hold_mirrored_rank, mirror_collection, run_mirrored
 from counterflow.megatron.tables import choose_layout, name_model_layout
@@ -36,6 +37,7 @@ def lay_out_as_v(build_chunk: Callable[..., Any]) -> Callable[..., Any]:
             args, kwargs = _mirror_arguments(build_chunk, args, kwargs)
             with hold_mirrored_group():
                 chunk = build_chunk(*args, vp_stage=vp_stage, **kwargs)
+            _require_mirrored(chunk)
         chunk.sharded_state_dict = run_mirrored(chunk.sharded_state_dict)
         _on_way_back.add(chunk)
         copy_embedding([*built, chunk])
@@ -62,6 +64,15 @@ def _mirror_arguments(build_chunk: Callable[..., Any], args: Any, kwargs: dict[s
     mirrored = [mirror_collection(value) if hasattr(value, "pp") else value for value in mirrored]
     kwargs = {name: mirror_collection(value) if name == "pg_collection" and value else value for name, value in kwargs.items()}
     return tuple(mirrored), kwargs | {name: value for name, value in places.items() if name in kwargs}
+
+
+def _require_mirrored(chunk: Any) -> None:
+    groups, rank = getattr(chunk, "pg_collection", None), parallel_state.get_pipeline_model_parallel_rank()
+    if groups is not None and groups.pp.rank() != rank:
+        raise OptionError(
+            f"chunk 1 of a V is built as on pipeline rank {rank} and its builder took rank {groups.pp.rank()} from process "
+            "groups of its own: let it take them by a keyword pg_collection, and give it that"
+        )
 
 
 def is_on_way_back(chunk: Any) -> bool:

@@ -7,12 +7,14 @@ gradient finaliser are called as upstream's schedules call them.
 
 from collections.abc import Callable
 from datetime import timedelta
+from types import NoneType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules as upstream
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 
@@ -80,8 +82,12 @@ class PipelineSchedule:
 
         Returns the loss dictionaries, one per micro-batch, on the last pipeline rank; [] elsewhere.
         """
-        if adjust_tensor_shapes_fn is not None or p2p_communicator is not None:
-            raise OptionError("--cf-schedule moves tensors itself: adjust_tensor_shapes_fn and p2p_communicator must be None")
+        # Some loops make Megatron's own and hand it on; it does nothing that is not done here.
+        if adjust_tensor_shapes_fn is not None or type(p2p_communicator) not in (NoneType, P2PCommunicator):
+            raise OptionError(
+                "--cf-schedule moves tensors itself: adjust_tensor_shapes_fn must be None, p2p_communicator None or Megatron's "
+                "P2PCommunicator"
+            )
         chunks = model if isinstance(model, list) else [model]
         iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
         config = get_model_config(chunks[0])
