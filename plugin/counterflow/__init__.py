@@ -32,9 +32,9 @@ def enable(options: Options | Mapping[str, Any] | None = None) -> Patches:
     global _installation
     given = read_given(options) if options is not None else {}
     flags = read_flags(sys.argv[1:])
-    if _installation is not None and _installation.patches:
-        _installation.require_same(given | flags)
-        return _installation.patches
+    if (installation := _find_installation()) is not None:
+        installation.require_same(given | flags)
+        return installation.patches
 
     from counterflow.platform import install_cpu, needs_cpu
 
@@ -57,11 +57,12 @@ def lay_out_chunks(build_chunk: Callable[..., Any]) -> Callable[..., Any]:
     schedule in a V, chunk 1 is built as if this rank were its mirror image; elsewhere, and without the plugin, nothing changes.
     ``megatron.training`` does this by itself.
     """
-    if _installation is None or _installation.options is None or not _installation.patches:
+    installation = _find_installation()
+    if installation is None or installation.options is None:
         return build_chunk
     from counterflow.megatron.model import lay_out_for
 
-    return lay_out_for(_installation.options, build_chunk)
+    return lay_out_for(installation.options, build_chunk)
 
 
 def find_data_rank(vp_stage: int) -> int:
@@ -70,8 +71,12 @@ def find_data_rank(vp_stage: int) -> int:
     A loop over ``megatron.core`` has a data iterator for each chunk of a pipeline rank, all over the same samples. Under full
     DualPipe alone chunk 1 runs the micro-batches of the partner replica, and so reads the partner's samples.
     """
-    if _installation is not None and _installation.patches:
-        return _installation.find_data_rank(vp_stage)
-    from megatron.core import parallel_state
+    from counterflow.megatron.install import get_data_rank
 
-    return int(parallel_state.get_data_parallel_rank())
+    installation = _find_installation()
+    return get_data_rank() if installation is None else installation.find_data_rank(vp_stage)
+
+
+def _find_installation() -> "Installation | None":
+    """Return what is in force; None before `enable`, and once it has been undone."""
+    return _installation if _installation is not None and _installation.patches else None

@@ -28,7 +28,7 @@ ROOMS = {
     "schedule_cli": (COMMON | {"schedule", "report"}, set()),
     "balance_cli": (COMMON | {"balance", "report"}, set()),
     "cli": (COMMON | {"config", "platform", "megatron", "schedule_cli", "balance_cli"}, {"torch"}),
-    "__init__": (COMMON | {"config", "patching", "platform", "megatron"}, {"megatron"}),
+    "__init__": (COMMON | {"config", "patching", "platform", "megatron"}, set()),
 }
 HEAVY = {"torch", "megatron", "deepspeed", "transformer_engine"}
 

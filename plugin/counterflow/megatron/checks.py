@@ -8,11 +8,12 @@ import os
 from types import SimpleNamespace
 from typing import Any
 
-from megatron.core.utils import get_attr_wrapped_model, get_model_config
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import get_model_config
 
 from counterflow.config import Options
 from counterflow.errors import OptionError, ScheduleError
-from counterflow.megatron.model import is_on_way_back
+from counterflow.megatron.model import is_on_way_back, unwrap
 from counterflow.megatron.tables import build_table, choose_layout, count_replicas, name_model_layout
 from counterflow.schedule.layouts import LOOPED, STRAIGHT, Layout, V
 
@@ -368,16 +369,17 @@ def describe_model(chunks: list[Any], config: Any) -> Any:
     view.num_virtual_stages_per_pipeline_rank = len(chunks) if len(chunks) > 1 else None
     if view.pipeline_model_parallel_layout is not None:
         view.pipeline_model_parallel_layout = view.num_layers = None  # whose stages were built as it says
-    shared = [get_attr_wrapped_model(chunk, "share_embeddings_and_output_weights", allow_none=True) for chunk in chunks]
+    shared = [getattr(unwrap(chunk), "share_embeddings_and_output_weights", False) for chunk in chunks]
     view.untie_embeddings_and_output_weights = not any(shared)
     return view
 
 
-def check_chunks(chunks: list[Any], options: Options, ranks: int) -> None:
+def check_chunks(chunks: list[Any], options: Options) -> None:
     """Raise `OptionError` unless the chunks of this rank were built for the schedule that is in force."""
-    layout = name_model_layout(_read_layout(options, ranks))
+    layout = name_model_layout(_read_layout(options, 2))
     _check_chunks(options.schedule or "", layout, len(chunks))
-    if layout == V and not is_on_way_back(chunks[1]):
+    # Where a module of another kind stands in the model is its builder's own business.
+    if layout == V and isinstance(unwrap(chunks[1]), MegatronModule) and not is_on_way_back(chunks[1]):
         raise OptionError(
             f"--cf-schedule {options.schedule} runs chunks in a V and this model's second chunk was not built for one: build "
             "each chunk of a rank by counterflow.lay_out_chunks(…) of your builder, called with vp_stage=0, then with "

@@ -25,6 +25,7 @@ from counterflow.config import (
 from counterflow.errors import CounterflowError, OptionError
 from counterflow.megatron import seams
 from counterflow.megatron.seams import check_seams, take
+from counterflow.megatron.trainer import find_arguments
 from counterflow.patching import Patches
 from counterflow.runtime.recorder import check_folder
 from counterflow.schedule.layouts import V
@@ -41,23 +42,47 @@ class Installation:
         self.options: Options | None = None
         self._given, self._flags = given, flags
         self._parsed: tuple[Given, Given] | None = None
-        self._pipeline: Any = None
+        self._is_reader_asked = False
 
     def put_in_force(self, options: Options) -> None:
         """Install what the options ask for."""
         if options.record is not None:
             check_folder("--cf-record", options.record)
         if options.schedule is not None:
-            self._pipeline = install_schedule(self.patches, options)
+            install_schedule(self.patches, options, self._check_model)
         if options.eplb:
             install_balancing(self.patches, options)
         self.options = options
 
     def find_data_rank(self, chunk: int) -> int:
-        """Return the data-parallel rank whose samples a model chunk reads."""
-        from megatron.core import parallel_state
+        """Return the data-parallel rank whose samples a chunk reads: this one, or on the way back across replicas the partner."""
+        from counterflow.megatron.crosslink import find_partner
+        from counterflow.megatron.model import WAY_BACK
 
-        return int(parallel_state.get_data_parallel_rank() if self._pipeline is None else self._pipeline.find_data_rank(chunk))
+        self._is_reader_asked = True
+        return find_partner() if self._is_linked() and chunk == WAY_BACK else get_data_rank()
+
+    def _is_linked(self) -> bool:
+        from counterflow.megatron.tables import choose_layout, count_replicas
+
+        if self.options is None or self.options.schedule is None:
+            return False
+        return count_replicas(choose_layout(self.options, 2, 2)) > 1
+
+    def _check_model(self, chunks: list[Any]) -> None:
+        """Before the first step: refuse what was not built for the schedule."""
+        from counterflow.megatron.checks import check_chunks, check_loop
+
+        assert self.options is not None
+        if find_arguments() is None:
+            check_loop(chunks, self.options)
+            if self._is_linked() and not self._is_reader_asked:
+                raise OptionError(
+                    f"--cf-schedule {self.options.schedule} computes each loss in the partner replica: give chunk 1 a data "
+                    "iterator over the samples of data-parallel rank counterflow.find_data_rank(1), chunk 0 one over those of "
+                    "counterflow.find_data_rank(0)"
+                )
+        check_chunks(chunks, self.options)
 
     def require_same(self, asked: Given) -> None:
         """Raise `OptionError` where what is asked for now is not in force."""
@@ -159,8 +184,18 @@ def splits_backward(options: Options) -> bool:
     return options.zero_bubble is not False and (options.overlap or options.schedule not in UNSPLIT_SCHEDULES)
 
 
-def install_schedule(patches: Patches, options: Options) -> Any:
-    """Take the schedule, split backward passes, and for a V the builders, data sets and checkpoint check; return the schedule."""
+def get_data_rank() -> int:
+    """Return this rank's place among the data-parallel replicas."""
+    from megatron.core import parallel_state
+
+    return int(parallel_state.get_data_parallel_rank())
+
+
+def install_schedule(patches: Patches, options: Options, check_model: Callable[[list[Any]], None]) -> None:
+    """Take the schedule, split backward passes, and for a V the builders, data sets and checkpoint check.
+
+    ``check_model`` is shown the model's chunks before their first step.
+    """
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import schedules
 
@@ -181,8 +216,8 @@ def install_schedule(patches: Patches, options: Options) -> Any:
         )
     if splits_backward(options):
         split_local_linears(patches)
-    pipeline = PipelineSchedule(options)
-    take(patches, seams.GET_SCHEDULE, lambda original: _choose_schedule(original, pipeline, options))
+    run = _check_first(PipelineSchedule(options).forward_backward, check_model)
+    take(patches, seams.GET_SCHEDULE, lambda original: _choose_schedule(original, run, options))
     patches.set(schedules, seams.OWN_TRANSFERS.symbol, _refuse_own_schedules(options))
     take(patches, seams.LOAD_CHECKPOINT, refuse_other_layout)
     if options.overlap:
@@ -197,7 +232,6 @@ def install_schedule(patches: Patches, options: Options) -> Any:
         take(patches, seams.BUILD_ITERATORS, lambda original: _wrap_first(original, mirror_dataset_provider))
     if count_replicas(layout) > 1:
         take(patches, seams.BUILD_ITERATORS, read_partners_data)
-    return pipeline
 
 
 def install_balancing(patches: Patches, options: Options) -> None:
@@ -248,7 +282,21 @@ def _wrap_first(function: Callable[..., Any], wrap: Callable[[Any], Any]) -> Cal
     return wrapped
 
 
-def _choose_schedule(original: Callable[..., Any], pipeline: Any, options: Options) -> Callable[..., Any]:
+def _check_first(forward_backward: Callable[..., Any], check_model: Callable[[list[Any]], None]) -> Callable[..., Any]:
+    is_checked = False
+
+    @wraps(forward_backward)
+    def run(**kwargs: Any) -> Any:
+        nonlocal is_checked
+        if not is_checked:
+            check_model(kwargs["model"] if isinstance(kwargs["model"], list) else [kwargs["model"]])
+            is_checked = True
+        return forward_backward(**kwargs)
+
+    return run
+
+
+def _choose_schedule(original: Callable[..., Any], run: Callable[..., Any], options: Options) -> Callable[..., Any]:
     @wraps(original)
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
         from megatron.core import parallel_state
@@ -258,7 +306,7 @@ def _choose_schedule(original: Callable[..., Any], pipeline: Any, options: Optio
             raise OptionError("--cf-schedule does not run models of several pipelines (multi-module process groups): drop it")
         chosen = original(*args, **kwargs)
         if chosen is not schedules.forward_backward_no_pipelining:
-            return pipeline.forward_backward
+            return run
         if parallel_state.get_pipeline_model_parallel_world_size() == 1:
             raise OptionError(
                 f"--cf-schedule {options.schedule} needs at least 2 pipeline ranks and this run has 1: make process groups with "

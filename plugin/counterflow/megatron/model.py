@@ -7,6 +7,8 @@ from functools import partial, wraps
 from typing import Any
 
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.module import Float16Module
 
 from counterflow.config import Options
 from counterflow.errors import OptionError
@@ -77,9 +79,14 @@ def _require_mirrored(chunk: Any) -> None:
 
 def is_on_way_back(chunk: Any) -> bool:
     """Tell whether a chunk, as it stands in the model or wrapped by data parallelism, was built as a V's second."""
-    while hasattr(chunk, "module"):
+    return unwrap(chunk) in _on_way_back
+
+
+def unwrap(chunk: Any) -> Any:
+    """Return the model chunk inside what data parallelism and half precision wrap around it."""
+    while isinstance(chunk, (DistributedDataParallel, Float16Module)):
         chunk = chunk.module
-    return chunk in _on_way_back
+    return chunk
 
 
 def is_for_way_back(provider: Any) -> bool:

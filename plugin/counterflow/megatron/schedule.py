@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules as upstream
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -21,14 +20,11 @@ from megatron.core.utils import get_model_config
 from counterflow.config import AUTO, Options
 from counterflow.errors import OptionError
 from counterflow.megatron.auto import AutoTable
-from counterflow.megatron.checks import check_chunks, check_loop
-from counterflow.megatron.crosslink import find_partner, link_pipelines
+from counterflow.megatron.crosslink import link_pipelines
 from counterflow.megatron.embeddings import add_embedding_gradients
 from counterflow.megatron.gradient_sync import GradientSync
-from counterflow.megatron.model import WAY_BACK
 from counterflow.megatron.overlap import OverlapWork
 from counterflow.megatron.tables import build_table, choose_layout, count_replicas, name_model_layout
-from counterflow.megatron.trainer import find_arguments
 from counterflow.megatron.work import MegatronWork, Step, move_to_last_rank
 from counterflow.megatron.zero_bubble import watch_reductions
 from counterflow.runtime.executor import run_program
@@ -52,13 +48,6 @@ class PipelineSchedule:
         self._watch: Watch | None = None
         self._auto: AutoTable | None = None
         self._training_steps = 0
-        self._is_reader_asked = False
-
-    def find_data_rank(self, chunk: int) -> int:
-        """Return the data-parallel rank whose samples a chunk reads: this one, or on the way back across replicas the partner."""
-        self._is_reader_asked = True
-        is_linked = count_replicas(choose_layout(self._options, 2, 2)) > 1
-        return find_partner() if is_linked and chunk == WAY_BACK else int(parallel_state.get_data_parallel_rank())
 
     def forward_backward(
         self,
@@ -97,8 +86,6 @@ class PipelineSchedule:
         if config.timers is not None:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
 
-        if self._channels is None:
-            self._check_model(chunks, groups.pp.size())
         channels, watch = self._open(groups.pp, len(chunks), device)
         table = self._choose_table(groups.pp.size(), num_microbatches, len(chunks), config, forward_only)
         program = self._lower(table, channels, forward_only, device)
@@ -128,17 +115,6 @@ class PipelineSchedule:
         if config.timers is not None:
             config.timers("forward-backward").stop()
         return step.losses
-
-    def _check_model(self, chunks: list[Any], ranks: int) -> None:
-        if find_arguments() is None:
-            check_loop(chunks, self._options)
-            if count_replicas(choose_layout(self._options, ranks, len(chunks))) > 1 and not self._is_reader_asked:
-                raise OptionError(
-                    f"--cf-schedule {self._options.schedule} computes each loss in the partner replica: give chunk 1 a data "
-                    "iterator over the samples of data-parallel rank counterflow.find_data_rank(1), chunk 0 one over those of "
-                    "counterflow.find_data_rank(0)"
-                )
-        check_chunks(chunks, self._options, ranks)
 
     def _train(self, step: Step, program: Program, channels: Channels, mailbox: Mailbox, watch: Watch) -> None:
         measured = self._auto is not None and self._auto.is_measuring
