@@ -104,7 +104,9 @@ def test_ranks_with_and_without_moe_layers_open_as_many_groups(monkeypatch: pyte
     # Torch names a group by how many a rank has opened: ranks that disagree wait for each other in vain in the next one.
     options = Options(eplb=True, eplb_clones_per_rank=0, eplb_rehome_interval=1)
     monkeypatch.setattr(balancing, "compile_planner", lambda: None)
+    monkeypatch.setattr(balancing, "find_arguments", lambda: SimpleNamespace())
     monkeypatch.setattr(balancing.parallel_state, "get_expert_model_parallel_group", lambda: group)
+    monkeypatch.setattr(balancing.parallel_state, "get_expert_model_parallel_world_size", lambda: 2)
     before = dist.distributed_c10d._world.group_count
     make_model(monkeypatch, group, options)
     between = dist.distributed_c10d._world.group_count
