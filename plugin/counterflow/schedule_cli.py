@@ -129,6 +129,8 @@ def run_show(given: argparse.Namespace) -> int:
         print(render_text(picture, _find_width(), sys.stdout.isatty()).rstrip())
         ahead = ", ".join(f"{count} under {transport} P2P" for transport, count in _count_ahead(table).items())
         print(f"receives to keep posted ahead: {ahead}")
+        if table.is_forward_only:
+            print("forwards alone: a step of evaluation, not a table to train with")
     return 0
 
 
@@ -174,6 +176,8 @@ def run_compare(given: argparse.Namespace) -> int:
     else:
         known = list_families(given.ranks, given.microbatches, costs, given.max_chunks, cap)
         pictures = [Picture(_title(table, table.name), table, timeline) for table, timeline in known]
+    if len(kinds := {picture.table.is_forward_only: picture.title for picture in pictures}) > 1:
+        raise OptionError(f"{kinds[True]} has forwards alone and {kinds[False]} backwards too: compare the two kinds apart")
     if not pictures:
         raise ScheduleError(f"no schedule fits {given.ranks} ranks, {given.microbatches} micro-batches and a cap of {cap:g}")
     pictures.sort(key=lambda picture: picture.timeline.makespan)

@@ -10,7 +10,7 @@ import pytest
 from counterflow.config import Options
 from counterflow.errors import CounterflowError, OptionError
 from counterflow.megatron.checks import count_microbatches, prepare_arguments
-from counterflow.schedule import ScheduleTable, build, to_csv
+from counterflow.schedule import ScheduleTable, build, build_forward_only, lay_bidirectional, lay_v, to_csv
 
 
 def make_arguments(**given: Any) -> Namespace:
@@ -219,6 +219,12 @@ def test_nested_yaml_arguments_are_checked_alike() -> None:
         ),
         ("0F0,3F0,0B0,3B0\n1F0,2F0,1B0,2B0", 1, "rank 0, position 2, action 0B0: waits for ever for 1B0"),
         ("0F0,0F1,3F0,3B0,0B0\n1F0,2F0,2B0,1B0", 2, "rank 0: 3F1 is missing"),
+        (
+            to_csv(build_forward_only(lay_v(2), 8)),
+            8,
+            "table.csv cannot train: rank 0: 0B0 is missing; a table to train with has an F and either a B or an I with its W",
+        ),
+        (to_csv(build_forward_only(lay_bidirectional(4), 16)), 8, "table.csv cannot train: rank 0: 0B0 is missing"),
         ("0F1,0F0,3F1,3F0,3B1,3B0,0B1,0B0\n1F1,1F0,2F1,2F0,2B1,2B0,1B1,1B0", 2, "0F1 is out of order"),
     ],
 )

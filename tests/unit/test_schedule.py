@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,53 @@ def test_every_layout_of_passes_is_found_in_a_table(ranks: int, passes: str, mic
 def test_what_cannot_run_is_named(text: str, said: str) -> None:
     with pytest.raises(ScheduleError, match=said):
         validate(from_csv(text))
+
+
+WITHOUT: dict[str, tuple[Callable[[Action], bool], str]] = {
+    "all backwards": (lambda a: a.kind != "F", "rank 0: 0B0 is missing"),
+    "backwards of a stage": (lambda a: a.kind != "F" and a.stage == 1, r"rank \d: 1B0 is missing"),
+    "backwards of a micro-batch": (lambda a: a.kind != "F" and a.microbatch == 2, "rank 0: 0B2 is missing"),
+    "one backward": (lambda a: a.kind in "BI" and (a.stage, a.microbatch) == (1, 1), "1B1 is missing|1W1 comes before 1I1"),
+    "one forward": (lambda a: a.kind == "F" and (a.stage, a.microbatch) == (1, 1), "comes before 1F1"),
+    "all forwards": (lambda a: a.kind == "F", "comes before"),
+    "a micro-batch on one stage": (lambda a: (a.stage, a.microbatch) == (1, 0), r"rank \d: 1F0 is missing"),
+}
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb-h1", "interleaved", "zbv", "dualpipev", "dualpipe"])
+@pytest.mark.parametrize("what", WITHOUT)
+def test_a_table_to_train_with_has_every_forward_and_backward(name: str, what: str) -> None:
+    table = build(name, 2, 8) if name != "dualpipe" else build(name, 4, 16)
+    validate(table, training=True)
+    leaves_out, said = WITHOUT[what]
+    rows = (tuple(one for one in table.singles(rank) if not leaves_out(one)) for rank in range(table.ranks))
+    with pytest.raises(ScheduleError, match=said):
+        validate(replace(table, actions=tuple(rows)), training=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0F0,1F0,1I0,0B0", "rank 0: 1I0 has no 1W0; a table to train with has an F and either a B or an I with its W"),
+        ("0F0,1F0,1W0,0B0", "1W0 comes before 1I0"),
+        ("0F0,1F0,1B0,1W0,0B0", "1W0 comes before 1I0"),
+        ("0F0,1F0,1I0,1W0,1B0,0B0", "1B0 is computed twice"),
+        ("0F0,1F0,1B0,1I0,1W0,0B0", "1I0 is computed twice"),
+        ("0F0,1F0,1B0", "rank 0: 0B0 is missing; a table to train with"),
+        ("0F0,1F0,1B0,0F1,(1F1;0B0)OVERLAP_F_B,1B1", "0B1 is missing"),
+    ],
+)
+def test_parts_of_a_backward_that_do_not_belong_together_are_named(text: str, said: str) -> None:
+    with pytest.raises(ScheduleError, match=said):
+        validate(from_csv(text), training=True)
+
+
+def test_forwards_alone_are_a_table_but_none_to_train_with() -> None:
+    for layout in (lay_straight(2), lay_looped(2, 2), lay_v(2), lay_bidirectional(4)):
+        table = from_csv(to_csv(build_forward_only(layout, 8)))
+        assert table.is_forward_only and not build("1f1b", 2, 8).is_forward_only
+        with pytest.raises(ScheduleError, match="rank 0: 0B0 is missing; a table to train with has an F and"):
+            validate(table, training=True)
 
 
 def test_memory_is_bounded_when_asked() -> None:

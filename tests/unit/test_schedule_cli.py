@@ -39,6 +39,16 @@ def test_show_reads_a_file_and_prints_json(tmp_path: Path, capsys: pytest.Captur
     assert figures["layout"] == "v" and figures["peak_activations"] == [4.0] * 4 and figures["peak_bytes"] == [80.0] * 4
 
 
+def test_show_says_that_forwards_alone_do_not_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "forwards.csv"
+    path.write_text("0F0,0F1\n1F0,1F1\n")
+    code, out, _ = run(["show", str(path)], capsys)
+    assert code == 0 and "makespan 3" in out and "forwards alone: a step of evaluation, not a table to train with" in out
+    assert "forwards alone" not in run(["show", "1f1b", "--ranks", "2", "--microbatches", "2"], capsys)[1]
+    code, out, _ = run(["compare", str(path), "--ranks", "2", "--microbatches", "2"], capsys)
+    assert code == 0 and "straight" in out and " 3 " in out
+
+
 def test_compare_lists_the_fastest_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--ranks", "8", "--microbatches", "32", "--overlap", "0.8", "--max-chunks", "4"]
     code, out, _ = run(["compare", *sizes], capsys)
@@ -93,12 +103,16 @@ def test_search_keeps_the_cap_and_says_how_far_it_is(tmp_path: Path, capsys: pyt
             ["compare", "1f1b", "zbv", "--ranks", "2", "--microbatches", "8", "--csv", "x.csv"],
             "takes one table and 2 were compared",
         ),
+        (
+            ["compare", "1f1b", "{forwards}", "gpipe", "--ranks", "1", "--microbatches", "2"],
+            "{forwards} has forwards alone and gpipe backwards too: compare the two kinds apart",
+        ),
         (["search", "--ranks", "2", "--microbatches", "8", "--max-activations", "0.1"], "the smallest cap that does is 1"),
         (["search", "--ranks", "2", "--microbatches", "8", "--max-chunks", "0"], "0 chunks given"),
     ],
 )
 def test_bad_input_gets_one_line(argv: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = {"bad": "0F0,0B0\n1X0\n", "twice": "0F0,0F0,0B0\n", "good": "0F0,0B0\n"}
+    files = {"bad": "0F0,0B0\n1X0\n", "twice": "0F0,0F0,0B0\n", "good": "0F0,0B0\n", "forwards": "0F0,0F1\n"}
     for name, text in files.items():
         (tmp_path / f"{name}.csv").write_text(text)
     names = {name: str(tmp_path / f"{name}.csv") for name in files}

@@ -19,7 +19,6 @@ from counterflow.schedule import (
 )
 from counterflow.schedule.layouts import BIDIRECTIONAL, LOOPED, STRAIGHT, Layout, V
 
-
 def choose_layout(options: Options, ranks: int, chunks: int) -> Layout:
     """Return the layout of the table that the named schedule, or the file, means on ``ranks`` pipeline ranks."""
     if options.schedule_file is not None:
@@ -76,7 +75,7 @@ def build_table(options: Options, ranks: int, microbatches: int, chunks: int, gr
         measured = "dualpipev" if options.overlap else "zbv"
         name = measured if options.schedule == AUTO else options.schedule
         table = build(name, ranks, microbatches, **{k: v for k, v in sizes.items() if v is not None})
-    validate(table)
+    _require_training(table, options)
     if options.overlap and not any(action.parts for row in table.actions for action in row):
         raise OptionError(
             f"--cf-overlap runs overlapped pairs F&B and {options.schedule} has none with {microbatches} micro-batches on "
@@ -84,6 +83,15 @@ def build_table(options: Options, ranks: int, microbatches: int, chunks: int, gr
             "--cf-overlap"
         )
     return table
+
+
+def _require_training(table: ScheduleTable, options: Options) -> None:
+    try:
+        validate(table, training=True)
+    except ScheduleError as error:
+        if options.schedule_file is None:
+            raise
+        raise ScheduleError(f"--cf-schedule {options.schedule_file} cannot train: {error}", error.place) from None
 
 
 def _require_rising_forwards(table: ScheduleTable) -> None:

@@ -37,6 +37,11 @@ class ScheduleTable:
         text = "\n".join(",".join(map(str, row)) for row in self.actions)
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
+    @cached_property
+    def is_forward_only(self) -> bool:
+        """Whether the table has forwards alone: it evaluates a model, and trains nothing."""
+        return all(single.kind == "F" for rank in range(self.ranks) for single in self.singles(rank))
+
     def singles(self, rank: int) -> Iterator[Action]:
         """Yield the rank's F, I, W and B actions in order, overlapped pairs taken apart."""
         for action in self.actions[rank]:

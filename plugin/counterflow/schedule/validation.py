@@ -9,6 +9,8 @@ from counterflow.schedule.table import ScheduleTable
 from counterflow.schedule.timeline import HELD_AFTER
 from counterflow.schedule.transport import require_transport
 
+# What a table has to hold of every stage and micro-batch if a model is to be trained with it.
+COMPLETE = "a table to train with has an F and either a B or an I with its W for every stage and micro-batch"
 # What a (stage, micro-batch) needs on its own rank before each kind of action.
 NEEDS = {"F": "", "B": "F", "I": "F", "W": "I"}
 
@@ -16,6 +18,7 @@ NEEDS = {"F": "", "B": "F", "I": "F", "W": "I"}
 def validate(
     table: ScheduleTable,
     *,
+    training: bool = False,
     transport: str | None = None,
     receives_ahead: int = 0,
     max_activations: float | None = None,
@@ -24,13 +27,14 @@ def validate(
     """Raise `ScheduleError`, naming rank, position and action, unless the table can run.
 
     A table has each (stage, micro-batch) forward once and then its backward once, whole (B) or split
-    (I, then W), or has forwards alone. Without ``transport``, sends never wait, as in this project's runtime; ``blocking``
-    and ``batched`` are checked with ``receives_ahead`` as in `transport`. ``max_activations`` and ``max_queued`` bound the live
-    activations and queued weight gradients of a rank, in micro-batches of 1/P of the model.
+    (I, then W), or has forwards alone, which train nothing: with ``training`` they are not enough. Without ``transport``, sends
+    never wait, as in this project's runtime; ``blocking`` and ``batched`` are checked with ``receives_ahead`` as in `transport`.
+    ``max_activations`` and ``max_queued`` bound the live activations and queued weight gradients of a rank, in micro-batches of
+    1/P of the model.
     """
     if table.layout.name == BIDIRECTIONAL and table.microbatches % 2:
         raise ScheduleError(f"{table.name}: {table.microbatches} micro-batches in two directions; it needs an even number")
-    forward_only = not any(single.kind != "F" for rank in range(table.ranks) for single in table.singles(rank))
+    forward_only = table.is_forward_only and not training
     for rank in range(table.ranks):
         _check_row(table, rank, forward_only)
         _check_memory(table, rank, max_activations, max_queued)
@@ -58,14 +62,15 @@ def _check_row(table: ScheduleTable, rank: int, forward_only: bool) -> None:
             seen.add((single.kind, stage, m))
         if action.parts and len({(single.stage, single.microbatch) for single in action.parts}) == 1:
             raise _error(rank, position, action, f"{action.parts[1]} needs {action.parts[0]}: the two cannot overlap")
+    rule = "" if forward_only else f"; {COMPLETE}"
     for kinds in ("F",) if forward_only else ("F", "BI"):
         for stage in held:
             for m in range(table.microbatches):
                 if table.rank_of(stage, m) == rank and not any((kind, stage, m) in seen for kind in kinds):
-                    raise ScheduleError(f"rank {rank}: {stage}{kinds[0]}{m} is missing", (rank, None))
+                    raise ScheduleError(f"rank {rank}: {stage}{kinds[0]}{m} is missing{rule}", (rank, None))
     for kind, stage, m in sorted(seen):
         if kind == "I" and ("W", stage, m) not in seen:
-            raise ScheduleError(f"rank {rank}: {stage}I{m} has no {stage}W{m}", (rank, None))
+            raise ScheduleError(f"rank {rank}: {stage}I{m} has no {stage}W{m}{rule}", (rank, None))
 
 
 def _check_memory(table: ScheduleTable, rank: int, max_activations: float | None, max_queued: float | None) -> None:
