@@ -25,7 +25,7 @@ from counterflow.config import Options
 from counterflow.errors import OptionError
 from counterflow.megatron.balanced_model import BalancedModel, open_group
 from counterflow.megatron.checks import check_loop
-from counterflow.megatron.trainer import find_arguments
+from counterflow.megatron.trainer import find_arguments, number_iteration
 from counterflow.moe.planning import compile_planner
 
 # Beside a checkpoint: the last loads, from which the next run plans.
@@ -47,7 +47,7 @@ class ExpertBalancer:
         # None on a pipeline rank without MoE layers.
         self._model: BalancedModel | None = None
         self._said: dict[str, float] | None = None
-        self._steps = 0
+        self._training_steps = 0
 
     def wrap_schedule(self, forward_backward: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a ``forward_backward`` function."""
@@ -61,10 +61,9 @@ class ExpertBalancer:
             if kwargs.get("forward_only", False):
                 return self._evaluate(partial(forward_backward, *args, **kwargs))
             if self._model is not None:
-                self._steps += 1
-                trainer = find_arguments()
-                self._model.begin_step(self._steps if trainer is None else trainer.curr_iteration + 1)
+                self._model.begin_step(number_iteration(self._training_steps))
             result = forward_backward(*args, **kwargs)
+            self._training_steps += 1
             self._end_step(kwargs["num_microbatches"])
             return result
 

@@ -25,6 +25,7 @@ from counterflow.megatron.embeddings import add_embedding_gradients
 from counterflow.megatron.gradient_sync import GradientSync
 from counterflow.megatron.overlap import OverlapWork
 from counterflow.megatron.tables import build_table, choose_layout, count_replicas, name_model_layout
+from counterflow.megatron.trainer import number_iteration
 from counterflow.megatron.work import MegatronWork, Step, move_to_last_rank
 from counterflow.megatron.zero_bubble import watch_reductions
 from counterflow.runtime.executor import run_program
@@ -100,11 +101,12 @@ class PipelineSchedule:
         # An MTP layer on a stage of its own hands on its output beside its input: longer than what it was given.
         varies = config.variable_seq_lengths or getattr(config, "mtp_standalone", False)
         mailbox = Mailbox(channels, None if varies else tuple(shape), config.pipeline_dtype, device)
-        watch.begin(self._training_steps)
+        iteration = number_iteration(self._training_steps, forward_only=forward_only)
+        watch.begin(iteration, is_evaluation=forward_only)
         if forward_only:
             run_program(program, MegatronWork(step, self._make_sync(step, channels)), mailbox, watch=watch)
         else:
-            self._train(step, program, channels, mailbox, watch)
+            self._train(step, program, channels, mailbox, watch, iteration)
         move_to_last_rank(step, groups.pp, rank)
 
         if config.finalize_model_grads_func is not None and not forward_only:
@@ -116,7 +118,7 @@ class PipelineSchedule:
             config.timers("forward-backward").stop()
         return step.losses
 
-    def _train(self, step: Step, program: Program, channels: Channels, mailbox: Mailbox, watch: Watch) -> None:
+    def _train(self, step: Step, program: Program, channels: Channels, mailbox: Mailbox, watch: Watch, iteration: int) -> None:
         measured = self._auto is not None and self._auto.is_measuring
         is_recorded = measured or self._options.record is not None
         recorder = Recorder(channels.rank, step.num_tokens.is_cuda) if is_recorded else None
@@ -133,7 +135,7 @@ class PipelineSchedule:
             self._auto.note(spans)
         if self._options.record is not None:
             name = program.table.name
-            append_record(self._options.record, channels.pipeline_ranks, channels.rank, self._training_steps, name, spans)
+            append_record(self._options.record, channels.pipeline_ranks, channels.rank, iteration, name, spans)
         self._training_steps += 1
 
     def _make_sync(self, step: Step, channels: Channels) -> GradientSync:

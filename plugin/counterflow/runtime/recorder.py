@@ -5,10 +5,11 @@ timeline. On a CPU the host's clock is the truth. On a GPU the host only issues 
 are recorded and read after the step (untested on GPU).
 """
 
+import io
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -85,9 +86,20 @@ def check_folder(option: str, directory: Path) -> None:
 def append_record(directory: Path, pipeline_ranks: list[int], rank: int, step: int, schedule: str, spans: list[Span]) -> None:
     """Append one rank's spans of a step, as a line, to ``DIR/timeline-rank<global rank>.jsonl``.
 
+    ``step`` is the trainer's number; a step that is recorded again, as after a resume, gets another line, and the later counts.
     ``pipeline_ranks`` are the global ranks of the pipeline, ``rank`` this one's place among them.
     """
     directory.mkdir(parents=True, exist_ok=True)
     line = dump_record(step, schedule, pipeline_ranks[0], rank, spans)
-    with (directory / f"timeline-rank{pipeline_ranks[rank]:05d}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    with (directory / f"timeline-rank{pipeline_ranks[rank]:05d}.jsonl").open("a+b") as file:
+        _drop_unfinished_line(file)
+        file.write(line.encode() + b"\n")
+
+
+def _drop_unfinished_line(file: IO[bytes]) -> None:
+    """Cut off what a kill left of a line."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - 1))
+    if size and file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))

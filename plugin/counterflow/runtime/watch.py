@@ -33,6 +33,7 @@ class State(TypedDict):
 
     time: float
     step: int
+    is_evaluation: bool
     action: str
     position: int
     seconds: float
@@ -52,7 +53,7 @@ class Watch:
         self._store = dist.distributed_c10d.PrefixStore("counterflow/watch", store)
         self._pipeline_ranks, self._rank = pipeline_ranks, rank
         self._limit = limit
-        self._step_number = 0
+        self._step_number, self._is_evaluation = 0, False
         self._position = 0
         self._action: Action | None = None
         self._since = time.monotonic()
@@ -65,9 +66,9 @@ class Watch:
         beat = partial(_beat, weakref.ref(self), self._stop, self._interval)
         threading.Thread(target=beat, daemon=True, name="counterflow-watch").start()
 
-    def begin(self, step: int) -> None:
-        """A training or evaluation step begins."""
-        self._step_number = step
+    def begin(self, step: int, *, is_evaluation: bool = False) -> None:
+        """A training step begins, or one of an evaluation after that training step."""
+        self._step_number, self._is_evaluation = step, is_evaluation
 
     def enter(self, position: int, instruction: Instruction) -> None:
         """The rank has come to this action."""
@@ -87,6 +88,7 @@ class Watch:
         return State(
             time=time.time(),
             step=self._step_number,
+            is_evaluation=self._is_evaluation,
             action=str(self._action),
             position=self._position,
             seconds=round(time.monotonic() - self._since, 1),
@@ -143,7 +145,8 @@ class Watch:
             time.sleep(0.1)
 
     def _phrase(self, rank: int, state: State, end: str) -> str:
-        where = f"{state['action']} (step {state['step']}, position {state['position']})"
+        step = f"{'evaluation after ' if state['is_evaluation'] else ''}step {state['step']}"
+        where = f"{state['action']} ({step}, position {state['position']})"
         doing = f"waited {state['seconds']} s in {where} for {state['waits']}" if state["waits"] else f"was in {where}"
         recent = " ".join(state["recent"]) or "none"
         return f"rank {rank} (global rank {self._pipeline_ranks[rank]}) {doing}, {end}, actions before: {recent}"

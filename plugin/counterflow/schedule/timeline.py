@@ -127,7 +127,7 @@ class Timeline:
 
 
 def dump_record(step: int, schedule: str, pipeline: int, rank: int, spans: Iterable[Span]) -> str:
-    """Return one rank's spans of one training step as a line of JSON.
+    """Return one rank's spans of one training step, by the trainer's number, as a line of JSON.
 
     ``pipeline`` is the global rank of the pipeline's first rank: it tells data-parallel pipelines apart.
     """
@@ -138,13 +138,17 @@ def dump_record(step: int, schedule: str, pipeline: int, rank: int, spans: Itera
 def load_record(directory: Path, step: int, pipeline: int = 0) -> Timeline:
     """Read one step of one pipeline from the ``timeline-rank*.jsonl`` files that ``--cf-record`` wrote.
 
-    Of a step recorded twice, as after a resume, the later counts. Raises `ScheduleError` where there is no such step or a file is
-    not a record.
+    Of a step that a rank recorded twice, as after a resume or where the trainer ran it again, the later counts. Raises
+    `ScheduleError` where there is no such step or a file is not a record.
     """
     rows: dict[int, list[Span]] = {}
-    for record, where in _read_lines(directory):
-        if (record["step"], record["pipeline"]) == (step, pipeline):
-            rank, spans = _parse_spans(record, where)
+    for path in _list_files(directory):
+        # Of one rank, which may have had another place in the pipeline before a resume.
+        last = None
+        for record, where in _read_lines(path):
+            last = (record, where) if record["step"] == step else last
+        if last is not None and last[0]["pipeline"] == pipeline:
+            rank, spans = _parse_spans(*last)
             rows[rank] = spans
     if not any(rows.values()):
         raise ScheduleError(f"{directory}: no recorded spans of step {step}, pipeline {pipeline}; record with --cf-record DIR")
@@ -154,30 +158,37 @@ def load_record(directory: Path, step: int, pipeline: int = 0) -> Timeline:
 def find_last_step(directory: Path, pipeline: int = 0) -> int:
     """Return the last step that every recorded rank of the pipeline has; raises `ScheduleError` where there is none."""
     steps: dict[int, set[int]] = {}
-    for record, _ in _read_lines(directory):
-        if record["pipeline"] == pipeline:
-            steps.setdefault(record["rank"], set()).add(record["step"])
+    for path in _list_files(directory):
+        places = {record["step"]: (record["pipeline"], record["rank"]) for record, _ in _read_lines(path)}
+        for step, (other, rank) in places.items():
+            if other == pipeline:
+                steps.setdefault(rank, set()).add(step)
     common = set.intersection(*steps.values()) if steps else set()
     if not common:
         raise ScheduleError(f"{directory}: no recorded step of pipeline {pipeline}; record with --cf-record DIR")
     return max(common)
 
 
-def _read_lines(directory: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield each line of each rank's file as written by `dump_record`, and where it is."""
-    for path in sorted(Path(directory).glob("timeline-rank*.jsonl")):
-        if path.stat().st_size > MAX_RECORD_BYTES:
-            raise ScheduleError(f"{path}: larger than {MAX_RECORD_BYTES} bytes; not a recorded timeline")
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(lines, start=1):
-                where = f"{path}, line {number}"
-                try:
-                    record = json.loads(line)
-                    if not all(isinstance(record[key], int) for key in ("step", "pipeline", "rank")):
-                        raise ValueError("step, pipeline and rank are to be whole numbers")
-                    yield record, where
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ScheduleError(f"{where}: not a recorded timeline: {error}") from error
+def _list_files(directory: Path) -> list[Path]:
+    return sorted(Path(directory).glob("timeline-rank*.jsonl"))
+
+
+def _read_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield each line of one rank's file as written by `dump_record`, and where it is; not one that a kill left unfinished."""
+    if path.stat().st_size > MAX_RECORD_BYTES:
+        raise ScheduleError(f"{path}: larger than {MAX_RECORD_BYTES} bytes; not a recorded timeline")
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith("\n"):
+                return
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line)
+                if not all(isinstance(record[key], int) for key in ("step", "pipeline", "rank")):
+                    raise ValueError("step, pipeline and rank are to be whole numbers")
+                yield record, where
+            except (ValueError, KeyError, TypeError) as error:
+                raise ScheduleError(f"{where}: not a recorded timeline: {error}") from error
 
 
 def _parse_spans(record: dict[str, Any], where: str) -> tuple[int, list[Span]]:
