@@ -9,7 +9,8 @@ import pytest
 
 from counterflow.config import Options
 from counterflow.errors import CounterflowError, OptionError
-from counterflow.megatron.checks import count_microbatches, prepare_arguments
+from counterflow.megatron.batches import Batch, list_batches
+from counterflow.megatron.checks import prepare_arguments
 from counterflow.schedule import ScheduleTable, build, build_forward_only, lay_bidirectional, lay_v, to_csv
 
 
@@ -48,7 +49,54 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     ("schedule", "given", "said"),
     [
         ("dualpipev", {"global_batch_size": 6}, "dualpipev: 3 micro-batches on 2 ranks given; it needs at least 4 micro-batches"),
-        ("dualpipev", {"rampup_batch_size": ["4", "4", "100"]}, "2 micro-batches on 2 ranks given"),
+        (
+            "dualpipev",
+            {"global_batch_size": None, "step_batch_size_schedule": "0:4 160:16", "train_iters": 50},
+            "2 micro-batches on 2 ranks given; it needs at least 4 micro-batches (two per rank); this run has batches of 4 "
+            "samples (2 micro-batches), then 16 samples (8 micro-batches): change --step-batch-size-schedule, --micro-batch-size",
+        ),
+        (
+            "dualpipev",
+            {"global_batch_size": None, "step_batch_size_schedule": "0:16 160:32 320:16", "train_iters": 50},
+            "a batch of 32 samples is followed by one of 16, where Megatron-Core ends a run: give batch sizes that grow",
+        ),
+        (
+            "interleaved",
+            {
+                "global_batch_size": None,
+                "step_batch_size_schedule": "0:16 1K:18",
+                "train_samples": 2000,
+                "num_virtual_stages_per_pipeline_rank": 2,
+            },
+            "a multiple of 2",
+        ),
+        (
+            "dualpipe",
+            {"global_batch_size": None, "step_batch_size_schedule": "0:4,40:16", "train_iters": 50},
+            "dualpipe: 2 micro-batches per replica on 2 pipeline ranks given; it needs at least 4 (two per pipeline rank); "
+            "this run has batches of 4 samples (2 micro-batches), then 16 samples (8 micro-batches): change --step-batch-size",
+        ),
+        (
+            "auto",
+            {"global_batch_size": None, "step_batch_size_schedule": "0:16 32:17", "train_iters": 50},
+            "a batch of 17 samples does not divide into micro-batches of 1 on 2 data-parallel replicas",
+        ),
+        ("dualpipev", {"global_batch_size": 17}, "cannot cut these batches into micro-batches: global batch size (17)"),
+        ("dualpipev", {"global_batch_size": 7, "decrease_batch_size_if_needed": True}, "3 micro-batches on 2 ranks given"),
+        ("zbv", {"step_batch_size_schedule": "16"}, 'cannot cut these batches into micro-batches: Invalid schedule entry "16"'),
+        ("zbv", {"step_batch_size_schedule": "5:16"}, "first schedule entry must have threshold 0, got 5"),
+        (
+            "dualpipev",
+            {"tensor_parallel_num_weight_shards": 4},
+            "4 ranks do not fit TP x CP x PP x weight shards = 1 x 1 x 2 x 4 = 8: start a multiple of 8 ranks",
+        ),
+        (
+            "dualpipev",
+            {"expert_tensor_parallel_num_weight_shards": 2},
+            "4 ranks do not fit EP x ETP x PP x weight shards = 2 x 1 x 2 x 2 = 8",
+        ),
+        ("dualpipev", {"full_validation": True}, "of several model chunks per rank, does not run with --full-validation"),
+        ("dualpipe", {"perform_rl_step": True}, "of several model chunks per rank, does not run with --perform-rl-step"),
         ("dualpipev", {"num_layers": 6}, "6 layers cannot be laid out on 4 stages"),
         ("dualpipev", {"num_layers": 6}, "multiple of 4 (4 or 8)"),
         (
@@ -178,7 +226,122 @@ def test_upstreams_flag_alone_points_to_ours() -> None:
 
 def test_the_world_size_of_the_launcher_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert count_microbatches(make_arguments(), ranks=2) == 4
+    assert list_batches(make_arguments(), ranks=2) == [Batch(16, 4)]
+
+
+STEPS = "0:16, 4K:32 8K:64"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, [(16, 8)]),
+        ({"global_batch_size": None}, [(2, 1)]),
+        # Ignored since 0.18.
+        ({"rampup_batch_size": ["4", "4", "100"]}, [(16, 8)]),
+        ({"global_batch_size": 19, "decrease_batch_size_if_needed": True}, [(18, 9)]),
+        ({"step_batch_size_schedule": STEPS, "train_iters": 250}, [(16, 8)]),
+        ({"step_batch_size_schedule": STEPS, "train_iters": 251}, [(16, 8), (32, 16)]),
+        ({"step_batch_size_schedule": STEPS, "train_iters": 10**12}, [(16, 8), (32, 16), (64, 32)]),
+        ({"step_batch_size_schedule": STEPS, "train_samples": 4000}, [(16, 8)]),
+        ({"step_batch_size_schedule": STEPS, "train_samples": 4001}, [(16, 8), (32, 16)]),
+        ({"step_batch_size_schedule": STEPS, "train_samples": 10**12}, [(16, 8), (32, 16), (64, 32)]),
+        # Thresholds are tokens where a sample's length is known.
+        ({"step_batch_size_schedule": STEPS, "train_samples": 100, "seq_length": 100}, [(16, 8), (32, 16), (64, 32)]),
+        ({"step_batch_size_schedule": STEPS}, [(16, 8)]),
+        ({"step_batch_size_schedule": "0:16 1K:16 2K:32", "train_iters": 1000}, [(16, 8), (32, 16)]),
+        # What the run does not come to is no matter.
+        ({"step_batch_size_schedule": "0:16 1K:3", "train_iters": 63}, [(16, 8)]),
+        # Each of the data-parallel ranks that share a weight's shards has data of its own.
+        ({"tensor_parallel_num_weight_shards": 2, "world_size": 8}, [(16, 4)]),
+        ({"tensor_parallel_num_weight_shards": 4, "world_size": 16, "tensor_model_parallel_size": 2}, [(16, 4)]),
+        ({"micro_batch_size": None}, []),
+    ],
+)
+def test_every_batch_size_of_a_run_is_known(given: dict[str, Any], expected: list[tuple[int, int]]) -> None:
+    if "step_batch_size_schedule" in given:
+        given = {"global_batch_size": None, **given}
+    assert list_batches(make_arguments(**given), ranks=2) == [Batch(*one) for one in expected]
+
+
+def test_batches_are_listed_from_where_a_run_goes_on() -> None:
+    args = make_arguments(global_batch_size=None, step_batch_size_schedule=STEPS, train_iters=400)
+    assert list_batches(args, 2, consumed=4000, iteration=250) == [Batch(32, 16), Batch(64, 32)]
+    assert list_batches(args, 2, consumed=4000, iteration=300) == [Batch(32, 16)]
+    assert list_batches(args, 2, consumed=10**9, iteration=300) == [Batch(64, 32)]
+
+
+class Ramp:
+    """As Megatron-Core 0.17's calculator: batches grow by an increment, evenly over so many samples."""
+
+    def __init__(self, rampup: list[str], last: int, unit: int) -> None:
+        self.first, self.increment, self.samples = map(int, rampup)
+        self.last, self.unit = last, unit
+
+    def update(self, consumed: int, _consistency_check: bool) -> None:
+        steps = int(consumed / self.samples * (self.last - self.first) / self.increment)
+        self.batch = min(self.first + steps * self.increment, self.last)
+
+    def get(self) -> int:
+        return self.batch // self.unit
+
+    def get_current_global_batch_size(self) -> int:
+        return self.batch
+
+    get_current_running_global_batch_size = get_current_global_batch_size
+
+
+def test_where_megatron_ramps_every_size_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(
+        rank: int, rampup_batch_size: list[str], global_batch_size: int, micro_batch_size: int, data_parallel_size: int,
+        decrease_batch_size_if_needed: bool,
+    ) -> Ramp:  # fmt: skip
+        return Ramp(rampup_batch_size, global_batch_size, micro_batch_size * data_parallel_size)
+
+    monkeypatch.setattr("megatron.core.num_microbatches_calculator._build_num_microbatches_calculator", build)
+    ramped = make_arguments(global_batch_size=20, rampup_batch_size=["8", "4", "120"], train_samples=1000)
+    assert [batch.samples for batch in list_batches(ramped, 2)] == [8, 12, 16, 20]
+    assert [batch.samples for batch in list_batches(ramped, 2, consumed=50)] == [12, 16, 20]
+    prepare_arguments(ramped, Options(schedule="dualpipev"))
+    ramped.rampup_batch_size = ["4", "4", "120"]
+    with pytest.raises(OptionError, match=r"2 micro-batches on 2 ranks given.* 4 samples \(2 micro-batches\), then 8 samples"):
+        prepare_arguments(ramped, Options(schedule="dualpipev"))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zb-h1", "interleaved", "zbv", "dualpipev", "dualpipe", "auto"])
+def test_batches_that_grow_are_accepted(schedule: str) -> None:
+    args = make_arguments(
+        global_batch_size=None, step_batch_size_schedule="0:16 1000:64", train_iters=500,
+        num_virtual_stages_per_pipeline_rank=None if schedule in ("1f1b", "gpipe", "zb-h1") else 2,
+    )  # fmt: skip
+    prepare_arguments(args, Options(schedule=schedule))
+
+
+def test_a_ramp_that_megatron_ignores_is_ignored() -> None:
+    prepare_arguments(make_arguments(global_batch_size=12, rampup_batch_size=["2", "2", "1000"]), Options(schedule="dualpipev"))
+
+
+@pytest.mark.parametrize("iterations", [60, 200])
+def test_a_file_fits_one_batch_size(tmp_path: Path, iterations: int) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(to_csv(build("dualpipev", 2, 8)))
+    args = make_arguments(global_batch_size=None, step_batch_size_schedule="0:16 1000:64", train_iters=iterations)
+    if iterations < 63:
+        prepare_arguments(args, Options(schedule=str(path)))
+        return
+    with pytest.raises(OptionError) as raised:
+        prepare_arguments(args, Options(schedule=str(path)))
+    assert (
+        f"{path} is a table for one size, 8 micro-batches; this run has batches of 16 samples (8 micro-batches), then 64 samples "
+        "(32 micro-batches): keep to one batch size, or choose a schedule by name"
+    ) in str(raised.value)
+
+
+def test_nested_yaml_arguments_have_batches_too() -> None:
+    args = make_arguments(global_batch_size=None, step_batch_size_schedule="0:4 160:16", train_iters=50)
+    args.model_parallel = SimpleNamespace(pipeline_model_parallel_size=args.__dict__.pop("pipeline_model_parallel_size"))
+    with pytest.raises(OptionError, match="batches of 4 samples \\(2 micro-batches\\)"):
+        prepare_arguments(args, Options(schedule="dualpipev"))
 
 
 def test_nested_yaml_arguments_are_checked_alike() -> None:

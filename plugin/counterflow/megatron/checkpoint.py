@@ -11,6 +11,8 @@ from typing import Any
 
 from counterflow.config import Options
 from counterflow.errors import OptionError
+from counterflow.megatron.batches import list_batches
+from counterflow.megatron.checks import check_tables, flatten
 from counterflow.megatron.tables import choose_layout, name_model_layout
 
 
@@ -53,6 +55,23 @@ def refuse_other_layout(load_base_checkpoint: Callable[..., Any]) -> Callable[..
         # --use-checkpoint-args looks before this run's own layout is known.
         if saved_args is not None and hasattr(args, "virtual_pipeline_model_parallel_size"):
             _compare_layouts(saved_args, args)
+        return loaded
+
+    return load
+
+
+def refuse_batches_ahead(load_base_checkpoint: Callable[..., Any], options: Options) -> Callable[..., Any]:
+    """Wrap upstream's first look into a checkpoint, which says at which of the run's batch sizes it goes on."""
+
+    @wraps(load_base_checkpoint)
+    def load(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        loaded = load_base_checkpoint(load_dir, args, *rest, **kwargs)
+        state = loaded[0] or {}
+        if "args" in state and hasattr(args, "virtual_pipeline_model_parallel_size") and not args.finetune:
+            flat = flatten(args)
+            ranks, consumed = flat.pipeline_model_parallel_size, getattr(state["args"], "consumed_train_samples", 0)
+            batches = list_batches(flat, ranks, consumed, state.get("iteration", 0))
+            check_tables(flat, ranks, flat.virtual_pipeline_model_parallel_size or 1, options, batches)
         return loaded
 
     return load

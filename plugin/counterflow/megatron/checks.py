@@ -4,7 +4,8 @@ Works on Megatron's parsed but not yet validated arguments, so that the message 
 was given, what is allowed and what to change.
 """
 
-import os
+from math import prod
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,18 @@ from megatron.core.utils import get_model_config
 
 from counterflow.config import Options
 from counterflow.errors import OptionError, ScheduleError
+from counterflow.megatron.batches import (
+    Batch,
+    count_data_ranks,
+    count_model_ranks,
+    count_ranks,
+    count_weight_shards,
+    list_batches,
+)
+from counterflow.megatron.batches import get_argument as _get
 from counterflow.megatron.model import is_on_way_back, unwrap
 from counterflow.megatron.tables import build_table, choose_layout, count_replicas, name_model_layout
+from counterflow.schedule import read_csv
 from counterflow.schedule.layouts import LOOPED, STRAIGHT, Layout, V
 
 
@@ -43,13 +54,15 @@ def prepare_arguments(args: Any, options: Options) -> None:
         chunks = 2
     _check_chunks(options.schedule, layout, chunks)
     _check_unsupported(flat, options.schedule, options.overlap)
+    if layout != STRAIGHT:
+        _check_several_iterators(flat, options.schedule)
     _check_zero_bubble(flat, options)
     _check_multi_token_prediction(flat, options.schedule, layout)
     if layout == V:
         _check_v(flat, ranks, options.schedule)
     if count_replicas(table_layout) > 1:
         _check_crosslinked(flat, ranks, options.schedule)
-    _check_table(flat, ranks, chunks or 1, options)
+    _check_batches(flat, ranks, chunks or 1, options)
     if options.overlap:
         # Upstream's own flag, so that upstream refuses what its schedule plans cannot do.
         _owner(args, "overlap_moe_expert_parallel_comm").overlap_moe_expert_parallel_comm = True
@@ -69,28 +82,25 @@ def _owner(args: Any, name: str) -> Any:
     return section if isinstance(section, SimpleNamespace) and not hasattr(args, name) else args
 
 
-def _get(args: Any, name: str, default: Any) -> Any:
-    value = getattr(args, name, None)
-    return default if value is None else value
-
-
 def _read_layout(options: Options, ranks: int) -> Layout:
     # Interleaved is looped whatever the number of chunks asked for, which is checked against it.
     return choose_layout(options, ranks, 2 if options.schedule == "interleaved" else 1)
 
 
 def _check_world_size(args: Any, ranks: int) -> None:
-    world = int(os.environ.get("WORLD_SIZE", _get(args, "world_size", 1)))
+    world = count_ranks(args)
     tensor = _get(args, "tensor_model_parallel_size", 1)
     context = _get(args, "context_parallel_size", 1)
     expert = _get(args, "expert_model_parallel_size", 1)
     expert_tensor = _get(args, "expert_tensor_parallel_size", tensor)
-    dense, sparse = tensor * context * ranks, expert * expert_tensor * ranks
-    for size, what in ((dense, "TP x CP x PP"), (sparse, "EP x ETP x PP")):
-        if world % size:
-            values = (tensor, context, ranks) if what.startswith("TP") else (expert, expert_tensor, ranks)
+    for model, names, shards in (
+        ((tensor, context, ranks), "TP x CP x PP", count_weight_shards(args)),
+        ((expert, expert_tensor, ranks), "EP x ETP x PP", count_weight_shards(args, "expert_")),
+    ):
+        sizes, names = ((*model, shards), f"{names} x weight shards") if shards > 1 else (model, names)
+        if world % (size := prod(sizes)):
             raise OptionError(
-                f"{world} ranks do not fit {what} = {' x '.join(map(str, values))} = {size}: "
+                f"{world} ranks do not fit {names} = {' x '.join(map(str, sizes))} = {size}: "
                 f"start a multiple of {size} ranks or change the parallel sizes"
             )
 
@@ -149,6 +159,16 @@ def _check_unsupported(args: Any, schedule: str, overlap: bool) -> None:
             f"--cf-schedule {schedule} does not run under CUDA graphs: --cuda-graph-impl {graph} given, none is allowed; "
             "full-iteration and per-chunk graphs fix the order that the schedule decides"
         )
+
+
+def _check_several_iterators(args: Any, schedule: str) -> None:
+    """What Megatron runs with one data iterator, or with data on every model chunk, alone."""
+    refused = {
+        "full_validation": "--full-validation",
+        "multiple_validation_sets": "--multiple-validation-sets",
+        "perform_rl_step": "--perform-rl-step",
+    }
+    _refuse_flags(args, refused, f"--cf-schedule {schedule}, of several model chunks per rank,")
 
 
 def _refuse_flags(args: Any, refused: dict[str, str], ours: str) -> None:
@@ -211,11 +231,11 @@ def _check_v(args: Any, ranks: int, schedule: str) -> None:
 
 def _check_crosslinked(args: Any, ranks: int, schedule: str) -> None:
     """What cannot be linked in pairs, or would give a rank another replica's labels."""
-    replicas = _count_replicas(args, ranks)
+    replicas = count_data_ranks(args, ranks)
     if replicas % 2:
         raise OptionError(
             f"--cf-schedule {schedule} cross-links data-parallel replicas in pairs; this run has {replicas} "
-            f"(replicas of {_count_model_ranks(args, ranks)} ranks): start an even number of replicas, or choose dualpipev"
+            f"(replicas of {count_model_ranks(args, ranks)} ranks): start an even number of replicas, or choose dualpipev"
         )
     if getattr(args, "dataloader_type", None) == "external":
         raise OptionError(
@@ -223,7 +243,6 @@ def _check_crosslinked(args: Any, ranks: int, schedule: str) -> None:
             "--dataloader-type external given, single and cyclic are allowed, whose samplers are known"
         )
     reading = {
-        "perform_rl_step": "--perform-rl-step",
         "logits_load_dir": "--logits-load-dir",
         "logits_save_dir": "--logits-save-dir",
     }
@@ -235,35 +254,47 @@ def _check_crosslinked(args: Any, ranks: int, schedule: str) -> None:
             )
 
 
-def _check_table(args: Any, ranks: int, chunks: int, options: Options) -> None:
-    microbatches = count_microbatches(args, ranks)
-    if microbatches is None:
-        return
-    try:
-        build_table(options, ranks, microbatches, chunks, _get(args, "microbatch_group_size_per_vp_stage", None))
-    except ScheduleError as error:
-        if options.schedule_file is not None:
-            raise
-        raise OptionError(f"{error}: change --global-batch-size, --micro-batch-size or --pipeline-model-parallel-size") from None
+def _check_batches(args: Any, ranks: int, chunks: int, options: Options) -> None:
+    """Refuse batch sizes without a table; where a checkpoint decides which are still to come, they are checked as it is read."""
+    batches = list_batches(args, ranks)
+    if len(batches) == 1 or not may_resume(args):
+        check_tables(args, ranks, chunks, options, batches)
 
 
-def count_microbatches(args: Any, ranks: int) -> int | None:
-    """Return the fewest micro-batches a training step of these arguments has; None where unknown."""
-    micro = getattr(args, "micro_batch_size", None)
-    if micro is None:
-        return None
-    replicas = _count_replicas(args, ranks)
-    rampup = getattr(args, "rampup_batch_size", None)
-    batch = int(rampup[0]) if rampup else _get(args, "global_batch_size", micro * replicas)
-    return int(batch // (micro * replicas))
+def may_resume(args: Any) -> bool:
+    """Tell whether the run may go on from a checkpoint's samples."""
+    load = getattr(args, "load", None)
+    if not load or getattr(args, "finetune", False):
+        return False
+    elsewhere = getattr(args, "ckpt_step", None) or getattr(args, "non_persistent_ckpt_type", None) or "://" in str(load)
+    return bool(elsewhere) or (Path(load) / "latest_checkpointed_iteration.txt").is_file()
 
 
-def _count_replicas(args: Any, ranks: int) -> int:
-    return int(os.environ.get("WORLD_SIZE", _get(args, "world_size", 1))) // _count_model_ranks(args, ranks)
+def check_tables(args: Any, ranks: int, chunks: int, options: Options, batches: list[Batch]) -> None:
+    """Refuse a schedule that has no table for one of the batch sizes."""
+    counts = list(dict.fromkeys(batch.microbatches for batch in batches))
+    sizes = ", then ".join(f"{batch.samples} samples ({batch.microbatches} micro-batches)" for batch in batches[:8])
+    if options.schedule_file is not None and len(counts) > 1:
+        given = read_csv(options.schedule_file).microbatches
+        raise OptionError(
+            f"--cf-schedule {options.schedule_file} is a table for one size, {given} micro-batches; this run has batches of "
+            f"{sizes}: keep to one batch size, or choose a schedule by name, which is built for each"
+        )
+    several = f"; this run has batches of {sizes}" if len(batches) > 1 else ""
+    for count in counts:
+        try:
+            build_table(options, ranks, count, chunks, _get(args, "microbatch_group_size_per_vp_stage", None))
+        except ScheduleError as error:
+            if options.schedule_file is not None:
+                raise
+            raise OptionError(f"{error}{several}: change {_name_batch_flags(args)}") from None
 
 
-def _count_model_ranks(args: Any, ranks: int) -> int:
-    return int(_get(args, "tensor_model_parallel_size", 1) * _get(args, "context_parallel_size", 1) * ranks)
+def _name_batch_flags(args: Any) -> str:
+    size = "--global-batch-size"
+    if getattr(args, "step_batch_size_schedule", None) is not None:
+        size = "--step-batch-size-schedule"
+    return f"{size}, --micro-batch-size or --pipeline-model-parallel-size"
 
 
 def _check_eplb(args: Any, options: Options) -> None:

@@ -199,9 +199,10 @@ def install_schedule(patches: Patches, options: Options, check_model: Callable[[
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import schedules
 
-    from counterflow.megatron.checkpoint import refuse_other_layout
+    from counterflow.megatron.checkpoint import refuse_batches_ahead, refuse_other_layout
     from counterflow.megatron.crosslink import read_partners_data
     from counterflow.megatron.embeddings import keep_embeddings_on_first_rank, save_copies_once
+    from counterflow.megatron.iterators import draw_from_every_chunk, save_first_chunks_loader
     from counterflow.megatron.model import lay_out_as_v, mirror_dataset_provider
     from counterflow.megatron.schedule import PipelineSchedule
     from counterflow.megatron.tables import choose_layout, count_replicas, name_model_layout
@@ -220,6 +221,9 @@ def install_schedule(patches: Patches, options: Options, check_model: Callable[[
     take(patches, seams.GET_SCHEDULE, lambda original: _choose_schedule(original, run, options))
     patches.set(schedules, seams.OWN_TRANSFERS.symbol, _refuse_own_schedules(options))
     take(patches, seams.LOAD_CHECKPOINT, refuse_other_layout)
+    take(patches, seams.LOAD_CHECKPOINT, lambda original: refuse_batches_ahead(original, options))
+    take(patches, seams.SKIP_STEP, draw_from_every_chunk)
+    take(patches, seams.SAVE_LOADER, save_first_chunks_loader)
     if options.overlap:
         from counterflow.megatron.overlap import defer_inside_plans
 

@@ -150,6 +150,19 @@ SAVE_SHARDS = Seam(
     ("sharded_state_dict", "parallelization_group", "precomputed_distribution"),
     "V layout, checkpoints with copies of the embedding",
 )
+COUNT_MICROBATCHES = Seam(
+    "megatron.core.num_microbatches_calculator",
+    "_build_num_microbatches_calculator",
+    ("rank", "global_batch_size", "micro_batch_size", "data_parallel_size", "decrease_batch_size_if_needed"),
+    "batch sizes that a run will have",
+)
+SKIP_STEP = Seam("megatron.training.training", "dummy_train_step", ("data_iterator",), "skipped iterations of several chunks")
+SAVE_LOADER = Seam(
+    "megatron.training.checkpointing",
+    "maybe_save_dataloader_state",
+    ("train_iterator", "iteration", "dataloader_save_path"),
+    "data loaders of several chunks",
+)
 LOAD_CHECKPOINT = Seam(
     "megatron.training.checkpointing", "_load_base_checkpoint", ("load_dir", "args"), "optimizer state of another layout"
 )
@@ -216,6 +229,9 @@ SEAMS = (
     BUILD_ITERATORS,
     COMBINED_STEP,
     SAVE_SHARDS,
+    COUNT_MICROBATCHES,
+    SKIP_STEP,
+    SAVE_LOADER,
     LOAD_CHECKPOINT,
     SPLIT_LINEAR,
     MOE_LAYER,
