@@ -13,18 +13,7 @@ from counterflow.config import Options
 from counterflow.errors import OptionError
 from counterflow.megatron.batches import list_batches
 from counterflow.megatron.checks import check_tables, flatten
-from counterflow.megatron.tables import choose_layout, name_model_layout
-
-
-def name_layout(args: Any) -> str:
-    """Return the model's layout (``straight 1``, ``looped 2``, ``v 2``) under which these arguments train."""
-    chunks = getattr(args, "virtual_pipeline_model_parallel_size", None) or 1
-    schedule = getattr(args, "cf_schedule", None)
-    # model_construct: a file named in an old checkpoint need not exist any more to be a file's name.
-    options = Options.model_construct(schedule=schedule)
-    if options.schedule_file is not None and not options.schedule_file.is_file():
-        return f"that of {schedule}"
-    return f"{name_model_layout(choose_layout(options, 2, chunks))} {chunks}"
+from counterflow.megatron.stamp import guess_layout, name_layout
 
 
 def refuse_other_experts(load_base_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,6 +36,7 @@ def refuse_other_experts(load_base_checkpoint: Callable[..., Any]) -> Callable[.
 
 def refuse_other_layout(load_base_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap upstream's first look into a checkpoint, which reads its arguments and no tensor yet."""
+    said: set[str] = set()
 
     @wraps(load_base_checkpoint)
     def load(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -54,7 +44,12 @@ def refuse_other_layout(load_base_checkpoint: Callable[..., Any]) -> Callable[..
         saved_args = (loaded[0] or {}).get("args")
         # --use-checkpoint-args looks before this run's own layout is known.
         if saved_args is not None and hasattr(args, "virtual_pipeline_model_parallel_size"):
-            _compare_layouts(saved_args, args)
+            notes = [_compare_layouts(load_dir, saved_args, args), _compare_tables(load_dir, saved_args, args)]
+            for note in notes:
+                # Upstream looks more than once.
+                if note is not None and note not in said and args.rank == 0:
+                    print(f"counterflow: {note}", flush=True)
+                    said.add(note)
         return loaded
 
     return load
@@ -77,14 +72,39 @@ def refuse_batches_ahead(load_base_checkpoint: Callable[..., Any], options: Opti
     return load
 
 
-def _compare_layouts(saved_args: Any, args: Any) -> None:
-    saved, now = name_layout(saved_args), name_layout(args)
+def _compare_layouts(load_dir: Any, saved_args: Any, args: Any) -> str | None:
+    """Refuse optimizer state that does not fit this run's layout; return what is to be said of a guess."""
     is_flat = getattr(saved_args, "use_distributed_optimizer", False) and not getattr(
         saved_args, "dist_ckpt_optim_fully_reshardable", False
     )
-    if is_flat and saved != now and not (args.no_load_optim or args.finetune):
+    if not is_flat or args.no_load_optim or args.finetune:
+        return None
+    saved, now, note = name_layout(saved_args), name_layout(args), None
+    if saved is None:
+        saved, note = _guess_layout(load_dir, saved_args)
+    if saved != now:
         raise OptionError(
             f"the checkpoint's optimizer state was saved under layout {saved!r} in a form that only fits that layout; "
             f"this run has {now!r}: resume with the schedule it was saved under, or save with "
-            "--dist-ckpt-optim-fully-reshardable, or load the weights alone with --no-load-optim"
+            "--dist-ckpt-optim-fully-reshardable, or load the weights alone with --no-load-optim" + (f"; {note}" if note else "")
         )
+    return note
+
+
+def _guess_layout(load_dir: Any, saved_args: Any) -> tuple[str, str]:
+    unsaid = f"the checkpoint in {load_dir} does not say which layout its table {saved_args.cf_schedule} had, 'looped 2' or 'v 2'"
+    guess = guess_layout(saved_args)
+    if guess is None:
+        raise OptionError(
+            f"{unsaid}, its optimizer state only fits that layout, and there is no such table any more: put it back where it was "
+            "or load the weights alone with --no-load-optim"
+        )
+    return guess, f"{unsaid}; taken for the {guess!r} that the file holds today"
+
+
+def _compare_tables(load_dir: Any, saved_args: Any, args: Any) -> str | None:
+    """Return what is to be said where the file of a run that goes on has changed."""
+    before, now = (getattr(one, "cf_table", None) for one in (saved_args, args))
+    if before is None or now is None or before == now or saved_args.cf_schedule != args.cf_schedule or args.finetune:
+        return None
+    return f"{args.cf_schedule} has another table than the run that saved the checkpoint in {load_dir} ({now}, then {before})"

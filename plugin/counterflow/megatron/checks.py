@@ -24,8 +24,8 @@ from counterflow.megatron.batches import (
 )
 from counterflow.megatron.batches import get_argument as _get
 from counterflow.megatron.model import is_on_way_back, unwrap
-from counterflow.megatron.tables import build_table, choose_layout, count_replicas, name_model_layout
-from counterflow.schedule import read_csv
+from counterflow.megatron.stamp import stamp_layout
+from counterflow.megatron.tables import build_table, choose_layout, count_replicas, name_model_layout, read_table
 from counterflow.schedule.layouts import LOOPED, STRAIGHT, Layout, V
 
 
@@ -63,6 +63,7 @@ def prepare_arguments(args: Any, options: Options) -> None:
     if count_replicas(table_layout) > 1:
         _check_crosslinked(flat, ranks, options.schedule)
     _check_batches(flat, ranks, chunks or 1, options)
+    stamp_layout(args, options, f"{layout} {chunks or 1}")
     if options.overlap:
         # Upstream's own flag, so that upstream refuses what its schedule plans cannot do.
         _owner(args, "overlap_moe_expert_parallel_comm").overlap_moe_expert_parallel_comm = True
@@ -275,7 +276,7 @@ def check_tables(args: Any, ranks: int, chunks: int, options: Options, batches: 
     counts = list(dict.fromkeys(batch.microbatches for batch in batches))
     sizes = ", then ".join(f"{batch.samples} samples ({batch.microbatches} micro-batches)" for batch in batches[:8])
     if options.schedule_file is not None and len(counts) > 1:
-        given = read_csv(options.schedule_file).microbatches
+        given = read_table(options).microbatches
         raise OptionError(
             f"--cf-schedule {options.schedule_file} is a table for one size, {given} micro-batches; this run has batches of "
             f"{sizes}: keep to one batch size, or choose a schedule by name, which is built for each"

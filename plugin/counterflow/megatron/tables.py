@@ -5,6 +5,8 @@ Megatron deals the stages of one replica. They differ in full DualPipe alone: a 
 a V model.
 """
 
+import weakref
+
 from counterflow.config import AUTO, Options
 from counterflow.errors import OptionError, ScheduleError
 from counterflow.schedule import (
@@ -19,10 +21,28 @@ from counterflow.schedule import (
 )
 from counterflow.schedule.layouts import BIDIRECTIONAL, LOOPED, STRAIGHT, Layout, V
 
+# By the identity of the options: equal ones of a later start read anew.
+_tables: dict[int, ScheduleTable] = {}
+
+
+def read_table(options: Options) -> ScheduleTable:
+    """Return the table of the options' file, as it was when these options were first asked for it.
+
+    The model's layout, every step's table and what a checkpoint says of them have to fit each other, whatever becomes of the file
+    while the run goes on.
+    """
+    key = id(options)
+    if key not in _tables:
+        assert options.schedule_file is not None
+        _tables[key] = read_csv(options.schedule_file)
+        weakref.finalize(options, _tables.pop, key, None)
+    return _tables[key]
+
+
 def choose_layout(options: Options, ranks: int, chunks: int) -> Layout:
     """Return the layout of the table that the named schedule, or the file, means on ``ranks`` pipeline ranks."""
     if options.schedule_file is not None:
-        layout = read_csv(options.schedule_file).layout
+        layout = read_table(options).layout
         if layout.name not in (STRAIGHT, LOOPED, V, BIDIRECTIONAL):
             raise OptionError(
                 f"--cf-schedule {options.schedule_file} is a table on the {layout.name} layout; this version builds Megatron "
@@ -49,7 +69,7 @@ def count_replicas(layout: Layout) -> int:
 def build_table(options: Options, ranks: int, microbatches: int, chunks: int, group: int | None = None) -> ScheduleTable:
     """Build and validate the training table for these sizes, each of one replica; a file's table must have them."""
     if options.schedule_file is not None:
-        table = read_csv(options.schedule_file)
+        table = read_table(options)
         replicas = count_replicas(table.layout)
         given = (table.ranks, table.microbatches, table.layout.chunks)
         needed = (replicas * ranks, replicas * microbatches, chunks)
