@@ -49,6 +49,7 @@ class Model:
 
 SHARDED = "--use-distributed-optimizer"
 OVERLAPPED = f"{SHARDED} --overlap-grad-reduce --overlap-param-gather"
+BATCH = "--global-batch-size"
 UNTIE = "--untie-embeddings-and-output-weights"
 CHUNKS = "--num-virtual-stages-per-pipeline-rank"
 SELECTIVE = "--recompute-granularity selective --recompute-modules"
@@ -100,8 +101,9 @@ MODELS = (
         Variant("last rank 2", "--decoder-last-pipeline-num-layers 2", layouts={"straight": "", "two chunks": f"{CHUNKS} 2"}))),
     Model("aux loss", "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 --moe-z-loss-coeff 1e-3",
         drop=("--moe-router-enable-expert-bias", "--moe-router-bias-update-rate"), variants=OPTIMIZERS),
-    # From 4 micro-batches to 6 after two steps.
-    Model("rampup", "--global-batch-size 12 --rampup-batch-size 8 4 16"),
+    # From 4 micro-batches to 6 after two steps of 8 samples; thresholds are tokens.
+    Model("growing batches", "--step-batch-size-schedule 0:8,512:12", drop=(BATCH,), variants=OPTIMIZERS),
+    Model("skipped iterations", "--iterations-to-skip 2 5", variants=OPTIMIZERS),
     Model("dense, learned positions, tied", "--position-embedding-type learned_absolute",
         drop=("--position-embedding-type", "--normalization", "--swiglu", "--disable-bias-linear", UNTIE, *EXPERTS)),
 )  # fmt: skip
@@ -111,7 +113,7 @@ FAMILIES = {"1f1b": "", "zb-h1": "", "interleaved": f"{CHUNKS} 2", "dualpipev": 
 
 def list_flags(model: Model, variant: Variant, schedule: str, text: Path, directory: Path) -> list[str]:
     """Return the whole command line of one run; the reference takes no layout."""
-    from cases import SMALL, TWO_STAGES
+    from cases import SMALL, TWO_STAGES, drop_flags
     from train import read_flags
 
     flags = [*read_flags("deepseek-v3-small.args"), *read_flags("cpu.args"), *SMALL, *TWO_STAGES]
@@ -123,17 +125,6 @@ def list_flags(model: Model, variant: Variant, schedule: str, text: Path, direct
         layout = variant.layouts.get("straight" if straight else "two chunks", FAMILIES[schedule])
         flags += ["--cf-schedule", schedule, *layout.split()]
     return flags
-
-
-def drop_flags(flags: list[str], dropped: tuple[str, ...]) -> list[str]:
-    """Take flags with their values out of a command line."""
-    kept, dropping = [], False
-    for word in flags:
-        if word.startswith("--"):
-            dropping = word in dropped
-        if not dropping:
-            kept.append(word)
-    return kept
 
 
 def list_cases(model: Model, variants: list[Variant], schedules: list[str], text: Path, directory: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from counterflow.schedule import build, to_csv
 from train import read_flags
 
 STEPS = 10
@@ -52,6 +53,13 @@ SEARCHED = {
     ],
 }
 DUALPIPE = ["--cf-schedule", "dualpipe"]
+# From 4 micro-batches of each replica to 6 at step 3 (thresholds are tokens); steps 2 and 5 are left out.
+GROWING = ["--step-batch-size-schedule", "0:8 512:12", "--iterations-to-skip", "2", "5"]
+# By seed: the schedules that train so.
+GROWN = {
+    "1234": {"dualpipev": SCHEDULES["dualpipev"], "interleaved": SCHEDULES["interleaved"], "dualpipe": [*SHARDED, *DUALPIPE]},
+    "99": {"dualpipev": [*OVERLAPPED, *SCHEDULES["dualpipev"], "--cf-eplb"], "interleaved": SCHEDULES["interleaved"]},
+}
 VARIANTS = {
     "overlap": OVERLAPPED,
     "overlap, not aligned": UNALIGNED,
@@ -80,10 +88,11 @@ def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
         without: str = "",
         may_fail: bool = False,
         script: str | None = None,
+        files: dict[str, str] | None = None,
     ) -> None:
         flat = [*base, "--train-iters", str(steps), *(flag for some in flags for flag in some)]
-        flat = [flag for flag in flat if flag != without]
-        own = {} if script is None else {"script": script}
+        flat = drop_flags(flat, (without,))
+        own = {name: value for name, value in (("script", script), ("files", files)) if value is not None}
         cases.append({"name": name, "plugin": plugin, "flags": flat, "may_fail": may_fail, **own})
 
     def start_from(name: str) -> list[str]:
@@ -102,7 +111,9 @@ def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
             add(name, TWO_STAGES, start, flags, chosen, save_to(name, SAVED))
     add("no flag", TWO_STAGES, start, SHARDED)
     add("table.csv", TWO_STAGES, start, ["--cf-schedule", str(directory / "table.csv")], steps=3)
-    add("recorded", TWO_STAGES, start, SCHEDULES["dualpipev"], ["--cf-record", str(directory / "record")], steps=3)
+    record = [*SCHEDULES["dualpipev"], "--cf-record", str(directory / "record")]
+    add("recorded", TWO_STAGES, start, record, save_to("recorded", 2), steps=3)
+    add("recorded, resumed", TWO_STAGES, record, ["--load", str(directory / "recorded"), "--ckpt-step", "2"], steps=4)
 
     for name, chosen in FAMILIES.items():
         add(name, TWO_STAGES, start, chosen, steps=STEPS if name == "auto" else 4)
@@ -160,6 +171,14 @@ def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
     uneven = ["--pipeline-model-parallel-layout", "Et|tt|t|mL"]
     add("dualpipev, MTP, uneven layout", TWO_STAGES, MTP, begin, OVERLAPPED, SCHEDULES["dualpipev"], uneven, steps=3)
 
+    for seed, schedules in GROWN.items():
+        growing = [*GROWING, "--seed", seed]
+        add(f"megatron 1f1b, growing, {seed}", TWO_STAGES, start, growing, plugin=False, steps=6, without="--global-batch-size")
+        for schedule, chosen in schedules.items():
+            recorded = ["--cf-record", str(directory / f"record, growing, {seed}, {schedule}")]
+            flags = [*growing, *chosen, *recorded]
+            add(f"{schedule}, growing, {seed}", TWO_STAGES, start, flags, steps=6, without="--global-batch-size")
+
     # The reference has neither: splitting a layer leaves the numbers as they are.
     add("dualpipev, TP 2", TENSOR_PARALLEL, start, SCHEDULES["dualpipev"], steps=3)
 
@@ -168,7 +187,31 @@ def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
     load = ["--load", str(directory / "fitted")]
     add("fitted -> interleaved", TWO_STAGES, SHARDED, SCHEDULES["interleaved"], load, without=RESHARDABLE, may_fail=True)
 
+    # The same with the layout in a file, which another layout overwrites before the checkpoint is read. In bf16: Megatron on its
+    # own does not load this form of fp32 weights.
+    path = str(directory / "overwritten.csv")
+    tables = {"v": build("dualpipev", 2, 6), "looped": build("interleaved", 2, 6, vpp=2)}
+    files = {name: {path: to_csv(table)} for name, table in tables.items()}
+    half = [*SHARDED, "--bf16"]
+    chosen = [*half, "--cf-schedule", path, "--num-virtual-stages-per-pipeline-rank", "2"]
+    save, load = save_to("overwritten", 2), ["--load", str(directory / "overwritten"), "--ckpt-step", "2"]
+    add("table.csv, fitted", TWO_STAGES, start, chosen, save, steps=2, without=RESHARDABLE, files=files["v"])
+    flags = [*chosen, *load]
+    add("table.csv, fitted -> overwritten", TWO_STAGES, flags, without=RESHARDABLE, files=files["looped"], may_fail=True)
+    add("table.csv, fitted -> dualpipev", TWO_STAGES, half, SCHEDULES["dualpipev"], load, steps=3, without=RESHARDABLE)
+
     # Last, since it ends in the middle of a step: a learning rate that makes the second step's losses NaN.
     diverging = "--lr 1e30 --min-lr 1e30 --clip-grad 0 --lr-warmup-iters 0 --rerun-mode disabled".split()
     add("NaN", TWO_STAGES, start, SCHEDULES["dualpipev"], diverging, save_to("NaN", 1), steps=4, may_fail=True)
     return cases
+
+
+def drop_flags(flags: list[str], dropped: tuple[str, ...]) -> list[str]:
+    """Take flags with their values out of a command line."""
+    kept, dropping = [], False
+    for word in flags:
+        if word.startswith("--"):
+            dropping = word in dropped
+        if not dropping:
+            kept.append(word)
+    return kept

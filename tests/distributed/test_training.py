@@ -1,13 +1,15 @@
 """Real training runs under each schedule against plain Megatron, from one checkpoint."""
 
+import json
 from statistics import median
 from typing import Any
 
 import pytest
 
-from cases import FAMILIES, OWN_REFERENCE, RESUMED, SAVED, SCHEDULES, SEARCHED, STEPS, VARIANTS
+from cases import FAMILIES, GROWN, OWN_REFERENCE, RESUMED, SAVED, SCHEDULES, SEARCHED, STEPS, VARIANTS
 from comparing import TOLERANCE, assert_same_steps
 from counterflow.schedule import load_record
+from counterflow.schedule.timeline import find_last_step
 
 # The fixture behind these runs every case; the first test waits for them all.
 pytestmark = pytest.mark.timeout(1800)
@@ -151,8 +153,44 @@ def test_nan_ends_all_ranks_in_a_clear_error_and_the_last_checkpoint_is_whole(ru
     assert step >= 1 and (saved / f"iter_{step:07d}" / "metadata.json").exists()
 
 
+def test_optimizer_state_of_a_table_in_a_file_fits_the_layout_that_the_file_had(runs: Runs) -> None:
+    assert runs["table.csv, fitted"]["error"] is None
+    error = runs["table.csv, fitted -> overwritten"]["error"]
+    assert error is not None and "saved under layout 'v 2' in a form that only fits that layout; this run has 'looped 2'" in error
+    run = runs["table.csv, fitted -> dualpipev"]
+    assert [step["iteration"] for step in run["steps"]] == [3]
+    assert_same_steps(run, runs["megatron 1f1b, bf16"])
+
+
+@pytest.mark.parametrize(("seed", "schedule"), [(seed, schedule) for seed in GROWN for schedule in GROWN[seed]])
+def test_batches_that_grow_and_iterations_that_are_skipped(runs: Runs, seed: str, schedule: str) -> None:
+    run, reference = runs[f"{schedule}, growing, {seed}"], runs[f"megatron 1f1b, growing, {seed}"]
+    assert [step["iteration"] for step in run["steps"]] == [1, 3, 4, 6]
+    assert_same_steps(run, reference)
+    assert run["evaluations"] == pytest.approx(reference["evaluations"], rel=TOLERANCE)
+    # Steps have Megatron's numbers, and as many micro-batches as their batch: both replicas' where they are cross-linked.
+    replicas = 2 if schedule == "dualpipe" else 1
+    for step, microbatches in ((1, 4), (3, 6), (6, 6)):
+        spans = load_record(run["directory"] / f"record, growing, {seed}, {schedule}", step).spans
+        found = {single.microbatch for span in spans for single in span.action.singles()}
+        assert found == set(range(replicas * microbatches))
+
+
+def test_a_record_goes_on_with_the_trainers_numbers_after_a_resume(runs: Runs) -> None:
+    assert_same_steps(runs["recorded, resumed"], runs["megatron 1f1b, plain"])
+    directory = runs["recorded"]["directory"] / "record"
+    for path in directory.glob("timeline-rank*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3, 3, 4], "steps 1 to 3, then 3 and 4 from the checkpoint of step 2"
+        last = next(line for line in reversed(lines) if line["step"] == 3)
+        rank, pipeline = last["rank"], last["pipeline"]
+        spans = [span for span in load_record(directory, 3, pipeline).spans if span.rank == rank]
+        assert [span.start for span in spans] == [start for _, start, _ in last["spans"]], "not the step of the resumed run"
+    assert find_last_step(directory) == 4
+
+
 def test_recorded_timeline_has_every_action_once(runs: Runs) -> None:
-    timeline = load_record(runs["recorded"]["directory"] / "record", step=1)
+    timeline = load_record(runs["recorded"]["directory"] / "record", step=2)
     kinds = [single.kind for span in timeline.spans for single in span.action.singles()]
     # Two ranks of two stages, six micro-batches.
     assert kinds.count("F") == 2 * 2 * 6

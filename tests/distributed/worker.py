@@ -2,10 +2,12 @@
 
 Usage: worker.py CASES.json RESULTS.json. A case is {"name", "flags", "plugin"}; each runs the example's
 unmodified Megatron script (or its "script"), with what it logged per step collected by the last rank.
+Its "files" are written first.
 """
 
 import gc
 import json
+import os
 import runpy
 import sys
 import time
@@ -67,6 +69,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     """Run one training; return its log, or the exception that ended it."""
     script = case.get("script", str(SCRIPT))
     sys.argv = [script, *case["flags"]]
+    for path, text in case.get("files", {}).items():
+        write_at_once(Path(path), text)
     patches = counterflow.enable() if case["plugin"] else install_cpu()
     log = Log()
     log.attach()
@@ -84,6 +88,13 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     patches.undo()
     seconds = round(time.perf_counter() - begin, 1)
     return {"name": case["name"], "steps": log.steps, "evaluations": log.evaluations, "error": error, "seconds": seconds}
+
+
+def write_at_once(path: Path, text: str) -> None:
+    """Write a file that other ranks write too, and read: no one sees a part of it."""
+    made = path.with_suffix(f".{os.getpid()}")
+    made.write_text(text)
+    made.replace(path)
 
 
 def forget_megatron() -> None:
