@@ -150,6 +150,12 @@ SAVE_SHARDS = Seam(
     ("sharded_state_dict", "parallelization_group", "precomputed_distribution"),
     "V layout, checkpoints with copies of the embedding",
 )
+LOAD_SHARDS = Seam(
+    "megatron.core.dist_checkpointing.serialization",
+    "load",
+    ("sharded_state_dict", "checkpoint_dir"),
+    "V layout, checkpoints with copies of the embedding",
+)
 LOAD_CHECKPOINT = Seam(
     "megatron.training.checkpointing", "_load_base_checkpoint", ("load_dir", "args"), "optimizer state of another layout"
 )
@@ -216,6 +222,7 @@ SEAMS = (
     BUILD_ITERATORS,
     COMBINED_STEP,
     SAVE_SHARDS,
+    LOAD_SHARDS,
     LOAD_CHECKPOINT,
     SPLIT_LINEAR,
     MOE_LAYER,
