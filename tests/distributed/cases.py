@@ -28,6 +28,7 @@ TENSOR_PARALLEL = """
 MTP = ["--mtp-num-layers", "1"]
 UNTIE = "--untie-embeddings-and-output-weights"
 RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
+PARALLEL_LOAD = "--ckpt-fully-parallel-load"
 SHARDED = ["--use-distributed-optimizer"]
 OVERLAPPED = [*SHARDED, "--overlap-grad-reduce", "--overlap-param-gather"]
 UNALIGNED = [*OVERLAPPED, "--no-align-grad-reduce", "--no-align-param-gather"]
@@ -155,11 +156,12 @@ def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
         add(f"{schedule}, four stages", FOUR_STAGES, begin, chosen, steps=3)
 
     # Tied embeddings: the last stage's output weight is a copy of the first stage's embedding. Saved without the distributed
-    # optimizer: where padding lies between its buckets, Megatron's fully reshardable form saves them shifted.
+    # optimizer: where padding lies between its buckets, Megatron's fully reshardable form saves them shifted. Loaded with the
+    # ranks reading for each other, in which both copies have one name.
     tied, turned = "megatron 1f1b, tied", "megatron 1f1b, tied -> dualpipev"
     add(tied, TWO_STAGES, start, save_to(tied, 2), plugin=False, steps=4, without=UNTIE)
     add("dualpipev, tied", TWO_STAGES, start, OVERLAPPED, SCHEDULES["dualpipev"], steps=4, without=UNTIE)
-    resumed = ["--load", str(directory / tied), "--ckpt-step", "2", *save_to(turned, 1)]
+    resumed = ["--load", str(directory / tied), "--ckpt-step", "2", PARALLEL_LOAD, *save_to(turned, 1)]
     add(turned, TWO_STAGES, SCHEDULES["dualpipev"], resumed, steps=4, without=UNTIE)
     resumed = ["--load", str(directory / turned), "--ckpt-step", "3"]
     add(f"{turned} -> 1f1b", TWO_STAGES, SCHEDULES["1f1b"], resumed, steps=4, without=UNTIE)
@@ -170,6 +172,12 @@ def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
     add("megatron 1f1b, MTP", TWO_STAGES, MTP, begin, plugin=False, steps=3)
     uneven = ["--pipeline-model-parallel-layout", "Et|tt|t|mL"]
     add("dualpipev, MTP, uneven layout", TWO_STAGES, MTP, begin, OVERLAPPED, SCHEDULES["dualpipev"], uneven, steps=3)
+    # In bf16 it shows in which order the output weight's two gradients are added up.
+    half, name = ["--bf16", "--seed", "4321"], "megatron 1f1b, MTP, bf16"
+    add(name, TWO_STAGES, MTP, begin, half, save_to(name, 2), plugin=False, steps=4)
+    add("dualpipev, MTP, bf16", TWO_STAGES, MTP, begin, half, OVERLAPPED, SCHEDULES["dualpipev"], steps=4)
+    resumed = ["--load", str(directory / name), "--ckpt-step", "2", PARALLEL_LOAD]
+    add(f"{name} -> dualpipe", TWO_STAGES, MTP, half, DUALPIPE, resumed, steps=4)
 
     for seed, schedules in GROWN.items():
         growing = [*GROWING, "--seed", seed]

@@ -134,6 +134,20 @@ def test_multi_token_prediction_on_an_uneven_layout(runs: Runs) -> None:
     )
 
 
+def test_multi_token_prediction_in_half_precision(runs: Runs) -> None:
+    assert_same_steps(runs["dualpipev, MTP, bf16"], runs["megatron 1f1b, MTP, bf16"])
+
+
+def test_multi_token_prediction_resumes_with_ranks_that_read_for_each_other(runs: Runs) -> None:
+    run = runs["megatron 1f1b, MTP, bf16 -> dualpipe"]
+    assert [step["iteration"] for step in run["steps"]] == [3, 4]
+    assert_same_steps(run, runs["megatron 1f1b, MTP, bf16"])
+
+
+def test_no_two_parameters_or_states_of_an_optimizer_share_memory(runs: Runs) -> None:
+    assert {name: run["sharing"] for name, run in runs.items() if run["sharing"]} == {}
+
+
 def test_tensor_and_sequence_parallel(runs: Runs) -> None:
     assert_same_steps(runs["dualpipev, TP 2"], runs["megatron 1f1b, plain"])
 

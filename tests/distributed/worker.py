@@ -29,12 +29,18 @@ class Log:
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
         self.evaluations: list[float] = []
+        self.sharing: list[str] = []
 
     def attach(self) -> None:
         from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
         from megatron.training import training
 
-        log, evaluate = training.training_log, training.evaluate
+        log, evaluate, set_up = training.training_log, training.evaluate, training.setup_model_and_optimizer
+
+        def checked_setup(*args: Any, **kwargs: Any) -> Any:
+            model, optimizer, *others = set_up(*args, **kwargs)
+            self.sharing = find_sharing(model, optimizer)
+            return model, optimizer, *others
 
         def training_log(loss_dict: Any, total: Any, lr: Any, iteration: int, *args: Any, **kwargs: Any) -> Any:
             loss = float(loss_dict["lm loss"]) if loss_dict else float("nan")
@@ -57,12 +63,37 @@ class Log:
             return result
 
         training.training_log, training.evaluate = training_log, logged_evaluate
-        self._originals = (log, evaluate)
+        training.setup_model_and_optimizer = checked_setup
+        self._originals = (log, evaluate, set_up)
 
     def detach(self) -> None:
         from megatron.training import training
 
-        training.training_log, training.evaluate = self._originals
+        training.training_log, training.evaluate, training.setup_model_and_optimizer = self._originals
+
+
+def find_sharing(model: list[Any], optimizer: Any) -> list[str]:
+    """Name, over all ranks, what lies in the same memory: two parameters, or two tensors of what an optimizer keeps for them."""
+    names = {parameter: name for chunk in model for name, parameter in chunk.named_parameters()}
+    parameters = [(name, parameter.data) for parameter, name in names.items()]
+    kept: list[tuple[str, torch.Tensor]] = []
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(one, "optimizer", None)
+        owned = [parameter for group in inner.param_groups for parameter in group["params"]] if inner is not None else []
+        for parameter in owned:
+            name = names.get(parameter, f"master {tuple(parameter.shape)}")
+            state = inner.state.get(parameter, {})
+            tensors = {"": parameter.data, **{key: value for key, value in state.items() if torch.is_tensor(value)}}
+            kept += [(f"{name} {key}", tensor) for key, tensor in tensors.items()]
+    found = [*_find_overlaps(parameters), *_find_overlaps(kept)]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, found)
+    return [f"rank {rank}: {pair}" for rank, pairs in enumerate(gathered) for pair in pairs]
+
+
+def _find_overlaps(named: list[tuple[str, torch.Tensor]]) -> list[str]:
+    ranges = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), name) for name, t in named if t.numel())
+    return [f"{one[2]} and {other[2]}" for one, other in zip(ranges, ranges[1:], strict=False) if other[0] < one[1]]
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +118,14 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     forget_megatron()
     patches.undo()
     seconds = round(time.perf_counter() - begin, 1)
-    return {"name": case["name"], "steps": log.steps, "evaluations": log.evaluations, "error": error, "seconds": seconds}
+    return {
+        "name": case["name"],
+        "steps": log.steps,
+        "evaluations": log.evaluations,
+        "sharing": log.sharing,
+        "error": error,
+        "seconds": seconds,
+    }
 
 
 def write_at_once(path: Path, text: str) -> None:

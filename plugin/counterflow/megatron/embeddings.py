@@ -6,14 +6,15 @@ between the two. In a V both are here: the copy is filled and the gradients are 
 
 Upstream's marks are kept: it gives both copies, ``shared_embedding``, gradient buckets of their own, so that the shards of
 a distributed optimizer lie alike in both; the second is ``shared``, so that norms count it once; checkpoints name both by
-the first one's key, under which one of the two is saved.
+the first one's key, under which one of the two is saved, and both are loaded.
 """
 
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from megatron.core.dist_checkpointing.dict_utils import nested_values
+import torch
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 
@@ -65,6 +66,36 @@ def save_copies_once(distribute_main_replicas: Callable[..., Any]) -> Callable[.
                 chosen.add(name)
 
     return distribute
+
+
+def load_copies_apart(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap upstream's reading of a checkpoint: no two of the tensors that it returns are one.
+
+    Upstream hands out by a shard's name what the ranks have read for each other, and two copies share it. What an optimizer then
+    keeps for them would be one tensor, updated twice in every step.
+    """
+
+    @wraps(load)
+    def load_apart(*args: Any, **kwargs: Any) -> Any:
+        seen: set[int] = set()
+
+        def separate(value: Any) -> Any:
+            if not torch.is_tensor(value) or not value.numel():
+                return value
+            # Not the storage: what a buffer holds side by side is apart already. A quantized tensor has no address.
+            place = value.data_ptr() or id(value)
+            if place in seen:
+                return value.clone()
+            seen.add(place)
+            return value
+
+        result = load(*args, **kwargs)
+        for part in result if isinstance(result, tuple) else (result,):
+            if isinstance(part, dict | list):
+                dict_list_map_inplace(separate, part)
+        return result
+
+    return load_apart
 
 
 def _find_copies(chunks: list[Any]) -> list[Any]:

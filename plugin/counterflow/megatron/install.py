@@ -201,7 +201,7 @@ def install_schedule(patches: Patches, options: Options, check_model: Callable[[
 
     from counterflow.megatron.checkpoint import refuse_batches_ahead, refuse_other_layout
     from counterflow.megatron.crosslink import read_partners_data
-    from counterflow.megatron.embeddings import keep_embeddings_on_first_rank, save_copies_once
+    from counterflow.megatron.embeddings import keep_embeddings_on_first_rank, load_copies_apart, save_copies_once
     from counterflow.megatron.iterators import draw_from_every_chunk, save_first_chunks_loader
     from counterflow.megatron.model import lay_out_as_v, mirror_dataset_provider
     from counterflow.megatron.schedule import PipelineSchedule
@@ -231,6 +231,9 @@ def install_schedule(patches: Patches, options: Options, check_model: Callable[[
     if is_v:
         take(patches, seams.MAKE_GROUPS, keep_embeddings_on_first_rank)
         take(patches, seams.SAVE_SHARDS, save_copies_once)
+        take(patches, seams.LOAD_SHARDS, load_copies_apart)
+        # Checkpoints on a node's own disk (--non-persistent-ckpt-type local) are read past the other.
+        take(patches, seams.LOAD_CHECKPOINT, load_copies_apart)
         take(patches, seams.GET_MODEL, lambda original: _wrap_first(original, lay_out_as_v))
         take(patches, seams.BUILD_STAGES, lambda original: _wrap_first(original, lay_out_as_v))
         take(patches, seams.BUILD_ITERATORS, lambda original: _wrap_first(original, mirror_dataset_provider))

@@ -163,6 +163,12 @@ SAVE_LOADER = Seam(
     ("train_iterator", "iteration", "dataloader_save_path"),
     "data loaders of several chunks",
 )
+LOAD_SHARDS = Seam(
+    "megatron.core.dist_checkpointing.serialization",
+    "load",
+    ("sharded_state_dict", "checkpoint_dir"),
+    "V layout, checkpoints with copies of the embedding",
+)
 LOAD_CHECKPOINT = Seam(
     "megatron.training.checkpointing", "_load_base_checkpoint", ("load_dir", "args"), "optimizer state of another layout"
 )
@@ -232,6 +238,7 @@ SEAMS = (
     COUNT_MICROBATCHES,
     SKIP_STEP,
     SAVE_LOADER,
+    LOAD_SHARDS,
     LOAD_CHECKPOINT,
     SPLIT_LINEAR,
     MOE_LAYER,

@@ -19,6 +19,11 @@ def defer_weight_grad(fn: Callable[[], None]) -> None:
         _held.append(fn)
 
 
+def is_holding() -> bool:
+    """Tell whether what is handed over now waits for its W."""
+    return _held is not None
+
+
 @contextmanager
 def hold_weight_grads() -> Iterator[list[Callable[[], None]]]:
     """Collect what `defer_weight_grad` is given inside the block, in order; the caller runs it later."""
