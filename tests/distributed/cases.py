@@ -24,6 +24,10 @@ FOUR_STAGES = (
 TENSOR_PARALLEL = """
     --pipeline-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel --make-vocab-size-divisible-by 2
 """.split()
+LOGGED = """
+    --log-memory-to-tensorboard --log-device-memory-used --log-memory-interval 1 --log-timers-to-tensorboard --timing-log-level 2
+    --log-params-norm --log-num-zeros-in-grad --profile --profile-step-start 1 --profile-step-end 2
+""".split()
 MTP = ["--mtp-num-layers", "1"]
 UNTIE = "--untie-embeddings-and-output-weights"
 RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
@@ -55,7 +59,8 @@ DUALPIPE = ["--cf-schedule", "dualpipe"]
 VARIANTS = {
     "overlap": OVERLAPPED,
     "overlap, not aligned": UNALIGNED,
-    "per-token loss": ["--calculate-per-token-loss"],
+    # With a switch of Megatron's own transfers, which it refuses on two pipeline ranks.
+    "per-token loss": ["--calculate-per-token-loss", "--no-overlap-p2p-communication"],
     "fp16, dynamic loss scale": ["--fp16", "--initial-loss-scale", "65536", "--loss-scale-window", "2"],
     "bf16": ["--bf16"],
     "bf16, overlapped pairs": ["--bf16", "--cf-overlap", *OVERLAPPED],
@@ -102,7 +107,9 @@ def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
             add(name, TWO_STAGES, start, flags, chosen, save_to(name, SAVED))
     add("no flag", TWO_STAGES, start, SHARDED)
     add("table.csv", TWO_STAGES, start, ["--cf-schedule", str(directory / "table.csv")], steps=3)
-    add("recorded", TWO_STAGES, start, SCHEDULES["dualpipev"], ["--cf-record", str(directory / "record")], steps=3)
+    # With what Megatron itself can log of a device.
+    logged = [*LOGGED, "--tensorboard-dir", str(directory / "tensorboard"), "--cf-record", str(directory / "record")]
+    add("recorded", TWO_STAGES, start, SCHEDULES["dualpipev"], logged, steps=3)
 
     for name, chosen in FAMILIES.items():
         add(name, TWO_STAGES, start, chosen, steps=STEPS if name == "auto" else 4)

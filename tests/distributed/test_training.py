@@ -4,6 +4,7 @@ from statistics import median
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cases import FAMILIES, OWN_REFERENCE, RESUMED, SAVED, SCHEDULES, SEARCHED, STEPS, VARIANTS
 from comparing import TOLERANCE, assert_same_steps
@@ -149,6 +150,14 @@ def test_nan_ends_all_ranks_in_a_clear_error_and_the_last_checkpoint_is_whole(ru
     saved = run["directory"] / "NaN"
     step = int((saved / "latest_checkpointed_iteration.txt").read_text())
     assert step >= 1 and (saved / f"iter_{step:07d}" / "metadata.json").exists()
+
+
+def test_megatron_logs_the_memory_that_a_rank_holds(runs: Runs) -> None:
+    log = EventAccumulator(str(runs["recorded"]["directory"] / "tensorboard")).Reload()
+    now, peak = ([event.value for event in log.Scalars(name)] for name in ("mem-allocated-bytes", "mem-max-allocated-bytes"))
+    assert len(now) == len(peak) == 3
+    assert all(2**26 < held <= most for held, most in zip(now, peak, strict=True))
+    assert_same_steps(runs["recorded"], runs["megatron 1f1b, plain"])
 
 
 def test_recorded_timeline_has_every_action_once(runs: Runs) -> None:

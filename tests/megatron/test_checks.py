@@ -247,6 +247,50 @@ def test_a_split_that_is_asked_for_must_be_had() -> None:
     prepare_arguments(make_arguments(transformer_impl="local"), Options(schedule="zbv", zero_bubble=True))
 
 
+@pytest.mark.parametrize(
+    ("schedule", "given", "left", "said"),
+    [
+        ("dualpipev", {"overlap_p2p_comm": False}, {"overlap_p2p_comm": True}, "--no-overlap-p2p-communication"),
+        ("interleaved", {"overlap_p2p_comm": False}, {"overlap_p2p_comm": True}, "--no-overlap-p2p-communication"),
+        ("1f1b", {"overlap_p2p_comm": False}, {"overlap_p2p_comm": False}, ""),
+        ("dualpipev", {"overlap_p2p_comm": True}, {"overlap_p2p_comm": True}, ""),
+        (
+            "zbv",
+            {"overlap_p2p_comm": False, "overlap_p2p_comm_warmup_flush": True},
+            {"overlap_p2p_comm": True, "overlap_p2p_comm_warmup_flush": False},
+            "--no-overlap-p2p-communication and --overlap-p2p-communication-warmup-flush",
+        ),
+        (
+            "zb-h1",
+            {"overlap_p2p_comm_warmup_flush": True},
+            {"overlap_p2p_comm_warmup_flush": False},
+            "--overlap-p2p-communication-warmup-flush",
+        ),
+        (
+            "dualpipe",
+            {"microbatch_group_size_per_vp_stage": 3},
+            {"microbatch_group_size_per_vp_stage": 3},
+            "--microbatch-group-size-per-virtual-pipeline-stage",
+        ),
+        ("interleaved", {"microbatch_group_size_per_vp_stage": 2}, {"microbatch_group_size_per_vp_stage": 2}, ""),
+    ],
+)
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_switches_of_megatrons_own_transfers_are_ignored_and_said_once(
+    schedule: str, given: dict[str, Any], left: dict[str, Any], said: str, is_nested: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chunks = None if schedule in ("1f1b", "zb-h1") else 2
+    for rank in (0, 1):
+        args = make_arguments(num_virtual_stages_per_pipeline_rank=chunks, rank=rank, **({} if is_nested else given))
+        if is_nested:
+            args.model_parallel = SimpleNamespace(**given)
+        prepare_arguments(args, Options(schedule=schedule))
+        assert left.items() <= vars(args.model_parallel if is_nested else args).items()
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == (1 if said and rank == 0 else 0)
+        assert not lines or lines[0].startswith(f"counterflow: {said} ignored under --cf-schedule {schedule}: it moves tensors")
+
+
 MODEL = {"num_experts": 8, "rank": 0}
 
 

@@ -53,6 +53,7 @@ def prepare_arguments(args: Any, options: Options) -> None:
     if options.overlap:
         # Upstream's own flag, so that upstream refuses what its schedule plans cannot do.
         _owner(args, "overlap_moe_expert_parallel_comm").overlap_moe_expert_parallel_comm = True
+    _ignore_own_transfers(args, options.schedule, layout)
 
 
 def flatten(args: Any) -> Any:
@@ -165,6 +166,24 @@ def _check_zero_bubble(args: Any, options: Options) -> None:
 
         if obstacle := find_engine_obstacle(args):
             raise OptionError(f"--cf-zero-bubble cannot split Transformer Engine's backward passes, {obstacle}; or drop the flag")
+
+
+def _ignore_own_transfers(args: Any, schedule: str, layout: str) -> None:
+    """Set the switches of Megatron's own transfers between pipeline ranks so that its checks of them pass; say so on rank 0."""
+    owner = _owner(args, "overlap_p2p_comm")
+    ignored = []
+    # Megatron takes it away itself where a rank holds one chunk.
+    if layout != STRAIGHT and getattr(owner, "overlap_p2p_comm", None) is False:
+        owner.overlap_p2p_comm = True
+        ignored.append("--no-overlap-p2p-communication")
+    if getattr(owner, "overlap_p2p_comm_warmup_flush", False):
+        owner.overlap_p2p_comm_warmup_flush = False
+        ignored.append("--overlap-p2p-communication-warmup-flush")
+    if layout != LOOPED and getattr(owner, "microbatch_group_size_per_vp_stage", None) is not None:
+        ignored.append("--microbatch-group-size-per-virtual-pipeline-stage")
+    if ignored and getattr(args, "rank", 0) == 0:
+        said = "it moves tensors between pipeline ranks itself, in the order of its table"
+        print(f"counterflow: {' and '.join(ignored)} ignored under --cf-schedule {schedule}: {said}", flush=True)
 
 
 def _check_multi_token_prediction(args: Any, schedule: str, layout: str) -> None:
