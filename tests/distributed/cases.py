@@ -35,9 +35,10 @@ SHARDED = ["--use-distributed-optimizer"]
 OVERLAPPED = [*SHARDED, "--overlap-grad-reduce", "--overlap-param-gather"]
 UNALIGNED = [*OVERLAPPED, "--no-align-grad-reduce", "--no-align-param-gather"]
 
+CHUNKS = ["--num-virtual-stages-per-pipeline-rank", "2"]
 SCHEDULES = {
     "1f1b": ["--cf-schedule", "1f1b"],
-    "interleaved": ["--cf-schedule", "interleaved", "--num-virtual-stages-per-pipeline-rank", "2"],
+    "interleaved": ["--cf-schedule", "interleaved", *CHUNKS],
     "dualpipev": ["--cf-schedule", "dualpipev"],
 }
 # How the other families go: what each of them alone exercises.
@@ -51,9 +52,7 @@ FAMILIES = {
 DATA = Path(__file__).resolve().parents[1] / "data"
 SEARCHED = {
     "searched V": ["--cf-schedule", str(DATA / "searched-v.csv")],
-    "searched looped": [
-        *("--cf-schedule", str(DATA / "searched-looped.csv"), "--num-virtual-stages-per-pipeline-rank", "2"),
-    ],
+    "searched looped": ["--cf-schedule", str(DATA / "searched-looped.csv"), *CHUNKS],
 }
 DUALPIPE = ["--cf-schedule", "dualpipe"]
 VARIANTS = {
@@ -166,6 +165,11 @@ def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
     add("megatron 1f1b, MTP", TWO_STAGES, MTP, begin, plugin=False, steps=3)
     uneven = ["--pipeline-model-parallel-layout", "Et|tt|t|mL"]
     add("dualpipev, MTP, uneven layout", TWO_STAGES, MTP, begin, OVERLAPPED, SCHEDULES["dualpipev"], uneven, steps=3)
+
+    # Megatron's own schedule with pairs, whose plans send to other ranks while their nodes run on the platform's streams.
+    add("megatron 1f1b, MTP, bf16", TWO_STAGES, MTP, begin, ["--bf16"], plugin=False, steps=2)
+    pairs = ["--bf16", "--overlap-moe-expert-parallel-comm", *CHUNKS]
+    add("megatron's own pairs, MTP, bf16", TWO_STAGES, MTP, begin, pairs, plugin=False, steps=2)
 
     # The reference has neither: splitting a layer leaves the numbers as they are.
     add("dualpipev, TP 2", TENSOR_PARALLEL, start, SCHEDULES["dualpipev"], steps=3)

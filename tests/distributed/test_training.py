@@ -124,6 +124,10 @@ def test_tied_embeddings_resume_under_another_schedule(runs: Runs, name: str, st
     assert_same_steps(runs[name], runs["megatron 1f1b, tied"])
 
 
+def test_megatrons_own_overlapped_pairs_run_on_the_cpu_platform(runs: Runs) -> None:
+    assert_same_steps(runs["megatron's own pairs, MTP, bf16"], runs["megatron 1f1b, MTP, bf16"])
+
+
 def test_multi_token_prediction_on_an_uneven_layout(runs: Runs) -> None:
     run, reference = runs["dualpipev, MTP, uneven layout"], runs["megatron 1f1b, MTP"]
     assert_same_steps(run, reference)

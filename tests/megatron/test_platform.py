@@ -127,6 +127,28 @@ def test_all_that_megatron_asks_of_cuda_is_answered_or_refused(variable: str) ->
     assert {name: path for name, path in untouched.items() if name not in SAME} == {}
 
 
+def test_no_module_is_a_linear_for_inference_where_these_are_no_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.tensor_parallel import inference_layers
+
+    from counterflow.patching import Patches
+    from counterflow.platform.megatron_cpu import _know_no_inference_layers
+
+    asked = "is_inference_column_parallel_linear"
+
+    def ask(module: object) -> bool:
+        return isinstance(module, inference_layers.InferenceColumnParallelLinear)
+
+    monkeypatch.setattr(inference_layers, "InferenceColumnParallelLinear", object())
+    monkeypatch.setattr(inference_layers, asked, ask, raising=False)
+    with pytest.raises(TypeError):
+        getattr(inference_layers, asked)(1)
+    patches = Patches()
+    _know_no_inference_layers(patches)
+    assert getattr(inference_layers, asked)(1) is False
+    patches.undo()
+    assert getattr(inference_layers, asked) is ask
+
+
 def test_the_choice_of_platform(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
