@@ -17,7 +17,7 @@ from counterflow.errors import OptionError, SeamError
 from counterflow.megatron import install, seams
 from counterflow.megatron.seams import SEAMS, Seam
 
-PATCH = Path(__file__).resolve().parents[2] / "patches" / "megatron-lm" / "0.17-0.19" / "enable.patch"
+PATCH = Path(__file__).resolve().parents[2] / "patches" / "megatron-lm" / "0.17-0.20" / "enable.patch"
 
 
 @pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.symbol)

@@ -258,7 +258,7 @@ def check_seams(option: str | None = None) -> None:
         if seam.only_with == option and (misfit := seam.find_misfit()):
             raise SeamError(
                 f"megatron-core {find_version()}: {seam.module}.{seam.symbol} {misfit}; "
-                "this version of counterflow supports megatron-core 0.17 to 0.19: install one of them and what it imports, "
+                "this version of counterflow supports megatron-core 0.17 to 0.20: install one of them and what it imports, "
                 f"or drop {dropped}"
             )
 
