@@ -25,6 +25,10 @@ FOUR_STAGES = (
 TENSOR_PARALLEL = """
     --pipeline-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel --make-vocab-size-divisible-by 2
 """.split()
+LOGGED = """
+    --log-memory-to-tensorboard --log-device-memory-used --log-memory-interval 1 --log-timers-to-tensorboard --timing-log-level 2
+    --log-params-norm --log-num-zeros-in-grad --profile --profile-step-start 1 --profile-step-end 2
+""".split()
 MTP = ["--mtp-num-layers", "1"]
 UNTIE = "--untie-embeddings-and-output-weights"
 RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
@@ -33,9 +37,10 @@ SHARDED = ["--use-distributed-optimizer"]
 OVERLAPPED = [*SHARDED, "--overlap-grad-reduce", "--overlap-param-gather"]
 UNALIGNED = [*OVERLAPPED, "--no-align-grad-reduce", "--no-align-param-gather"]
 
+CHUNKS = ["--num-virtual-stages-per-pipeline-rank", "2"]
 SCHEDULES = {
     "1f1b": ["--cf-schedule", "1f1b"],
-    "interleaved": ["--cf-schedule", "interleaved", "--num-virtual-stages-per-pipeline-rank", "2"],
+    "interleaved": ["--cf-schedule", "interleaved", *CHUNKS],
     "dualpipev": ["--cf-schedule", "dualpipev"],
 }
 # How the other families go: what each of them alone exercises.
@@ -49,9 +54,7 @@ FAMILIES = {
 DATA = Path(__file__).resolve().parents[1] / "data"
 SEARCHED = {
     "searched V": ["--cf-schedule", str(DATA / "searched-v.csv")],
-    "searched looped": [
-        *("--cf-schedule", str(DATA / "searched-looped.csv"), "--num-virtual-stages-per-pipeline-rank", "2"),
-    ],
+    "searched looped": ["--cf-schedule", str(DATA / "searched-looped.csv"), *CHUNKS],
 }
 DUALPIPE = ["--cf-schedule", "dualpipe"]
 # From 4 micro-batches of each replica to 6 at step 3 (thresholds are tokens); steps 2 and 5 are left out.
@@ -64,7 +67,8 @@ GROWN = {
 VARIANTS = {
     "overlap": OVERLAPPED,
     "overlap, not aligned": UNALIGNED,
-    "per-token loss": ["--calculate-per-token-loss"],
+    # With a switch of Megatron's own transfers, which it refuses on two pipeline ranks.
+    "per-token loss": ["--calculate-per-token-loss", "--no-overlap-p2p-communication"],
     "fp16, dynamic loss scale": ["--fp16", "--initial-loss-scale", "65536", "--loss-scale-window", "2"],
     "bf16": ["--bf16"],
     "bf16, overlapped pairs": ["--bf16", "--cf-overlap", *OVERLAPPED],
@@ -113,7 +117,9 @@ def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
     add("no flag", TWO_STAGES, start, SHARDED)
     add("table.csv", TWO_STAGES, start, ["--cf-schedule", str(directory / "table.csv")], steps=3)
     record = [*SCHEDULES["dualpipev"], "--cf-record", str(directory / "record")]
-    add("recorded", TWO_STAGES, start, record, save_to("recorded", 2), steps=3)
+    # With what Megatron itself can log of a device.
+    logged = [*LOGGED, "--tensorboard-dir", str(directory / "tensorboard")]
+    add("recorded", TWO_STAGES, start, record, logged, save_to("recorded", 2), steps=3)
     add("recorded, resumed", TWO_STAGES, record, ["--load", str(directory / "recorded"), "--ckpt-step", "2"], steps=4)
 
     for name, chosen in FAMILIES.items():
@@ -186,6 +192,10 @@ def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
             recorded = ["--cf-record", str(directory / f"record, growing, {seed}, {schedule}")]
             flags = [*growing, *chosen, *recorded]
             add(f"{schedule}, growing, {seed}", TWO_STAGES, start, flags, steps=6, without="--global-batch-size")
+
+    # Megatron's own schedule with pairs, whose plans send to other ranks while their nodes run on the platform's streams.
+    pairs = [*half, "--overlap-moe-expert-parallel-comm", *CHUNKS]
+    add("megatron's own pairs, MTP, bf16", TWO_STAGES, MTP, begin, pairs, plugin=False, steps=2)
 
     # The reference has neither: splitting a layer leaves the numbers as they are.
     add("dualpipev, TP 2", TENSOR_PARALLEL, start, SCHEDULES["dualpipev"], steps=3)

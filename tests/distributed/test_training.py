@@ -5,6 +5,7 @@ from statistics import median
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cases import FAMILIES, GROWN, OWN_REFERENCE, RESUMED, SAVED, SCHEDULES, SEARCHED, STEPS, VARIANTS
 from comparing import TOLERANCE, assert_same_steps
@@ -125,6 +126,10 @@ def test_tied_embeddings_resume_under_another_schedule(runs: Runs, name: str, st
     assert_same_steps(runs[name], runs["megatron 1f1b, tied"])
 
 
+def test_megatrons_own_overlapped_pairs_run_on_the_cpu_platform(runs: Runs) -> None:
+    assert_same_steps(runs["megatron's own pairs, MTP, bf16"], runs["megatron 1f1b, MTP, bf16"])
+
+
 def test_multi_token_prediction_on_an_uneven_layout(runs: Runs) -> None:
     run, reference = runs["dualpipev, MTP, uneven layout"], runs["megatron 1f1b, MTP"]
     assert_same_steps(run, reference)
@@ -201,6 +206,14 @@ def test_a_record_goes_on_with_the_trainers_numbers_after_a_resume(runs: Runs) -
         spans = [span for span in load_record(directory, 3, pipeline).spans if span.rank == rank]
         assert [span.start for span in spans] == [start for _, start, _ in last["spans"]], "not the step of the resumed run"
     assert find_last_step(directory) == 4
+
+
+def test_megatron_logs_the_memory_that_a_rank_holds(runs: Runs) -> None:
+    log = EventAccumulator(str(runs["recorded"]["directory"] / "tensorboard")).Reload()
+    now, peak = ([event.value for event in log.Scalars(name)] for name in ("mem-allocated-bytes", "mem-max-allocated-bytes"))
+    assert len(now) == len(peak) == 3
+    assert all(2**26 < held <= most for held, most in zip(now, peak, strict=True))
+    assert_same_steps(runs["recorded"], runs["megatron 1f1b, plain"])
 
 
 def test_recorded_timeline_has_every_action_once(runs: Runs) -> None:

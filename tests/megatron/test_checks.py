@@ -6,11 +6,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from counterflow.config import Options
 from counterflow.errors import CounterflowError, OptionError
 from counterflow.megatron.batches import Batch, list_batches
-from counterflow.megatron.checks import prepare_arguments
+from counterflow.megatron.checks import check_loop, prepare_arguments
+from counterflow.megatron.zero_bubble import find_engine_obstacle
 from counterflow.schedule import ScheduleTable, build, build_forward_only, lay_bidirectional, lay_v, to_csv
 
 
@@ -146,6 +149,11 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         ("1f1b", {"world_size": 3}, "3 ranks do not fit TP x CP x PP = 1 x 1 x 2 = 2: start a multiple of 2 ranks"),
         ("1f1b", {"world_size": 6}, "6 ranks do not fit EP x ETP x PP = 2 x 1 x 2 = 4"),
         ("1f1b", {"use_megatron_fsdp": True}, "does not run with --use-megatron-fsdp"),
+        ("1f1b", {"moe_expert_rank_capacity_factor": 1.5}, "does not run with --moe-expert-rank-capacity-factor in this version"),
+        ("dualpipev", {"enable_mhc_connections": True}, "--cf-schedule dualpipev does not run with --enable-mhc-connections"),
+        ("zb-h1", {"enable_hyper_connections": True}, "--cf-schedule zb-h1 does not run with --enable-hyper-connections"),
+        ("zbv", {"logits_save_dir": "x"}, "--cf-schedule zbv does not run with --logits-save-dir"),
+        ("dualpipev", {"ckpt_pg_tensors_cache_path": "x"}, "does not run with --ckpt-pg-tensors-cache-path"),
         ("dualpipev", {"save": "x", "ckpt_format": "torch"}, "--ckpt-format torch given, torch_dist is allowed"),
     ],
 )
@@ -222,6 +230,14 @@ def test_upstreams_flag_alone_points_to_ours() -> None:
     with pytest.raises(OptionError, match="does not take --overlap-moe-expert-parallel-comm: give --cf-overlap in its place"):
         prepare_arguments(args, Options(schedule="dualpipev"))
     prepare_arguments(args, Options(schedule="dualpipev", overlap=True))
+
+
+def test_pairs_do_not_recompute_whole_layers() -> None:
+    args = make_arguments(recompute_granularity="full")
+    with pytest.raises(OptionError, match="--cf-overlap does not run with --recompute-granularity full"):
+        prepare_arguments(args, Options(schedule="dualpipev", overlap=True))
+    prepare_arguments(args, Options(schedule="dualpipev"))
+    prepare_arguments(make_arguments(recompute_granularity="selective"), Options(schedule="dualpipev", overlap=True))
 
 
 def test_the_world_size_of_the_launcher_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,7 +432,129 @@ def test_a_split_that_is_asked_for_must_be_had() -> None:
     prepare_arguments(make_arguments(transformer_impl="local"), Options(schedule="zbv", zero_bubble=True))
 
 
+def test_fused_experts_of_transformer_engine_are_not_split() -> None:
+    fused = {"transformer_impl": "transformer_engine", "use_transformer_engine_op_fuser": True}
+    assert "--use-transformer-engine-op-fuser" in str(find_engine_obstacle(Namespace(**fused)))
+    prepare_arguments(make_arguments(**fused), Options(schedule="zbv"))
+    with pytest.raises(OptionError, match="--use-transformer-engine-op-fuser, whose fused experts keep theirs"):
+        prepare_arguments(make_arguments(**fused), Options(schedule="zbv", zero_bubble=True))
+
+
 MODEL = {"num_experts": 8, "rank": 0}
+# On four ranks in two pipeline ranks, eight experts on two ranks.
+SHARDED_WEIGHTS = [
+    ({"tensor_parallel_num_weight_shards": 2}, "--tensor-parallel-num-weight-shards 2 on 1 tensor-parallel rank in"),
+    ({"expert_tensor_parallel_num_weight_shards": 2}, "--expert-tensor-parallel-num-weight-shards 2 on 1 expert-tensor-parallel"),
+    (
+        {"tensor_model_parallel_size": 2, "tensor_parallel_num_weight_shards": 4},
+        "--tensor-parallel-num-weight-shards 4 on 2 tensor-parallel ranks in",
+    ),
+    (
+        {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1, "expert_tensor_parallel_num_weight_shards": 2},
+        "--expert-tensor-parallel-num-weight-shards 2 on 1 expert-tensor-parallel rank in",
+    ),
+    # What a model's config says of it, in a loop without megatron.training.
+    ({"gtp_weight_remat_size": 2}, "--tensor-parallel-num-weight-shards 2 on 1 tensor-parallel rank in"),
+    ({"expert_gtp_weight_remat_size": 4}, "--expert-tensor-parallel-num-weight-shards 4 on 1 expert-tensor-parallel rank in"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), SHARDED_WEIGHTS)
+@pytest.mark.parametrize("ours", [{"schedule": "dualpipev"}, {"schedule": "1f1b"}, {"eplb": True}])
+def test_weights_cut_further_than_their_tensors_are_refused(ours: dict[str, Any], given: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError) as raised:
+        prepare_arguments(make_arguments(**MODEL, **{"world_size": 16, **given}), Options(**ours))
+    assert said in str(raised.value)
+    assert str(raised.value).startswith("--cf-eplb does not run" if "eplb" in ours else "--cf-schedule")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_as_many_weight_shards_as_tensor_parallel_ranks_are_none(ranks: int) -> None:
+    shards = {"tensor_parallel_num_weight_shards": ranks, "expert_tensor_parallel_num_weight_shards": ranks}
+    args = make_arguments(**MODEL, tensor_model_parallel_size=ranks, expert_tensor_parallel_size=ranks, world_size=8, **shards)
+    prepare_arguments(args, Options(schedule="dualpipev", eplb=True))
+
+
+class Chunk:
+    """A model's chunk, of which only its config is looked at."""
+
+    def __init__(self, **given: Any) -> None:
+        sizes = {"num_layers": 4, "hidden_size": 16, "num_attention_heads": 2, "pipeline_model_parallel_size": 2}
+        chunks = {"virtual_pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32}
+        self.config = TransformerConfig(**sizes, **chunks)
+        for name, value in given.items():
+            setattr(self.config, name, value)
+
+
+def test_in_a_loop_of_its_own_nothing_is_said_of_switches_that_nobody_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    chunk = Chunk()
+    assert chunk.config.overlap_p2p_comm is False, "as every config has it"
+    check_loop([chunk, chunk], Options(schedule="dualpipev"))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"moe_expert_rank_capacity_factor": 1.0}, "does not run with --moe-expert-rank-capacity-factor"),
+        ({"enable_mhc_connections": True}, "does not run with --enable-mhc-connections"),
+        ({"gtp_weight_remat_size": 2}, "does not run with --tensor-parallel-num-weight-shards 2"),
+    ],
+)
+def test_in_a_loop_of_its_own_the_models_config_is_refused(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(OptionError, match=said):
+        check_loop([Chunk(**given)] * 2, Options(schedule="dualpipev"))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "given", "left", "said"),
+    [
+        ("dualpipev", {"overlap_p2p_comm": False}, {"overlap_p2p_comm": True}, "--no-overlap-p2p-communication"),
+        ("interleaved", {"overlap_p2p_comm": False}, {"overlap_p2p_comm": True}, "--no-overlap-p2p-communication"),
+        ("1f1b", {"overlap_p2p_comm": False}, {"overlap_p2p_comm": False}, ""),
+        ("dualpipev", {"overlap_p2p_comm": True}, {"overlap_p2p_comm": True}, ""),
+        (
+            "zbv",
+            {"overlap_p2p_comm": False, "overlap_p2p_comm_warmup_flush": True},
+            {"overlap_p2p_comm": True, "overlap_p2p_comm_warmup_flush": False},
+            "--no-overlap-p2p-communication and --overlap-p2p-communication-warmup-flush",
+        ),
+        (
+            "zb-h1",
+            {"overlap_p2p_comm_warmup_flush": True},
+            {"overlap_p2p_comm_warmup_flush": False},
+            "--overlap-p2p-communication-warmup-flush",
+        ),
+        (
+            "dualpipe",
+            {"microbatch_group_size_per_vp_stage": 3},
+            {"microbatch_group_size_per_vp_stage": 3},
+            "--microbatch-group-size-per-virtual-pipeline-stage",
+        ),
+        ("interleaved", {"microbatch_group_size_per_vp_stage": 2}, {"microbatch_group_size_per_vp_stage": 2}, ""),
+    ],
+)
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_switches_of_megatrons_own_transfers_are_ignored_and_said_once(
+    schedule: str, given: dict[str, Any], left: dict[str, Any], said: str, is_nested: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chunks = None if schedule in ("1f1b", "zb-h1") else 2
+    for rank in (0, 1):
+        args = make_arguments(num_virtual_stages_per_pipeline_rank=chunks, rank=rank, **({} if is_nested else given))
+        if is_nested:
+            args.model_parallel = SimpleNamespace(**given)
+        prepare_arguments(args, Options(schedule=schedule))
+        assert left.items() <= vars(args.model_parallel if is_nested else args).items()
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == (1 if said and rank == 0 else 0)
+        assert not lines or lines[0].startswith(f"counterflow: {said} ignored under --cf-schedule {schedule}: it moves tensors")
 
 
 @pytest.mark.parametrize(
@@ -438,6 +576,9 @@ MODEL = {"num_experts": 8, "rank": 0}
         (1, {"moe_use_upcycling": True}, "does not run with --moe-use-upcycling"),
         (1, {"fp8_param_gather": True}, "does not run with --fp8-param-gather"),
         (1, {"use_megatron_fsdp": True}, "does not run with --use-megatron-fsdp"),
+        (1, {"moe_expert_rank_capacity_factor": 2.0}, "does not run with --moe-expert-rank-capacity-factor in this version"),
+        (1, {"moe_single_grouped_weight": True}, "--cf-eplb does not run with --moe-single-grouped-weight in this version"),
+        (1, {"moe_single_grouped_bias": True}, "--cf-eplb does not run with --moe-single-grouped-bias"),
         (1, {"cuda_graph_impl": "local"}, "--cuda-graph-impl local given, none is allowed"),
     ],
 )

@@ -1,5 +1,7 @@
 """What CUDA calls mean on the CPU platform, and that torch is itself again afterwards."""
 
+import json
+import os
 import subprocess
 import sys
 
@@ -41,6 +43,31 @@ torch.cuda.set_rng_state(state)
 assert torch.equal(first, torch.rand(3))
 free, total = torch.cuda.mem_get_info()
 assert 0 < free <= total == torch.cuda.get_device_properties(0).total_memory
+stats = torch.cuda.memory_stats()
+assert 2**20 < stats["allocated_bytes.all.current"] <= stats["allocated_bytes.all.peak"] < total
+for key in ("reserved_bytes.all.current", "allocation.all.current", "segment.all.peak", "num_alloc_retries"):
+    assert stats[key] >= 0
+assert torch.cuda.memory_allocated() <= torch.cuda.max_memory_allocated()
+assert torch.cuda.memory_reserved() <= torch.cuda.max_memory_reserved() < torch.cuda.device_memory_used() < total
+for name in ("temperature", "power_draw", "utilization", "clock_rate"):
+    assert getattr(torch.cuda, name)() >= 0
+torch.cuda.check_error(torch.cuda.cudart().cudaProfilerStart()); torch.cuda.check_error(torch.cuda.cudart().cudaProfilerStop())
+with torch.cuda.device(0), torch.cuda.nvtx.range("x"):
+    torch.cuda.profiler.start(); torch.cuda.profiler.stop()
+torch.cuda.set_rng_state_all(torch.cuda.get_rng_state_all())
+torch.cuda.manual_seed(7)
+assert torch.cuda.initial_seed() == 7 == torch.cuda.default_generators[0].initial_seed()
+least, greatest = torch.cuda.Stream.priority_range()
+torch.cuda.Stream(priority=greatest)
+for name in cpu.REFUSED:
+    home, _, last = ("torch.cuda." + name).rpartition(".")
+    try:
+        getattr(eval(home), last)()
+    except ValueError as error:
+        assert f"torch.cuda.{name} means nothing on the CPU platform: drop the flag" in str(error), error
+    else:
+        raise AssertionError(name)
+assert isinstance(torch.cuda.MemPool | None, object) and not isinstance(1, torch.cuda.CUDAGraph)
 patches.undo()
 assert torch.ones(1).type() == "torch.FloatTensor"
 try:
@@ -54,6 +81,72 @@ def test_cuda_calls_mean_the_cpu_and_can_be_taken_back() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", CHECKS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "itself again"
+
+
+# Types, exceptions, decorators and modules that are the same without a GPU.
+SAME = {
+    *("BFloat16Tensor", "FloatTensor", "HalfTensor", "LongTensor", "OutOfMemoryError", "amp.custom_bwd", "amp.custom_fwd"),
+    *("memory", "nvtx", "nvtx.range", "profiler"),
+}
+SWEEP = """
+import json, re, sys
+from operator import attrgetter
+from pathlib import Path
+import torch
+from counterflow.platform import cpu
+if len(sys.argv) > 1:
+    folder = Path(sys.argv[1])
+else:
+    import importlib.util
+    folder = Path(importlib.util.find_spec("megatron").submodule_search_locations[0])
+named = {}
+for path in folder.rglob("*.py"):
+    for line in path.read_text(errors="replace").splitlines():
+        for name in re.findall(r"\\btorch\\.cuda\\.([A-Za-z_]\\w*(?:\\.[A-Za-z_]\\w*)*)", line.partition("#")[0]):
+            named.setdefault(name, str(path))
+def find(name):
+    try:
+        return attrgetter(name)(torch.cuda)
+    except AttributeError:
+        return None
+before = {name: find(name) for name in named}
+cpu.install()
+print(json.dumps([len(named), {name: path for name, path in named.items() if find(name) is before[name]}]))
+"""
+
+
+@pytest.mark.parametrize("variable", ["", "MEGATRON_LM_0_17", "MEGATRON_LM_0_18", "MEGATRON_LM_0_20", "MEGATRON_LM_PATH"])
+def test_all_that_megatron_asks_of_cuda_is_answered_or_refused(variable: str) -> None:
+    if variable and variable not in os.environ:
+        pytest.skip(f"set {variable} to a Megatron-LM checkout")
+    trees = [f"{os.environ[variable]}/megatron"] if variable else []
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SWEEP, *trees], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    count, untouched = json.loads(done.stdout)
+    assert count > 40
+    assert {name: path for name, path in untouched.items() if name not in SAME} == {}
+
+
+def test_no_module_is_a_linear_for_inference_where_these_are_no_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.tensor_parallel import inference_layers
+
+    from counterflow.patching import Patches
+    from counterflow.platform.megatron_cpu import _know_no_inference_layers
+
+    asked = "is_inference_column_parallel_linear"
+
+    def ask(module: object) -> bool:
+        return isinstance(module, inference_layers.InferenceColumnParallelLinear)
+
+    monkeypatch.setattr(inference_layers, "InferenceColumnParallelLinear", object())
+    monkeypatch.setattr(inference_layers, asked, ask, raising=False)
+    with pytest.raises(TypeError):
+        getattr(inference_layers, asked)(1)
+    patches = Patches()
+    _know_no_inference_layers(patches)
+    assert getattr(inference_layers, asked)(1) is False
+    patches.undo()
+    assert getattr(inference_layers, asked) is ask
 
 
 def test_the_choice_of_platform(monkeypatch: pytest.MonkeyPatch) -> None:

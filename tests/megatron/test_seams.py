@@ -10,12 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from megatron.core.pipeline_parallel import combined_1f1b
 
+import counterflow
 from counterflow.errors import OptionError, SeamError
 from counterflow.megatron import install, seams
 from counterflow.megatron.seams import SEAMS, Seam
 
-PATCH = Path(__file__).resolve().parents[2] / "patches" / "megatron-lm" / "0.17-0.19" / "enable.patch"
+PATCH = Path(__file__).resolve().parents[2] / "patches" / "megatron-lm" / "0.17-0.20" / "enable.patch"
 
 
 @pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.symbol)
@@ -37,6 +39,43 @@ def test_a_seam_that_does_not_fit_is_named_with_the_version(monkeypatch: pytest.
         seams.check_seams()
     assert said in str(raised.value)
     assert f"megatron-core {seams.find_version()}" in str(raised.value)
+
+
+def call(first: int, second: int, third: int = 3, *more: int, fourth: int = 4, **others: int) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("parameters", "fits"),
+    [
+        (("first", "second"), True),
+        (("second", "first"), True),
+        (("fourth", "second", "first"), True),
+        (("first", "third"), False),
+        (("first", "second", "gone"), False),
+        (("first", "second", "more"), False),
+    ],
+)
+def test_what_is_called_by_name_may_have_other_parameters(
+    monkeypatch: pytest.MonkeyPatch, parameters: tuple[str, ...], fits: bool
+) -> None:
+    monkeypatch.setattr(combined_1f1b, "call", call, raising=False)
+    misfit = Seam(combined_1f1b.__name__, "call", parameters, "", by_name=True).find_misfit()
+    assert (misfit is None) is fits, misfit
+
+
+def give_plan(forward_step_func: object, b_grads: object) -> None:
+    """A combined F&B of another shape: it wants what nobody gives."""
+
+
+def test_another_combined_step_stops_overlapped_pairs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(combined_1f1b, seams.COMBINED_STEP.symbol, give_plan)
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    counterflow.enable({"schedule": "dualpipev"}).undo()
+    with pytest.raises(SeamError) as raised:
+        counterflow.enable({"schedule": "dualpipev", "overlap": True})
+    said = str(raised.value)
+    assert "combined_1f1b.combined_forward_backward_step takes (forward_step_func, b_grads) where (" in said
+    assert said.endswith("or drop --cf-overlap") and "\n" not in said
 
 
 def test_the_first_argument_is_wrapped_by_position_and_by_name() -> None:

@@ -4,12 +4,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from counterflow.platform import streams  # noqa: E402
+from counterflow.platform.megatron_cpu import _run_on_workers  # noqa: E402
 from counterflow.platform.streams import Event, Stream  # noqa: E402
 
 pytestmark = pytest.mark.timeout(60)
@@ -143,3 +145,27 @@ def test_a_stopped_stream_starts_again() -> None:
     assert isinstance(stream.submit(lambda: 1), Future)
     stream.stop()
     assert stream.submit(lambda: 2).result() == 2
+
+
+def test_what_a_plan_sends_to_another_rank_is_a_tensor_that_is_made() -> None:
+    compute, communication, gate, sent = Stream(), Stream(), threading.Event(), []
+
+    def make(value: float) -> torch.Tensor:
+        gate.wait()
+        return torch.full((2,), value)
+
+    def run(forward: object, backward: object, post_forward: Any, post_backward: Any) -> Any:
+        # Megatron's own interleaved schedule has its plans send what their nodes made, and go on.
+        output, gradient = communication.submit(lambda: make(1.0)), compute.submit(lambda: make(2.0))
+        gate.set()
+        post_forward(output, 0)
+        post_backward(gradient, 1)
+        return output
+
+    def send(made: Any, stage: int) -> None:
+        sent.append((made, stage))
+
+    run_on_workers = _run_on_workers(run, compute, lambda: communication)
+    output = run_on_workers(None, None, post_forward=send, post_backward=send)
+    assert [(made.tolist(), stage) for made, stage in sent] == [([1.0, 1.0], 0), ([2.0, 2.0], 1)]
+    assert output is sent[0][0]

@@ -1,4 +1,4 @@
-"""The seams of other versions of Megatron, where a checkout of one is at hand."""
+"""Other versions of Megatron, where a checkout of one is at hand: the seams fit, the patch applies."""
 
 import os
 import subprocess
@@ -7,15 +7,36 @@ from pathlib import Path
 
 import pytest
 
-CHECKOUTS = ("MEGATRON_LM_0_17", "MEGATRON_LM_0_18", "MEGATRON_LM_PATH")
+PATCH = Path(__file__).resolve().parents[2] / "patches" / "megatron-lm" / "0.17-0.20" / "enable.patch"
+CHECKOUTS = ("MEGATRON_LM_0_17", "MEGATRON_LM_0_18", "MEGATRON_LM_0_20", "MEGATRON_LM_PATH")
+CHECK = """
+from counterflow.megatron import overlap, seams
+from counterflow.patching import Patches
+seams.check_seams()
+seams.check_seams("overlap")
+overlap.defer_inside_plans(Patches())
+"""
+
+
+def find_checkout(variable: str) -> Path:
+    if variable not in os.environ:
+        pytest.skip(f"set {variable} to a Megatron-LM checkout")
+    return Path(os.environ[variable])
 
 
 @pytest.mark.parametrize("variable", CHECKOUTS)
 def test_seams_fit(variable: str) -> None:
-    if variable not in os.environ:
-        pytest.skip(f"set {variable} to a Megatron-LM checkout")
-    code = "from counterflow.megatron import seams; seams.check_seams(); print(seams.find_version())"
-    env = {**os.environ, "PYTHONPATH": os.environ[variable]}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=env, check=False)
+    tree = find_checkout(variable)
+    path = os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])])
+    code = f"{CHECK}\nimport megatron.core; print(megatron.core.__file__)"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
     assert done.returncode == 0, done.stderr
-    assert Path(os.environ[variable], "megatron", "core").is_dir()
+    assert Path(done.stdout.splitlines()[-1]).is_relative_to(tree), "another Megatron was looked at"
+
+
+@pytest.mark.parametrize("variable", CHECKOUTS)
+def test_the_patch_applies(variable: str) -> None:
+    tree = find_checkout(variable)
+    done = subprocess.run(["patch", "-p1", "--dry-run", "-i", str(PATCH)], cwd=tree, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

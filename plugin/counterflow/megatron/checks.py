@@ -67,6 +67,7 @@ def prepare_arguments(args: Any, options: Options) -> None:
     if options.overlap:
         # Upstream's own flag, so that upstream refuses what its schedule plans cannot do.
         _owner(args, "overlap_moe_expert_parallel_comm").overlap_moe_expert_parallel_comm = True
+    _ignore_own_transfers(args, options.schedule, layout)
 
 
 def flatten(args: Any) -> Any:
@@ -142,6 +143,11 @@ def _check_unsupported(args: Any, schedule: str, overlap: bool) -> None:
         "fine_grained_activation_offloading": "--fine-grained-activation-offloading",
         "defer_embedding_wgrad_compute": "--defer-embedding-wgrad-compute",
         "moe_paged_stash": "--moe-paged-stash",
+        # Megatron may run such a step again, on the data that its own layout of the model reads.
+        "moe_expert_rank_capacity_factor": "--moe-expert-rank-capacity-factor",
+        # They send several streams of a micro-batch; of 0.20, and of the dev branch.
+        "enable_mhc_connections": "--enable-mhc-connections",
+        "enable_hyper_connections": "--enable-hyper-connections",
         "hybrid_context_parallel": "--hybrid-context-parallel",
         "use_megatron_fsdp": "--use-megatron-fsdp",
         "use_torch_fsdp2": "--use-torch-fsdp2",
@@ -149,10 +155,16 @@ def _check_unsupported(args: Any, schedule: str, overlap: bool) -> None:
         "external_cuda_graph": "--external-cuda-graph",
     }
     _refuse_flags(args, refused, f"--cf-schedule {schedule}")
+    _refuse_weight_shards(args, f"--cf-schedule {schedule}")
     if getattr(args, "overlap_moe_expert_parallel_comm", None) and not overlap:
         raise OptionError(
             f"--cf-schedule {schedule} does not take --overlap-moe-expert-parallel-comm: give --cf-overlap "
             "in its place, which turns it on"
+        )
+    if overlap and getattr(args, "recompute_granularity", None) == "full":
+        raise OptionError(
+            "--cf-overlap does not run with --recompute-granularity full, whose forwards come again inside backwards: give "
+            "selective (without moe among --recompute-modules), or drop one of the two"
         )
     graph = getattr(args, "cuda_graph_impl", None) or "none"
     if graph != "none":
@@ -179,6 +191,19 @@ def _refuse_flags(args: Any, refused: dict[str, str], ours: str) -> None:
             raise OptionError(f"{ours} does not run with {flag} in this version: drop one of the two")
 
 
+def _refuse_weight_shards(args: Any, ours: str) -> None:
+    """Refuse generalized tensor parallelism, which gathers weights in one order of layers and reduces their gradients later."""
+    tensor = _get(args, "tensor_model_parallel_size", 1)
+    for kind, ranks in (("", tensor), ("expert_", _get(args, "expert_tensor_parallel_size", tensor))):
+        shards = _get(args, f"{kind}tensor_parallel_num_weight_shards", ranks * _get(args, f"{kind}gtp_weight_remat_size", 1))
+        if shards > ranks:
+            name = f"{kind}tensor_parallel".replace("_", "-")
+            raise OptionError(
+                f"{ours} does not run with --{name}-num-weight-shards {shards} on {ranks} {name} rank{'s' if ranks > 1 else ''} "
+                f"in this version: weights that are cut further are not tested with it; drop one of the two, or give {ranks}"
+            )
+
+
 def _check_zero_bubble(args: Any, options: Options) -> None:
     """Where it is on by default, modules that cannot split run whole; asked for, it is to be had."""
     if options.zero_bubble and getattr(args, "transformer_impl", "") == "transformer_engine":
@@ -186,6 +211,25 @@ def _check_zero_bubble(args: Any, options: Options) -> None:
 
         if obstacle := find_engine_obstacle(args):
             raise OptionError(f"--cf-zero-bubble cannot split Transformer Engine's backward passes, {obstacle}; or drop the flag")
+
+
+def _ignore_own_transfers(args: Any, schedule: str, layout: str) -> None:
+    """Set the switches of Megatron's own transfers between pipeline ranks so that its checks of them pass; say so on rank 0."""
+    owner = _owner(args, "overlap_p2p_comm")
+    ignored = []
+    # Megatron takes it away itself where a rank holds one chunk.
+    if layout != STRAIGHT and getattr(owner, "overlap_p2p_comm", None) is False:
+        owner.overlap_p2p_comm = True
+        ignored.append("--no-overlap-p2p-communication")
+    if getattr(owner, "overlap_p2p_comm_warmup_flush", False):
+        owner.overlap_p2p_comm_warmup_flush = False
+        ignored.append("--overlap-p2p-communication-warmup-flush")
+    if layout != LOOPED and getattr(owner, "microbatch_group_size_per_vp_stage", None) is not None:
+        ignored.append("--microbatch-group-size-per-virtual-pipeline-stage")
+    # A model's config has no rank: in it they stand whether they were asked for or not (`check_loop`).
+    if ignored and getattr(args, "rank", None) == 0:
+        said = "it moves tensors between pipeline ranks itself, in the order of its table"
+        print(f"counterflow: {' and '.join(ignored)} ignored under --cf-schedule {schedule}: {said}", flush=True)
 
 
 def _check_multi_token_prediction(args: Any, schedule: str, layout: str) -> None:
@@ -213,6 +257,13 @@ def _check_v(args: Any, ranks: int, schedule: str) -> None:
             f"--cf-schedule {schedule} needs checkpoints whose keys name global layers: --ckpt-format {args.ckpt_format} given, "
             "torch_dist is allowed"
         )
+    # Hooks on the last pipeline rank's last chunk; shards dealt as an earlier run held them, which may have been no V.
+    refused = {
+        "logits_load_dir": "--logits-load-dir",
+        "logits_save_dir": "--logits-save-dir",
+        "ckpt_pg_tensors_cache_path": "--ckpt-pg-tensors-cache-path",
+    }
+    _refuse_flags(args, refused, f"--cf-schedule {schedule}")
     uneven = (
         "pipeline_model_parallel_layout",
         "decoder_first_pipeline_num_layers",
@@ -243,16 +294,6 @@ def _check_crosslinked(args: Any, ranks: int, schedule: str) -> None:
             f"--cf-schedule {schedule} computes each loss in the partner replica and reads the labels there: "
             "--dataloader-type external given, single and cyclic are allowed, whose samplers are known"
         )
-    reading = {
-        "logits_load_dir": "--logits-load-dir",
-        "logits_save_dir": "--logits-save-dir",
-    }
-    for name, flag in reading.items():
-        if getattr(args, name, None):
-            raise OptionError(
-                f"--cf-schedule {schedule} does not run with {flag}, which takes a rank's micro-batches for its own "
-                "replica's: drop one of the two, or choose dualpipev"
-            )
 
 
 def _check_batches(args: Any, ranks: int, chunks: int, options: Options) -> None:
@@ -314,6 +355,11 @@ def _check_eplb(args: Any, options: Options) -> None:
     refused = {
         "moe_pad_expert_input_to_capacity": "--moe-pad-expert-input-to-capacity",
         "moe_paged_stash": "--moe-paged-stash",
+        # Megatron may run such a step again, whose loads would count twice.
+        "moe_expert_rank_capacity_factor": "--moe-expert-rank-capacity-factor",
+        # One tensor for all experts of a rank: none of them can be sent or moved alone.
+        "moe_single_grouped_weight": "--moe-single-grouped-weight",
+        "moe_single_grouped_bias": "--moe-single-grouped-bias",
         # It would count what homes computed; --cf-record counts what experts got.
         "save_tokens_per_expert_interval": "--save-tokens-per-expert-interval",
         "moe_use_upcycling": "--moe-use-upcycling",
@@ -326,6 +372,7 @@ def _check_eplb(args: Any, options: Options) -> None:
         "external_cuda_graph": "--external-cuda-graph",
     }
     _refuse_flags(args, refused, "--cf-eplb")
+    _refuse_weight_shards(args, "--cf-eplb")
     graph = getattr(args, "cuda_graph_impl", None) or "none"
     if graph != "none":
         raise OptionError(f"--cf-eplb does not run under CUDA graphs: --cuda-graph-impl {graph} given, none is allowed")

@@ -227,6 +227,7 @@ def install_schedule(patches: Patches, options: Options, check_model: Callable[[
     if options.overlap:
         from counterflow.megatron.overlap import defer_inside_plans
 
+        check_seams("overlap")
         defer_inside_plans(patches)
     if is_v:
         take(patches, seams.MAKE_GROUPS, keep_embeddings_on_first_rank)

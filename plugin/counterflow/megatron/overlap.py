@@ -88,28 +88,38 @@ class OverlapWork(MegatronWork):
 
     def _run_plans(self, f: _Forward | None, b: _Backward | None) -> tuple[Any, Any, torch.Tensor | None]:
         """Return the F's output and token count and the B's input gradient; None for what is not asked for."""
+        # An F's nodes and its loss may ask where in the pipeline they are; a B's nodes do not.
+        with hold_mirrored_rank() if f is not None and self._is_mirrored(f.stage) else nullcontext():
+            result = combined_1f1b.combined_forward_backward_step(**self._describe_plans(f, b))
+        if not isinstance(result, tuple) or len(result) != 3:
+            raise SeamError(
+                f"{combined_1f1b.__name__}.combined_forward_backward_step of this megatron-core does not return the F's output, "
+                "its token count and the B's input gradient: drop --cf-overlap"
+            )
+        output, num_tokens, gradient = result
+        return output, num_tokens, gradient
+
+    def _describe_plans(self, f: _Forward | None, b: _Backward | None) -> dict[str, Any]:
+        """Return upstream's arguments by name (`seams.COMBINED_STEP`): newer versions have more, in another order."""
         step, layout = self._step, self._layout
         f_chunk = layout.chunk_of(f.stage) if f is not None else None
         key = (b.stage, b.microbatch) if b is not None else None
-        # An F's nodes and its loss may ask where in the pipeline they are; a B's nodes do not.
-        with hold_mirrored_rank() if f is not None and self._is_mirrored(f.stage) else nullcontext():
-            result: tuple[Any, Any, torch.Tensor | None] = combined_1f1b.combined_forward_backward_step(
-                step.forward_step_func,
-                step.data_iterators[f_chunk] if f_chunk is not None else None,
-                step.chunks[f_chunk] if f_chunk is not None else None,
-                step.microbatches,
-                f.received if f is not None else None,
-                step.losses,
-                step.chunks[layout.chunk_of(b.stage)] if b is not None else None,
-                self._inputs.pop(key) if key is not None else None,
-                self._outputs.pop(key) if key is not None else None,
-                b.received if b is not None else None,
-                step.config,
-                f_model_chunk_id=f_chunk if layout.chunks > 1 else None,
-                is_first_microbatch=f is not None and f.is_first,
-                current_microbatch=f.microbatch % step.microbatches if f is not None else None,
-            )
-        return result
+        return {
+            "forward_step_func": step.forward_step_func,
+            "data_iterator": step.data_iterators[f_chunk] if f_chunk is not None else None,
+            "f_model": step.chunks[f_chunk] if f_chunk is not None else None,
+            "num_microbatches": step.microbatches,
+            "input_tensor": f.received if f is not None else None,
+            "forward_data_store": step.losses,
+            "b_model": step.chunks[layout.chunk_of(b.stage)] if b is not None else None,
+            "b_input_tensor": self._inputs.pop(key) if key is not None else None,
+            "b_output_tensor": self._outputs.pop(key) if key is not None else None,
+            "b_output_tensor_grad": b.received if b is not None else None,
+            "config": step.config,
+            "f_model_chunk_id": f_chunk if layout.chunks > 1 else None,
+            "is_first_microbatch": f is not None and f.is_first,
+            "current_microbatch": f.microbatch % step.microbatches if f is not None else None,
+        }
 
 
 def require_schedule_plans(forward_step_func: Callable[..., Any]) -> None:

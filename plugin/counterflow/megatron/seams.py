@@ -8,7 +8,7 @@ the start with the version and the symbol named.
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,8 @@ TRAINER = "megatron.training"
 class Seam:
     """An upstream symbol that the plugin takes.
 
-    ``optional`` marks a symbol that only newer versions have, beside an older path that is kept.
+    ``optional`` marks a symbol that only newer versions have, beside an older path that is kept; ``only_with`` names the option
+    without which it is not touched. What is called ``by_name`` may have its parameters in any order, and more that have defaults.
     """
 
     module: str
@@ -30,6 +31,8 @@ class Seam:
     parameters: tuple[str, ...]
     purpose: str
     optional: bool = False
+    only_with: str | None = None
+    by_name: bool = False
 
     def find_misfit(self) -> str | None:
         """Return what is wrong with the symbol; None where it fits or may be absent."""
@@ -43,10 +46,18 @@ class Seam:
         target = self._find(home)
         if target is None:
             return None if self.optional else "does not exist"
-        found = tuple(inspect.signature(inspect.unwrap(target)).parameters)
-        if found[: len(self.parameters)] != self.parameters:
+        found = inspect.signature(inspect.unwrap(target)).parameters
+        if not self._accepts(found):
             return f"takes ({', '.join(found)}) where ({', '.join(self.parameters)}, …) is expected"
         return None
+
+    def _accepts(self, found: Mapping[str, inspect.Parameter]) -> bool:
+        if not self.by_name:
+            return tuple(found)[: len(self.parameters)] == self.parameters
+        unnamed = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+        needed = {name for name, one in found.items() if one.default is one.empty and one.kind not in unnamed}
+        given = set(self.parameters)
+        return needed <= given and given <= {name for name, one in found.items() if one.kind not in unnamed}
 
     def is_present(self) -> bool:
         """Tell whether this version of Megatron has the symbol."""
@@ -141,8 +152,12 @@ COMBINED_STEP = Seam(
         "b_output_tensor_grad",
         "config",
         "f_model_chunk_id",
+        "is_first_microbatch",
+        "current_microbatch",
     ),  # fmt: skip
     "F, B and F&B under --cf-overlap",
+    only_with="overlap",
+    by_name=True,
 )
 SAVE_SHARDS = Seam(
     "megatron.core.dist_checkpointing.strategies.fully_parallel",
@@ -259,14 +274,15 @@ def find_version() -> str:
     return str(__version__)
 
 
-def check_seams() -> None:
-    """Raise `SeamError` that names version and symbol unless every seam fits."""
+def check_seams(option: str | None = None) -> None:
+    """Raise `SeamError` that names version and symbol unless every seam fits, of those that go ``only_with`` the option."""
+    dropped = "the --cf flags" if option is None else f"--cf-{option}"
     for seam in SEAMS:
-        if misfit := seam.find_misfit():
+        if seam.only_with == option and (misfit := seam.find_misfit()):
             raise SeamError(
                 f"megatron-core {find_version()}: {seam.module}.{seam.symbol} {misfit}; "
-                "this version of counterflow supports megatron-core 0.17 to 0.19: install one of them and what it imports, "
-                "or drop the --cf flags"
+                "this version of counterflow supports megatron-core 0.17 to 0.20: install one of them and what it imports, "
+                f"or drop {dropped}"
             )
 
 

@@ -154,6 +154,9 @@ def find_engine_obstacle(args: Any) -> str | None:
     """Return why Transformer Engine cannot delay weight gradients under these arguments; None where it can."""
     if getattr(args, "tp_comm_overlap", False) and getattr(args, "tp_comm_bulk_wgrad", True):
         return "--tp-comm-overlap with its bulk weight gradients: turn tp_comm_bulk_wgrad off"
+    if getattr(args, "use_transformer_engine_op_fuser", False):
+        # Megatron keeps the fused operations, which would queue them, where no walk over modules finds them.
+        return "--use-transformer-engine-op-fuser, whose fused experts keep theirs to themselves: drop it"
     try:
         version = metadata.version("transformer-engine")
     except metadata.PackageNotFoundError:

@@ -10,14 +10,17 @@ Nothing here happens on import. `install` returns the patches; ``.undo()`` on th
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import torch
 import torch._dynamo
 
+from counterflow.errors import OptionError
 from counterflow.patching import Patches
-from counterflow.platform import streams
+from counterflow.platform import memory, streams
 from counterflow.platform.devices import CPU, CudaOnCpu
 
 
@@ -40,21 +43,40 @@ def _manual_seed(seed: int) -> None:
 
 
 def _describe_device(device: Any = None) -> SimpleNamespace:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return SimpleNamespace(
         name="cpu",
         major=0,
         minor=0,
-        total_memory=memory,
+        total_memory=memory.measure_machine()[1],
         multi_processor_count=os.cpu_count() or 1,
         gcnArchName="cpu",
         uuid="cpu",
     )
 
 
-def _measure_memory(device: Any = None) -> tuple[int, int]:
-    page = os.sysconf("SC_PAGE_SIZE")
-    return page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
+class _OnDevice(nullcontext[None]):
+    """What ``with torch.cuda.device(…)`` is where there is one: torch asks for its class and its index."""
+
+    idx = 0
+
+    def __init__(self, device: Any = None) -> None:
+        super().__init__()
+
+
+class _Meaningless:
+    """Stands for a name that means nothing on a CPU; says which when it is called. A class, for annotations and isinstance."""
+
+    name = ""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise OptionError(
+            f"torch.cuda.{cls.name} means nothing on the CPU platform: drop the flag that asks for it, or run on a GPU with "
+            "--cf-platform cuda"
+        )
+
+
+def _refuse(name: str) -> type:
+    return type(name.rpartition(".")[2], (_Meaningless,), {"name": name})
 
 
 def _init_process_group(original: Any) -> Any:
@@ -77,13 +99,45 @@ def _new_group(original: Any) -> Any:
     return new_group
 
 
-def _patch_cuda(patches: Patches) -> None:
-    replacements = {
+# What is CUDA's alone: graphs, pools and streams of another library, the allocator's own accounts.
+REFUSED = (
+    *("CUDAGraph", "graph", "graph_pool_handle", "make_graphed_callables", "MemPool", "use_mem_pool", "ExternalStream"),
+    *("CUDAPluggableAllocator", "change_current_allocator", "memory_snapshot", "memory_summary", "_sleep"),
+    *("memory._snapshot", "memory._dump_snapshot", "memory._record_memory_history"),
+)
+
+
+def _list_device_answers() -> dict[str, Any]:
+    # What a CPU does not tell, its temperature say, is 0.
+    return {
         "is_available": _answer(True),
         "is_initialized": _answer(True),
+        "init": _answer(None),
         "device_count": _answer(1),
         "current_device": _answer(CPU),
         "set_device": _answer(None),
+        "device": _OnDevice,
+        "device_of": _OnDevice,
+        "get_device_properties": _describe_device,
+        "get_device_name": _answer("cpu"),
+        "get_device_capability": _answer((0, 0)),
+        "temperature": _answer(0),
+        "power_draw": _answer(0),
+        "clock_rate": _answer(0),
+        "utilization": lambda device=None: int(psutil.cpu_percent()),
+        # Where a profiler of CUDA's begins and ends to look.
+        "cudart": _answer(SimpleNamespace(cudaProfilerStart=_answer(0), cudaProfilerStop=_answer(0))),
+        "check_error": _answer(None),
+        "profiler.start": _answer(None),
+        "profiler.stop": _answer(None),
+        "nvtx.range_push": _answer(None),
+        "nvtx.range_pop": _answer(None),
+        "nvtx.mark": _answer(None),
+    }
+
+
+def _list_stream_answers() -> dict[str, Any]:
+    return {
         "synchronize": lambda device=None: streams.synchronize_all(),
         "Stream": streams.Stream,
         "Event": streams.Event,
@@ -91,30 +145,48 @@ def _patch_cuda(patches: Patches) -> None:
         "default_stream": _answer(streams.DEFAULT),
         "set_stream": streams.set_current,
         "stream": lambda stream: streams.run_on(stream),
+        "is_current_stream_capturing": _answer(False),
+    }
+
+
+def _list_random_answers() -> dict[str, Any]:
+    return {
+        "default_generators": (torch.default_generator,),
+        "initial_seed": torch.initial_seed,
         "manual_seed": _manual_seed,
         "manual_seed_all": _manual_seed,
         "get_rng_state": _get_rng_state,
         "set_rng_state": _set_rng_state,
+        "get_rng_state_all": lambda: [torch.get_rng_state()],
+        "set_rng_state_all": lambda new_states: torch.set_rng_state(new_states[0]),
+    }
+
+
+def _list_memory_answers() -> dict[str, Any]:
+    return {
         "empty_cache": _answer(None),
         "ipc_collect": _answer(None),
-        "get_device_properties": _describe_device,
-        "get_device_name": _answer("cpu"),
-        "get_device_capability": _answer((0, 0)),
-        "mem_get_info": _measure_memory,
-        "memory_stats": _answer({}),
-        "memory_allocated": _answer(0),
-        "max_memory_allocated": _answer(0),
-        "memory_reserved": _answer(0),
-        "max_memory_reserved": _answer(0),
+        "mem_get_info": memory.measure_machine,
+        "device_memory_used": memory.get_used,
+        "memory_stats": memory.list_stats,
+        "memory_allocated": memory.get_resident,
+        "memory_reserved": memory.get_resident,
+        "max_memory_allocated": memory.get_peak,
+        "max_memory_reserved": memory.get_peak,
         "reset_peak_memory_stats": _answer(None),
-        "is_current_stream_capturing": _answer(False),
+        "reset_max_memory_allocated": _answer(None),
     }
-    for name, value in replacements.items():
-        patches.set(torch.cuda, name, value)
-    for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all"):
-        patches.set(torch.cuda.random, name, replacements[name])
-    for name in ("range_push", "range_pop", "mark"):
-        patches.set(torch.cuda.nvtx, name, _answer(None))
+
+
+def _patch_cuda(patches: Patches) -> None:
+    answers = _list_device_answers() | _list_stream_answers() | _list_random_answers() | _list_memory_answers()
+    for path, value in (answers | {name: _refuse(name) for name in REFUSED}).items():
+        home, _, name = path.rpartition(".")
+        patches.set(getattr(torch.cuda, home) if home else torch.cuda, name, value)
+        for module in (torch.cuda.random, torch.cuda.memory):
+            # Its own functions call it by that name.
+            if not home and hasattr(module, name):
+                patches.set(module, name, value)
     # Tells CUDA's allocator who else uses the memory; torch takes no other stream than its own there.
     patches.set(torch.Tensor, "record_stream", lambda tensor, stream: None)
     # The data loader asks the accelerator, not CUDA, whether to pin memory.

@@ -114,11 +114,23 @@ def _read_inputs(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return made if isinstance(made, tuple) else (made,)
 
 
+def _wait_for_input(send: Any) -> Any:
+    """Wrap what a chunk plan calls with its result, to send it: that reads a tensor where a node has left a future."""
+
+    @wraps(send)
+    def wait_and_send(made: Any, *args: Any, **kwargs: Any) -> Any:
+        return send(made.result() if isinstance(made, Future) else made, *args, **kwargs)
+
+    return wait_and_send
+
+
 def _run_on_workers(run: Any, compute: streams.Stream, get_comm_stream: Any) -> Any:
     """Wrap a chunk plan's ``run``: upstream's order of issue, with compute and communication on two workers."""
 
     @wraps(run)
     def run_on_workers(*args: Any, **kwargs: Any) -> Any:
+        # Megatron's own interleaved schedule sends to other ranks from within the plan.
+        kwargs |= {name: _wait_for_input(kwargs[name]) for name in ("post_forward", "post_backward") if kwargs.get(name)}
         with streams.issue_to(compute):
             output = run(*args, **kwargs)
         streams.join(compute, get_comm_stream())
@@ -156,6 +168,15 @@ def _allow_sequence_parallel(new: Any) -> Any:
     return build_norm
 
 
+def _know_no_inference_layers(patches: Patches) -> None:
+    """Without TE Megatron's linears for inference are no classes, and asking whether a module is one of them is a TypeError."""
+    from megatron.core.tensor_parallel import inference_layers
+
+    asked = "is_inference_column_parallel_linear"  # of 0.20, in multi-token prediction
+    if hasattr(inference_layers, asked) and not isinstance(inference_layers.InferenceColumnParallelLinear, type):
+        patches.replace(inference_layers, asked, lambda original: lambda module: False)
+
+
 class _SilenceForkWarning(logging.Filter):
     """Drops the tracker's warning that the CPU random state changed: here it is the CUDA state too."""
 
@@ -187,6 +208,7 @@ def install(patches: Patches) -> None:
     )
     patches.replace(dataset_utils, "compile_helpers", _compile_where_missing)
     _let_streams_run(patches)
+    _know_no_inference_layers(patches)
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _mend_torch_adam(patches, distrib_optimizer.DistributedOptimizer)
     silence = _SilenceForkWarning()

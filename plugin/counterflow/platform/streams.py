@@ -42,6 +42,11 @@ class Stream:
         self._lock = threading.Lock()
         self._newest: Future[Any] | None = None
 
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        """Return the least and the greatest priority: there is one."""
+        return 0, 0
+
     def submit(self, work: Callable[[], Any]) -> Future[Any]:
         """Queue ``work`` behind what the stream has; it runs under the caller's context variables and grad mode."""
         done: Future[Any] = Future()
