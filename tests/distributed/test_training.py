@@ -1,5 +1,6 @@
 """Real training runs under each schedule against plain Megatron, from one checkpoint."""
 
+import json
 from statistics import median
 from typing import Any
 
@@ -48,6 +49,16 @@ def test_a_table_from_a_file_trains_alike(runs: Runs) -> None:
 @pytest.mark.parametrize("name", [*FAMILIES, *SEARCHED])
 def test_other_families_and_searched_tables_train_alike(runs: Runs, name: str) -> None:
     assert_same_steps(runs[name], runs["megatron 1f1b, plain"])
+
+
+def test_auto_trains_alike_before_and_after_it_changes_tables(runs: Runs) -> None:
+    run, reference = runs["auto"], runs["megatron 1f1b, sharded"]
+    assert len(run["steps"]) == STEPS
+    assert_same_steps(run, reference)
+    assert run["evaluations"] == pytest.approx(reference["evaluations"], rel=TOLERANCE)
+    records = sorted((run["directory"] / "record, auto").glob("timeline-rank*.jsonl"))
+    tables = [[json.loads(line)["schedule"] for line in record.read_text().splitlines()] for record in records]
+    assert tables == [["zbv"] * 6 + ["auto"] * 4] * 4, "three steps are measured, three search, on all ranks"
 
 
 @pytest.mark.parametrize("loaded", SCHEDULES)
