@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from counterflow.errors import ScheduleError
-from counterflow.megatron.zero_bubble import split_local_linears, watch_reductions
+from counterflow.megatron.zero_bubble import defer_engine_weight_grads, split_local_linears, watch_reductions
 from counterflow.platform import install_cpu
 from counterflow.runtime.weight_grads import hold_weight_grads
 
@@ -107,3 +107,17 @@ def test_a_whole_backward_starts_its_reductions_from_its_hooks(one_rank: None) -
     assert all(group.grad_reduce_handle is not None for group in chunk.bucket_groups), "a reduction was not started"
     chunk.finish_grad_sync()
     assert read_gradients(chunk)["down.weight"].abs().sum() > 0
+
+
+def test_a_backward_does_not_walk_over_all_modules_again() -> None:
+    class Chunk(torch.nn.Linear):
+        walks = 0
+
+        def modules(self) -> Iterator[torch.nn.Module]:
+            self.walks += 1
+            return super().modules()
+
+    chunk = Chunk(1, 1)
+    for _ in range(3):
+        defer_engine_weight_grads(chunk)
+    assert chunk.walks == 1

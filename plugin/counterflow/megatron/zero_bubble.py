@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import partial, wraps
 from importlib import metadata
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from packaging.version import Version
@@ -124,9 +125,19 @@ def _set_after(post_init: Any) -> Any:
 
 def defer_engine_weight_grads(chunk: Any) -> None:
     """After a backward of a chunk: hand the queued weight gradients of its Transformer Engine modules over."""
-    modules = [module for module in _list_modules(chunk) if getattr(module, "wgrad_store", None) is not None]
+    modules = _find_engine_modules(chunk)
     if modules:
         defer_weight_grad(partial(_run_engine_weight_grads, modules))
+
+
+_engine_modules: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
+
+
+def _find_engine_modules(chunk: Any) -> list[Any]:
+    """Return the chunk's Transformer Engine modules; looked for once, since that is a walk over all of its modules."""
+    if chunk not in _engine_modules:
+        _engine_modules[chunk] = [one for one in _list_modules(chunk) if getattr(one, "wgrad_store", None) is not None]
+    return _engine_modules[chunk]
 
 
 def _list_modules(chunk: Any) -> Iterator[Any]:
