@@ -1,5 +1,5 @@
 # Two commands do everything, each from nothing: make train, make test.
-.PHONY: help setup train test lint doctor bench-runtime bench-balance bench-eplb clean
+.PHONY: help setup train test lint doctor bench-runtime bench-auto bench-balance bench-eplb clean
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 
@@ -12,6 +12,7 @@ help:
 	@echo "make train   train a real Megatron-Core MoE model under DualPipeV on this machine (SCHEDULE= EPLB=1 ITERS= FRESH=1 ...)"
 	@echo "make test    lint, type check and run all tests"
 	@echo "make bench-runtime  time the runtime beside its simulator, torch's schedules and Megatron's (ARGS=\"--steps 10\")"
+	@echo "make bench-auto  train under --cf-schedule auto on stages that sleep and look at every step (ARGS=\"--ranks 4\")"
 	@echo "make bench-balance  measure the balancer: balancedness, traffic, speed, growth (ARGS=\"speed --eplb FILE\")"
 	@echo "make bench-eplb  measure expert balancing in training: exactness, balance, overhead (ARGS=\"overhead\")"
 	@echo "make doctor  say what is installed and whether it fits"
@@ -39,6 +40,9 @@ doctor: setup
 
 bench-runtime: setup
 	@$(BIN)/python benchmarks/runtime.py $(ARGS)
+
+bench-auto: setup
+	@$(BIN)/python benchmarks/auto.py $(ARGS)
 
 bench-balance: setup
 	@$(BIN)/python benchmarks/balance.py $(ARGS)

@@ -91,12 +91,12 @@ class _WeightPath(torch.autograd.Function):
 
 
 class SleepingStage(torch.nn.Module):
-    """A stage whose F, I and W sleep ``seconds`` each."""
+    """A stage whose F, I and W sleep ``seconds`` each, times their ``shares``."""
 
-    def __init__(self, log: SleepLog, seconds: float) -> None:
+    def __init__(self, log: SleepLog, seconds: float, shares: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(SHAPE))
-        self._sleep = {kind: partial(log.sleep, kind, seconds) for kind in "FIW"}
+        self._sleep = {kind: partial(log.sleep, kind, seconds * share) for kind, share in zip("FIW", shares, strict=True)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return something of the input's shape that depends on input and weight."""
@@ -219,7 +219,9 @@ def _sum(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 class MegatronChunk(torch.nn.Module):
-    """A sleeping stage behind the face that Megatron's schedules expect of a model chunk."""
+    """A sleeping stage behind the face that Megatron's schedules, and the adapter, expect of a model chunk."""
+
+    share_embeddings_and_output_weights = False
 
     def __init__(self, stage: SleepingStage, config: Any) -> None:
         from megatron.core.enums import ModelType
@@ -232,10 +234,55 @@ class MegatronChunk(torch.nn.Module):
         """Take what the stage before sent; None on the first stage."""
         self._input = tensors[0]
 
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """Return nothing: no checkpoint is written."""
+        return {}
+
     def forward(self) -> torch.Tensor:
         """Run the stage on the input that was set."""
         result: torch.Tensor = self.stage(make_input() if self._input is None else self._input)
         return result
+
+
+class AdapterContestant:
+    """This project's schedule under Megatron's forward-backward contract, as a training with ``--cf-schedule`` calls it."""
+
+    def __init__(self, schedule: str, size: Size, log: SleepLog) -> None:
+        self.name = f"adapter {schedule}"
+        self.table = build(schedule, size.ranks, size.microbatches)
+        chunks, is_v = self.table.layout.chunks, self.table.layout.name == "v"
+        with on_cpu_platform():
+            stages = [SleepingStage(log, size.find_sleep(chunks)) for _ in range(chunks)]
+            _, self._step = make_adapter(schedule, stages, size, is_v=is_v)
+
+    def step(self) -> None:
+        """Run one step on this rank."""
+        self._step()
+
+    def finish_step(self, number: int) -> None:
+        """Nothing is left to do."""
+
+
+def make_adapter(schedule: str, stages: list[SleepingStage], size: Size, *, is_v: bool) -> tuple[Any, Callable[[], list[Any]]]:
+    """Return ``--cf-schedule``'s `PipelineSchedule` over this rank's stages, and what runs a step of it; on the CPU platform."""
+    from megatron.core import parallel_state
+
+    from counterflow.config import Options
+    from counterflow.megatron.model import lay_out_as_v
+    from counterflow.megatron.schedule import PipelineSchedule
+
+    if not parallel_state.is_initialized():
+        # The adapter asks for the pipeline's ranks where it builds and runs the way back of a V.
+        parallel_state.initialize_model_parallel(pipeline_model_parallel_size=size.ranks)
+    config, groups = make_config(len(stages), size), make_groups(size)
+
+    def build_chunk(vp_stage: int, **place: Any) -> MegatronChunk:
+        return MegatronChunk(stages[vp_stage], config)
+
+    build_chunk_in_place = lay_out_as_v(build_chunk) if is_v else build_chunk
+    model = [build_chunk_in_place(vp_stage=chunk, pg_collection=groups) for chunk in range(len(stages))]
+    run = PipelineSchedule(Options(schedule=schedule))
+    return run, partial(run.forward_backward, **describe_step(model, size), pg_collection=groups)
 
 
 class MegatronContestant:
@@ -251,34 +298,15 @@ class MegatronContestant:
     def _prepare(self) -> Callable[[], object]:
         from megatron.core.pipeline_parallel import schedules
         from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-        from megatron.core.process_groups_config import ProcessGroupCollection
-        from megatron.core.transformer.transformer_config import TransformerConfig
 
-        interleaved = self._chunks > 1
-        config = TransformerConfig(
-            num_layers=self._chunks * self._size.ranks,
-            hidden_size=SHAPE[2],
-            num_attention_heads=1,
-            pipeline_model_parallel_size=self._size.ranks,
-            virtual_pipeline_model_parallel_size=self._chunks if interleaved else None,
-            pipeline_dtype=torch.float32,
-            deallocate_pipeline_outputs=True,
-            overlap_p2p_comm=interleaved,
-            batch_p2p_comm=not interleaved,
-        )
-        groups = ProcessGroupCollection()
-        groups.pp = dist.new_group(list(range(self._size.ranks)), TIMEOUT)
-        groups.tp = groups.cp = dist.new_group([dist.get_rank()], TIMEOUT, use_local_synchronization=True)
+        config, groups = make_config(self._chunks, self._size), make_groups(self._size)
         seconds = self._size.find_sleep(self._chunks)
         model = [MegatronChunk(SleepingStage(self._log, seconds), config) for _ in range(self._chunks)]
         run = schedules.forward_backward_pipelining_without_interleaving
-        if interleaved:
+        if self._chunks > 1:
             run = schedules.forward_backward_pipelining_with_interleaving
-        return partial(
-            run, forward_step_func=_run_megatron_chunk, data_iterator=[repeat(None)] * self._chunks, model=model,
-            num_microbatches=self._size.microbatches, seq_length=SHAPE[0], micro_batch_size=SHAPE[1],
-            p2p_communicator=P2PCommunicator(groups.pp, config), pg_collection=groups,
-        )  # fmt: skip
+        communicator = P2PCommunicator(groups.pp, config)
+        return partial(run, **describe_step(model, self._size), p2p_communicator=communicator, pg_collection=groups)
 
     def step(self) -> None:
         """Run one step on this rank."""
@@ -292,8 +320,53 @@ def _vpp(chunks: int) -> dict[str, int]:
     return {"vpp": chunks} if chunks > 1 else {}
 
 
+def make_config(chunks: int, size: Size) -> Any:
+    """Return Megatron's configuration of a model of ``chunks`` sleeping stages a rank."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    interleaved = chunks > 1
+    return TransformerConfig(
+        num_layers=chunks * size.ranks,
+        hidden_size=SHAPE[2],
+        num_attention_heads=1,
+        pipeline_model_parallel_size=size.ranks,
+        virtual_pipeline_model_parallel_size=chunks if interleaved else None,
+        pipeline_dtype=torch.float32,
+        deallocate_pipeline_outputs=True,
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+    )
+
+
+def make_groups(size: Size) -> Any:
+    """Return Megatron's process groups: a pipeline over all ranks and nothing else."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    groups = ProcessGroupCollection()
+    groups.pp = dist.new_group(list(range(size.ranks)), TIMEOUT)
+    groups.tp = groups.cp = dist.new_group([dist.get_rank()], TIMEOUT, use_local_synchronization=True)
+    return groups
+
+
+def describe_step(model: list[MegatronChunk], size: Size) -> dict[str, Any]:
+    """Return what Megatron's contract and the adapter alike are told of a step."""
+    return {
+        "forward_step_func": _run_megatron_chunk,
+        "data_iterator": [repeat(None)] * len(model),
+        "model": model,
+        "num_microbatches": size.microbatches,
+        "seq_length": SHAPE[0],
+        "micro_batch_size": SHAPE[1],
+    }
+
+
 def _run_megatron_chunk(iterator: object, model: MegatronChunk) -> tuple[torch.Tensor, Callable[..., Any]]:
-    return model(), lambda output: (output.sum(), {})
+    return model(), _take_loss
+
+
+def _take_loss(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    loss = output.sum()
+    return loss, {"loss": loss.detach().clone()}  # Megatron divides it in place
 
 
 class on_cpu_platform:  # noqa: N801
@@ -308,7 +381,7 @@ class on_cpu_platform:  # noqa: N801
 
 def enter_platform(contestant: Contestant) -> AbstractContextManager[None]:
     """Return the context that a contestant's step runs in."""
-    return on_cpu_platform() if isinstance(contestant, MegatronContestant) else nullcontext()
+    return on_cpu_platform() if isinstance(contestant, (MegatronContestant, AdapterContestant)) else nullcontext()
 
 
 def list_contestants(size: Size, log: SleepLog, channels: Channels, records: Path) -> list[Contestant]:
@@ -317,10 +390,13 @@ def list_contestants(size: Size, log: SleepLog, channels: Channels, records: Pat
     ours = partial(OursContestant, size=size, log=log, channels=channels, records=records)
     return [
         ours("dualpipev"),
+        AdapterContestant("dualpipev", size, log),
         TorchContestant("ScheduleDualPipeV", size, log, v),
         ours("zbv"),
+        AdapterContestant("zbv", size, log),
         TorchContestant("ScheduleZBVZeroBubble", size, log, v),
         ours("interleaved", vpp=2),
+        AdapterContestant("interleaved", size, log),
         TorchContestant("ScheduleInterleaved1F1B", size, log, looped),
         MegatronContestant(2, size, log),
         ours("1f1b"),

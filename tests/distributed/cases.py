@@ -49,7 +49,6 @@ FAMILIES = {
     "zb-h1": ["--cf-schedule", "zb-h1", *OVERLAPPED],
     "zbv": ["--cf-schedule", "zbv", *UNALIGNED],
     "dualpipev, no zero bubble": ["--cf-schedule", "dualpipev", "--no-cf-zero-bubble"],
-    "auto": ["--cf-schedule", "auto", *SHARDED],
 }
 DATA = Path(__file__).resolve().parents[1] / "data"
 SEARCHED = {
@@ -123,7 +122,10 @@ def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
     add("recorded, resumed", TWO_STAGES, record, ["--load", str(directory / "recorded"), "--ckpt-step", "2"], steps=4)
 
     for name, chosen in FAMILIES.items():
-        add(name, TWO_STAGES, start, chosen, steps=STEPS if name == "auto" else 4)
+        add(name, TWO_STAGES, start, chosen, steps=4)
+    # The search ends in the middle, with an evaluation before.
+    found = ["--cf-schedule", "auto", "--cf-record", str(directory / "record, auto")]
+    add("auto", TWO_STAGES, start, SHARDED, found, script=str(Path(__file__).with_name("pretrain_auto.py")))
     for name, chosen in SEARCHED.items():
         add(name, TWO_STAGES, start, chosen, steps=4)
 

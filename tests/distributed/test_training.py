@@ -53,6 +53,16 @@ def test_other_families_and_searched_tables_train_alike(runs: Runs, name: str) -
     assert_same_steps(runs[name], runs["megatron 1f1b, plain"])
 
 
+def test_auto_trains_alike_before_and_after_it_changes_tables(runs: Runs) -> None:
+    run, reference = runs["auto"], runs["megatron 1f1b, sharded"]
+    assert len(run["steps"]) == STEPS
+    assert_same_steps(run, reference)
+    assert run["evaluations"] == pytest.approx(reference["evaluations"], rel=TOLERANCE)
+    records = sorted((run["directory"] / "record, auto").glob("timeline-rank*.jsonl"))
+    tables = [[json.loads(line)["schedule"] for line in record.read_text().splitlines()] for record in records]
+    assert tables == [["zbv"] * 6 + ["auto"] * 4] * 4, "three steps are measured, three search, on all ranks"
+
+
 @pytest.mark.parametrize("loaded", SCHEDULES)
 @pytest.mark.parametrize("saved", SCHEDULES)
 def test_resume_under_another_schedule_is_exact(runs: Runs, saved: str, loaded: str) -> None:

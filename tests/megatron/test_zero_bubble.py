@@ -330,3 +330,17 @@ def test_every_use_of_an_engines_module_has_its_weight_gradient_computed() -> No
             compute()
         assert twice.done == done
     assert once.done == ["0a", "1a"]
+
+
+def test_a_backward_does_not_walk_over_all_modules_again() -> None:
+    class Chunk(torch.nn.Linear):
+        walks = 0
+
+        def modules(self) -> Iterator[torch.nn.Module]:
+            self.walks += 1
+            return super().modules()
+
+    chunk = Chunk(1, 1)
+    for _ in range(3):
+        defer_engine_weight_grads(chunk)
+    assert chunk.walks == 1

@@ -145,7 +145,7 @@ class PipelineSchedule:
 
     def _choose_table(self, ranks: int, microbatches: int, chunks: int, config: Any, forward_only: bool) -> ScheduleTable:
         if self._auto is not None and not forward_only:
-            return self._auto.choose(microbatches)
+            return self._auto.choose(microbatches, self._training_steps + 1)
         key = (microbatches, forward_only)
         if key not in self._tables and forward_only:
             layout = choose_layout(self._options, ranks, chunks)
@@ -174,5 +174,5 @@ class PipelineSchedule:
             self._channels = Channels(ranks, rank, timeout)
             self._watch = Watch(find_store(), ranks, rank, timeout.total_seconds())
             if self._options.schedule == AUTO:
-                self._auto = AutoTable(pp_group, has_pairs=self._options.overlap, splits=self._zero_bubble)
+                self._auto = AutoTable(pp_group, device, has_pairs=self._options.overlap, splits=self._zero_bubble)
         return self._channels, self._watch

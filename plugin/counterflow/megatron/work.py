@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,12 +38,21 @@ class Step:
     num_tokens: torch.Tensor
 
 
+class _Chunk(NamedTuple):
+    """The model chunk that is a stage: its place on the rank, the model, and the script's ``forward_step`` for it."""
+
+    place: int
+    model: Any
+    forward_step_func: Callable[..., Any]
+
+
 class MegatronWork:
     """One F or B of a (stage, micro-batch) with upstream's step functions."""
 
     def __init__(self, step: Step, sync: GradientSync) -> None:
         self._step, self._sync = step, sync
         self._layout = step.table.layout
+        self._chunks: dict[int, _Chunk] = {}
         self._inputs: dict[tuple[int, int], torch.Tensor | None] = {}
         self._outputs: dict[tuple[int, int], torch.Tensor] = {}
 
@@ -65,11 +74,11 @@ class MegatronWork:
         self, stage: int, microbatch: int, received: torch.Tensor | None, is_first: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run upstream's ``forward_step``; return the output and the number of tokens."""
-        step, chunk = self._step, self._layout.chunk_of(stage)
+        step, chunk = self._step, self._find_chunk(stage)
         output, num_tokens = upstream.forward_step(
-            run_mirrored(step.forward_step_func) if self._is_mirrored(stage) else step.forward_step_func,
-            step.data_iterators[chunk],
-            step.chunks[chunk],
+            chunk.forward_step_func,
+            step.data_iterators[chunk.place],
+            chunk.model,
             step.microbatches,
             received,
             step.losses,
@@ -79,10 +88,18 @@ class MegatronWork:
             is_first_microbatch=upstream.check_first_val_step(step.first_val_step, step.forward_only, is_first),
             # Where a table spans two replicas, a chunk runs one half of its micro-batches.
             current_microbatch=microbatch % step.microbatches,
-            vp_stage=chunk if self._layout.chunks > 1 else None,
+            vp_stage=chunk.place if self._layout.chunks > 1 else None,
             is_last_stage=stage == self._layout.last_stage,
         )
         return output, num_tokens
+
+    def _find_chunk(self, stage: int) -> _Chunk:
+        """Return the stage's chunk; looked for once a step, for between two actions every Python call counts."""
+        if stage not in self._chunks:
+            step, place = self._step, self._layout.chunk_of(stage)
+            function = run_mirrored(step.forward_step_func) if self._is_mirrored(stage) else step.forward_step_func
+            self._chunks[stage] = _Chunk(place, step.chunks[place], function)
+        return self._chunks[stage]
 
     def _is_mirrored(self, stage: int) -> bool:
         return name_model_layout(self._layout) == V and self._layout.chunk_of(stage) == WAY_BACK
@@ -90,7 +107,8 @@ class MegatronWork:
     def _keep(
         self, stage: int, microbatch: int, received: torch.Tensor | None, output: torch.Tensor, num_tokens: torch.Tensor
     ) -> None:
-        self._step.num_tokens += num_tokens.to(self._step.num_tokens.device)
+        if stage == self._layout.last_stage:  # elsewhere upstream counts none
+            self._step.num_tokens += num_tokens.to(self._step.num_tokens.device)
         if not self._step.forward_only:
             self._inputs[stage, microbatch] = received
             self._outputs[stage, microbatch] = output
@@ -99,7 +117,9 @@ class MegatronWork:
         """Free the output's data as upstream does (``deallocate_pipeline_outputs``)."""
         if not self._step.forward_only:
             free = self._step.config.deallocate_pipeline_outputs
-            upstream.deallocate_output_tensor(self._outputs[stage, microbatch], free)
+            # Seven calls that a mode (the CPU platform's) need not look at.
+            with torch._C.DisableTorchFunction():
+                upstream.deallocate_output_tensor(self._outputs[stage, microbatch], free)
 
     def backward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor | None:
         """Run a backward."""
@@ -111,7 +131,7 @@ class MegatronWork:
         gradient: torch.Tensor | None = upstream.backward_step(
             self._inputs.pop((stage, microbatch)), self._outputs.pop((stage, microbatch)), received, self._step.config
         )
-        defer_engine_weight_grads(self._step.chunks[self._layout.chunk_of(stage)])
+        defer_engine_weight_grads(self._find_chunk(stage).model)
         return gradient
 
     def finish_backward(self, stage: int, microbatch: int) -> None:

@@ -191,14 +191,23 @@ _handed_over: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 def defer_engine_weight_grads(chunk: Any) -> None:
     """After a backward of a chunk: hand over what it has queued in its Transformer Engine modules, an entry for each use."""
-    modules = [module for module in _list_modules(chunk) if getattr(module, "wgrad_store", None) is not None]
-    delayed = [module for module in modules if module.wgrad_store.delay_wgrad_compute()]
+    delayed = [module for module in _find_engine_modules(chunk) if module.wgrad_store.delay_wgrad_compute()]
     counts = {module: module.wgrad_store.context.qsize() - _handed_over.get(module, 0) for module in delayed}
     counts = {module: count for module, count in counts.items() if count > 0}
     for module, count in counts.items():
         _handed_over[module] = _handed_over.get(module, 0) + count
     if counts:
         defer_weight_grad(partial(_run_engine_weight_grads, counts))
+
+
+_engine_modules: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
+
+
+def _find_engine_modules(chunk: Any) -> list[Any]:
+    """Return the chunk's Transformer Engine modules; looked for once, since that is a walk over all of its modules."""
+    if chunk not in _engine_modules:
+        _engine_modules[chunk] = [one for one in _list_modules(chunk) if getattr(one, "wgrad_store", None) is not None]
+    return _engine_modules[chunk]
 
 
 def _list_modules(chunk: Any) -> Iterator[Any]:

@@ -25,19 +25,28 @@ def _call_type(tensor: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
     return tensor.type(dtype.replace("torch.cuda.", "torch.", 1) if isinstance(dtype, str) else dtype, **kwargs)
 
 
+# The methods that name a device, or have one in their name, other than by a keyword ``device``.
+_NAMING = frozenset((torch.Tensor.cuda, torch.Tensor.pin_memory, torch.Tensor.type, torch.Tensor.to))
+
+
 class CudaOnCpu(TorchFunctionMode):
     """Maps ``device="cuda"``, ``.cuda()``, ``.to("cuda")`` and CUDA type names to the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Every operation comes by here, also those of a step in which nobody names a device.
+        if func not in _NAMING:
+            if not kwargs:
+                return func(*args)
+            if "device" in kwargs:
+                kwargs = {**kwargs, "device": map_device(kwargs["device"])}
+            return func(*args, **kwargs)
         kwargs = kwargs or {}
+        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
+            return args[0]
+        if func is torch.Tensor.type:
+            return _call_type(*args, **kwargs)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": map_device(kwargs["device"])}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.to and len(args) > 1 and isinstance(args[1], (str, torch.device, int)):
+        if len(args) > 1 and isinstance(args[1], (str, torch.device, int)):
             args = (args[0], map_device(args[1]), *args[2:])
-        elif func is torch.Tensor.type:
-            return _call_type(*args, **kwargs)
-        elif func is torch.Tensor.pin_memory:
-            return args[0]
         return func(*args, **kwargs)

@@ -89,6 +89,8 @@ class Mailbox:
 
     Every tensor has one ``shape`` and type. With ``shape`` None shapes vary, and a header goes before each tensor: then
     nothing is received ahead, since a tensor's size is known only once its header is there.
+
+    A mode that looks at every call of torch, as the CPU platform's does, costs more than the calls: it is off in here.
     """
 
     def __init__(self, channels: Channels, shape: tuple[int, ...] | None, dtype: torch.dtype, device: torch.device) -> None:
@@ -129,19 +131,21 @@ class Mailbox:
 
     def send(self, transfer: Transfer, tensor: torch.Tensor) -> None:
         """Start sending ``tensor``; returns at once. The caller may free or reuse the tensor object."""
-        if tensor.dtype != self._dtype or (self._shape is not None and tensor.shape != self._shape):
-            message = transfer.message
-            raise ScheduleError(
-                f"stage {message.stage} gave {tuple(tensor.shape)} {tensor.dtype} for micro-batch {message.microbatch}; "
-                f"the pipeline sends {self._shape or 'any shape'} {self._dtype}: all stages must agree on it"
-            )
-        if self._shape is None:
+        with torch._C.DisableTorchFunction():
+            if tensor.dtype != self._dtype or (self._shape is not None and tensor.shape != self._shape):
+                message = transfer.message
+                raise ScheduleError(
+                    f"stage {message.stage} gave {tuple(tensor.shape)} {tensor.dtype} for micro-batch {message.microbatch}; "
+                    f"the pipeline sends {self._shape or 'any shape'} {self._dtype}: all stages must agree on it"
+                )
+            # A tensor object of our own keeps the storage when the caller frees the output's data.
+            own = tensor.detach().contiguous()
+            if self._shape is not None:
+                self._start_send(own, transfer, transfer.tag)
+                return
             header = [tensor.dim(), *tensor.shape, *[0] * (MAX_DIMENSIONS - tensor.dim())]
             self._start_send(torch.tensor(header, device=self._device), transfer, 2 * transfer.tag)
-            self._start_send(tensor.detach().contiguous(), transfer, 2 * transfer.tag + 1)
-        else:
-            # A tensor object of our own keeps the storage when the caller frees the output's data.
-            self._start_send(tensor.detach().contiguous(), transfer, transfer.tag)
+            self._start_send(own, transfer, 2 * transfer.tag + 1)
 
     def finish(self) -> None:
         """Wait until everything sent has left."""
@@ -164,7 +168,8 @@ class Mailbox:
     def _start_receive(
         self, transfer: Transfer, shape: tuple[int, ...], dtype: torch.dtype, tag: int
     ) -> tuple[torch.Tensor, dist.Work]:
-        buffer = torch.empty(shape, dtype=dtype, device=self._device)
+        with torch._C.DisableTorchFunction():
+            buffer = torch.empty(shape, dtype=dtype, device=self._device)
         return buffer, self._channels.start_receive(buffer, transfer.peer, tag)
 
     def _start_send(self, tensor: torch.Tensor, transfer: Transfer, tag: int) -> None:
