@@ -145,7 +145,7 @@ class PipelineSchedule:
 
     def _choose_table(self, ranks: int, microbatches: int, chunks: int, config: Any, forward_only: bool) -> ScheduleTable:
         if self._auto is not None and not forward_only:
-            return self._auto.choose(microbatches, self._training_steps + 1)
+            return self._auto.choose(microbatches, number_iteration(self._training_steps))
         key = (microbatches, forward_only)
         if key not in self._tables and forward_only:
             layout = choose_layout(self._options, ranks, chunks)
