@@ -340,7 +340,7 @@ def _name_batch_flags(args: Any) -> str:
 
 
 def _check_eplb(args: Any, options: Options) -> None:
-    """Refuse what cannot be balanced. Expert-parallel size 1 is no error: `has_balancing` says so."""
+    """Refuse what cannot be balanced. Expert-parallel size 1 is no error: the first step says so."""
     # Its name in a YAML file is the model's own.
     experts = getattr(args, "num_experts", None) or getattr(args, "num_moe_experts", None)
     if experts:
