@@ -181,11 +181,14 @@ def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
     uneven = ["--pipeline-model-parallel-layout", "Et|tt|t|mL"]
     add("dualpipev, MTP, uneven layout", TWO_STAGES, MTP, begin, OVERLAPPED, SCHEDULES["dualpipev"], uneven, steps=3)
     # In bf16 it shows in which order the output weight's two gradients are added up.
-    half, name = ["--bf16", "--seed", "4321"], "megatron 1f1b, MTP, bf16"
-    add(name, TWO_STAGES, MTP, begin, half, save_to(name, 2), plugin=False, steps=4)
-    add("dualpipev, MTP, bf16", TWO_STAGES, MTP, begin, half, OVERLAPPED, SCHEDULES["dualpipev"], steps=4)
-    resumed = ["--load", str(directory / name), "--ckpt-step", "2", PARALLEL_LOAD]
-    add(f"{name} -> dualpipe", TWO_STAGES, MTP, half, DUALPIPE, resumed, steps=4)
+    half, plain, v = ["--bf16", "--seed", "4321"], "megatron 1f1b, MTP, bf16", "dualpipev, MTP, bf16"
+    add(plain, TWO_STAGES, MTP, begin, half, save_to(plain, 2), plugin=False, steps=4)
+    flags = [*OVERLAPPED, *SCHEDULES["dualpipev"], *save_to(v, 2)]
+    add(v, TWO_STAGES, MTP, begin, half, flags, steps=4, without=RESHARDABLE)
+    # The optimizer's state once whole, and once in the distributed optimizer's default form.
+    for saved, flags, form in ((plain, [], ""), (v, OVERLAPPED, RESHARDABLE)):
+        resumed = ["--load", str(directory / saved), "--ckpt-step", "2", PARALLEL_LOAD]
+        add(f"{saved} -> dualpipe", TWO_STAGES, MTP, half, flags, DUALPIPE, resumed, steps=4, without=form)
 
     for seed, schedules in GROWN.items():
         growing = [*GROWING, "--seed", seed]

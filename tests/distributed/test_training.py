@@ -153,8 +153,9 @@ def test_multi_token_prediction_in_half_precision(runs: Runs) -> None:
     assert_same_steps(runs["dualpipev, MTP, bf16"], runs["megatron 1f1b, MTP, bf16"])
 
 
-def test_multi_token_prediction_resumes_with_ranks_that_read_for_each_other(runs: Runs) -> None:
-    run = runs["megatron 1f1b, MTP, bf16 -> dualpipe"]
+@pytest.mark.parametrize("saved", ["megatron 1f1b", "dualpipev"])
+def test_multi_token_prediction_resumes_with_ranks_that_read_for_each_other(runs: Runs, saved: str) -> None:
+    run = runs[f"{saved}, MTP, bf16 -> dualpipe"]
     assert [step["iteration"] for step in run["steps"]] == [3, 4]
     assert_same_steps(run, runs["megatron 1f1b, MTP, bf16"])
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -160,3 +161,16 @@ def test_the_choice_of_platform(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(OptionError, match="--cf-platform cuda given but torch finds no GPU"):
         needs_cpu("cuda")
+
+
+def test_a_load_leaves_adams_step_to_the_parameter_groups() -> None:
+    from counterflow.platform.megatron_cpu import _leave_step_alone
+
+    def set_states(optimizer: Any, parameter: Any, tensors: dict[str, Any]) -> None:
+        found.append(tensors)
+
+    found: list[dict[str, Any]] = []
+    # The distributed optimizer's default form hands over the step of before the load, the others none.
+    for given in ({"exp_avg": "read", "step": "before"}, {"exp_avg": "read"}):
+        _leave_step_alone(set_states)(None, None, given)
+    assert found == [{"exp_avg": "read", "step": None}] * 2

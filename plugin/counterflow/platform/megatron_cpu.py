@@ -80,8 +80,9 @@ def _give_each_its_step(load_state_dict: Any) -> Any:
 def _leave_step_alone(set_states: Any) -> Any:
     @wraps(set_states)
     def set_all_but_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        # Upstream wants a source for every tensor of the state; the step is restored on its own.
-        set_states(self, model_param, {"step": None, **tensors})
+        # Upstream wants a source for every tensor of the state. The step is restored on its own; what the default form of the
+        # distributed optimizer's state hands over for it is that of before the load, zero.
+        set_states(self, model_param, {**tensors, "step": None})
 
     return set_all_but_step
 
