@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from counterflow.balance.cluster import Array, make_cluster
-from counterflow.balance.loads import read_loads, read_trace
-from counterflow.balance.placement import count_copies, measure_balancedness
+from counterflow.arguments import number, whole
+from counterflow.balance.cluster import MAX_SLOTS, Array, make_cluster
+from counterflow.balance.loads import LARGEST_LOAD, read_loads, read_trace
+from counterflow.balance.placement import count_copies, divide_loads, measure_balancedness
 from counterflow.balance.recorded import RecordedBalance, read_record
-from counterflow.balance.serving import render_sglang, render_vllm
+from counterflow.balance.serving import MAX_FIRST_LAYER, render_sglang, render_vllm
 from counterflow.errors import OptionError
 from counterflow.report.files import check_output, write_output
 
@@ -39,14 +40,15 @@ def add_balance_commands(commands: Any) -> None:
     plan.add_argument(
         "loads", type=Path, metavar="LOADS", help="[layers, experts] in .npy, .npz, .csv or .json; a trace is summed"
     )
-    plan.add_argument("--slots", type=int, required=True, metavar="S", help="slots of all ranks together")
-    plan.add_argument("--groups", type=int, default=1, metavar="G", help="groups of experts to keep on one node (default: 1)")
+    count = whole(1, MAX_SLOTS)
+    plan.add_argument("--slots", type=count, required=True, metavar="S", help="slots of all ranks together")
+    plan.add_argument("--groups", type=count, default=1, metavar="G", help="groups of experts to keep on one node (default: 1)")
     plan.add_argument(
         "--policy", default="auto", metavar="P", help="auto, hierarchical, global, spill or deepseek (default: auto)"
     )
     plan.add_argument(
         "--traffic-weight",
-        type=float,
+        type=number(0, LARGEST_LOAD),
         metavar="X",
         help="what load computed off its group's node costs, beside the slowest rank's",
     )
@@ -60,13 +62,20 @@ def add_balance_commands(commands: Any) -> None:
         help="counts[micro-batches, layers, experts] in .npz or .npy, or a folder that --cf-record wrote",
     )
     replay.add_argument(
-        "--clones-per-rank", type=int, default=1, metavar="C", help="spare slots per rank, beside its homes (default: 1)"
+        "--clones-per-rank",
+        type=whole(0, MAX_SLOTS),
+        default=1,
+        metavar="C",
+        help="spare slots per rank, beside its homes (default: 1)",
     )
     replay.add_argument(
-        "--interval", type=int, default=1, metavar="N", help="micro-batches from one plan to the next (default: 1)"
+        "--interval", type=whole(1), default=1, metavar="N", help="micro-batches from one plan to the next (default: 1)"
     )
     replay.add_argument(
-        "--warmup", type=int, metavar="N", help="micro-batches before the first scored (default: 50, or half of a short trace)"
+        "--warmup",
+        type=whole(1),
+        metavar="N",
+        help="micro-batches before the first scored (default: 50, or half of a short trace)",
     )
     replay.add_argument("--key", default="counts", metavar="NAME", help="the trace's array in an .npz (default: counts)")
     replay.set_defaults(run=run_replay)
@@ -76,8 +85,8 @@ def add_balance_commands(commands: Any) -> None:
     for parser in (replay, show):
         _add_pictures(parser)
     for parser in (plan, replay):
-        parser.add_argument("--ranks", type=int, required=True, metavar="R", help="expert-parallel ranks")
-        parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes that the ranks are on (default: 1)")
+        parser.add_argument("--ranks", type=count, required=True, metavar="R", help="expert-parallel ranks")
+        parser.add_argument("--nodes", type=count, default=1, metavar="N", help="nodes that the ranks are on (default: 1)")
 
 
 def _add_plan_outputs(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +96,10 @@ def _add_plan_outputs(parser: argparse.ArgumentParser) -> None:
         "--format", choices=FORMATS, help="of --out: counterflow's own, or what that server reads (default: json, its own)"
     )
     group.add_argument(
-        "--first-layer", type=int, metavar="N", help="layers of the model before the first with experts; SGLang counts them"
+        "--first-layer",
+        type=whole(0, MAX_FIRST_LAYER),
+        metavar="N",
+        help="layers of the model before the first with experts; SGLang counts them",
     )
     group.add_argument("--json", action="store_true", help="print figures as JSON instead of a table")
 
@@ -172,17 +184,16 @@ def describe_plan(plan: "Plan", loads: Array) -> dict[str, Any]:
     could have, ``gap`` by how much the plan's slowest rank is above that; ``off_node`` is a share of the layer's load.
     """
     cluster, copies = plan.placement.cluster, count_copies(plan.placement, loads.shape[1])
-    slowest = plan.rank_loads.max(1)
     columns = {
         "before": measure_balancedness(_sum_contiguous(loads, cluster.ranks)),
         "after": measure_balancedness(plan.rank_loads),
-        "bound": plan.rank_loads.mean(1) / plan.bound,
-        "gap": slowest / plan.bound - 1,
+        "bound": plan.best_balancedness,
+        "gap": divide_loads(plan.rank_loads.max(1), plan.bound) - 1,
         "replicated": (copies > 1).sum(1),
         "most_copies": copies.max(1),
     }
     if cluster.nodes > 1:
-        columns["off_node"] = plan.off_node / loads.sum(1)
+        columns["off_node"] = plan.off_node / np.where(loads.any(1), loads.sum(1), 1.0)
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*(column.tolist() for column in columns.values()), strict=True)]
     worst = {"before": min, "after": min, "bound": min}
     return {
@@ -272,7 +283,7 @@ def _render_plan(plan: "Plan", given: argparse.Namespace) -> str | bytes:
     layers: dict[str, Any] = {
         "experts": experts,
         "balancedness": measure_balancedness(plan.rank_loads),
-        "bound": plan.rank_loads.mean(1) / plan.bound,
+        "bound": plan.best_balancedness,
     }
     if given.out.suffix == ".npz":
         file = io.BytesIO()

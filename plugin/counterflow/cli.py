@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
+from counterflow.arguments import Parser, run_command
 from counterflow.balance_cli import add_balance_commands
 from counterflow.config import SCHEDULES
-from counterflow.errors import CounterflowError
 from counterflow.schedule_cli import add_schedule_commands
 from counterflow.version import __version__
 
@@ -107,9 +107,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command."""
-    parser = argparse.ArgumentParser(
-        prog="counterflow", description="DualPipe schedules and expert load balancing for Megatron-Core, by flags."
-    )
+    parser = Parser(prog="counterflow", description="DualPipe schedules and expert load balancing for Megatron-Core, by flags.")
     parser.add_argument("--version", action="version", version=f"counterflow {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     doctor = commands.add_parser("doctor", help="list versions, the platform, and whether each seam into Megatron fits")
@@ -122,12 +120,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> Any:
     """Run the command; ends with status 2 and one line on bad input."""
-    arguments = build_parser().parse_args(argv)
-    try:
-        sys.exit(arguments.run(arguments))
-    except CounterflowError as error:
-        print(f"counterflow: {error}", file=sys.stderr)
-        sys.exit(2)
+
+    def run() -> int:
+        arguments = build_parser().parse_args(argv)
+        return int(arguments.run(arguments))
+
+    sys.exit(run_command(run))
 
 
 if __name__ == "__main__":

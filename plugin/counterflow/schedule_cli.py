@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from counterflow.arguments import number, numbers, whole
 from counterflow.errors import OptionError, ScheduleError
 from counterflow.report import (
     Picture,
@@ -22,9 +23,16 @@ from counterflow.report import (
 from counterflow.report.files import check_output, write_output
 from counterflow.schedule import FAMILIES, Costs, ScheduleTable, build, load_record, read_csv, simulate, to_csv
 from counterflow.schedule.comparison import compare, estimate_costs, fit_record
+from counterflow.schedule.costs import LARGEST_COST, LEAST_OVERLAP, MOST_OVERLAP
+from counterflow.schedule.families import require_size
 from counterflow.schedule.timeline import find_last_step
 from counterflow.schedule.transport import TRANSPORTS, count_receives_ahead
 
+# What a command takes on, so that it ends within half a minute: ranks; ranks x micro-batches x chunks of what is shown, of what
+# is compared, of a search; cells of files; stages of a search. A search takes as long as it is told to, besides.
+MAX_RANKS, MAX_RUNS, MAX_COMPARED_RUNS, MAX_CELLS = 2**10, 2**17, 2**16, 2**20
+MAX_SEARCHED_RUNS, MAX_SEARCHED_STAGES, MAX_SECONDS = 2**15, 2**8, 3600
+MAX_STEP = 2**53
 OUTPUTS: dict[str, Callable[[list[Picture]], str]] = {"html": render_html, "svg": render_svg, "trace": render_trace}
 
 
@@ -48,41 +56,56 @@ def add_schedule_commands(commands: Any) -> None:
         _add_costs(parser, "chunk" if parser is show else "slice of the model (--max-chunks a rank)")
         _add_outputs(parser)
     for parser in (show, compare):
-        parser.add_argument("--vpp", type=int, metavar="N", help="chunks per rank of interleaved (default: 2)")
+        parser.add_argument("--vpp", type=whole(2, MAX_RUNS), metavar="N", help="chunks per rank of interleaved (default: 2)")
         parser.add_argument("--ep-overlap", action="store_true", help="interleaved with Megatron's expert-communication overlap")
     for parser in (compare, search):
-        parser.add_argument("--max-chunks", type=int, default=2, metavar="N", help="chunks per rank at most (default: 2)")
         parser.add_argument(
-            "--max-activations", type=float, metavar="N", help="cap on a rank's live activations, in micro-batches"
+            "--max-chunks", type=whole(1, MAX_RUNS), default=2, metavar="N", help="chunks per rank at most (default: 2)"
         )
-    search.add_argument("--seconds", type=float, default=15.0, metavar="S", help="time to search (default: 15)")
-    search.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another search (default: 0)")
+        parser.add_argument(
+            "--max-activations", type=number(), metavar="N", help="cap on a rank's live activations, in micro-batches"
+        )
+    search.add_argument(
+        "--seconds", type=number(0, MAX_SECONDS), default=15.0, metavar="S", help="time to search, an hour at most (default: 15)"
+    )
+    search.add_argument(
+        "--seed", type=whole(0, 2**32 - 1), default=0, metavar="N", help="another seed, another search (default: 0)"
+    )
 
 
 def _add_sizes(parser: argparse.ArgumentParser, from_file: bool) -> None:
     needed = "; a file brings its own" if from_file else ""
-    parser.add_argument("--ranks", type=int, required=not from_file, metavar="P", help=f"pipeline ranks{needed}")
-    parser.add_argument("--microbatches", type=int, required=not from_file, metavar="M", help=f"micro-batches per step{needed}")
+    for name, most, metavar, words in (
+        ("--ranks", MAX_RANKS, "P", "pipeline ranks"),
+        ("--microbatches", MAX_RUNS, "M", "micro-batches per step"),
+    ):
+        parser.add_argument(name, type=whole(1, most), required=not from_file, metavar=metavar, help=f"{words}{needed}")
 
 
 def _add_costs(parser: argparse.ArgumentParser, unit: str) -> None:
     group = parser.add_argument_group(
         "costs", f"times of one micro-batch on one {unit}, in any one unit: a number, or one per stage"
     )
-    default = "default: a rank's share is 1"
-    group.add_argument("--f", type=_read_numbers, metavar="T[,T…]", help=f"forward ({default})")
-    group.add_argument("--i", type=_read_numbers, metavar="T[,T…]", help=f"input gradient ({default})")
-    group.add_argument("--w", type=_read_numbers, metavar="T[,T…]", help=f"weight gradient ({default})")
-    group.add_argument("--p2p", type=float, default=0.0, metavar="T", help="time a result takes to the next rank (default: 0)")
+    default, costs = "default: a rank's share is 1", numbers(0, LARGEST_COST)
+    group.add_argument("--f", type=costs, metavar="T[,T…]", help=f"forward ({default})")
+    group.add_argument("--i", type=costs, metavar="T[,T…]", help=f"input gradient ({default})")
+    group.add_argument("--w", type=costs, metavar="T[,T…]", help=f"weight gradient ({default})")
+    group.add_argument(
+        "--p2p",
+        type=number(0, LARGEST_COST),
+        default=0.0,
+        metavar="T",
+        help="time a result takes to the next rank (default: 0)",
+    )
     group.add_argument(
         "--overlap",
-        type=float,
+        type=number(LEAST_OVERLAP, MOST_OVERLAP),
         metavar="X",
         help="time of an overlapped pair over the sum of its parts (default: 1)",
     )
     group.add_argument("--p2p-stops", action="store_true", help="ranks stop for transfers instead of computing beside them")
-    group.add_argument("--activation-bytes", type=_read_numbers, metavar="N[,N…]", help="a chunk's activations of a micro-batch")
-    group.add_argument("--queued-bytes", type=_read_numbers, metavar="N[,N…]", help="what a queued weight gradient keeps")
+    group.add_argument("--activation-bytes", type=costs, metavar="N[,N…]", help="a chunk's activations of a micro-batch")
+    group.add_argument("--queued-bytes", type=costs, metavar="N[,N…]", help="what a queued weight gradient keeps")
 
 
 def _add_record(parser: argparse.ArgumentParser) -> None:
@@ -90,9 +113,14 @@ def _add_record(parser: argparse.ArgumentParser) -> None:
         "a recorded step", "lays what was measured over the simulation; costs are in seconds then, by default those of the record"
     )
     group.add_argument("--record", type=Path, metavar="DIR", help="the folder that --cf-record wrote")
-    group.add_argument("--step", type=int, metavar="N", help="the recorded step (default: the last that all ranks have)")
     group.add_argument(
-        "--pipeline", type=int, metavar="N", help="of data-parallel pipelines, the global rank of one's first rank (default: 0)"
+        "--step", type=whole(0, MAX_STEP), metavar="N", help="the recorded step (default: the last that all ranks have)"
+    )
+    group.add_argument(
+        "--pipeline",
+        type=whole(0, MAX_STEP),
+        metavar="N",
+        help="of data-parallel pipelines, the global rank of one's first rank (default: 0)",
     )
 
 
@@ -105,11 +133,6 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
         "--csv", type=Path, metavar="FILE", help="write the table, in the notation of torch.distributed.pipelining"
     )
     group.add_argument("--json", action="store_true", help="print figures as JSON instead of a drawing")
-
-
-def _read_numbers(text: str) -> float | tuple[float, ...]:
-    numbers = tuple(float(part) for part in text.split(","))
-    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def run_show(given: argparse.Namespace) -> int:
@@ -165,15 +188,15 @@ def run_compare(given: argparse.Namespace) -> int:
     from counterflow.schedule.search import list_families, merge_costs  # loads a compiler
 
     _check_outputs(given)
-    costs = _make_costs(given, 1 / max(1, given.max_chunks)).spread(given.ranks * max(1, given.max_chunks))
+    require_size(given.ranks, given.microbatches, given.max_chunks, MAX_COMPARED_RUNS)
+    costs = _make_costs(given, 1 / given.max_chunks).spread(given.ranks * given.max_chunks)
     cap = float("inf") if given.max_activations is None else given.max_activations
     pictures = []
-    if given.schedules:
-        for name in given.schedules:
-            table = _load_table(name, given)
-            merged = merge_costs(costs, table.layout.last_stage + 1)
-            pictures.append(Picture(_title(table, name), table, simulate(table, merged)))
-    else:
+    for name in given.schedules:
+        table = _load_table(name, given, len(given.schedules))
+        merged = merge_costs(costs, table.layout.last_stage + 1)
+        pictures.append(Picture(_title(table, name), table, simulate(table, merged)))
+    if not given.schedules:
         known = list_families(given.ranks, given.microbatches, costs, given.max_chunks, cap)
         pictures = [Picture(_title(table, table.name), table, timeline) for table, timeline in known]
     if len(kinds := {picture.table.is_forward_only: picture.title for picture in pictures}) > 1:
@@ -194,13 +217,19 @@ def run_search(given: argparse.Namespace) -> int:
     from counterflow.schedule.search import search  # loads a compiler
 
     _check_outputs(given)
+    require_size(given.ranks, given.microbatches, given.max_chunks, MAX_SEARCHED_RUNS)
+    if given.ranks * given.max_chunks > MAX_SEARCHED_STAGES:
+        raise ScheduleError(
+            f"{given.ranks} ranks x {given.max_chunks} chunks given; allowed: {MAX_SEARCHED_STAGES} stages at most in a search, "
+            "so give fewer ranks or a smaller --max-chunks"
+        )
     if sys.stderr.isatty():
         print(
             f"searching for {given.seconds:g} s (an installation's first search compiles first)",
             file=sys.stderr,
         )
     found = search(
-        given.ranks, given.microbatches, _make_costs(given, 1 / max(1, given.max_chunks)), max_chunks=given.max_chunks,
+        given.ranks, given.microbatches, _make_costs(given, 1 / given.max_chunks), max_chunks=given.max_chunks,
         max_activations=given.max_activations, seconds=given.seconds, seed=given.seed,
     )  # fmt: skip
     picture = Picture(f"{found.table.name} ({found.table.layout.name})", found.table, found.timeline)
@@ -261,9 +290,10 @@ def _count_ahead(table: ScheduleTable) -> dict[str, int]:
     return {transport: count_receives_ahead(table, transport) for transport in TRANSPORTS}
 
 
-def _load_table(name: str, given: argparse.Namespace) -> ScheduleTable:
+def _load_table(name: str, given: argparse.Namespace, of: int = 1) -> ScheduleTable:
+    """Read or build a table, one of so many that the command can do with."""
     if name.lower().endswith(".csv"):
-        table = read_csv(Path(name))
+        table = read_csv(Path(name), MAX_CELLS // of)
         sizes = (("ranks", given.ranks, table.ranks), ("microbatches", given.microbatches, table.microbatches))
         for what, asked, has in sizes:
             if asked is not None and asked != has:
@@ -273,7 +303,9 @@ def _load_table(name: str, given: argparse.Namespace) -> ScheduleTable:
         raise OptionError(f"schedule {name} given without its size; add --ranks P and --microbatches M")
     options = {"vpp": given.vpp} if given.vpp is not None else {}
     options |= {"ep_overlap": True} if given.ep_overlap else {}
-    return build(name, given.ranks, given.microbatches, **(options if name == "interleaved" else {}))
+    options = options if name == "interleaved" else {}
+    require_size(given.ranks, given.microbatches, options.get("vpp", 2), MAX_RUNS // of)
+    return build(name, given.ranks, given.microbatches, **options)
 
 
 def _make_costs(given: argparse.Namespace, default: float) -> Costs:

@@ -205,22 +205,37 @@ def test_replay_counts_moves() -> None:
     assert figures["counterflow"] == pytest.approx(wanted | {"moves": 6, "off_node_moves": 3})
 
 
+def test_layers_without_load_are_planned_and_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counts = np.random.default_rng(0).integers(1, 100, (12, 2, 8)) * [[[0], [1]]]
+    for name, array in (("zero", counts[0, :1]), ("some", counts[0]), ("trace", counts), ("still", counts * 0)):
+        np.save(tmp_path / f"{name}.npy", array)
+    for policy in POLICIES:
+        for name in ("zero", "some", "still"):
+            sizes = ["--slots", "12", "--ranks", "4", "--nodes", "2", "--groups", "2", "--policy", policy, "--json"]
+            code, out, err = run(["plan", str(tmp_path / f"{name}.npy"), *sizes], capsys)
+            layer = json.loads(out, parse_constant=pytest.fail)["layers"][0]
+            assert (code, err, layer["after"], layer["bound"], layer["gap"], layer["off_node"]) == (0, "", 1, 1, 0, 0)
+    for name in ("trace", "still"):
+        code, out, err = run(["replay", str(tmp_path / f"{name}.npy"), "--ranks", "4", "--json"], capsys)
+        assert (code, err) == (0, "")
+        assert json.loads(out, parse_constant=pytest.fail)["counterflow"]["mean"] <= 1
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
         ("plan {none}.npy --slots 8 --ranks 2", "{none}.npy: there is no such file"),
         ("plan {negative}.csv --slots 8 --ranks 2", "{negative}.csv: -2.0 at layer 0, expert 1"),
         ("plan {nan}.csv --slots 8 --ranks 2", "{nan}.csv: nan at layer 0, expert 1"),
-        ("plan {zero}.csv --slots 8 --ranks 2", "{zero}.csv: all 2 loads of layer 1 are 0"),
         ("plan {deep}.json --slots 8 --ranks 2", "{deep}.json of shape (1, 1, 1, 2)"),
         ("plan {cut}.npz --slots 8 --ranks 2", "{cut}.npz: cannot be read as .npz"),
         ("plan {good}.pt --slots 8 --ranks 2", "{good}.pt is a pickle"),
         ("plan {good}.csv --slots 2 --ranks 2", "2 slots"),
         ("plan {good}.csv --slots 9 --ranks 2", "9 slots on 2 ranks"),
-        ("plan {good}.csv --slots 8 --ranks 0", "0 ranks"),
+        ("plan {good}.csv --slots 8 --ranks 0", "--ranks 0 given; allowed: a whole number from 1 to 1048576"),
         ("plan {good}.csv --slots 8 --ranks 4 --nodes 3", "4 ranks on 3 nodes"),
         ("plan {good}.csv --slots 8 --ranks 2 --groups 4", "4 groups"),
-        ("plan {good}.csv --slots 8 --ranks 2 --groups 0", "0 groups"),
+        ("plan {good}.csv --slots 8 --ranks 2 --groups 0", "--groups 0 given; allowed: a whole number from 1"),
         ("plan {good}.csv --slots 8 --ranks 2 --policy best", "best"),
         ("plan {good}.csv --slots 8 --ranks 2 --traffic-weight nan", "nan"),
         ("plan {good}.csv --slots 8 --ranks 2 --traffic-weight -1", "-1"),
@@ -230,15 +245,24 @@ def test_replay_counts_moves() -> None:
         ("plan {good}.csv --slots 8 --ranks 2 --out x.txt", "allowed: a name that ends in .json or .npz"),
         ("plan {good}.csv --slots 8 --ranks 2 --out nowhere/x.json", "there is no folder nowhere"),
         ("plan {good}.csv --slots 8 --ranks 2 --out /proc/x.json", "--out /proc/x.json cannot be written"),
-        ("plan {good}.csv --slots 8 --ranks 2 --out {good}.json --format sglang --first-layer -1", "first layer -1"),
+        ("plan {good}.csv --slots 8 --ranks 2 --out {good}.json --format sglang --first-layer -1", "--first-layer -1 given"),
         ("replay {trace}.npz --ranks 2 --clones-per-rank 1 --interval 1 --key tokens", "no array tokens; it has counts, topk"),
         ("replay {cut}.npz --ranks 2 --clones-per-rank 1 --interval 1", "{cut}.npz: cannot be read as .npz"),
         ("replay {trace}.npz --ranks 3 --clones-per-rank 1 --interval 1 --warmup 2", "8 experts on 3 ranks"),
-        ("plan {good}.csv --slots 1000000000000 --ranks 1000000000000", "1000000000000 slots; allowed: 1048576 at most"),
-        ("replay {trace}.npz --ranks 2 --clones-per-rank -1 --interval 1 --warmup 2", "-1 clones per rank"),
-        ("replay {trace}.npz --ranks 2 --clones-per-rank 9 --interval 1 --warmup 2", "9 clones per rank; allowed: 0 to 8"),
+        ("plan {good}.csv --slots 1000000000000 --ranks 1000000000000", "--slots 1000000000000 given; allowed: a whole number"),
+        ("plan {good}.csv --slots x --ranks 2", "--slots x given; allowed: a whole number from 1 to 1048576"),
+        ("plan {good}.csv --slots 8 --ranks 2 --traffic-weight 1e300", "--traffic-weight 1e+300 given; allowed: a finite number"),
+        ("replay {trace}.npz --ranks 2 --clones-per-rank -1 --interval 1 --warmup 2", "--clones-per-rank -1 given"),
+        ("replay {trace}.npz --ranks 2 --clones-per-rank 9 --interval 1 --warmup 2", "9 clones per rank; allowed: 0 to 4"),
+        (
+            "replay {trace}.npz --ranks 2 --clones-per-rank 5 --interval 1 --warmup 2",
+            "5 clones per rank; allowed: 0 to 4, the experts",
+        ),
         ("replay {short}.npy --ranks 2 --clones-per-rank 1 --interval 1", "a trace of 1 micro-batches; allowed: 2 or more"),
-        ("replay {trace}.npz --ranks 2 --clones-per-rank 1 --interval 0 --warmup 2", "interval 0"),
+        (
+            "replay {trace}.npz --ranks 2 --clones-per-rank 1 --interval 0 --warmup 2",
+            "--interval 0 given; allowed: a whole number from 1 up",
+        ),
         ("replay {trace}.npz --ranks 2 --clones-per-rank 1 --interval 1 --warmup 12", "12"),
         ("replay {trace}.npz --ranks 2 --clones-per-rank 1 --interval 1 --warmup 2 --nodes 4", "2 ranks on 4 nodes"),
         ("replay {trace}.npz --ranks 2 --clones-per-rank 1 --interval 1 --svg nowhere/x.svg", "there is no folder nowhere"),
@@ -249,13 +273,13 @@ def test_replay_counts_moves() -> None:
     ],
 )
 def test_bad_input_gets_one_line(argv: str, said: str, tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    texts = {"negative.csv": "1,-2", "nan.csv": "1,nan", "zero.csv": "1,2\n0,0", "good.csv": "1,2,3,4,5,6", "good.pt": ""}
+    texts = {"negative.csv": "1,-2", "nan.csv": "1,nan", "good.csv": "1,2,3,4,5,6", "good.pt": ""}
     for name, text in (texts | {"deep.json": "[[[[1, 2]]]]"}).items():
         (tmp_path / name).write_text(text)
     (tmp_path / "cut.npz").write_bytes(trace.read_bytes()[:-50])
     np.save(tmp_path / "short.npy", np.ones((1, 1, 8), np.int64))
     (tmp_path / "empty").mkdir()
-    files = ("none", "negative", "nan", "zero", "deep", "cut", "good", "trace", "short", "empty")
+    files = ("none", "negative", "nan", "deep", "cut", "good", "trace", "short", "empty")
     names = {name: str(tmp_path / name) for name in files}
     code, out, err = run([part.format(**names) for part in argv.split()], capsys)
     assert (code, out) == (2, "")

@@ -44,7 +44,6 @@ def test_one_row_of_loads_is_one_layer() -> None:
         ([[1, 2], [-3, 4]], "loads: -3.0 at layer 1, expert 0; allowed: 0 to 1e+100"),
         ([[1, 2], [3, np.nan]], "loads: nan at layer 1, expert 1"),
         ([[np.inf, 2]], "loads: inf at layer 0, expert 0"),
-        ([[1, 2], [0, 0]], "all 2 loads of layer 1 are 0"),
         ([[1, 2], [3]], "rows of unequal length"),
         (5, "loads of shape ()"),
         (np.ones((2, 2, 2, 2)), "loads of shape (2, 2, 2, 2)"),
@@ -76,7 +75,6 @@ def test_counts_come_back_as_int64(dtype: Any) -> None:
         (COUNTS + [0, 0, 0.5], "counts: 2.5 at micro-batch 0, layer 0, expert 2"),
         (np.where(COUNTS == 7, np.nan, COUNTS), "counts: nan at micro-batch 1, layer 0, expert 1"),
         (np.where(COUNTS == 11, 2**41, COUNTS), "counts: 2199023255552 at micro-batch 1, layer 1, expert 2"),
-        (COUNTS * 0, "are all 0"),
     ],
 )
 def test_bad_counts_are_refused(counts: Any, said: str) -> None:

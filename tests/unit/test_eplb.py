@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from counterflow.balance import rebalance_experts
 from counterflow.balance.cluster import Array, make_cluster
 from counterflow.balance.eplb import find_doubles, find_slowest
+from counterflow.balance.planning import POLICIES
 
 RECORDED = Path(__file__).resolve().parents[3] / "shared" / "data" / "eplb_reference.npz"
 
@@ -110,6 +112,27 @@ def test_deepseeks_own_plan_cannot_be_asked_for_without_doubles() -> None:
         rebalance_experts(np.array([[8.0, 1.0]]), 4, 1, 1, 2, policy="deepseek", distinct=True)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_a_layer_without_load_is_planned_as_eplb_does(policy: str, kind: str) -> None:
+    weight: Any = np.array([[0, 0, 0, 0], [4, 3, 2, 1]], np.float32)
+    if kind == "torch":
+        weight = pytest.importorskip("torch").from_numpy(weight)
+    # What deepseek-ai/EPLB returns; of layers alone, padded to the widest.
+    replicas, slots, counts = (np.asarray(found) for found in rebalance_experts(weight, 6, 2, 2, 2, policy=policy))
+    assert replicas[0].tolist() == [0, 1, 0, 2, 3, 2] and counts[0].tolist() == [2, 1, 2, 1]
+    assert slots[0].tolist() == [[0, 2], [1, -1], [3, 5], [4, -1]]
+    check_maps((replicas, slots, counts), 4)
+    alone = [np.asarray(found).tolist() for found in rebalance_experts(weight[:1], 6, 2, 2, 2, policy=policy)]
+    assert alone == [[[0, 1, 0, 2, 3, 2]], [[[0, 2], [1, -1], [3, 5], [4, -1]]], [[2, 1, 2, 1]]]
+
+
+def test_a_layer_without_load_has_no_expert_twice_on_a_gpu_where_that_is_asked_for() -> None:
+    maps = rebalance_experts(np.zeros((1, 8)), 12, 1, 1, 4, distinct=True)
+    check_maps(maps, 8)
+    assert not find_doubles(make_cluster(4, 12), maps[0]).any()
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("policy", ["deepseek", "auto"])
 def test_loads_that_float32_cannot_hold_are_refused_without_a_warning(policy: str) -> None:
@@ -122,16 +145,21 @@ def test_loads_that_float32_cannot_hold_are_refused_without_a_warning(policy: st
     [
         (-np.ones((1, 8)), (8, 1, 1, 4), "-1"),
         (np.array([[1.0, np.nan]]), (2, 1, 1, 1), "nan"),
-        (np.zeros((2, 8)), (8, 1, 1, 4), "layer 0"),
         (np.ones((1, 2, 3, 4)), (8, 1, 1, 4), "shape"),
         (np.ones((1, 8)), (4, 1, 1, 4), "4 slots for 8 experts"),
         (np.ones((1, 8)), (10, 1, 1, 4), "10 slots on 4 ranks"),
         (np.ones((1, 8)), (8, 3, 1, 4), "3 groups of 8 experts"),
         (np.ones((1, 8)), (8, 3, 3, 4), "4 ranks on 3 nodes"),
-        (np.ones((1, 8)), (8, 0, 1, 4), "0 groups"),
+        (np.ones((1, 8)), (8, 0, 1, 4), "groups 0 given"),
+        (np.ones((1, 8)), (8, 1, 1, 0), "GPUs 0 given"),
+        (np.ones((1, 8)), (8.5, 1, 1, 4), "replicas 8.5 given"),
+        (np.ones((1, 8)), (8, 1, "2", 4), "nodes 2 given"),
+        (np.ones((1, 8)), (8, None, 1, 4), "groups None given"),
+        (np.ones((1, 8)), (10**30, 1, 1, 4), "replicas 1000000000000000000000000000000 given"),
+        ([["x"]], (8, 1, 1, 4), "type <U1"),
     ],
 )
-def test_bad_input_is_a_value_error_that_says_what_was_given(weight: Array, sizes: tuple[int, int, int, int], said: str) -> None:
+def test_bad_input_is_a_value_error_that_says_what_was_given(weight: Any, sizes: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said) as caught:
         rebalance_experts(weight, *sizes)
     assert "allowed" in str(caught.value) and "\n" not in str(caught.value)

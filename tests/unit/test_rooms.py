@@ -10,9 +10,11 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "plugin" / "counterflow"
 
 # What each room may import of the project; what it may import of the heavy world.
-COMMON = {"compiling", "errors", "version"}
+COMMON = {"bounds", "compiling", "errors", "version"}
 ROOMS = {
     "errors": (set(), set()),
+    "bounds": (COMMON, set()),
+    "arguments": (COMMON, set()),
     "version": (set(), set()),
     "compiling": (set(), set()),
     "patching": (set(), set()),
@@ -25,9 +27,9 @@ ROOMS = {
     "megatron": (COMMON | {"config", "patching", "schedule", "balance", "runtime", "moe"}, {"torch", "megatron"}),
     "launch": (COMMON | {"config"}, set()),
     "report": (COMMON | {"schedule", "balance"}, set()),
-    "schedule_cli": (COMMON | {"schedule", "report"}, set()),
-    "balance_cli": (COMMON | {"balance", "report"}, set()),
-    "cli": (COMMON | {"config", "platform", "megatron", "schedule_cli", "balance_cli"}, {"torch"}),
+    "schedule_cli": (COMMON | {"arguments", "schedule", "report"}, set()),
+    "balance_cli": (COMMON | {"arguments", "balance", "report"}, set()),
+    "cli": (COMMON | {"arguments", "config", "platform", "megatron", "schedule_cli", "balance_cli"}, {"torch"}),
     "__init__": (COMMON | {"config", "patching", "platform", "megatron"}, set()),
 }
 HEAVY = {"torch", "megatron", "deepspeed", "transformer_engine"}

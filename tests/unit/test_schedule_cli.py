@@ -75,6 +75,19 @@ def test_search_keeps_the_cap_and_says_how_far_it_is(tmp_path: Path, capsys: pyt
     assert json.loads(out)["lower_bound"] <= json.loads(out)["makespan"]
 
 
+def test_a_table_with_a_byte_order_mark_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bom.csv").write_text("\ufeff0F0,0B0\n", encoding="utf-8")
+    code, out, err = run(["show", str(tmp_path / "bom.csv"), "--json"], capsys)
+    assert (code, err, json.loads(out)["ranks"]) == (0, "", 1)
+
+
+def test_free_actions_have_figures_that_are_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    free = ["--ranks", "2", "--microbatches", "8", "--f", "0", "--i", "0", "--w", "0", "--json"]
+    for command in (["show", "zbv"], ["compare"]):
+        code, out, err = run([*command, *free], capsys)
+        assert (code, err) == (0, "") and json.loads(out, parse_constant=pytest.fail)
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -82,13 +95,16 @@ def test_search_keeps_the_cap_and_says_how_far_it_is(tmp_path: Path, capsys: pyt
         (["show", "dualpipev", "--ranks", "4", "--microbatches", "7"], "needs at least 8 micro-batches"),
         (["show", "zigzag", "--ranks", "4", "--microbatches", "8"], "schedule 'zigzag' is not known; allowed: gpipe, 1f1b"),
         (["show", "1f1b"], "given without its size; add --ranks P and --microbatches M"),
-        (["show", "1f1b", "--ranks", "0", "--microbatches", "8"], "needs at least 1 of each"),
+        (["show", "1f1b", "--ranks", "0", "--microbatches", "8"], "--ranks 0 given; allowed: a whole number from 1 to 1024"),
         (["show", "none.csv"], "none.csv: cannot be read as a schedule table"),
         (["show", "{bad}"], "{bad}: line 2, cell 1: '1X0' is not an action"),
         (["show", "{twice}"], "{twice}: line 1, cell 2, rank 0, position 1, action 0F0: 0F0 is computed twice"),
         (["show", "{good}", "--ranks", "3"], "--ranks 3 given; {good} has 1: drop --ranks"),
-        (["show", "1f1b", "--ranks", "2", "--microbatches", "2", "--f", "-1"], "cost f -1.0 given"),
-        (["show", "1f1b", "--ranks", "2", "--microbatches", "2", "--w", "nan"], "cost w nan given"),
+        (
+            ["show", "1f1b", "--ranks", "2", "--microbatches", "2", "--f", "-1"],
+            "--f -1.0 given; allowed: a finite number from 0 to 1e+30",
+        ),
+        (["show", "1f1b", "--ranks", "2", "--microbatches", "2", "--w", "nan"], "--w nan given"),
         (
             ["show", "1f1b", "--ranks", "2", "--microbatches", "2", "--f", "1,2,3"],
             "cost f has 3 numbers; the layout has 2 stages",
@@ -108,7 +124,21 @@ def test_search_keeps_the_cap_and_says_how_far_it_is(tmp_path: Path, capsys: pyt
             "{forwards} has forwards alone and gpipe backwards too: compare the two kinds apart",
         ),
         (["search", "--ranks", "2", "--microbatches", "8", "--max-activations", "0.1"], "the smallest cap that does is 1"),
-        (["search", "--ranks", "2", "--microbatches", "8", "--max-chunks", "0"], "0 chunks given"),
+        (["search", "--ranks", "2", "--microbatches", "8", "--max-chunks", "0"], "--max-chunks 0 given"),
+        (["compare", "--ranks", "2", "--microbatches", "8", "--max-chunks", "0"], "--max-chunks 0 given"),
+        (["search", "--ranks", "2", "--microbatches", "8", "--f", "0", "--i", "0", "--w", "0"], "costs f, i and w of 0 given"),
+        (["search", "--ranks", "2", "--microbatches", "8", "--f", "1e300"], "--f 1e+300 given; allowed: a finite number from 0"),
+        (["search", "--ranks", "2", "--microbatches", "8", "--seconds", "nan"], "--seconds nan given; allowed: a finite number"),
+        (["search", "--ranks", "2", "--microbatches", "8", "--seconds", "1e5"], "--seconds 100000.0 given"),
+        (["search", "--ranks", "2", "--microbatches", "8", "--seed", "-1"], "--seed -1 given; allowed: a whole number from 0"),
+        (["search", "--ranks", "512", "--microbatches", "8"], "512 ranks x 2 chunks given; allowed: 256 stages at most"),
+        (["show", "1f1b", "--ranks", "100000", "--microbatches", "100000"], "--ranks 100000 given; allowed: a whole number"),
+        (["show", "1f1b", "--ranks", "1000", "--microbatches", "100000"], "runs of a chunk; allowed: 131,072 at most"),
+        (["compare", "--ranks", "64", "--microbatches", "1024"], "runs of a chunk; allowed: 65,536 at most"),
+        (["show", "1f1b", "--ranks", "2", "--microbatches", "9" * 5000], "given; allowed: a whole number from 1"),
+        (["show", "1f1b", "--ranks"], "--ranks: expected one argument; see counterflow schedule show --help"),
+        (["show"], "the following arguments are required"),
+        (["show", "\ud800.csv"], "cannot be read as a schedule table"),
     ],
 )
 def test_bad_input_gets_one_line(argv: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -170,7 +170,7 @@ def test_layouts_cover_looped_v_and_zigzag() -> None:
     [
         ({"max_activations": 0.5}, "a cap of 0.5 activations given; no schedule fits: the smallest cap that does is 1"),
         ({"max_activations": math.nan}, "a cap of nan activations given"),
-        ({"max_chunks": 0}, "0 chunks given; it needs at least 1 of each"),
+        ({"max_chunks": 0}, "chunks 0 given; allowed: a whole number from 1"),
         ({"costs": Costs(p2p_overlaps=False)}, "transfers that stop the ranks given"),
         ({"costs": Costs(f=[1, 2, 3])}, "cost f has 3 numbers; the layout has 8 stages"),
     ],

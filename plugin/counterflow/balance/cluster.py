@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from counterflow.bounds import take_whole
 from counterflow.errors import BalanceError
 
 Array = np.ndarray[Any, Any]
@@ -69,10 +70,8 @@ def make_cluster(ranks: int, slots: int, nodes: int = 1) -> Cluster:
 
     Raises `BalanceError` where slots do not divide by ranks or ranks by nodes, or are more than 2**20.
     """
-    for name, count in (("ranks", ranks), ("slots", slots), ("nodes", nodes)):
-        if count < 1:
-            raise BalanceError(f"{count} {name}; allowed: 1 or more")
-    _check_slots(slots)
+    sizes = {"ranks": ranks, "slots": slots, "nodes": nodes}
+    ranks, slots, nodes = (take_whole(size, name, 1, MAX_SLOTS, BalanceError) for name, size in sizes.items())
     if slots % ranks:
         raise BalanceError(
             f"{slots} slots on {ranks} ranks; allowed: a multiple of {ranks}, such as {-(-slots // ranks) * ranks}"

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from counterflow.balance.cluster import Array, Cluster, make_cluster
+from counterflow.balance.cluster import MAX_SLOTS, Array, Cluster, make_cluster
 from counterflow.balance.loads import check_loads
 from counterflow.balance.placement import EMPTY, Placement, share_evenly, sum_by_rank
 from counterflow.balance.planning import check_room, choose_policy, plan_placement
+from counterflow.bounds import take_whole
 from counterflow.errors import BalanceError
 
 
@@ -29,8 +30,8 @@ def rebalance_experts(
     padded with -1, and ``[layers, experts]`` how many there are, all int64. As there, groups stay on their nodes where
     ``num_nodes`` divides ``num_groups``, and are ignored elsewhere. ``policy``: see `plan_placement`; ``deepseek`` equals
     EPLB element by element, any other is in no layer less balanced. It avoids two replicas of an expert on one GPU, where
-    EPLB's plan with such is not better; with ``distinct`` there are none at all. Raises `BalanceError`, a ValueError, for
-    loads or numbers that cannot work.
+    EPLB's plan with such is not better; with ``distinct`` there are none at all. A layer without any load is EPLB's, but with
+    ``distinct``. Raises `BalanceError`, a ValueError, for loads or numbers that cannot work.
     """
     torch = sys.modules.get("torch")
     is_tensor = torch is not None and isinstance(weight, torch.Tensor)
@@ -44,9 +45,11 @@ def _rebalance(
 ) -> tuple[Array, Array, Array]:
     from counterflow.balance.deepseek import place_as_deepseek
 
-    loads = check_loads(np.asarray(given), "weight")
+    sizes = {"replicas": replicas, "groups": groups, "nodes": nodes, "GPUs": gpus}
+    replicas, groups, nodes, gpus = (take_whole(size, name, 1, MAX_SLOTS, BalanceError) for name, size in sizes.items())
+    loads = check_loads(given, "weight")
     # EPLB looks at nodes only where they divide the groups; so need they divide the GPUs there alone.
-    by_node = nodes < 1 or groups % nodes == 0 or policy in ("hierarchical", "spill")
+    by_node = groups % nodes == 0 or policy in ("hierarchical", "spill")
     cluster = make_cluster(gpus, replicas, nodes if by_node else 1)
     chosen = choose_policy(policy, groups, loads.shape[1], cluster)
     if distinct and chosen == "deepseek":
@@ -65,9 +68,13 @@ def _rebalance(
             raise
         return reference
     better = find_slowest(loads, cluster, reference[0]) < find_slowest(loads, cluster, experts)
+    taken = better | ~loads.any(1)
     if distinct:
-        better &= ~find_doubles(cluster, reference[0])
-    return map_copies(np.where(better[:, None], reference[0], experts), loads.shape[1])
+        taken &= ~find_doubles(cluster, reference[0])
+    held, slots_of, counts = map_copies(np.where(taken[:, None], reference[0], experts), loads.shape[1])
+    width = min(slots_of.shape[2], reference[1].shape[2])
+    slots_of[taken, :, :width] = reference[1][taken, :, :width]
+    return held, slots_of, counts
 
 
 def find_slowest(loads: Array, cluster: Cluster, experts: Array) -> Array:

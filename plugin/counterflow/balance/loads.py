@@ -31,8 +31,8 @@ MAX_TEXT_BYTES = 64 * 2**20
 def check_loads(loads: Any, name: str = "loads") -> Array:
     """Return loads as ``float64[layers, experts]``; ``[experts]`` becomes one layer.
 
-    Loads below 1e-100 become 0. Raises `BalanceError` where the shape is another, a load is negative, not finite or above 1e100,
-    or all of a layer are 0.
+    Loads below 1e-100 become 0. Raises `BalanceError` where the shape is another, or a load is negative, not finite or
+    above 1e100.
     """
     given = _check_numbers(loads, name)
     values = given[None] if given.ndim == 1 else given
@@ -41,13 +41,6 @@ def check_loads(loads: Any, name: str = "loads") -> Array:
     values = values.astype(np.float64)
     # Written so that a NaN, which compares as false with anything, is refused.
     _refuse_entry(values, ~((values >= 0) & (values <= LARGEST_LOAD)), ("layer", "expert"), name, f"0 to {LARGEST_LOAD:g}")
-    empty = np.flatnonzero(values.max(1) < SMALLEST_LOAD)
-    if len(empty):
-        size = f"below {SMALLEST_LOAD:g}" if values[empty[0]].any() else "0"
-        raise BalanceError(
-            f"{name}: all {values.shape[1]} loads of layer {empty[0]} are {size}; "
-            "allowed: some load in each; leave that layer out"
-        )
     values[values < SMALLEST_LOAD] = 0.0
     return values
 
@@ -55,7 +48,7 @@ def check_loads(loads: Any, name: str = "loads") -> Array:
 def check_counts(counts: Any, name: str = "counts") -> Array:
     """Return a trace's token counts as ``int64[micro-batches, layers, experts]``.
 
-    Raises `BalanceError` where the shape is another, a count is no whole number from 0 to 2**40, or all are 0.
+    Raises `BalanceError` where the shape is another, or a count is no whole number from 0 to 2**40.
     """
     values = _check_numbers(counts, name)
     if values.ndim != 3 or 0 in values.shape:
@@ -65,8 +58,6 @@ def check_counts(counts: Any, name: str = "counts") -> Array:
     fits = (values >= 0) & (values <= LARGEST_COUNT) & (values == np.floor(values))
     axes = ("micro-batch", "layer", "expert")
     _refuse_entry(values, ~fits, axes, name, f"whole numbers from 0 to {LARGEST_COUNT}")
-    if not values.any():
-        raise BalanceError(f"{name} of shape {values.shape} are all 0; allowed: a trace in which some tokens were routed")
     return values.astype(np.int64)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from counterflow.balance.cluster import Array, Cluster, make_cluster
+from counterflow.bounds import take_whole
 from counterflow.errors import BalanceError
 
 EMPTY = -1
@@ -62,13 +63,15 @@ def _check_homes(homes: Array, held: Array) -> None:
 def make_home_placement(layers: int, experts: int, ranks: int, clones_per_rank: int, nodes: int = 1) -> Placement:
     """Return homes where Megatron and DeepSpeed put them, in order, E/R on each rank, and empty slots for clones behind them.
 
-    Raises `BalanceError` where experts do not divide by ranks, or clones are more than experts.
+    Raises `BalanceError` where experts do not divide by ranks, or clones of a rank are more than the experts of the others.
     """
-    if ranks < 1 or experts % ranks:
+    if experts % take_whole(ranks, "ranks", 1, error=BalanceError):
         raise BalanceError(f"{experts} experts on {ranks} ranks; allowed: a number of ranks that divides the experts")
-    if not 0 <= clones_per_rank <= experts:
-        raise BalanceError(f"{clones_per_rank} clones per rank; allowed: 0 to {experts}, the number of experts")
     own = experts // ranks
+    # One rank alone has nothing to clone, whatever its slots.
+    others = experts - own if ranks > 1 else experts
+    if take_whole(clones_per_rank, "clones per rank", 0, error=BalanceError) > others:
+        raise BalanceError(f"{clones_per_rank} clones per rank; allowed: 0 to {others}, the experts whose home is elsewhere")
     width = own + clones_per_rank
     cluster = make_cluster(ranks, ranks * width, nodes)
     slots = np.arange(ranks * width)
@@ -100,6 +103,10 @@ def sum_by_rank(slots: Array, cluster: Cluster) -> Array:
 
 def measure_balancedness(rank_loads: Array) -> Array:
     """Return mean over slowest rank along the last axis: 1 is perfect, also where there is no load at all."""
-    slowest = rank_loads.max(-1)
-    balancedness: Array = np.divide(rank_loads.mean(-1), slowest, out=np.ones(slowest.shape), where=slowest > 0)
-    return balancedness
+    return divide_loads(rank_loads.mean(-1), rank_loads.max(-1))
+
+
+def divide_loads(loads: Array, others: Array) -> Array:
+    """Return loads over others, 1 where those are 0: where there is no load, nothing is less balanced than it could be."""
+    ratio: Array = np.divide(loads, others, out=np.ones(np.shape(loads)), where=others > 0)
+    return ratio

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from counterflow.balance.cluster import Array, Cluster, make_cluster
-from counterflow.balance.loads import check_loads
-from counterflow.balance.placement import Placement, measure_balancedness, share_evenly, sum_by_rank
+from counterflow.balance.loads import LARGEST_LOAD, check_loads
+from counterflow.balance.placement import Placement, divide_loads, measure_balancedness, share_evenly, sum_by_rank
+from counterflow.bounds import take_number, take_whole
 from counterflow.errors import BalanceError
 
 POLICIES = ("auto", "hierarchical", "global", "spill", "deepseek")
@@ -34,6 +35,11 @@ class Plan:
         """``float64[layers]``: mean over slowest rank."""
         return measure_balancedness(self.rank_loads)
 
+    @property
+    def best_balancedness(self) -> Array:
+        """``float64[layers]``: what no placement could beat."""
+        return divide_loads(self.rank_loads.mean(1), self.bound)
+
 
 def plan_placement(
     loads: Array, cluster: Cluster, groups: int = 1, policy: str = "auto", traffic_weight: float = TRAFFIC_WEIGHT
@@ -44,20 +50,21 @@ def plan_placement(
     ignores groups and nodes; ``hierarchical`` keeps every copy on the node that its group is given; ``spill`` begins so, then
     sends copies of hot experts to other nodes, or as a last resort ignores nodes, where the slowest rank gains more than
     ``traffic_weight`` times the off-node load, per rank; ``auto`` is hierarchical where nodes divide groups, else global, as
-    EPLB has it; ``deepseek`` is EPLB's own plan. No rank gets two copies of an expert, but under ``deepseek``. Raises
-    `BalanceError` for loads, slots, groups or a policy that cannot work.
+    EPLB has it; ``deepseek`` is EPLB's own plan. No rank gets two copies of an expert, but under ``deepseek``. In a layer without
+    any load all experts count alike, but under ``deepseek``. Raises `BalanceError` for loads, slots, groups or a policy that
+    cannot work.
     """
     loads = check_loads(loads)
     policy = choose_policy(policy, groups, loads.shape[1], cluster)
-    if not 0 <= traffic_weight < float("inf"):
-        raise BalanceError(f"traffic weight {traffic_weight}; allowed: a number, 0 or more")
+    take_number(traffic_weight, "traffic weight", 0, LARGEST_LOAD, BalanceError)
     check_room(loads.shape[1], cluster, policy)
+    expected = np.where(loads.any(1, keepdims=True), loads, 1.0)
     if policy == "deepseek":
         experts = place_by_eplb(loads, cluster, groups)
     elif policy == "global":
-        experts = place_globally(loads, cluster)
+        experts = place_globally(expected, cluster)
     else:
-        experts = place_by_node(loads, groups, cluster, None if policy == "hierarchical" else traffic_weight)
+        experts = place_by_node(expected, groups, cluster, None if policy == "hierarchical" else traffic_weight)
     placement = Placement(cluster, experts)
     rank_loads = sum_by_rank(share_evenly(loads, placement), cluster)
     bound = bound_slowest(loads, groups, cluster, policy)
@@ -68,7 +75,7 @@ def choose_policy(policy: str, groups: int, experts: int, cluster: Cluster) -> s
     """Return the policy that is meant. Raises `BalanceError` for an unknown one, or groups that do not fit it."""
     if policy not in POLICIES:
         raise BalanceError(f"policy {policy!r}; allowed: {', '.join(POLICIES)}")
-    if groups < 1 or experts % groups:
+    if experts % take_whole(groups, "groups", 1, error=BalanceError):
         raise BalanceError(f"{groups} groups of {experts} experts; allowed: a number of groups that divides {experts}")
     if policy == "auto":
         return "global" if groups % cluster.nodes else "hierarchical"

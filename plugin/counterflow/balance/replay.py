@@ -10,6 +10,7 @@ from counterflow.balance.moves import keep_slots, plan_moves
 from counterflow.balance.placement import Placement, make_home_placement, measure_balancedness, share_evenly, sum_by_rank
 from counterflow.balance.prediction import LoadPredictor
 from counterflow.balance.split import split_tokens
+from counterflow.bounds import take_whole
 from counterflow.errors import BalanceError
 
 METHODS = ("fixed", "eplb", "counterflow", "oracle")
@@ -56,9 +57,8 @@ def replay_trace(
     if len(counts) < 2:
         raise BalanceError(f"a trace of {len(counts)} micro-batches; allowed: 2 or more, those to plan from and those to score")
     first = min(50, len(counts) // 2) if warmup is None else warmup
-    if interval < 1:
-        raise BalanceError(f"interval {interval}; allowed: 1 or more micro-batches")
-    if not 1 <= first < len(counts):
+    take_whole(interval, "interval", 1, error=BalanceError)
+    if not 1 <= take_whole(first, "warm-up", error=BalanceError) < len(counts):
         raise BalanceError(f"a warm-up of {first} of the trace's {len(counts)} micro-batches; allowed: 1 to {len(counts) - 1}")
     # A plan lasts no longer than the trace, so nothing is predicted beyond it.
     interval = min(interval, len(counts))

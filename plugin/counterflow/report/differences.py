@@ -1,5 +1,6 @@
 """A comparison of a recorded step with its simulation, as lines for a terminal and as figures for ``--json``."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -32,7 +33,8 @@ def describe_differences(comparison: Comparison, costs: Costs) -> dict[str, Any]
     return {
         "measured_makespan": measured.makespan,
         "simulated_makespan": simulated.makespan,
-        "ratio": comparison.ratio,
+        # JSON has no infinity: null where the simulation takes no time.
+        "ratio": comparison.ratio if math.isfinite(comparison.ratio) else None,
         "measured_bubble": measured.bubble,
         "simulated_bubble": simulated.bubble,
         "costs": {name: getattr(costs, name) for name in ("f", "i", "w", "p2p", "overlap")},

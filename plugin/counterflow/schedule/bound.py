@@ -28,27 +28,33 @@ def bound_makespan(layout: Layout, microbatches: int, costs: Costs, max_activati
     costs = costs.spread(layout.last_stage + 1)
     way = _measure_way(layout, costs)
     ranks = [_measure_rank(layout, microbatches, costs, way, rank, max_activations) for rank in range(layout.ranks)]
+    memory = _measure_memory(layout, microbatches, costs, way, ranks)
     # Between the last forward and the first backward that are possible on it, a rank can only pair; in a table shorter than
-    # the two ends together it cannot even that. Which ranks are so short of time follows from the makespan: take each case.
-    obvious = max(rank.head_start + costs.overlap * (rank.f_work + rank.b_work) for rank in ranks)
+    # the two ends together it cannot even that. Which ranks are so short of time follows from the makespan: take each case, from
+    # the shortest on, until one holds.
     short_of_time = sorted(ranks, key=lambda rank: -rank.both_ends)
-    best, longest = math.inf, math.inf
-    for count in range(len(ranks) + 1):
-        shortest = short_of_time[count].both_ends if count < len(ranks) else 0.0
+    ends = [math.inf, *(rank.both_ends for rank in short_of_time), 0.0]
+    # One micro-batch takes its way there and back, and the last weight gradient; a rank takes all its work.
+    obvious = float(way.end_of_f[-1] + way.end_of_i[0] + np.asarray(costs.w)[0])
+    obvious = max(obvious, *(rank.head_start + min(1.0, costs.overlap) * (rank.f_work + rank.b_work) for rank in ranks))
+    for count in range(len(ranks), -1, -1):
+        longest, shortest = ends[count], ends[count + 1]
         if longest > obvious and longest > shortest:
-            makespan = max(_solve(layout, microbatches, costs, way, short_of_time[:count], short_of_time[count:]), shortest)
+            makespan = max(_solve(microbatches, costs, short_of_time[:count], short_of_time[count:], memory), shortest)
             if makespan <= longest:
-                best = min(best, makespan)
-        longest = shortest
-    # One micro-batch takes its way there and back, and the last weight gradient.
-    return max(best, float(way.end_of_f[-1] + way.end_of_i[0] + np.asarray(costs.w)[0]))
+                return max(makespan, obvious)
+    return obvious
 
 
 def _solve(
-    layout: Layout, microbatches: int, costs: Costs, way: "_Way", short_of_time: list["_Rank"], others: list["_Rank"]
+    microbatches: int,
+    costs: Costs,
+    short_of_time: list["_Rank"],
+    others: list["_Rank"],
+    memory: list[tuple[dict[int, float], float]],
 ) -> float:
     """Solve the program where so many ranks are short of time."""
-    program = _Program(layout.last_stage + 1, microbatches)
+    program = _Program(len(np.asarray(costs.f)), microbatches)
     for rank in short_of_time:
         for stage in rank.held:
             program.require({program.paired_f(stage): -1.0}, 0.0)
@@ -57,8 +63,8 @@ def _solve(
         program.require({program.makespan: 1.0}, rank.head_start + rank.head + rank.b_work)
     for rank in others:
         _require_work(program, microbatches, costs, rank)
-    for rank in (*short_of_time, *others):
-        _require_memory(program, layout, microbatches, costs, way, rank)
+    for row, least in memory:
+        program.require(row, least)
     return program.solve()
 
 
@@ -110,6 +116,7 @@ class _Program:
         self._equal.append(row)
 
     def solve(self) -> float:
+        """Return the least makespan, 0 where the solver gives up: on numbers too far apart to be added."""
         columns = len(self._bounds)
         cost = np.zeros(columns)
         cost[self.makespan] = 1.0
@@ -122,8 +129,7 @@ class _Program:
             bounds=self._bounds,
             method="highs",
         )
-        assert result.status == 0, result.message
-        return float(result.fun)
+        return float(result.fun) if result.status == 0 else 0.0
 
 
 def _fill(rows: list[dict[int, float]], columns: int) -> np.ndarray:
@@ -180,27 +186,29 @@ def _require_work(program: _Program, microbatches: int, costs: Costs, rank: _Ran
     program.require({program.makespan: 1.0, idle_head: -1.0, idle_tail: -1.0} | saved, work)
 
 
-def _require_memory(program: _Program, layout: Layout, microbatches: int, costs: Costs, way: _Way, rank: _Rank) -> None:
+def _measure_memory(
+    layout: Layout, microbatches: int, costs: Costs, way: _Way, ranks: list[_Rank]
+) -> list[tuple[dict[int, float], float]]:
+    """Return, per rank, the row of the program and its least value that say that activations fit under the cap."""
     f, i, w = np.asarray(costs.f), np.asarray(costs.i), np.asarray(costs.w)
-    b = i + w
-    held, most_forwards = rank.held, rank.most_forwards
-    row: dict[int, float] = {program.makespan: float(most_forwards)}
-    least = 0.0
-    for stage in held:
-        # From the start of its F to the end of its I, on the shortest way.
-        least += microbatches * (way.end_of_f[-1] - way.start_of_f[stage] + way.end_of_i[stage])
-        for later in range(stage, len(f)):
-            peers = layout.stages[layout.rank_of[later]]
-            longer_f = costs.overlap * (f[later] + min(b[s] for s in peers)) - f[later]
-            longer_b = costs.overlap * (b[later] + min(f[s] for s in peers)) - i[later]
-            for variable, longer in ((program.paired_f(later), longer_f), (program.paired_b(later), longer_b)):
-                row[variable] = row.get(variable, 0.0) - longer
-    # Nothing lives before the rank's first input nor while the last gradients leave.
-    leaving = way.end_of_i[0] - way.end_of_i[held[0]] + w[0]
-    # It takes k forwards to have k activations, and k input gradients to be rid of them.
-    half = (costs.overlap * (rank.f_work + rank.b_work) - leaving) / 2
-    missing = 0.0
-    for step in (min(f[s] for s in held), min(i[s] for s in held)):
-        steps = min(most_forwards - 1, int(half / step)) if step and half > 0 else 0
-        missing += step * sum(most_forwards - k for k in range(1, steps + 1))
-    program.require(row, least + most_forwards * (way.start_of_f[held[0]] + leaving) + missing)
+    b, share = i + w, min(1.0, costs.overlap)
+    peers = [list(layout.stages[layout.rank_of[stage]]) for stage in range(len(f))]
+    longer_f = costs.overlap * (f + [b[held].min() for held in peers]) - f
+    longer_b = costs.overlap * (b + [f[held].min() for held in peers]) - i
+    rows = []
+    for rank in ranks:
+        held, most_forwards = rank.held, rank.most_forwards
+        # From the start of its F to the end of its I, on the shortest way, and as much longer as pairs on it take.
+        least = microbatches * float((way.end_of_f[-1] - way.start_of_f[held] + way.end_of_i[held]).sum())
+        passed = np.searchsorted(held, np.arange(len(f)), side="right")
+        row = dict(enumerate(np.concatenate([[most_forwards], -passed * longer_f, -passed * longer_b]).tolist()))
+        # Nothing lives before the rank's first input nor while the last gradients leave.
+        leaving = way.end_of_i[0] - way.end_of_i[held[0]] + w[0]
+        # It takes k forwards to have k activations, and k input gradients to be rid of them.
+        half = (share * (rank.f_work + rank.b_work) - leaving) / 2
+        missing = 0.0
+        for step in (f[held].min(), i[held].min()):
+            steps = min(most_forwards - 1, int(half / step)) if step and half > 0 else 0
+            missing += step * (steps * most_forwards - steps * (steps + 1) / 2)
+        rows.append((row, least + most_forwards * (way.start_of_f[held[0]] + leaving) + missing))
+    return rows

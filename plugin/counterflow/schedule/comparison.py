@@ -17,7 +17,7 @@ from typing import Any
 
 from counterflow.errors import ScheduleError
 from counterflow.schedule.actions import PAIR, Action
-from counterflow.schedule.costs import Costs, PerStage
+from counterflow.schedule.costs import LEAST_OVERLAP, MOST_OVERLAP, Costs, PerStage
 from counterflow.schedule.dependencies import find_input, find_result
 from counterflow.schedule.table import ScheduleTable
 from counterflow.schedule.timeline import Span, Timeline
@@ -93,9 +93,9 @@ def fit_record(table: ScheduleTable, measured: Timeline) -> tuple[ScheduleTable,
             measured,
             spans=tuple(replace(span, action=next(whole)) for span, whole in zip(measured.spans, wholes, strict=True)),
         )
-    rows = _split(measured, table.ranks)
     if measured.ranks > table.ranks:
         raise _misfit(f"rank {measured.ranks - 1} is recorded, the table has ranks 0 to {table.ranks - 1}")
+    rows = _split(measured, table.ranks)
     for rank, row in enumerate(table.actions):
         recorded = [span.action for span in rows[rank]]
         for position, (given, wanted) in enumerate(zip(recorded, row, strict=False)):
@@ -156,7 +156,7 @@ def estimate_costs(
     ratios = [length / together for length, together in pairs if together > 0]
     if ratios:
         # Costs take a pair for at most twice the sum of its parts.
-        costs = replace(costs, overlap=min(2.0, max(1e-6, statistics.median(ratios))))
+        costs = replace(costs, overlap=min(MOST_OVERLAP, max(LEAST_OVERLAP, statistics.median(ratios))))
     return replace(costs, **given).spread(len(stages))
 
 

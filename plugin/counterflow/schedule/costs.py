@@ -1,14 +1,18 @@
 """What the actions of a schedule cost: the input of simulation and search."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from counterflow.bounds import show, take_number
 from counterflow.errors import ScheduleError
 from counterflow.schedule.actions import PAIR, Action
 
 PerStage = float | Sequence[float]
+# In any unit that is of use, and such that neither their sums nor their quotients overflow.
+SMALLEST_COST, LARGEST_COST = 1e-30, 1e30
+# As good as hidden: a pair that takes no time at all would leave nothing to divide by.
+LEAST_OVERLAP, MOST_OVERLAP = 1e-6, 2.0
 
 
 @dataclass(frozen=True)
@@ -19,8 +23,8 @@ class Costs:
     of an action until its result is on a neighbouring rank. ``overlap`` is the time of an overlapped pair over the sum of
     its parts (1: nothing gained). With ``p2p_overlaps`` off, a transfer holds both its ranks, between two actions; those of
     one stop move in one batch, as with Megatron's fused send and receive. ``activation_bytes`` of a chunk's forward live until
-    its input gradient, ``queued_bytes`` from then until its weight gradient. Raises `ScheduleError` for what is negative, not a
-    number, or out of range.
+    its input gradient, ``queued_bytes`` from then until its weight gradient. Each is 0 or from 1e-30 to 1e30. Raises
+    `ScheduleError` for what is not a number or out of range.
     """
 
     f: PerStage = 1.0
@@ -33,15 +37,13 @@ class Costs:
     queued_bytes: PerStage | None = None
 
     def __post_init__(self) -> None:
-        for name in ("f", "i", "w", "activation_bytes", "queued_bytes"):
+        for name in ("f", "i", "w", "p2p", "activation_bytes", "queued_bytes"):
             given = getattr(self, name)
-            for value in () if given is None else given if isinstance(given, Sequence) else (given,):
-                if not (math.isfinite(value) and value >= 0):
-                    raise ScheduleError(f"cost {name} {value} given; allowed are finite numbers from 0 up")
-        if not (math.isfinite(self.p2p) and self.p2p >= 0):
-            raise ScheduleError(f"cost p2p {self.p2p} given; allowed are finite numbers from 0 up")
-        if not 0 < self.overlap <= 2:
-            raise ScheduleError(f"overlap {self.overlap} given; allowed is above 0 (all hidden) to 1 (nothing gained), 2 at most")
+            if hasattr(given, "tolist"):  # an array or a number of numpy's
+                object.__setattr__(self, name, given := given.tolist())
+            if given is not None or name in ("f", "i", "w", "p2p"):
+                _check_cost(name, given)
+        take_number(self.overlap, "overlap", LEAST_OVERLAP, MOST_OVERLAP, ScheduleError)
 
     def spread(self, stages: int) -> "Costs":
         """Return the same costs with one number per stage; raises `ScheduleError` where the count differs."""
@@ -70,6 +72,15 @@ class Costs:
                 assert kind == PAIR
                 back = action.parts[1].stage
                 return self.overlap * (f[stage] + i[back] + w[back])
+
+
+def _check_cost(name: str, given: Any) -> None:
+    """Raise `ScheduleError` for what is no number, or no row of numbers, of a size that can be computed with."""
+    several = isinstance(given, Sequence) and not isinstance(given, str | bytes) and name != "p2p"
+    for value in given if several else (given,):
+        number = take_number(value, f"cost {name}", 0.0, LARGEST_COST, ScheduleError)
+        if 0 < number < SMALLEST_COST:
+            raise ScheduleError(f"cost {name} {show(value)} given; allowed: 0, or {SMALLEST_COST:g} to {LARGEST_COST:g}")
 
 
 def spread_over(given: PerStage, stages: int, name: str) -> tuple[float, ...]:

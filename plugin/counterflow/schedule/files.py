@@ -10,7 +10,9 @@ from counterflow.schedule.layouts import find_layout
 from counterflow.schedule.table import ScheduleTable
 from counterflow.schedule.validation import validate
 
+# Far above any table's; what is none must not fill the memory.
 MAX_CSV_BYTES = 256 * 2**20
+MAX_CELLS = 2**24
 
 
 def to_csv(table: ScheduleTable) -> str:
@@ -20,13 +22,16 @@ def to_csv(table: ScheduleTable) -> str:
     return text.getvalue()
 
 
-def from_csv(text: str, name: str = "csv") -> ScheduleTable:
-    """Read a table, one line per rank, and validate it; empty cells (idle steps) are skipped.
+def from_csv(text: str, name: str = "csv", most_cells: int = MAX_CELLS) -> ScheduleTable:
+    """Read a table, one line per rank, and validate it; empty cells (idle steps) and a byte order mark in front are skipped.
 
-    Raises `ScheduleError` that names line and cell, or the layout that was found and those allowed.
+    Raises `ScheduleError` that names line and cell, or the layout that was found and those allowed, and for too many cells.
     """
+    count = text.count(",") + text.count("\n")
+    if count > most_cells:
+        raise ScheduleError(f"{name}: some {count:,} cells given; allowed: {most_cells:,} at most")
     rows, columns = [], []
-    for line, cells in enumerate(csv.reader(io.StringIO(text)), start=1):
+    for line, cells in enumerate(csv.reader(io.StringIO(text.removeprefix("\ufeff"))), start=1):
         columns.append([column for column, cell in enumerate(cells, start=1) if cell.strip()])
         rows.append(tuple(_parse_cell(cells[column - 1], f"{name}: line {line}, cell {column}") for column in columns[-1]))
     if not any(rows):
@@ -51,14 +56,20 @@ def from_csv(text: str, name: str = "csv") -> ScheduleTable:
     return table
 
 
-def read_csv(path: Path) -> ScheduleTable:
+def read_csv(path: Path, most_cells: int = MAX_CELLS) -> ScheduleTable:
     """Read a table from a file of at most 256 MiB; raises `ScheduleError` that names the file."""
     try:
         if path.stat().st_size > MAX_CSV_BYTES:
             raise ScheduleError(f"{path}: larger than {MAX_CSV_BYTES} bytes; not a schedule table")
-        return from_csv(path.read_text(encoding="utf-8"), name=str(path))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ScheduleError(f"{path}: cannot be read as a schedule table: {error}") from error
+        if not path.is_file():
+            raise ScheduleError(f"{path}: no file; give the path of a schedule table in CSV")
+        return from_csv(path.read_text(encoding="utf-8"), str(path), most_cells)
+    except ScheduleError:
+        raise
+    # Bytes that are no text, and a name that no file can have, are a ValueError.
+    except (OSError, ValueError, csv.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ScheduleError(f"{path}: cannot be read as a schedule table: {reason}") from error
 
 
 def _parse_cell(cell: str, where: str) -> Action:

@@ -17,6 +17,7 @@ micro-batches enters at rank 0, the second half at rank P-1.
 from dataclasses import dataclass
 from functools import cached_property
 
+from counterflow.bounds import take_whole
 from counterflow.errors import ScheduleError
 
 STRAIGHT, LOOPED, V, ZIGZAG, BIDIRECTIONAL = "straight", "looped", "v", "zigzag", "bidirectional"
@@ -73,6 +74,7 @@ def lay_passes(ranks: int, passes: str) -> Layout:
     """One stage a rank and pass; ``passes`` has a letter for each: ``u`` (rank 0 to P-1) or ``d`` (back)."""
     if not passes or set(passes) - {"u", "d"}:
         raise ScheduleError(f"layout passes {passes!r} given; allowed are letters u (rank 0 to P-1) and d (P-1 to 0), like udu")
+    ranks = take_whole(ranks, "layout: ranks", 1, error=ScheduleError)
     starts = range(0, ranks * len(passes), ranks)
     stages = tuple(
         tuple(start + (rank if way == "u" else ranks - 1 - rank) for start, way in zip(starts, passes, strict=True))
@@ -104,6 +106,7 @@ def lay_v(ranks: int) -> Layout:
 
 def lay_bidirectional(ranks: int) -> Layout:
     """Stage s on ranks s and P-1-s (P even): full DualPipe."""
+    take_whole(ranks, "bidirectional layout: ranks", 2, error=ScheduleError)
     half = [(rank, ranks - 1 - rank) for rank in range(ranks // 2)]
     return Layout(BIDIRECTIONAL, tuple(half + half[::-1]))
 

@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from counterflow.bounds import show, take_number, take_whole
 from counterflow.errors import ScheduleError
 from counterflow.schedule import greedy
 from counterflow.schedule.bound import bound_makespan
-from counterflow.schedule.costs import Costs, PerStage
-from counterflow.schedule.families import build
+from counterflow.schedule.costs import SMALLEST_COST, Costs, PerStage
+from counterflow.schedule.families import build, require_size
 from counterflow.schedule.families.rows import Row
 from counterflow.schedule.greedy import Array, Problem, Rows
 from counterflow.schedule.layouts import Layout, lay_passes
@@ -43,6 +44,9 @@ PLANNING_SHARE = 0.6
 MAX_TURN_SECONDS = 0.6
 MIN_STEPS = 30
 PACE_BUILDS = 8
+# The bound's programs grow with the square of the stages.
+MAX_STAGES = 2**10
+MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -81,20 +85,20 @@ def search(
     ``costs`` are those of the finest cut, ``max_chunks`` stages a rank (a number, or one per stage in forward order); layouts
     with fewer chunks merge neighbours. ``max_activations`` caps every rank's live activations, in micro-batches of 1/P of the
     model; queued weight gradients of tables that are found keep to the same number. Takes about ``seconds``, once compiled.
-    Raises `ScheduleError` for sizes, costs or caps that nothing can meet, and for transfers that stop the ranks.
+    Raises `ScheduleError` for sizes, costs, caps or seconds that nothing can meet, and for transfers that stop the ranks.
     """
-    if ranks < 1 or microbatches < 1 or max_chunks < 1:
-        raise ScheduleError(
-            f"search: {ranks} ranks, {microbatches} micro-batches, {max_chunks} chunks given; it needs at least 1 of each"
-        )
+    require_size(ranks, microbatches, max_chunks)
+    if ranks * max_chunks > MAX_STAGES:
+        raise ScheduleError(f"search: {ranks} ranks x {max_chunks} chunks given; allowed: {MAX_STAGES} stages at most")
+    take_number(seconds, "search: seconds", error=ScheduleError)
+    take_whole(seed, "search: seed", 0, MAX_SEED, ScheduleError)
     if not costs.p2p_overlaps:
         raise ScheduleError(
             "search: transfers that stop the ranks given; it plans for transfers that overlap, so drop that option"
         )
-    cap = float(microbatches) if max_activations is None else max_activations
-    if not cap >= 1:
-        raise ScheduleError(f"search: a cap of {cap:g} activations given; no schedule fits: the smallest cap that does is 1")
-    costs = costs.spread(ranks * max_chunks)
+    cap = _choose_cap(max_activations, microbatches)
+    asked = costs.spread(ranks * max_chunks)
+    costs, unit = _change_unit(asked)
     _compile()
     deadline = time.monotonic() + seconds
     families = [
@@ -103,14 +107,40 @@ def search(
     best = min(families, key=lambda known: known[1].makespan, default=None)
     layouts = list_layouts(ranks, max_chunks) if layout is None else [layout]
     candidates = _list_candidates(layouts, microbatches, costs, cap)
-    lower_bound = min(candidate.bound for candidate in candidates)
+    lower_bound = unit * min(candidate.bound for candidate in candidates)
     tables = _search_tables(candidates, microbatches, deadline, seed, best[1].makespan if best else math.inf)
     found = [(table, _simulate_merged(table, costs)) for table in tables] + families
     if not found:
         raise ScheduleError(f"search: no table found for a cap of {cap:g} activations in {seconds:g} s; allow more of either")
-    table, timeline = min(found, key=lambda known: known[1].makespan)
+    table = min(found, key=lambda known: known[1].makespan)[0]
     validate(table, max_activations=cap)
-    return Found(table, timeline, lower_bound, best[0].name if best else None, best[1].makespan if best else None)
+    family = (best[0].name, unit * best[1].makespan) if best else (None, None)
+    return Found(table, _simulate_merged(table, asked), lower_bound, *family)
+
+
+def _choose_cap(max_activations: float | None, microbatches: int) -> float:
+    """Return the cap on live activations; one above all micro-batches is none."""
+    if max_activations is None:
+        return float(microbatches)
+    if not isinstance(max_activations, int | float | np.number) or not max_activations >= 1:
+        raise ScheduleError(
+            f"search: a cap of {show(max_activations)} activations given; no schedule fits: the smallest cap that does is 1"
+        )
+    return float(min(max_activations, microbatches))
+
+
+def _change_unit(costs: Costs) -> tuple[Costs, float]:
+    """Return spread costs in a unit in which the largest is about 1, and that unit: a search has tolerances of its own.
+
+    The unit is a power of two, so that no cost is rounded. Raises `ScheduleError` where nothing takes any time.
+    """
+    times = np.array([costs.f, costs.i, costs.w])
+    if not times.any():
+        raise ScheduleError("search: costs f, i and w of 0 given; allowed: one or more above 0, else all orders are as fast")
+    unit = 2.0 ** math.frexp(max(float(times.max()), costs.p2p))[1]
+    scaled = np.where(times / unit < SMALLEST_COST, 0.0, times / unit).tolist()
+    p2p = costs.p2p / unit if costs.p2p / unit >= SMALLEST_COST else 0.0
+    return replace(costs, f=tuple(scaled[0]), i=tuple(scaled[1]), w=tuple(scaled[2]), p2p=p2p), unit
 
 
 def _compile() -> None:
@@ -143,12 +173,20 @@ def list_families(
 
 
 def merge_costs(costs: Costs, stages: int) -> Costs:
-    """Return costs spread over more stages as costs of ``stages`` stages: neighbours are added up."""
+    """Return costs spread over more stages as costs of ``stages`` stages: neighbours are added up.
+
+    Raises `ScheduleError` where the finer cut does not divide by the stages.
+    """
 
     def merge(given: PerStage | None) -> tuple[float, ...] | None:
         if given is None:
             return None
         assert isinstance(given, Sequence), "spread first"
+        if len(given) % stages:
+            raise ScheduleError(
+                f"costs of {len(given)} slices of the model given for a table of {stages} stages; allowed: a multiple of "
+                f"{stages}, so give more or fewer chunks a rank (--max-chunks), or leave that table out"
+            )
         each = len(given) // stages
         return tuple(sum(given[stage * each : (stage + 1) * each]) for stage in range(stages))
 
@@ -327,6 +365,8 @@ def _search_tables(
     for number in range(rounds):
         ends = begun + (planning_ends - begun) * (number + 1) / rounds
         for place, (candidate, bench) in enumerate(alive):
+            if time.monotonic() > deadline and (known < math.inf or any(one.plans for one in hopeful)):
+                break
             now = time.monotonic()
             _take_turns(candidate, bench, now + max(0.0, ends - now) / (len(alive) - place), turns)
         alive.sort(key=lambda one: one[0].makespan)
@@ -335,7 +375,11 @@ def _search_tables(
     if few == microbatches:
         # What was measured is the whole table.
         return [_Stretched(candidate, microbatches, candidate.plans[0]).table for candidate in chosen[:1]]
-    stretched = [_Stretched(candidate, microbatches, plan) for candidate in chosen for plan in candidate.plans]
+    stretched: list[_Stretched] = []
+    for candidate in chosen:
+        for plan in candidate.plans:
+            if not stretched or time.monotonic() < deadline:
+                stretched.append(_Stretched(candidate, microbatches, plan))
     best = min(stretched, key=lambda one: one.makespan, default=None)
     if best is None or best.makespan == math.inf:
         return []

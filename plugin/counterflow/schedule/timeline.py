@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,9 @@ from counterflow.errors import ScheduleError
 from counterflow.schedule.actions import Action, parse_action
 
 MAX_RECORD_BYTES = 2**30
+MAX_LINE_BYTES = 64 * 2**20
+# Seconds; beyond, sums of them are no numbers any more.
+LARGEST_TIME = 1e30
 # How an action changes its rank's (live activations, queued weight gradients); an F as it starts, the others as they end.
 HELD_AFTER = {"F": (1, 0), "B": (-1, 0), "I": (-1, 1), "W": (0, -1)}
 
@@ -170,30 +174,57 @@ def find_last_step(directory: Path, pipeline: int = 0) -> int:
 
 
 def _list_files(directory: Path) -> list[Path]:
-    return sorted(Path(directory).glob("timeline-rank*.jsonl"))
+    with _refuse_unreadable(directory):
+        return sorted(Path(directory).glob("timeline-rank*.jsonl"))
 
 
 def _read_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield each line of one rank's file as written by `dump_record`, and where it is; not one that a kill left unfinished."""
-    if path.stat().st_size > MAX_RECORD_BYTES:
-        raise ScheduleError(f"{path}: larger than {MAX_RECORD_BYTES} bytes; not a recorded timeline")
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.endswith("\n"):
-                return
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-                if not all(isinstance(record[key], int) for key in ("step", "pipeline", "rank")):
-                    raise ValueError("step, pipeline and rank are to be whole numbers")
-                yield record, where
-            except (ValueError, KeyError, TypeError) as error:
-                raise ScheduleError(f"{where}: not a recorded timeline: {error}") from error
+    with _refuse_unreadable(path):
+        if not path.is_file() or path.stat().st_size > MAX_RECORD_BYTES:
+            raise ScheduleError(f"{path}: no file of at most {MAX_RECORD_BYTES} bytes; not a recorded timeline")
+        with path.open("rb") as file:
+            lines = iter(lambda: file.readline(MAX_LINE_BYTES), b"")
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:
+                    return
+                yield _parse_line(line, f"{path}, line {number}"), f"{path}, line {number}"
+
+
+@contextmanager
+def _refuse_unreadable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    # A name that nothing can have is a ValueError.
+    except (OSError, ValueError) as error:
+        if isinstance(error, ScheduleError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ScheduleError(f"{path}: cannot be read as a record: {reason}") from error
+
+
+def _parse_line(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        for key in ("step", "pipeline", "rank"):
+            if type(record[key]) is not int or record[key] < 0:
+                raise ValueError("step, pipeline and rank are to be whole numbers from 0 up")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ScheduleError(f"{where}: not a recorded timeline: {_describe(error)}") from error
+    return dict(record)
 
 
 def _parse_spans(record: dict[str, Any], where: str) -> tuple[int, list[Span]]:
+    rank = record["rank"]
     try:
-        rank = record["rank"]
-        return rank, [Span(rank, parse_action(action), float(start), float(end)) for action, start, end in record["spans"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ScheduleError(f"{where}: not a recorded timeline: {error}") from error
+        spans = [Span(rank, parse_action(action), float(start), float(end)) for action, start, end in record["spans"]]
+        for span in spans:
+            if not -LARGEST_TIME <= span.start <= span.end <= LARGEST_TIME:
+                raise ValueError(f"{span.action} from {span.start} to {span.end}, which is no time")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ScheduleError(f"{where}: not a recorded timeline: {_describe(error)}") from error
+    return rank, spans
+
+
+def _describe(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else str(error)[:200]

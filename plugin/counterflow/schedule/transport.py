@@ -15,7 +15,6 @@ from counterflow.schedule.dependencies import Result, find_input, find_receiver,
 from counterflow.schedule.table import ScheduleTable
 
 TRANSPORTS = ("blocking", "batched")
-MAX_RECEIVES_AHEAD = 64
 
 
 @dataclass
@@ -38,10 +37,16 @@ class _Stop:
 
 def count_receives_ahead(table: ScheduleTable, transport: str) -> int:
     """Return how many receives of each sender must be kept posted so that a valid table does not deadlock."""
-    for ahead in range(MAX_RECEIVES_AHEAD):
-        if find_held_up(table, transport, ahead) is None:
-            return ahead
-    raise ScheduleError(f"{table.name}: deadlocks under {transport} P2P even with {MAX_RECEIVES_AHEAD} receives ahead")
+    traffic = _list_stops(table)
+    most = max((channel.size for channel in traffic[1]), default=0)
+    low, high = 0, 0
+    # More never hold anyone up, and all of them hold up no valid table: double what is too little, then halve what is left.
+    while high < most and _find_held_up(traffic, transport, high) is not None:
+        low, high = high + 1, min(2 * high + 1, most)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _find_held_up(traffic, transport, middle) is None else (middle + 1, high)
+    return low
 
 
 def require_transport(table: ScheduleTable, transport: str, receives_ahead: int) -> None:
@@ -59,17 +64,23 @@ def require_transport(table: ScheduleTable, transport: str, receives_ahead: int)
 
 def find_held_up(table: ScheduleTable, transport: str, receives_ahead: int) -> tuple[int, int] | None:
     """Return (rank, position) of a rank that never gets past a stop, None where all ranks finish."""
+    return _find_held_up(_list_stops(table), transport, receives_ahead)
+
+
+def _find_held_up(
+    traffic: tuple[list[list[_Stop]], list[_Channel]], transport: str, receives_ahead: int
+) -> tuple[int, int] | None:
     if transport not in TRANSPORTS:
         raise ScheduleError(f"transport {transport!r} given; allowed: {', '.join(TRANSPORTS)}")
-    stops, channels = _list_stops(table)
+    stops, channels = traffic
     for channel in channels:
-        channel.posted = receives_ahead
-    position = [0] * table.ranks
+        channel.offered, channel.posted, channel.taken = 0, receives_ahead, 0
+    position = [0] * len(stops)
     moved = True
     while moved:
         moved = False
-        for rank in range(table.ranks):
-            while position[rank] < len(stops[rank]) and _pass_stop(stops[rank][position[rank]], transport, receives_ahead):
+        for rank, row in enumerate(stops):
+            while position[rank] < len(row) and _pass_stop(row[position[rank]], transport, receives_ahead):
                 position[rank] += 1
                 moved = True
     return next(((rank, at) for rank, at in enumerate(position) if at < len(stops[rank])), None)

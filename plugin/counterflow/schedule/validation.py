@@ -44,7 +44,7 @@ def validate(
 
 
 def _check_row(table: ScheduleTable, rank: int, forward_only: bool) -> None:
-    held = table.layout.stages[rank]
+    held = dict.fromkeys(table.layout.stages[rank])
     seen: set[tuple[str, int, int]] = set()
     for position, action in enumerate(table.actions[rank]):
         for single in action.singles():

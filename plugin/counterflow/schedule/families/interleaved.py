@@ -14,6 +14,7 @@ of the backward beside it, and the two run as an overlapped pair; 1/v micro-batc
     rank 1:     1F0 1F1 3F0 3B0 3F1 3B1 1B0 1B1
 """
 
+from counterflow.bounds import take_whole
 from counterflow.errors import ScheduleError
 from counterflow.schedule.actions import Action, pair
 from counterflow.schedule.families.one_f_one_b import alternate
@@ -29,10 +30,10 @@ def build_interleaved(
 
     M is a multiple of ``group``, or leaves a remainder of at least P, as Megatron demands.
     """
-    group = ranks if group is None else group
+    group = ranks if group is None else take_whole(group, "interleaved: group", 1, error=ScheduleError)
     if vpp < 2:
         raise ScheduleError(f"interleaved: vpp {vpp} given; it needs at least 2 chunks per rank")
-    remainder = microbatches % group if group > 0 else 0
+    remainder = microbatches % group
     require(
         ranks >= 2 and ranks <= group <= microbatches and not 0 < remainder < ranks,
         "interleaved",
@@ -51,7 +52,7 @@ def build_interleaved(
     ]
     rows = []
     for rank in range(ranks):
-        warmup = min((ranks - 1 - rank) * 2 + (vpp - 1) * group + ep_overlap, len(order))
+        warmup = min((ranks - 1 - rank) * 2 + (vpp - 1) * group + bool(ep_overlap), len(order))
         forwards = [Action("F", layout.stages[rank][chunk], m) for chunk, m in order]
         backwards = [Action("B", layout.stages[rank][vpp - 1 - chunk], m) for chunk, m in order]
         rows.append((_overlap if ep_overlap else alternate)(forwards, backwards, warmup))

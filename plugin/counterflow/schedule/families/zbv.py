@@ -22,12 +22,8 @@ def build_zbv(ranks: int, microbatches: int) -> ScheduleTable:
     """Return ZB-V's table; with fewer than 2P-1 micro-batches it is that of 2P-1 without the others."""
     require(ranks >= 1 and microbatches >= 1, "zbv", ranks, microbatches, "at least 1 of each")
     layout = lay_v(ranks)
-    full = max(microbatches, 2 * ranks - 1)
-    rows = []
-    for rank in range(ranks):
-        row = _fill_row(rank, ranks, full, *layout.stages[rank])
-        rows.append(tuple(action for action in row if action.microbatch < microbatches))
-    return ScheduleTable("zbv", layout, microbatches, tuple(rows))
+    rows = tuple(tuple(_fill_row(rank, ranks, microbatches, *layout.stages[rank])) for rank in range(ranks))
+    return ScheduleTable("zbv", layout, microbatches, rows)
 
 
 def _fill_row(rank: int, ranks: int, microbatches: int, there: int, back: int) -> list[Action]:
@@ -35,35 +31,27 @@ def _fill_row(rank: int, ranks: int, microbatches: int, there: int, back: int) -
     placed = dict.fromkeys(((kind, stage) for kind in "FIW" for stage in (there, back)), 0)
     row: list[Action] = []
 
-    def place(kind: str, stage: int) -> None:
-        row.append(Action(kind, stage, placed[kind, stage]))
-        placed[kind, stage] += 1
+    def place(times: int, *steps: tuple[str, int]) -> None:
+        """Place the steps, one after the other, so many times; those of micro-batches that there are not are only counted."""
+        useful = min(times, max(0, microbatches - min(placed[step] for step in steps)))
+        for _ in range(useful):
+            for step in steps:
+                if placed[step] < microbatches:
+                    row.append(Action(*step, placed[step]))
+                placed[step] += 1
+        for step in steps:
+            placed[step] += times - useful
 
     # Fill: until the rank's first backward can start, forwards of the way there, later of both ways.
-    for _ in range(2 * (ranks - rank) - 1):
-        place("F", there)
-    for _ in range(rank):
-        place("F", back)
-        place("F", there)
-    for _ in range(ranks - rank):
-        place("F", back)
-        place("I", back)
-        place("W", back)
+    place(2 * (ranks - rank) - 1, ("F", there))
+    place(rank, ("F", back), ("F", there))
+    place(ranks - rank, ("F", back), ("I", back), ("W", back))
     # Steady: F, I and W of the way there, then of the way back.
-    while placed["F", back] < microbatches:
-        for stage in (there, back):
-            if placed["F", stage] < microbatches:
-                place("F", stage)
-            place("I", stage)
-            place("W", stage)
+    steady = max(microbatches, 2 * ranks - 1) - placed["F", back]
+    place(steady, *((kind, stage) for stage in (there, back) for kind in "FIW"))
     # Drain: input gradients first, since other ranks wait for them; weight gradients fill the rest.
-    for _ in range(rank):
-        place("I", there)
-        place("I", back)
-    for _ in range(ranks - rank):
-        place("I", there)
-        place("W", there)
+    place(rank, ("I", there), ("I", back))
+    place(ranks - rank, ("I", there), ("W", there))
     for stage in (back, there):
-        while placed["W", stage] < placed["I", stage]:
-            place("W", stage)
+        place(placed["I", stage] - placed["W", stage], ("W", stage))
     return row

@@ -1,0 +1,92 @@
+"""Command lines and option sets drawn at random, over all commands and options: a result, or one line that says what is wrong.
+
+Other draws: ``HOSTILE_SEED=7 HOSTILE_DRAWS=2000 python -m pytest tests/unit/test_hostile_commands.py``.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+
+from counterflow.balance import rebalance_experts
+from counterflow.cli import build_parser, main
+from counterflow.config import Options, add_flags, merge_options, read_flags, read_given
+from counterflow.errors import OptionError
+from counterflow.schedule import Costs
+from hostile import LIMIT_SECONDS, Files, draw_flags, draw_line, draw_mapping, find_fault, make_files, run_line
+
+SEED = int(os.environ.get("HOSTILE_SEED", "0"))
+DRAWS = int(os.environ.get("HOSTILE_DRAWS", "200"))
+
+
+# Lines write over the files that they are drawn with.
+LINES_PER_FOLDER = 50
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    return make_files(tmp_path)
+
+
+def load_compiled() -> None:
+    """Load what is compiled once, for all children."""
+    from counterflow.schedule.search import search
+
+    search(2, 4, Costs(overlap=0.9), seconds=0.01)
+    rebalance_experts(np.ones((1, 8)), 12, 2, 2, 4)
+
+
+@pytest.mark.timeout(60 * 60)
+def test_a_command_line_gives_a_result_or_one_line(tmp_path: Path) -> None:
+    load_compiled()
+    random, parser = Random(SEED), build_parser()
+    faults, codes, slowest = [], [], 0.0
+    for number in range(DRAWS):
+        if number % LINES_PER_FOLDER == 0:
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            files = make_files(folder)
+        argv = draw_line(random, parser, files)
+        ended = run_line(main, argv, files.folder)
+        codes.append(ended.code)
+        slowest = max(slowest, ended.seconds)
+        if fault := find_fault(argv, ended):
+            faults.append(f"{[word[:60] for word in argv]}: {fault}")
+            print(faults[-1], flush=True)
+    assert not faults, f"{len(faults)} of {DRAWS} lines: " + "\n".join(faults[:20])
+    assert slowest < LIMIT_SECONDS
+    share = codes.count(0) / len(codes)
+    assert DRAWS < 100 or 0.1 < share < 0.9, "draws that are all refused, or all good, try little"
+
+
+def test_a_mapping_gives_options_or_one_line() -> None:
+    random, faults = Random(SEED), []
+    for _ in range(5 * DRAWS):
+        given = draw_mapping(random, list(Options.model_fields))
+        try:
+            assert isinstance(merge_options(read_given(given)), Options)
+        except OptionError as error:
+            if "\n" in str(error) or not str(error).strip():
+                faults.append(f"{given!r:.300}: {error}")
+        except Exception as error:
+            faults.append(f"{given!r:.300}: {type(error).__name__}: {error}")
+    assert not faults, f"{len(faults)} mappings: " + "\n".join(faults[:20])
+
+
+def test_flags_give_options_or_one_line(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(files.folder)
+    random, faults = Random(SEED), []
+    parser = add_flags(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
+    for _ in range(2 * DRAWS):
+        argv = draw_flags(random, parser, files)
+        try:
+            assert isinstance(merge_options(read_flags(argv)), Options)
+        except OptionError as error:
+            if "\n" in str(error) or not str(error).strip():
+                faults.append(f"{argv!r:.300}: {error}")
+        except Exception as error:
+            faults.append(f"{argv!r:.300}: {type(error).__name__}: {error}")
+    assert not faults, f"{len(faults)} of {2 * DRAWS} command lines: " + "\n".join(faults[:20])
