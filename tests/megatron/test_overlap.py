@@ -48,9 +48,19 @@ def forward_step(data, model, return_schedule_plan=False):
     ids, run = next(data), model.build_schedule_plan if return_schedule_plan else model
     return run(ids, torch.arange(8).unsqueeze(0), None, labels=ids), lambda output: (output.mean(), {"loss": output.mean()})
 
+def add_to_main_grad(parameter):
+    # As Megatron's data parallelism does it.
+    if not parameter.grad_added_to_main_grad:
+        parameter.main_grad.add_(parameter.grad)
+    parameter.grad = None
+
+for parameter in model.parameters():
+    parameter.grad_added_to_main_grad = False
+    parameter.register_post_accumulate_grad_hook(add_to_main_grad)
+
 def run(kind):
     for parameter in model.parameters():
-        parameter.main_grad, parameter.grad = torch.zeros_like(parameter), None
+        parameter.main_grad = torch.zeros_like(parameter)
     count = torch.zeros([], dtype=torch.int)
     step = Step(forward_step, [iter(tokens)], [model], config, table, 2, 1, False, False, None, [], count)
     work = kind(step, GradientSync(config, [model], table, 0, zero_bubble=True, forward_only=False))
@@ -60,8 +70,7 @@ def run(kind):
     else:
         work.forward_backward(F(1), None, B(0), None)
     work.backward(0, 1, None)
-    grads = [p.main_grad if p.main_grad.any() else p.grad for p in model.parameters()]
-    return [loss["loss"].item() for loss in step.losses], grads
+    return [loss["loss"].item() for loss in step.losses], [parameter.main_grad for parameter in model.parameters()]
 
 """
 
