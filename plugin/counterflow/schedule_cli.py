@@ -30,7 +30,7 @@ from counterflow.schedule.transport import TRANSPORTS, count_receives_ahead
 
 # What a command takes on, so that it ends within half a minute: ranks; ranks x micro-batches x chunks of what is shown, of what
 # is compared, of a search; cells of files; stages of a search. A search takes as long as it is told to, besides.
-MAX_RANKS, MAX_RUNS, MAX_COMPARED_RUNS, MAX_CELLS = 2**10, 2**17, 2**16, 2**20
+MAX_RANKS, MAX_RUNS, MAX_COMPARED_RUNS, MAX_CELLS = 2**8, 2**17, 2**16, 2**20
 MAX_SEARCHED_RUNS, MAX_SEARCHED_STAGES, MAX_SECONDS = 2**15, 2**8, 3600
 MAX_STEP = 2**53
 OUTPUTS: dict[str, Callable[[list[Picture]], str]] = {"html": render_html, "svg": render_svg, "trace": render_trace}

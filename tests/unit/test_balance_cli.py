@@ -253,7 +253,7 @@ def test_layers_without_load_are_planned_and_replayed(tmp_path: Path, capsys: py
         ("plan {good}.csv --slots x --ranks 2", "--slots x given; allowed: a whole number from 1 to 1048576"),
         ("plan {good}.csv --slots 8 --ranks 2 --traffic-weight 1e300", "--traffic-weight 1e+300 given; allowed: a finite number"),
         ("replay {trace}.npz --ranks 2 --clones-per-rank -1 --interval 1 --warmup 2", "--clones-per-rank -1 given"),
-        ("replay {trace}.npz --ranks 2 --clones-per-rank 9 --interval 1 --warmup 2", "9 clones per rank; allowed: 0 to 4"),
+        ("replay {trace}.npz --ranks 2 --clones-per-rank 9 --interval 1 --warmup 2", "9 clones per rank; allowed: 0 to 8"),
         (
             "replay {trace}.npz --ranks 2 --clones-per-rank 5 --interval 1 --warmup 2",
             "5 clones per rank; allowed: 0 to 4, the experts",

@@ -71,7 +71,8 @@ def make_cluster(ranks: int, slots: int, nodes: int = 1) -> Cluster:
     Raises `BalanceError` where slots do not divide by ranks or ranks by nodes, or are more than 2**20.
     """
     sizes = {"ranks": ranks, "slots": slots, "nodes": nodes}
-    ranks, slots, nodes = (take_whole(size, name, 1, MAX_SLOTS, BalanceError) for name, size in sizes.items())
+    ranks, slots, nodes = (take_whole(size, name, 1, error=BalanceError) for name, size in sizes.items())
+    _check_slots(slots)
     if slots % ranks:
         raise BalanceError(
             f"{slots} slots on {ranks} ranks; allowed: a multiple of {ranks}, such as {-(-slots // ranks) * ranks}"

@@ -63,15 +63,13 @@ def _check_homes(homes: Array, held: Array) -> None:
 def make_home_placement(layers: int, experts: int, ranks: int, clones_per_rank: int, nodes: int = 1) -> Placement:
     """Return homes where Megatron and DeepSpeed put them, in order, E/R on each rank, and empty slots for clones behind them.
 
-    Raises `BalanceError` where experts do not divide by ranks, or clones of a rank are more than the experts of the others.
+    Raises `BalanceError` where experts do not divide by ranks, or clones are more than experts.
     """
     if experts % take_whole(ranks, "ranks", 1, error=BalanceError):
         raise BalanceError(f"{experts} experts on {ranks} ranks; allowed: a number of ranks that divides the experts")
+    if take_whole(clones_per_rank, "clones per rank", 0, error=BalanceError) > experts:
+        raise BalanceError(f"{clones_per_rank} clones per rank; allowed: 0 to {experts}, the number of experts")
     own = experts // ranks
-    # One rank alone has nothing to clone, whatever its slots.
-    others = experts - own if ranks > 1 else experts
-    if take_whole(clones_per_rank, "clones per rank", 0, error=BalanceError) > others:
-        raise BalanceError(f"{clones_per_rank} clones per rank; allowed: 0 to {others}, the experts whose home is elsewhere")
     width = own + clones_per_rank
     cluster = make_cluster(ranks, ranks * width, nodes)
     slots = np.arange(ranks * width)

@@ -64,6 +64,10 @@ def replay_trace(
     interval = min(interval, len(counts))
     _, layers, experts = counts.shape
     homes = make_home_placement(layers, experts, ranks, clones_per_rank, nodes)
+    # One rank alone has nothing to clone, whatever its slots.
+    others = experts - experts // ranks
+    if clones_per_rank > others > 0:
+        raise BalanceError(f"{clones_per_rank} clones per rank; allowed: 0 to {others}, the experts whose home is elsewhere")
     scored = counts[first:]
     fixed = scored.reshape(len(scored), layers, ranks, -1).sum(-1)
     loads, moves, off_node = _follow_clones(counts, first, interval, homes)
