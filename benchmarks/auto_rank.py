@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from contestants import TIMEOUT, Size, SleepingStage, SleepLog, make_adapter, on_cpu_platform
-from counterflow.megatron import auto
+from counterflow.trainer import auto
 
 # What F, I and W sleep: backwards of a Transformer with attention. For equal ones ZB-V is as good as a table gets here.
 SHARES = (1.0, 1.5, 0.5)

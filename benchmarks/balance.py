@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from counterflow.arrays import Array
 from counterflow.balance import (
     Placement,
     make_cluster,
@@ -34,8 +35,7 @@ from counterflow.balance import (
     split_tokens,
     sum_by_rank,
 )
-from counterflow.balance.cluster import Array
-from counterflow.balance.loads import read_trace
+from counterflow.balance.files.loads import read_trace
 from counterflow.balance.reference import solve_split, solve_traffic
 
 RECORDED = Path(__file__).resolve().parents[2] / "shared" / "data" / "routing_a.npz"

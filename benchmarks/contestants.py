@@ -267,9 +267,9 @@ def make_adapter(schedule: str, stages: list[SleepingStage], size: Size, *, is_v
     """Return ``--cf-schedule``'s `PipelineSchedule` over this rank's stages, and what runs a step of it; on the CPU platform."""
     from megatron.core import parallel_state
 
-    from counterflow.config import Options
-    from counterflow.megatron.model import lay_out_as_v
-    from counterflow.megatron.schedule import PipelineSchedule
+    from counterflow.megatron.pipeline.schedule import PipelineSchedule
+    from counterflow.megatron.v_layout.model import lay_out_as_v
+    from counterflow.options import Options
 
     if not parallel_state.is_initialized():
         # The adapter asks for the pipeline's ranks where it builds and runs the way back of a V.

@@ -92,9 +92,9 @@ def run_forward(data: Any, model: Any, return_schedule_plan: bool = False) -> tu
 
 def time_pairs(mode: str, model: Any, exchange: SlowExchange, repeats: int) -> list[float]:
     """Return the median seconds of a pair, as the executor has it run in this mode: with quick and with slow all-to-alls."""
-    from counterflow.megatron.gradient_sync import GradientSync
-    from counterflow.megatron.overlap import OverlapWork
-    from counterflow.megatron.work import MegatronWork, Step
+    from counterflow.megatron.pipeline.gradient_sync import GradientSync
+    from counterflow.megatron.pipeline.overlap import OverlapWork
+    from counterflow.megatron.pipeline.work import MegatronWork, Step
     from counterflow.schedule import ScheduleTable, lay_straight
     from counterflow.schedule.actions import Action, pair
 
@@ -134,7 +134,7 @@ def measure(rank: int, ranks: int, port: int, repeats: int) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from counterflow.megatron.overlap import defer_inside_plans
+    from counterflow.megatron.pipeline.overlap import defer_inside_plans
 
     parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
     model_parallel_cuda_manual_seed(1)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from counterflow.balance.cluster import Array
-from counterflow.balance.loads import read_trace
+from counterflow.arrays import Array
+from counterflow.balance.files.loads import read_trace
 from counterflow.balance.prediction import PREDICTORS, LoadPredictor
 
 HORIZONS = (1, 5, 20)

@@ -1,8 +1,8 @@
-"""Write docs/options.md from the options: each is described once, by its field in counterflow.config."""
+"""Write docs/options.md from the options: each is described once, by its field in counterflow.options."""
 
 from pathlib import Path
 
-from counterflow.config import describe_options
+from counterflow.options import describe_options
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "options.md"
 HEAD = """# Options

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from counterflow.config import Options, read_flags, read_given
+from counterflow.options import Options, read_flags, read_given
 from counterflow.patching import Patches
 from counterflow.version import __version__
 
@@ -60,7 +60,7 @@ def lay_out_chunks(build_chunk: Callable[..., Any]) -> Callable[..., Any]:
     installation = _find_installation()
     if installation is None or installation.options is None:
         return build_chunk
-    from counterflow.megatron.model import lay_out_for
+    from counterflow.megatron.v_layout.model import lay_out_for
 
     return lay_out_for(installation.options, build_chunk)
 

@@ -10,8 +10,8 @@ import runpy
 import sys
 from pathlib import Path
 
-from counterflow.config import add_flags, fail
 from counterflow.errors import CounterflowError, OptionError
+from counterflow.options import add_flags, fail
 
 USAGE = """usage: python -m counterflow.launch SCRIPT [ARGS...]
        torchrun --nproc-per-node N -m counterflow.launch SCRIPT [ARGS...]

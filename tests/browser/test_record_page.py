@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from counterflow.balance.recorded import RecordedBalance, read_record
+from counterflow.balance.files.recorded import RecordedBalance, read_record
 from counterflow.report import render_record_html
 from counterflow.report.balance_figures import choose_root, place_loads
 from counterflow.report.colours import DARK, LIGHT, choose_load_colour

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from counterflow.megatron import auto
 from counterflow.schedule import Costs, search_process, simulate, validate
+from counterflow.trainer import auto
 
 CPU = torch.device("cpu")
 # By these a table takes less time than ZB-V, with 6 micro-batches as with 8.

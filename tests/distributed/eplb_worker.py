@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import worker
-from counterflow.balance.cluster import Array
+from counterflow.arrays import Array
 from counterflow.balance.placement import EMPTY, Placement
 from counterflow.moe import planning
 from counterflow.patching import Patches
@@ -137,9 +137,9 @@ def place_homes(homes: Array, placement: Placement) -> Array:
 @contextmanager
 def watch_case(case: dict[str, Any]) -> Iterator[Watch]:
     """Draw placements, watch experts and placements, and kill a rank where the case wants it, inside the block."""
-    from counterflow.megatron.balanced_model import BalancedModel
-    from counterflow.megatron.balancing import ExpertBalancer
-    from counterflow.megatron.experts import LayerSlots
+    from counterflow.megatron.experts.balanced_model import BalancedModel
+    from counterflow.megatron.experts.balancing import ExpertBalancer
+    from counterflow.megatron.experts.layer import LayerSlots
     from counterflow.moe.clones import Clones
 
     watch, patches = Watch(), Patches()

@@ -11,9 +11,9 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "pretrain_moe"))
 
 import pretrain_moe as example
-from counterflow.megatron import auto
 from counterflow.schedule import Costs, search_process
 from counterflow.schedule.search_process import SearchProcess
+from counterflow.trainer import auto
 
 measure = auto.estimate_costs
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from counterflow.balance.recorded import read_record
+from counterflow.balance.files.recorded import read_record
 from ranks import RankError, start_ranks
 from train import TRACKER, read_flags
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from counterflow.balance.recorded import read_record
+from counterflow.balance.files.recorded import read_record
 from counterflow.schedule import load_record
 
 torch = pytest.importorskip("torch")

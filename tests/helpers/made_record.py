@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from counterflow.balance.cluster import Array
+from counterflow.arrays import Array
+from counterflow.balance.files.recorded import record_step
 from counterflow.balance.placement import EMPTY, Placement, make_home_placement, measure_balancedness, share_evenly, sum_by_rank
-from counterflow.balance.recorded import record_step
 
 
 def make_record(

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from counterflow.balance.recorded import read_record
-from counterflow.config import Options
+from counterflow.balance.files.recorded import read_record
 from counterflow.errors import BalanceError
-from counterflow.megatron import balanced_model, balancing
-from counterflow.megatron.balanced_model import BalancedModel
-from counterflow.megatron.balancing import ExpertBalancer
-from counterflow.megatron.experts import LayerSlots
+from counterflow.megatron.experts import balanced_model, balancing
+from counterflow.megatron.experts.balanced_model import BalancedModel
+from counterflow.megatron.experts.balancing import ExpertBalancer
+from counterflow.megatron.experts.layer import LayerSlots
+from counterflow.options import Options
 from counterflow.platform import install_cpu
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from counterflow.config import Options
 from counterflow.errors import OptionError
-from counterflow.megatron import balancing
-from counterflow.megatron.balancing import ExpertBalancer
+from counterflow.megatron.experts import balancing
+from counterflow.megatron.experts.balancing import ExpertBalancer
+from counterflow.options import Options
 
 
 class Model:

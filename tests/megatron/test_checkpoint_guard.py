@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from counterflow.config import Options
 from counterflow.errors import CounterflowError, OptionError
 from counterflow.megatron.checkpoint import refuse_batches_ahead, refuse_other_layout
 from counterflow.megatron.checks import prepare_arguments
 from counterflow.megatron.stamp import name_layout
-from counterflow.megatron.tables import build_table, choose_layout
+from counterflow.options import Options
 from counterflow.schedule import ScheduleTable, build, to_csv
+from counterflow.trainer.tables import build_table, choose_layout
 
 TABLES = {
     "v": build("dualpipev", 2, 8),

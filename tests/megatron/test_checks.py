@@ -9,11 +9,11 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from counterflow.config import Options
 from counterflow.errors import CounterflowError, OptionError
 from counterflow.megatron.batches import Batch, list_batches
 from counterflow.megatron.checks import check_loop, prepare_arguments
-from counterflow.megatron.zero_bubble import find_engine_obstacle
+from counterflow.megatron.pipeline.zero_bubble import find_engine_obstacle
+from counterflow.options import Options
 from counterflow.schedule import ScheduleTable, build, build_forward_only, lay_bidirectional, lay_v, to_csv
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from counterflow.megatron.embeddings import load_copies_apart
+from counterflow.megatron.v_layout.embeddings import load_copies_apart
 
 
 def list_tensors(value: Any) -> list[torch.Tensor]:

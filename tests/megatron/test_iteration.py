@@ -9,9 +9,9 @@ import pytest
 import torch.distributed as dist
 from megatron.training import global_vars
 
-from counterflow.config import Options
-from counterflow.megatron.balancing import ExpertBalancer
-from counterflow.megatron.trainer import number_iteration
+from counterflow.megatron.experts.balancing import ExpertBalancer
+from counterflow.megatron.loop import number_iteration
+from counterflow.options import Options
 from counterflow.runtime.recorder import append_record
 from counterflow.runtime.watch import Watch
 from counterflow.schedule import build, load_record, simulate

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from megatron.core.rerun_state_machine import RerunDataIterator, RerunMode, RerunStateMachine
 
-from counterflow.megatron import iterators
-from counterflow.megatron.iterators import draw_from_every_chunk, save_first_chunks_loader
+from counterflow.megatron.pipeline import iterators
+from counterflow.megatron.pipeline.iterators import draw_from_every_chunk, save_first_chunks_loader
 
 
 def refuse(data_iterator: Any) -> None:

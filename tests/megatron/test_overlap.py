@@ -20,10 +20,10 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
-from counterflow.megatron import overlap
-from counterflow.megatron.gradient_sync import GradientSync
-from counterflow.megatron.work import MegatronWork, Step
-from counterflow.megatron.zero_bubble import split_local_linears
+from counterflow.megatron.pipeline import overlap
+from counterflow.megatron.pipeline.gradient_sync import GradientSync
+from counterflow.megatron.pipeline.work import MegatronWork, Step
+from counterflow.megatron.pipeline.zero_bubble import split_local_linears
 from counterflow.schedule import ScheduleTable, lay_straight
 from counterflow.schedule.actions import Action, pair
 
@@ -146,7 +146,7 @@ def test_a_pair_through_megatrons_plans(code: str, said: str) -> None:
 
 def test_a_script_that_cannot_return_a_plan_is_refused() -> None:
     pytest.importorskip("megatron.core")
-    from counterflow.megatron.overlap import require_schedule_plans
+    from counterflow.megatron.pipeline.overlap import require_schedule_plans
 
     def forward_step(data_iterator: object, model: object) -> None: ...
 

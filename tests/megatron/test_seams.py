@@ -137,13 +137,15 @@ print(json.dumps([imported, enabled, state() == before, torch.cuda.is_available(
 
 def test_doctor_says_that_all_fits() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "counterflow.cli", "doctor", "--json"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "counterflow.commands.main", "doctor", "--json"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["fits"] is True
     assert {seam["symbol"] for seam in report["seams"]} == {f"{seam.module}.{seam.symbol}" for seam in SEAMS}
-    text = subprocess.run([sys.executable, "-m", "counterflow.cli", "doctor"], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [sys.executable, "-m", "counterflow.commands.main", "doctor"], capture_output=True, text=True, check=True
+    ).stdout
     assert "every seam fits" in text
     assert report["packages"]["megatron-core"] in text
 

@@ -11,11 +11,12 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counterflow.balance.cluster import Array, make_cluster
+from counterflow.arrays import Array
+from counterflow.balance.cluster import make_cluster
 from counterflow.balance.placement import EMPTY, Placement, make_home_placement
 from counterflow.balance.shares import share_tokens
 from counterflow.errors import BalanceError, SeamError
-from counterflow.megatron.experts import answer_from_shares, answer_gather, list_weights
+from counterflow.megatron.experts.layer import answer_from_shares, answer_gather, list_weights
 from counterflow.moe.loads import LoadTracker
 from counterflow.moe.reference import place_one_by_one
 from counterflow.moe.slots import make_slot_table, place_evenly, place_exactly

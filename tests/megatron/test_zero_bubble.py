@@ -12,7 +12,12 @@ import torch
 import torch.distributed as dist
 
 from counterflow.errors import ScheduleError
-from counterflow.megatron.zero_bubble import _make_split_linear, defer_engine_weight_grads, split_local_linears, watch_reductions
+from counterflow.megatron.pipeline.zero_bubble import (
+    _make_split_linear,
+    defer_engine_weight_grads,
+    split_local_linears,
+    watch_reductions,
+)
 from counterflow.moe.clones import _prepare
 from counterflow.patching import Patches
 from counterflow.platform import install_cpu

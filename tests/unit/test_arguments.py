@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from counterflow.arguments import INTERRUPTED, NO_READER, number, numbers, run_command, whole
+from counterflow.commands.arguments import INTERRUPTED, NO_READER, number, numbers, run_command, whole
 from counterflow.errors import BalanceError, CounterflowError, OptionError, ScheduleError
 from counterflow.report.files import check_output, write_output
 from counterflow.schedule import Costs, build
@@ -54,7 +54,18 @@ def test_what_ends_a_command_is_said_in_one_line(
 
 
 def test_a_reader_that_goes_away_leaves_no_traceback() -> None:
-    command = [sys.executable, "-m", "counterflow.cli", "schedule", "show", "1f1b", "--ranks", "64", "--microbatches", "64"]
+    command = [
+        sys.executable,
+        "-m",
+        "counterflow.commands.main",
+        "schedule",
+        "show",
+        "1f1b",
+        "--ranks",
+        "64",
+        "--microbatches",
+        "64",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from counterflow.balance.cluster import Array, make_cluster
+from counterflow.arrays import Array
+from counterflow.balance.cluster import make_cluster
+from counterflow.balance.files.recorded import read_record
 from counterflow.balance.placement import Placement, measure_balancedness, share_evenly, sum_by_rank
 from counterflow.balance.planning import POLICIES, Plan
-from counterflow.balance.recorded import read_record
 from counterflow.balance.replay import Replay
-from counterflow.balance_cli import describe_plan, describe_replay
-from counterflow.cli import main
+from counterflow.commands.balance import describe_plan, describe_replay
+from counterflow.commands.main import main
 from made_record import make_record
 
 

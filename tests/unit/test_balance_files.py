@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from counterflow.balance.cluster import Array, Cluster, make_cluster
-from counterflow.balance.loads import MAX_ENTRIES, check_counts, check_loads, read_loads, read_trace
+from counterflow.arrays import Array
+from counterflow.balance.cluster import Cluster, make_cluster
+from counterflow.balance.files.arrays import MAX_ENTRIES
+from counterflow.balance.files.loads import read_loads, read_trace
+from counterflow.balance.files.serving import render_sglang, render_vllm
+from counterflow.balance.loads import check_counts, check_loads
 from counterflow.balance.placement import Placement
-from counterflow.balance.serving import render_sglang, render_vllm
 from counterflow.errors import BalanceError
 
 LOADS = np.array([[4.0, 0.5, 0.0], [1.0, 2.0, 3.0]])

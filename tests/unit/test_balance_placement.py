@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counterflow.balance.cluster import Array, Cluster, make_cluster
-from counterflow.balance.packing import count_copies
+from counterflow.arrays import Array
+from counterflow.balance.cluster import Cluster, make_cluster
+from counterflow.balance.kernels.packing import count_copies
 from counterflow.balance.placement import Placement, share_evenly, sum_by_rank
 from counterflow.balance.planning import SPILL_TO, Plan, plan_placement
 from counterflow.balance.reference import count_copies_slowly, place_best, solve_traffic

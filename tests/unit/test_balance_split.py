@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counterflow.balance.cluster import Array, Cluster
+from counterflow.arrays import Array
+from counterflow.balance.cluster import Cluster
 from counterflow.balance.placement import EMPTY, Placement, make_home_placement, sum_by_rank
 from counterflow.balance.reference import bound_split, solve_split
 from counterflow.balance.split import split_tokens

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from counterflow.arrays import Array
 from counterflow.balance.clones import plan_clones
-from counterflow.balance.cluster import Array, Cluster
+from counterflow.balance.cluster import Cluster
 from counterflow.balance.moves import plan_moves
 from counterflow.balance.placement import EMPTY, Placement, make_home_placement, measure_balancedness, sum_by_rank
 from counterflow.balance.reference import plan_clones_best

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from counterflow.cli import main
+from counterflow.commands.main import main
 from counterflow.schedule import (
     Action,
     Costs,

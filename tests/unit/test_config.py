@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from counterflow.config import (
+from counterflow.errors import OptionError
+from counterflow.options import (
     SCHEDULES,
     Options,
     add_flags,
@@ -15,7 +16,6 @@ from counterflow.config import (
     read_given,
     read_mapping,
 )
-from counterflow.errors import OptionError
 
 
 def test_flags_among_a_scripts_own_are_read() -> None:

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from counterflow.balance.cluster import Array
-from counterflow.balance.deepseek import place_as_deepseek
-from counterflow.balance.introsort import sort_descending
+from counterflow.arrays import Array
+from counterflow.balance.kernels.deepseek import place_as_deepseek
+from counterflow.balance.kernels.introsort import sort_descending
 from counterflow.errors import BalanceError
 
 MAPS = ("phy2log", "log2phy", "logcnt")

@@ -25,7 +25,11 @@ def test_adding_a_schedule_works_as_the_page_says(tmp_path: Path) -> None:
     assert done.stdout == expected
     (command,) = re.findall(r"^\$ counterflow (.*)$", console, flags=re.MULTILINE)
     subprocess.run(
-        [sys.executable, "-m", "counterflow.cli", *shlex.split(command)], cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "counterflow.commands.main", *shlex.split(command)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert (tmp_path / "gpipe-lifo.html").stat().st_size > 10_000
 
@@ -37,7 +41,7 @@ def test_schedule_commands_in_the_docs_are_understood(page: str, tmp_path: Path)
             if "search" in command:
                 command += " --seconds 0.2"
             subprocess.run(
-                [sys.executable, "-m", "counterflow.cli", *shlex.split(command)],
+                [sys.executable, "-m", "counterflow.commands.main", *shlex.split(command)],
                 cwd=tmp_path,
                 capture_output=True,
                 text=True,
@@ -61,7 +65,7 @@ def test_balance_commands_in_the_docs_are_understood(tmp_path: Path) -> None:
     assert len(commands) >= 7
     for command in commands:
         subprocess.run(
-            [sys.executable, "-m", "counterflow.cli", *shlex.split(command)],
+            [sys.executable, "-m", "counterflow.commands.main", *shlex.split(command)],
             cwd=tmp_path,
             capture_output=True,
             text=True,

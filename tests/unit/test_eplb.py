@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from counterflow.arrays import Array
 from counterflow.balance import rebalance_experts
-from counterflow.balance.cluster import Array, make_cluster
+from counterflow.balance.cluster import make_cluster
 from counterflow.balance.eplb import find_doubles, find_slowest
 from counterflow.balance.planning import POLICIES
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from counterflow.arrays import Array
 from counterflow.balance.clones import plan_clones
-from counterflow.balance.cluster import Array, Cluster
+from counterflow.balance.cluster import Cluster
 from counterflow.balance.homes import plan_homes
 from counterflow.balance.placement import EMPTY, Placement, make_home_placement
 from counterflow.balance.reference import place_homes_best

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from counterflow.balance import rebalance_experts
-from counterflow.cli import build_parser, main
-from counterflow.config import Options, add_flags, merge_options, read_flags, read_given
+from counterflow.commands.main import build_parser, main
 from counterflow.errors import OptionError
+from counterflow.options import Options, add_flags, merge_options, read_flags, read_given
 from counterflow.schedule import Costs
 from hostile import LIMIT_SECONDS, Files, draw_flags, draw_line, draw_mapping, find_fault, make_files, run_line
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counterflow.balance.cluster import Array, Cluster, make_cluster
+from counterflow.arrays import Array
+from counterflow.balance.cluster import Cluster, make_cluster
 from counterflow.balance.moves import Moves, find_copies, keep_slots, plan_moves
 from counterflow.balance.placement import EMPTY, Placement, make_home_placement
 from counterflow.errors import BalanceError

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from counterflow.balance.cluster import Array
-from counterflow.balance.loads import read_trace
+from counterflow.arrays import Array
+from counterflow.balance.files.loads import read_trace
 from counterflow.balance.prediction import PREDICTORS, LoadPredictor
 from counterflow.errors import BalanceError
 

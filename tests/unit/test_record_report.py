@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from counterflow.balance.recorded import RecordedBalance, read_record
+from counterflow.balance.files.recorded import RecordedBalance, read_record
 from counterflow.errors import BalanceError
 from counterflow.report import balance_page, render_record_html, render_record_svg
 from counterflow.report.balance_figures import choose_root, place_loads

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counterflow.balance import recorded, recorded_steps
-from counterflow.balance.loads import read_trace
+from counterflow.balance.files import recorded, recorded_steps
+from counterflow.balance.files.loads import read_trace
+from counterflow.balance.files.recorded import append_loads, append_step, read_record, record_step
 from counterflow.balance.placement import count_copies
-from counterflow.balance.recorded import append_loads, append_step, read_record, record_step
 from counterflow.errors import BalanceError
 from made_record import make_record
 

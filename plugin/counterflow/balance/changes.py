@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from counterflow.arrays import Array
 from counterflow.balance.clones import HORIZON, MOVE_PRICE
-from counterflow.balance.cluster import Array
 from counterflow.balance.moves import keep_slots, plan_moves
 from counterflow.balance.placement import EMPTY, Placement, share_evenly, sum_by_rank
 from counterflow.errors import BalanceError

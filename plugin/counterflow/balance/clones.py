@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from counterflow.balance.cluster import Array
+from counterflow.arrays import Array
 from counterflow.balance.loads import LARGEST_LOAD
 from counterflow.balance.placement import Placement
 from counterflow.balance.planning import TRAFFIC_WEIGHT
@@ -44,7 +44,7 @@ def plan_clones(
     micro-batches, and loads that do not change move nothing. A token computed off its home's node costs ``traffic_weight`` of
     one, once per rank. Homes stay. Raises `BalanceError` for forecasts that do not fit, or a placement without homes.
     """
-    from counterflow.balance.cloning import Layer, plan_layer
+    from counterflow.balance.kernels.cloning import Layer, plan_layer
 
     homes_of_layer, forecasts = check_forecasts(forecasts, placement)
     check_prices(horizon, move_price, traffic_weight)
@@ -95,7 +95,7 @@ def check_prices(horizon: int, move_price: float, traffic_weight: float) -> None
 
 def scale_forecasts(forecasts: Array, ranks: int) -> Array:
     """Return ``int64[forecasts, layers, experts]``: each layer's loads in proportion, the mean rank's being `cloning.MEAN`."""
-    from counterflow.balance.cloning import MEAN
+    from counterflow.balance.kernels.cloning import MEAN
 
     totals = forecasts.sum(2, keepdims=True)
     scaled: Array = np.rint(forecasts * (ranks * MEAN) / np.where(totals > 0, totals, 1)).astype(np.int64)

@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
+from counterflow.arrays import Array
 from counterflow.bounds import take_whole
 from counterflow.errors import BalanceError
 
-Array = np.ndarray[Any, Any]
 # Far above any cluster's; a mistyped number must not fill the memory.
 MAX_SLOTS = 2**20
 

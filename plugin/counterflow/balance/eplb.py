@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from counterflow.balance.cluster import MAX_SLOTS, Array, Cluster, make_cluster
+from counterflow.arrays import Array
+from counterflow.balance.cluster import MAX_SLOTS, Cluster, make_cluster
 from counterflow.balance.loads import check_loads
 from counterflow.balance.placement import EMPTY, Placement, share_evenly, sum_by_rank
 from counterflow.balance.planning import check_room, choose_policy, plan_placement
@@ -43,7 +44,7 @@ def rebalance_experts(
 def _rebalance(
     given: Any, is_tensor: bool, replicas: int, groups: int, nodes: int, gpus: int, policy: str, distinct: bool
 ) -> tuple[Array, Array, Array]:
-    from counterflow.balance.deepseek import place_as_deepseek
+    from counterflow.balance.kernels.deepseek import place_as_deepseek
 
     sizes = {"replicas": replicas, "groups": groups, "nodes": nodes, "GPUs": gpus}
     replicas, groups, nodes, gpus = (take_whole(size, name, 1, MAX_SLOTS, BalanceError) for name, size in sizes.items())

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from counterflow.arrays import Array
 from counterflow.balance.clones import MOVE_PRICE, check_forecasts, check_prices, plan_clones, scale_forecasts
-from counterflow.balance.cluster import Array, Cluster
+from counterflow.balance.cluster import Cluster
 from counterflow.balance.placement import EMPTY, Placement
 from counterflow.balance.planning import TRAFFIC_WEIGHT
 
@@ -42,8 +43,8 @@ def plan_homes(
     receives, and stays as it is where none saves anything. Layers that change come with their clone slots empty. Raises
     `BalanceError` as `plan_clones` does.
     """
-    from counterflow.balance.cloning import MEAN
-    from counterflow.balance.homing import swap_homes
+    from counterflow.balance.kernels.cloning import MEAN
+    from counterflow.balance.kernels.homing import swap_homes
 
     homes, forecasts = check_forecasts(forecasts, placement)
     check_prices(horizon, move_price, traffic_weight)

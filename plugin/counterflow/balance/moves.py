@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from counterflow.balance.cluster import Array, Cluster
+from counterflow.arrays import Array
+from counterflow.balance.cluster import Cluster
 from counterflow.balance.placement import EMPTY, Placement
 from counterflow.errors import BalanceError
 
@@ -226,7 +227,7 @@ def _list_candidates(held: _Held, cluster: Cluster, width: int, group_key: Array
 
 def _level_senders(cluster: Cluster, wanted: Array, group: Array, rank: Array) -> Array:
     """Return ``int64[candidates]``, how many of its group's transfers each candidate sends."""
-    from counterflow.balance.flow import split_layers  # loads a compiler
+    from counterflow.balance.kernels.flow import split_layers  # loads a compiler
 
     by_rank = np.argsort(rank, kind="stable")
     rank_start = np.searchsorted(rank[by_rank], np.arange(cluster.ranks + 1))
@@ -248,7 +249,7 @@ def arrange_rounds(sender: Array, receiver: Array, ranks: int, most: int | None)
     """
     if most is None or not len(sender):
         return np.zeros(len(sender), np.int64)
-    from counterflow.balance.rounds import colour_transfers  # loads a compiler
+    from counterflow.balance.kernels.rounds import colour_transfers  # loads a compiler
 
     colours = int(max(np.bincount(sender).max(), np.bincount(receiver).max()))
     # No rank has two transfers of one colour, and a round takes `most` colours.

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from counterflow.balance.cluster import Array, Cluster, make_cluster
+from counterflow.arrays import Array
+from counterflow.balance.cluster import Cluster, make_cluster
 from counterflow.bounds import take_whole
 from counterflow.errors import BalanceError
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from counterflow.balance.cluster import Array, Cluster, make_cluster
+from counterflow.arrays import Array
+from counterflow.balance.cluster import Cluster, make_cluster
 from counterflow.balance.loads import LARGEST_LOAD, check_loads
 from counterflow.balance.placement import Placement, divide_loads, measure_balancedness, share_evenly, sum_by_rank
 from counterflow.bounds import take_number, take_whole
@@ -115,21 +116,21 @@ def check_room(experts: int, cluster: Cluster, policy: str) -> None:
 
 def place_by_eplb(loads: Array, cluster: Cluster, groups: int) -> Array:
     """Return DeepSeek's expert of each slot, ``int64[layers, slots]``."""
-    from counterflow.balance.deepseek import place_as_deepseek
+    from counterflow.balance.kernels.deepseek import place_as_deepseek
 
     return place_as_deepseek(loads, cluster.slots, groups, cluster.nodes, cluster.ranks)[0]
 
 
 def place_globally(loads: Array, cluster: Cluster) -> Array:
     """Return the expert of each slot, ``int64[layers, slots]``, with no regard to nodes."""
-    from counterflow.balance.packing import place_layer
+    from counterflow.balance.kernels.packing import place_layer
 
     return np.stack([place_layer(layer, cluster.rank_start)[0] for layer in loads])
 
 
 def assign_groups(loads: Array, groups: int, cluster: Cluster) -> Array:
     """Return the node of each expert, ``int64[layers, experts]``: equally many groups for each, of loads as equal as can be."""
-    from counterflow.balance.packing import place_layer
+    from counterflow.balance.kernels.packing import place_layer
 
     starts = np.arange(cluster.nodes + 1) * (groups // cluster.nodes)
     sums = loads.reshape(len(loads), groups, -1).sum(-1)
@@ -142,7 +143,7 @@ def assign_groups(loads: Array, groups: int, cluster: Cluster) -> Array:
 
 def place_by_node(loads: Array, groups: int, cluster: Cluster, traffic_weight: float | None) -> Array:
     """Return the expert of each slot, ``int64[layers, slots]``; with a ``traffic_weight`` copies may leave their node."""
-    from counterflow.balance.spilling import Nodes, place_spilling, place_within
+    from counterflow.balance.kernels.spilling import Nodes, place_spilling, place_within
 
     home = assign_groups(loads, groups, cluster)
     of_rank = np.asarray(cluster.node_of_rank)
@@ -206,7 +207,7 @@ def bound_slowest(loads: Array, groups: int, cluster: Cluster, policy: str) -> A
     The mean rank's load; the largest share of a copy, where copies are dealt out to make that as small as can be; and, where
     groups stay on their nodes, the largest group's load over the ranks of a node.
     """
-    from counterflow.balance.packing import count_copies
+    from counterflow.balance.kernels.packing import count_copies
 
     largest = [(weights / count_copies(weights, cluster.slots, cluster.slots)).max() for weights in loads]
     bounds = [loads.sum(1) / cluster.ranks, np.array(largest)]

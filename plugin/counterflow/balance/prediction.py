@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from counterflow.balance.cluster import Array
+from counterflow.arrays import Array
 from counterflow.errors import BalanceError
 
 # Of equal errors, and before any are known, the first is taken. Weights were chosen on recorded routing, see

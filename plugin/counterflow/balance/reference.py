@@ -4,7 +4,8 @@ from itertools import combinations, permutations, product
 
 import numpy as np
 
-from counterflow.balance.cluster import Array, Cluster
+from counterflow.arrays import Array
+from counterflow.balance.cluster import Cluster
 from counterflow.balance.placement import EMPTY, Placement, share_evenly, sum_by_rank
 
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from counterflow.arrays import Array
 from counterflow.balance.clones import HORIZON, plan_clones
-from counterflow.balance.cluster import Array, Cluster
+from counterflow.balance.cluster import Cluster
 from counterflow.balance.moves import keep_slots, plan_moves
 from counterflow.balance.placement import Placement, make_home_placement, measure_balancedness, share_evenly, sum_by_rank
 from counterflow.balance.prediction import LoadPredictor
@@ -110,7 +111,7 @@ def _follow_clones(counts: Array, first: int, interval: int, placement: Placemen
 
 
 def _follow_eplb(counts: Array, first: int, interval: int, cluster: Cluster) -> Array:
-    from counterflow.balance.deepseek import place_as_deepseek
+    from counterflow.balance.kernels.deepseek import place_as_deepseek
 
     scores = []
     for start in range(first, len(counts), interval):

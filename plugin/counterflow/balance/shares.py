@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from counterflow.balance.cluster import Array
+from counterflow.arrays import Array
+from counterflow.balance.kernels import LARGEST_SUM
 from counterflow.balance.placement import Placement
-from counterflow.balance.split import LARGEST_SUM
 from counterflow.errors import BalanceError
 
 
@@ -17,7 +17,7 @@ def share_tokens(counts: Array, placement: Placement, rank_of_source: Array) -> 
     their source's rank, then as many as can be on its node. Integers alone, the same wherever it is computed. Raises
     `BalanceError` for what does not fit the placement.
     """
-    from counterflow.balance.sharing import share_layer
+    from counterflow.balance.kernels.sharing import share_layer
 
     counts, rank_of_source = np.asarray(counts), np.asarray(rank_of_source)
     homes, cluster = placement.homes, placement.cluster

@@ -2,12 +2,10 @@
 
 import numpy as np
 
-from counterflow.balance.cluster import Array
+from counterflow.arrays import Array
+from counterflow.balance.kernels import LARGEST_SUM
 from counterflow.balance.placement import Placement
 from counterflow.errors import BalanceError
-
-# Tokens of a layer, of which sums do not overflow.
-LARGEST_SUM = 2.0**62
 
 
 def split_tokens(counts: Array, placement: Placement) -> Array:
@@ -17,7 +15,7 @@ def split_tokens(counts: Array, placement: Placement) -> Array:
     since it uses integers alone. Tokens leave an expert's home, else its first slot, only as far as that takes. Raises
     `BalanceError` for counts that do not fit the placement.
     """
-    from counterflow.balance.flow import split_layers
+    from counterflow.balance.kernels.flow import split_layers
 
     counts = np.ascontiguousarray(counts)
     if counts.dtype.kind not in "iu" or counts.ndim != 2 or counts.shape[0] != placement.layers or counts.min(initial=0) < 0:

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from counterflow.config import Options
 from counterflow.errors import OptionError
 from counterflow.megatron.batches import list_batches
 from counterflow.megatron.checks import check_tables, flatten
 from counterflow.megatron.stamp import guess_layout, name_layout
+from counterflow.options import Options
 
 
 def refuse_other_experts(load_base_checkpoint: Callable[..., Any]) -> Callable[..., Any]:

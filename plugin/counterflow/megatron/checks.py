@@ -12,7 +12,6 @@ from typing import Any
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 
-from counterflow.config import Options
 from counterflow.errors import OptionError, ScheduleError
 from counterflow.megatron.batches import (
     Batch,
@@ -23,10 +22,11 @@ from counterflow.megatron.batches import (
     list_batches,
 )
 from counterflow.megatron.batches import get_argument as _get
-from counterflow.megatron.model import is_on_way_back, unwrap
 from counterflow.megatron.stamp import stamp_layout
-from counterflow.megatron.tables import build_table, choose_layout, count_replicas, name_model_layout, read_table
+from counterflow.megatron.v_layout.model import is_on_way_back, unwrap
+from counterflow.options import Options
 from counterflow.schedule.layouts import LOOPED, STRAIGHT, Layout, V
+from counterflow.trainer.tables import build_table, choose_layout, count_replicas, name_model_layout, read_table
 
 
 def prepare_arguments(args: Any, options: Options) -> None:
@@ -207,7 +207,7 @@ def _refuse_weight_shards(args: Any, ours: str) -> None:
 def _check_zero_bubble(args: Any, options: Options) -> None:
     """Where it is on by default, modules that cannot split run whole; asked for, it is to be had."""
     if options.zero_bubble and getattr(args, "transformer_impl", "") == "transformer_engine":
-        from counterflow.megatron.zero_bubble import find_engine_obstacle
+        from counterflow.megatron.pipeline.zero_bubble import find_engine_obstacle
 
         if obstacle := find_engine_obstacle(args):
             raise OptionError(f"--cf-zero-bubble cannot split Transformer Engine's backward passes, {obstacle}; or drop the flag")

@@ -11,7 +11,11 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from counterflow.config import (
+from counterflow.errors import CounterflowError, OptionError
+from counterflow.megatron import seams
+from counterflow.megatron.loop import find_arguments
+from counterflow.megatron.seams import check_seams, take
+from counterflow.options import (
     UNSPLIT_SCHEDULES,
     Given,
     Options,
@@ -22,10 +26,6 @@ from counterflow.config import (
     read_flags,
     read_given,
 )
-from counterflow.errors import CounterflowError, OptionError
-from counterflow.megatron import seams
-from counterflow.megatron.seams import check_seams, take
-from counterflow.megatron.trainer import find_arguments
 from counterflow.patching import Patches
 from counterflow.runtime.recorder import check_folder
 from counterflow.schedule.layouts import V
@@ -56,14 +56,14 @@ class Installation:
 
     def find_data_rank(self, chunk: int) -> int:
         """Return the data-parallel rank whose samples a chunk reads: this one, or on the way back across replicas the partner."""
-        from counterflow.megatron.crosslink import find_partner
-        from counterflow.megatron.model import WAY_BACK
+        from counterflow.megatron.pipeline.crosslink import find_partner
+        from counterflow.megatron.v_layout.model import WAY_BACK
 
         self._is_reader_asked = True
         return find_partner() if self._is_linked() and chunk == WAY_BACK else get_data_rank()
 
     def _is_linked(self) -> bool:
-        from counterflow.megatron.tables import choose_layout, count_replicas
+        from counterflow.trainer.tables import choose_layout, count_replicas
 
         if self.options is None or self.options.schedule is None:
             return False
@@ -117,7 +117,7 @@ class Installation:
             setattr(parsed, f"cf_{name}", value)
 
     def _delay_engine(self, parsed: Any) -> None:
-        from counterflow.megatron.zero_bubble import delay_engine_weight_grads, find_engine_obstacle
+        from counterflow.megatron.pipeline.zero_bubble import delay_engine_weight_grads, find_engine_obstacle
 
         assert self.options is not None
         is_engine = getattr(parsed, "transformer_impl", "") == "transformer_engine"
@@ -200,13 +200,13 @@ def install_schedule(patches: Patches, options: Options, check_model: Callable[[
     from megatron.core.pipeline_parallel import schedules
 
     from counterflow.megatron.checkpoint import refuse_batches_ahead, refuse_other_layout
-    from counterflow.megatron.crosslink import read_partners_data
-    from counterflow.megatron.embeddings import keep_embeddings_on_first_rank, load_copies_apart, save_copies_once
-    from counterflow.megatron.iterators import draw_from_every_chunk, save_first_chunks_loader
-    from counterflow.megatron.model import lay_out_as_v, mirror_dataset_provider
-    from counterflow.megatron.schedule import PipelineSchedule
-    from counterflow.megatron.tables import choose_layout, count_replicas, name_model_layout
-    from counterflow.megatron.zero_bubble import split_local_linears
+    from counterflow.megatron.pipeline.crosslink import read_partners_data
+    from counterflow.megatron.pipeline.iterators import draw_from_every_chunk, save_first_chunks_loader
+    from counterflow.megatron.pipeline.schedule import PipelineSchedule
+    from counterflow.megatron.pipeline.zero_bubble import split_local_linears
+    from counterflow.megatron.v_layout.embeddings import keep_embeddings_on_first_rank, load_copies_apart, save_copies_once
+    from counterflow.megatron.v_layout.model import lay_out_as_v, mirror_dataset_provider
+    from counterflow.trainer.tables import choose_layout, count_replicas, name_model_layout
 
     layout = choose_layout(options, 2, 2)
     is_v = name_model_layout(layout) == V
@@ -225,7 +225,7 @@ def install_schedule(patches: Patches, options: Options, check_model: Callable[[
     take(patches, seams.SKIP_STEP, draw_from_every_chunk)
     take(patches, seams.SAVE_LOADER, save_first_chunks_loader)
     if options.overlap:
-        from counterflow.megatron.overlap import defer_inside_plans
+        from counterflow.megatron.pipeline.overlap import defer_inside_plans
 
         check_seams("overlap")
         defer_inside_plans(patches)
@@ -247,9 +247,9 @@ def install_balancing(patches: Patches, options: Options) -> None:
     from megatron.core.transformer.moe import token_dispatcher
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
-    from counterflow.megatron.balancing import ExpertBalancer
     from counterflow.megatron.checkpoint import refuse_other_experts
-    from counterflow.megatron.experts import answer_from_shares, deal_to_slots, give_slots
+    from counterflow.megatron.experts.balancing import ExpertBalancer
+    from counterflow.megatron.experts.layer import answer_from_shares, deal_to_slots, give_slots
 
     balancer = ExpertBalancer(options)
     is_exact = options.eplb_split == "exact"

@@ -6,10 +6,10 @@ that a checkpoint is read.
 
 from typing import Any
 
-from counterflow.config import Options
 from counterflow.errors import CounterflowError
-from counterflow.megatron.tables import choose_layout, name_model_layout, read_table
+from counterflow.options import Options
 from counterflow.schedule.layouts import LOOPED, STRAIGHT
+from counterflow.trainer.tables import choose_layout, name_model_layout, read_table
 
 
 def stamp_layout(args: Any, options: Options, layout: str) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from counterflow.balance.cluster import Array, Cluster
+from counterflow.arrays import Array
+from counterflow.balance.cluster import Cluster
 from counterflow.balance.moves import arrange_rounds
 from counterflow.balance.placement import EMPTY, Placement
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from counterflow.balance.cluster import Array
+from counterflow.arrays import Array
 from counterflow.balance.placement import Placement
 
 # What is to be moved of a home, and what puts it down there: (layer, place) to tensors, (layer, place, tensors) to nothing.

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from counterflow.balance.cluster import Array
+from counterflow.arrays import Array
 from counterflow.errors import BalanceError
 
 

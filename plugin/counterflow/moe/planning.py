@@ -7,8 +7,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from counterflow.arrays import Array
 from counterflow.balance.clones import MOVE_PRICE, plan_clones
-from counterflow.balance.cluster import Array
 from counterflow.balance.homes import plan_homes
 from counterflow.balance.moves import arrange_rounds, keep_slots
 from counterflow.balance.placement import EMPTY, Placement, make_home_placement
@@ -125,7 +125,7 @@ def has_clone_slots(placement: Placement) -> bool:
 
 def compile_planner() -> None:
     """Compile what planning and dealing take, on each node's first rank before its others: a minute once per installation."""
-    from counterflow.balance.sharing import share_layer
+    from counterflow.balance.kernels.sharing import share_layer
     from counterflow.compiling import is_compiled
 
     is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0

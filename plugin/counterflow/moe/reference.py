@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from counterflow.balance.cluster import Array
+from counterflow.arrays import Array
 
 
 def place_one_by_one(routed: Array, held: Array, shares: Array | None) -> Array:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from counterflow.balance.cluster import Array
+from counterflow.arrays import Array
 from counterflow.balance.placement import EMPTY, Placement
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from counterflow.balance.cluster import Array
+from counterflow.arrays import Array
 from counterflow.balance.replay import METHODS, Replay
 from counterflow.errors import BalanceError
 from counterflow.report.picture import write_number

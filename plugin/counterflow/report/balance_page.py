@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from counterflow.balance.cluster import Array
+from counterflow.arrays import Array
 from counterflow.balance.replay import Replay
 from counterflow.report.balance_figures import (
     METHOD_NAMES,

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from counterflow.balance.cluster import Array
+from counterflow.arrays import Array
 from counterflow.report.balance_figures import Grouping, choose_floor
 from counterflow.report.colours import LIGHT
 from counterflow.report.picture import choose_step, clean_text, write_number

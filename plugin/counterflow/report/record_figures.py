@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from counterflow.balance.cluster import Array
-from counterflow.balance.recorded import RecordedBalance
+from counterflow.arrays import Array
+from counterflow.balance.files.recorded import RecordedBalance
 from counterflow.errors import BalanceError
 from counterflow.report.balance_figures import Grouping, summarise, write_count
 from counterflow.report.colours import mix_colours

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from counterflow.balance.cluster import Array
-from counterflow.balance.recorded import RecordedBalance
+from counterflow.arrays import Array
+from counterflow.balance.files.recorded import RecordedBalance
 from counterflow.report.balance_figures import (
     Grouping,
     choose_root,

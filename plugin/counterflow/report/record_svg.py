@@ -1,6 +1,6 @@
 """A static picture of a recorded run's balancing for papers: balancedness by layer, loads and clones of experts, transfers."""
 
-from counterflow.balance.recorded import RecordedBalance
+from counterflow.balance.files.recorded import RecordedBalance
 from counterflow.report.balance_figures import (
     Grouping,
     choose_root,

@@ -11,10 +11,11 @@ and its B on slot n + 2S - 1 - s. How much that order counts against availabilit
 `simulate` is the reference for the times found here.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from counterflow.arrays import Array
 from counterflow.compiling import compile_fast
 
 # Tokens of a row, in the order of execution. Which stage and micro-batch they mean follows from the chunk orders.
@@ -43,8 +44,6 @@ POLICY = 17
 NEVER = 1e18
 # Besides the slowest rank, all ranks count a little: it tells near from far among equals.
 MEAN_WEIGHT = 0.05
-
-Array = np.ndarray[Any, Any]
 
 
 class Problem(NamedTuple):

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from counterflow.arguments import number, whole
-from counterflow.balance.cluster import MAX_SLOTS, Array, make_cluster
-from counterflow.balance.loads import LARGEST_LOAD, read_loads, read_trace
+from counterflow.arrays import Array
+from counterflow.balance.cluster import MAX_SLOTS, make_cluster
+from counterflow.balance.files.loads import read_loads, read_trace
+from counterflow.balance.files.recorded import RecordedBalance, read_record
+from counterflow.balance.files.serving import MAX_FIRST_LAYER, render_sglang, render_vllm
+from counterflow.balance.loads import LARGEST_LOAD
 from counterflow.balance.placement import count_copies, divide_loads, measure_balancedness
-from counterflow.balance.recorded import RecordedBalance, read_record
-from counterflow.balance.serving import MAX_FIRST_LAYER, render_sglang, render_vllm
+from counterflow.commands.arguments import number, whole
 from counterflow.errors import OptionError
 from counterflow.report.files import check_output, write_output
 
@@ -116,7 +118,7 @@ def run_plan(given: argparse.Namespace) -> int:
     _check_plan_outputs(given)
     loads = read_loads(given.loads)
     cluster = make_cluster(given.ranks, given.slots, given.nodes)
-    from counterflow.balance.packing import place_layer  # loads a compiler
+    from counterflow.balance.kernels.packing import place_layer  # loads a compiler
     from counterflow.balance.planning import plan_placement
 
     _announce_compiling(place_layer)
@@ -138,7 +140,7 @@ def run_replay(given: argparse.Namespace) -> int:
     """Replay a trace, print how balanced each method kept it, and write the pictures asked for."""
     _check_pictures(given)
     counts = read_trace(given.trace, given.key)
-    from counterflow.balance.cloning import plan_layer  # loads a compiler
+    from counterflow.balance.kernels.cloning import plan_layer  # loads a compiler
     from counterflow.balance.replay import replay_trace
 
     _announce_compiling(plan_layer)

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from counterflow.balance.cluster import Array
-from counterflow.balance.flow import Links, link_slots, split_layer
-from counterflow.balance.split import LARGEST_SUM
+from counterflow.arrays import Array
+from counterflow.balance.kernels import LARGEST_SUM
+from counterflow.balance.kernels.flow import Links, link_slots, split_layer
 from counterflow.compiling import compile_fast
 
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from counterflow.balance.cluster import Array
-from counterflow.balance.flow import holds
-from counterflow.balance.packing import count_copies, count_held, pack_and_trade, place_layer, sum_ranks
+from counterflow.arrays import Array
+from counterflow.balance.kernels.flow import holds
+from counterflow.balance.kernels.packing import count_copies, count_held, pack_and_trade, place_layer, sum_ranks
 from counterflow.compiling import compile_fast
 
 # A node is never packed perfectly: shares of the wanted pace that are tried for the nodes, the slowest first.

@@ -1,4 +1,4 @@
-"""The ``counterflow`` command."""
+"""``counterflow doctor``: what is installed here, and whether the plugin fits it."""
 
 import argparse
 import json
@@ -9,10 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
-from counterflow.arguments import Parser, run_command
-from counterflow.balance_cli import add_balance_commands
-from counterflow.config import SCHEDULES
-from counterflow.schedule_cli import add_schedule_commands
+from counterflow.options import SCHEDULES
 from counterflow.version import __version__
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "deepspeed", "pydantic", "numpy")
@@ -44,6 +41,13 @@ class Report:
     def fits(self) -> bool:
         """Tell whether every seam fits."""
         return all(seam.misfit is None for seam in self.seams)
+
+
+def add_doctor_command(commands: Any) -> None:
+    """Add ``doctor`` to a parser's commands."""
+    doctor = commands.add_parser("doctor", help="list versions, the platform, and whether each seam into Megatron fits")
+    doctor.add_argument("--json", action="store_true", help="print the report as JSON")
+    doctor.set_defaults(run=run_doctor)
 
 
 def examine() -> Report:
@@ -103,30 +107,3 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     else:
         print_report(report)
     return 0 if report.fits else 1
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command."""
-    parser = Parser(prog="counterflow", description="DualPipe schedules and expert load balancing for Megatron-Core, by flags.")
-    parser.add_argument("--version", action="version", version=f"counterflow {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    doctor = commands.add_parser("doctor", help="list versions, the platform, and whether each seam into Megatron fits")
-    doctor.add_argument("--json", action="store_true", help="print the report as JSON")
-    doctor.set_defaults(run=run_doctor)
-    add_schedule_commands(commands)
-    add_balance_commands(commands)
-    return parser
-
-
-def main(argv: list[str] | None = None) -> Any:
-    """Run the command; ends with status 2 and one line on bad input."""
-
-    def run() -> int:
-        arguments = build_parser().parse_args(argv)
-        return int(arguments.run(arguments))
-
-    sys.exit(run_command(run))
-
-
-if __name__ == "__main__":
-    main()

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from counterflow.balance.cluster import Array
-from counterflow.balance.flow import holds, level_ranks, link_slots, split_layer
+from counterflow.arrays import Array
+from counterflow.balance.kernels.flow import holds, level_ranks, link_slots, split_layer
 from counterflow.compiling import compile_fast
 
 # Loads are scaled to this mean per rank.

@@ -21,12 +21,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from counterflow.config import Options
 from counterflow.errors import OptionError
-from counterflow.megatron.balanced_model import BalancedModel, open_group
 from counterflow.megatron.checks import check_loop
-from counterflow.megatron.trainer import find_arguments, number_iteration
+from counterflow.megatron.experts.balanced_model import BalancedModel, open_group
+from counterflow.megatron.loop import find_arguments, number_iteration
 from counterflow.moe.planning import compile_planner
+from counterflow.options import Options
 
 # Beside a checkpoint: the last loads, from which the next run plans.
 LOADS_FOLDER = "counterflow"

@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from counterflow.megatron.model import is_for_way_back
+from counterflow.megatron.v_layout.model import is_for_way_back
 
 
 def find_partner() -> int:

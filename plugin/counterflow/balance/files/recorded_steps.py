@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from counterflow.balance.cluster import Array, make_cluster
-from counterflow.balance.loads import name_file
+from counterflow.arrays import Array
+from counterflow.balance.cluster import make_cluster
+from counterflow.balance.files.arrays import name_file
 from counterflow.balance.placement import EMPTY, Placement
 from counterflow.errors import BalanceError
 

@@ -9,14 +9,14 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import schedules as upstream
 from torch.utils._pytree import tree_map
 
-from counterflow.megatron.gradient_sync import GradientSync
-from counterflow.megatron.mirror import run_mirrored
-from counterflow.megatron.model import WAY_BACK
-from counterflow.megatron.prediction_log import add_prediction_losses, take_prediction_losses
-from counterflow.megatron.tables import name_model_layout
-from counterflow.megatron.zero_bubble import defer_engine_weight_grads
+from counterflow.megatron.pipeline.gradient_sync import GradientSync
+from counterflow.megatron.pipeline.prediction_log import add_prediction_losses, take_prediction_losses
+from counterflow.megatron.pipeline.zero_bubble import defer_engine_weight_grads
+from counterflow.megatron.v_layout.mirror import run_mirrored
+from counterflow.megatron.v_layout.model import WAY_BACK
 from counterflow.schedule import ScheduleTable
 from counterflow.schedule.layouts import V
+from counterflow.trainer.tables import name_model_layout
 
 
 @dataclass

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from counterflow.balance.cluster import Array
+from counterflow.arrays import Array
 from counterflow.balance.placement import Placement, count_copies
 from counterflow.errors import BalanceError
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from counterflow.balance.cluster import Array
+from counterflow.arrays import Array
 from counterflow.compiling import compile_fast
 
 

@@ -12,18 +12,19 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from counterflow.balance.cluster import Array, Cluster
+from counterflow.arrays import Array
+from counterflow.balance.cluster import Cluster
+from counterflow.balance.files.recorded import read_record, record_step
 from counterflow.balance.placement import EMPTY, Placement, make_home_placement, measure_balancedness, share_evenly, sum_by_rank
 from counterflow.balance.planning import TRAFFIC_WEIGHT
-from counterflow.balance.recorded import read_record, record_step
-from counterflow.config import Options
 from counterflow.errors import BalanceError
-from counterflow.megatron.experts import LayerSlots
-from counterflow.megatron.optimizer_state import take_state
+from counterflow.megatron.experts.layer import LayerSlots
+from counterflow.megatron.experts.optimizer_state import take_state
 from counterflow.moe.clones import Clones, Traffic, find_timeout, measure_clones
 from counterflow.moe.homes import move_homes
 from counterflow.moe.loads import LoadTracker
 from counterflow.moe.planning import ClonePlanner
+from counterflow.options import Options
 
 # Micro-batches whose loads a checkpoint keeps, so that the next run starts with a plan: as many as the predictor looks back.
 KEPT_MICROBATCHES = 64
@@ -184,7 +185,7 @@ class BalancedModel:
         self._own.clear()
 
     def _describe_step(self, microbatches: int, before: Array, after: Array) -> dict[str, Any]:
-        """Return the step's line in the record (`counterflow.balance.recorded`)."""
+        """Return the step's line in the record (`counterflow.balance.files.recorded`)."""
         traffic = self.traffic
         return {
             "step": self._step,

@@ -16,10 +16,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from counterflow.balance.cluster import Array, make_cluster
-from counterflow.balance.loads import MAX_ENTRIES, MAX_FILE_BYTES, name_file, read_array_header
+from counterflow.arrays import Array
+from counterflow.balance.cluster import make_cluster
+from counterflow.balance.files.arrays import MAX_ENTRIES, MAX_FILE_BYTES, name_file, read_array_header
+from counterflow.balance.files.recorded_steps import SUMS, TIMES, RecordedStep, read_steps
 from counterflow.balance.placement import Placement
-from counterflow.balance.recorded_steps import SUMS, TIMES, RecordedStep, read_steps
 from counterflow.errors import BalanceError
 
 _TYPE = np.dtype("<i4")

@@ -22,9 +22,9 @@ from megatron.core.pipeline_parallel import combined_1f1b
 from megatron.core.pipeline_parallel.utils import ScheduleNode, set_streams
 
 from counterflow.errors import OptionError, SeamError
-from counterflow.megatron.gradient_sync import GradientSync
-from counterflow.megatron.mirror import hold_mirrored_rank
-from counterflow.megatron.work import MegatronWork, Step
+from counterflow.megatron.pipeline.gradient_sync import GradientSync
+from counterflow.megatron.pipeline.work import MegatronWork, Step
+from counterflow.megatron.v_layout.mirror import hold_mirrored_rank
 from counterflow.patching import Patches
 from counterflow.runtime.weight_grads import defer_weight_grad, hold_weight_grads
 from counterflow.schedule.actions import Action

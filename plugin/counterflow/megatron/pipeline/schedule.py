@@ -17,17 +17,15 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 
-from counterflow.config import AUTO, Options
 from counterflow.errors import OptionError
-from counterflow.megatron.auto import AutoTable
-from counterflow.megatron.crosslink import link_pipelines
-from counterflow.megatron.embeddings import add_embedding_gradients
-from counterflow.megatron.gradient_sync import GradientSync
-from counterflow.megatron.overlap import OverlapWork
-from counterflow.megatron.tables import build_table, choose_layout, count_replicas, name_model_layout
-from counterflow.megatron.trainer import number_iteration
-from counterflow.megatron.work import MegatronWork, Step, move_to_last_rank
-from counterflow.megatron.zero_bubble import watch_reductions
+from counterflow.megatron.loop import number_iteration
+from counterflow.megatron.pipeline.crosslink import link_pipelines
+from counterflow.megatron.pipeline.gradient_sync import GradientSync
+from counterflow.megatron.pipeline.overlap import OverlapWork
+from counterflow.megatron.pipeline.work import MegatronWork, Step, move_to_last_rank
+from counterflow.megatron.pipeline.zero_bubble import watch_reductions
+from counterflow.megatron.v_layout.embeddings import add_embedding_gradients
+from counterflow.options import AUTO, Options
 from counterflow.runtime.executor import run_program
 from counterflow.runtime.lowering import Program, lower
 from counterflow.runtime.mailbox import Channels, Mailbox
@@ -35,6 +33,8 @@ from counterflow.runtime.recorder import Recorder, append_record
 from counterflow.runtime.watch import Watch, find_store
 from counterflow.schedule import ScheduleTable, build_forward_only
 from counterflow.schedule.layouts import V
+from counterflow.trainer.auto import AutoTable
+from counterflow.trainer.tables import build_table, choose_layout, count_replicas, name_model_layout
 
 
 class PipelineSchedule:

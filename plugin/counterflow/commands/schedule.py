@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from counterflow.arguments import number, numbers, whole
+from counterflow.commands.arguments import number, numbers, whole
 from counterflow.errors import OptionError, ScheduleError
 from counterflow.report import (
     Picture,

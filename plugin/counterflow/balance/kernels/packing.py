@@ -9,8 +9,8 @@ import heapq
 
 import numpy as np
 
-from counterflow.balance.cluster import Array
-from counterflow.balance.flow import holds
+from counterflow.arrays import Array
+from counterflow.balance.kernels.flow import holds
 from counterflow.compiling import compile_fast
 
 # A slowest rank this near to the mean is not worth another trade, and this near not other counts of copies.

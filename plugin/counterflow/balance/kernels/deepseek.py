@@ -11,8 +11,8 @@ import heapq
 
 import numpy as np
 
-from counterflow.balance.cluster import Array
-from counterflow.balance.introsort import sort_descending
+from counterflow.arrays import Array
+from counterflow.balance.kernels.introsort import sort_descending
 from counterflow.compiling import compile_fast
 from counterflow.errors import BalanceError
 

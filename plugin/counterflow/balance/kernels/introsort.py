@@ -9,7 +9,7 @@ Ordinary loads get that far: those that rise and then fall from expert to expert
 
 import numpy as np
 
-from counterflow.balance.cluster import Array
+from counterflow.arrays import Array
 from counterflow.compiling import compile_fast
 
 # Ranges of so many keys are left to the insertion sort.

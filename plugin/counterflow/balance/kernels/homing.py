@@ -8,7 +8,7 @@ where it was at so little loss that its move does not pay, does.
 
 import numpy as np
 
-from counterflow.balance.cluster import Array
+from counterflow.arrays import Array
 from counterflow.compiling import compile_fast
 
 # A layer's search ends after so many swaps per expert. It needs less than one; this is against loads that deceive it.

@@ -10,12 +10,12 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.module import Float16Module
 
-from counterflow.config import Options
 from counterflow.errors import OptionError
-from counterflow.megatron.embeddings import copy_embedding
-from counterflow.megatron.mirror import hold_mirrored_group, hold_mirrored_rank, mirror_collection, run_mirrored
-from counterflow.megatron.tables import choose_layout, name_model_layout
+from counterflow.megatron.v_layout.embeddings import copy_embedding
+from counterflow.megatron.v_layout.mirror import hold_mirrored_group, hold_mirrored_rank, mirror_collection, run_mirrored
+from counterflow.options import Options
 from counterflow.schedule.layouts import V
+from counterflow.trainer.tables import choose_layout, name_model_layout
 
 WAY_BACK = 1
 # The second chunks that `lay_out_as_v` built: those of no other builder are stages of a V.

@@ -7,8 +7,8 @@ a V model.
 
 import weakref
 
-from counterflow.config import AUTO, Options
 from counterflow.errors import OptionError, ScheduleError
+from counterflow.options import AUTO, Options
 from counterflow.schedule import (
     ScheduleTable,
     build,

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from counterflow.balance.cluster import Array
+from counterflow.arrays import Array
 from counterflow.compiling import compile_fast
 
 

@@ -1,0 +1,1 @@
+"""What the adapters to all trainers share; imports none of them."""
