@@ -134,12 +134,13 @@ def measure(rank: int, ranks: int, port: int, repeats: int) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from counterflow.megatron.pipeline.overlap import defer_inside_plans
+    from counterflow.megatron import seams
+    from counterflow.megatron.install import take_seams
 
     parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
     model_parallel_cuda_manual_seed(1)
     torch.manual_seed(rank)
-    defer_inside_plans(patches)
+    take_seams(patches, [seams.OVERLAP])
     exchange = SlowExchange()
     patches.set(dist, "all_to_all_single", exchange)
     model = build_model(ranks)

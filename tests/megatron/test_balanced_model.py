@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from counterflow.balance.files.recorded import read_record
 from counterflow.errors import BalanceError
+from counterflow.megatron import state
 from counterflow.megatron.experts import balanced_model, balancing
 from counterflow.megatron.experts.balanced_model import BalancedModel
 from counterflow.megatron.experts.balancing import ExpertBalancer
@@ -49,7 +50,7 @@ def make_layer(group: Any, clones_per_rank: int = 0) -> torch.nn.Module:
     layer.token_dispatcher = SimpleNamespace(tp_ep_group=group, tp_size=1)
     layer.config = SimpleNamespace(num_moe_experts=2, num_layers=1)
     layer.ep_group, layer.num_local_experts, layer.layer_number, layer.is_mtp_layer = group, 2, 1, False
-    layer.cf_slots = LayerSlots(layer, layer.token_dispatcher, None, clones_per_rank, is_exact=False)
+    state.layer_slots[layer] = LayerSlots(layer, layer.token_dispatcher, None, clones_per_rank, is_exact=False)
     return layer
 
 
@@ -59,7 +60,7 @@ def make_model(monkeypatch: pytest.MonkeyPatch, group: Any, options: Options) ->
     layer = make_layer(group)
     model = BalancedModel(options, [layer])
     model._planner = Planner(model)  # type: ignore[assignment]
-    return model, layer.cf_slots
+    return model, state.layer_slots[layer]
 
 
 def run_step(model: BalancedModel, slots: LayerSlots, step: int) -> None:
@@ -95,7 +96,8 @@ def test_a_step_that_runs_again_keeps_its_placement_and_counts_once(
 
 def test_a_layer_deals_home_before_any_step(group: Any) -> None:
     # A model may run outside a schedule: to generate text, say.
-    slots = make_layer(group, clones_per_rank=1).cf_slots
+    layer = make_layer(group, clones_per_rank=1)
+    slots = state.layer_slots[layer]
     probs, slot_map, _ = slots.deal(torch.tensor([[0.5, 0.0]]), torch.tensor([[True, False]]))
     assert slot_map.tolist() == [[True, False, False]] and probs.tolist() == [[0.5, 0.0, 0.0]]
 

@@ -9,6 +9,7 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from counterflow.errors import OptionError
+from counterflow.megatron import state
 from counterflow.megatron.experts import balancing
 from counterflow.megatron.experts.balancing import ExpertBalancer
 from counterflow.options import Options
@@ -61,13 +62,13 @@ def test_one_expert_parallel_rank_is_told_that_there_is_nothing_to_balance(
         assert all("there is nothing to balance, training goes on without it" in line for line in said)
 
 
-def test_clones_without_megatrons_data_parallelism_or_built_too_late_are_refused() -> None:
+def test_clones_without_megatrons_data_parallelism_or_built_too_late_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = MoELayer.__new__(MoELayer)
     torch.nn.Module.__init__(layer)
     chunk = torch.nn.Sequential(layer)
     with pytest.raises(OptionError, match="were built before counterflow.enable"):
         balancing._find_slots([chunk])
-    layer.cf_slots = object()
+    monkeypatch.setitem(state.layer_slots, layer, object())
     with pytest.raises(OptionError, match="wrap each model chunk in DistributedDataParallel, Sequential given"):
         balancing._find_slots([chunk])
     assert not balancing._find_slots([torch.nn.Linear(1, 1)])

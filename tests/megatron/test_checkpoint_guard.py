@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from counterflow.errors import CounterflowError, OptionError
-from counterflow.megatron.checkpoint import refuse_batches_ahead, refuse_other_layout
+from counterflow.megatron.checkpoint import guard_checkpoint, refuse_batches_ahead
 from counterflow.megatron.checks import prepare_arguments
 from counterflow.megatron.stamp import name_layout
 from counterflow.options import Options
@@ -56,7 +56,11 @@ def forget(args: Namespace) -> Namespace:
 
 
 def load(saved: Namespace, args: Namespace) -> None:
-    refuse_other_layout(lambda load_dir, args, rank0=False: ({"args": saved}, "", False, None))("runs/x", args, rank0=True)
+    look = guard_checkpoint(
+        lambda load_dir, args, rank0=False: ({"args": saved}, "", False, None),
+        Options.model_construct(schedule=args.cf_schedule, eplb=False),
+    )
+    look("runs/x", args, rank0=True)
 
 
 def write(path: Path, table: ScheduleTable) -> str:
@@ -162,11 +166,9 @@ def test_a_run_that_goes_on_is_checked_for_the_batches_still_to_come(
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("100")
     args = start("dualpipev", load=str(tmp_path), **sizes)
     saved = Namespace(consumed_train_samples=consumed)
-    look = refuse_batches_ahead(
-        lambda load_dir, args: ({"args": saved, "iteration": iteration}, "", False, None), Options(schedule="dualpipev")
-    )
+    state, options = {"args": saved, "iteration": iteration}, Options(schedule="dualpipev")
     if is_refused:
         with pytest.raises(CounterflowError, match="2 micro-batches on 2 ranks given"):
-            look(tmp_path, args)
+            refuse_batches_ahead(state, args, options)
     else:
-        look(tmp_path, args)
+        refuse_batches_ahead(state, args, options)

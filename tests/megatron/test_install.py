@@ -16,6 +16,7 @@ import counterflow
 from counterflow.errors import OptionError
 from counterflow.megatron import install, seams
 from counterflow.patching import Patches
+from counterflow.trainer.seam import Seam
 
 
 @pytest.fixture(autouse=True)
@@ -155,8 +156,9 @@ def test_a_second_training_that_asks_for_others_is_an_error(start: Any, monkeypa
 
 def test_a_loop_without_megatrons_trainer_needs_none_of_its_symbols(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seams.importlib.util, "find_spec", lambda name: None)
-    gone = seams.Seam("megatron.training.no_such", "anything", (), "")
-    assert gone.find_misfit() is None
+    gone = Seam("megatron.training.no_such", "anything", "install.show_flags", (seams.FLAGS,), seams.KNOWN, "")
+    monkeypatch.setattr(seams, "SEAMS", (*seams.SEAMS, gone))
+    seams.check_seams([seams.FLAGS])
     patches = Patches()
-    seams.take(patches, gone, lambda original: None)
+    install.take_seams(patches, [seams.FLAGS])
     assert not patches

@@ -23,14 +23,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from counterflow.megatron.pipeline import overlap
 from counterflow.megatron.pipeline.gradient_sync import GradientSync
 from counterflow.megatron.pipeline.work import MegatronWork, Step
-from counterflow.megatron.pipeline.zero_bubble import split_local_linears
+from counterflow.megatron.install import take_seams
+from counterflow.megatron import seams
 from counterflow.schedule import ScheduleTable, lay_straight
 from counterflow.schedule.actions import Action, pair
 
 parallel_state.initialize_model_parallel()
 model_parallel_cuda_manual_seed(1)
-split_local_linears(patches)
-overlap.defer_inside_plans(patches)
+take_seams(patches, [seams.ZERO_BUBBLE, seams.OVERLAP])
 config = TransformerConfig(
     num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=16, num_moe_experts=4, moe_router_topk=2,
     moe_token_dispatcher_type="alltoall", hidden_dropout=0.0, attention_dropout=0.0, use_cpu_initialization=True,
@@ -117,7 +117,8 @@ except FloatingPointError as error:
 """
 
 LOST = """
-patches.set(overlap._find_layer_node(), "backward_dw", lambda self: None)
+from megatron.core.models.common.utils import TransformerLayerNode
+patches.set(TransformerLayerNode, "backward_dw", lambda self: None)
 try:
     run(overlap.OverlapWork)
 except RuntimeError as error:

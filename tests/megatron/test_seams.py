@@ -15,12 +15,18 @@ from megatron.core.pipeline_parallel import combined_1f1b
 import counterflow
 from counterflow.errors import OptionError, SeamError
 from counterflow.megatron import install, seams
-from counterflow.megatron.seams import SEAMS, Seam
+from counterflow.megatron.seams import KNOWN, SEAMS, list_seams
+from counterflow.megatron.v_layout.model import wrap_first
+from counterflow.trainer.seam import Seam
 
 PATCH = Path(__file__).resolve().parents[2] / "patches" / "megatron-lm" / "0.17-0.20" / "enable.patch"
 
 
-@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.symbol)
+def make_seam(owner: str, symbol: str, *parameters: str, by_name: bool = False) -> Seam:
+    return Seam(owner, symbol, None, (seams.FLAGS,), KNOWN, "", parameters, by_name)
+
+
+@pytest.mark.parametrize("seam", list_seams(), ids=lambda seam: seam.path)
 def test_every_seam_fits_the_installed_megatron(seam: Seam) -> None:
     assert seam.find_misfit() is None
 
@@ -28,9 +34,11 @@ def test_every_seam_fits_the_installed_megatron(seam: Seam) -> None:
 @pytest.mark.parametrize(
     ("seam", "said"),
     [
-        (Seam("megatron.training.training", "no_such", (), ""), "megatron.training.training.no_such does not exist"),
-        (Seam("megatron.training.training", "get_model", ("other",), ""), "takes (model_provider_func, model_type,"),
-        (Seam("megatron.no_such", "get_model", (), ""), "megatron.no_such.get_model cannot be imported"),
+        (make_seam("megatron.training.training", "no_such"), "megatron.training.training.no_such does not exist"),
+        (make_seam("megatron.training.training", "get_model", "other"), "takes (model_provider_func, model_type,"),
+        (make_seam("megatron.no_such", "get_model"), "megatron.no_such.get_model cannot be imported"),
+        (make_seam("megatron.core.distributed.NoSuch", "x"), "megatron.core.distributed.NoSuch.x cannot be imported"),
+        (make_seam("megatron.core.distributed.DistributedDataParallel", "no_such"), "Parallel.no_such does not exist"),
     ],
 )
 def test_a_seam_that_does_not_fit_is_named_with_the_version(monkeypatch: pytest.MonkeyPatch, seam: Seam, said: str) -> None:
@@ -59,7 +67,7 @@ def test_what_is_called_by_name_may_have_other_parameters(
     monkeypatch: pytest.MonkeyPatch, parameters: tuple[str, ...], fits: bool
 ) -> None:
     monkeypatch.setattr(combined_1f1b, "call", call, raising=False)
-    misfit = Seam(combined_1f1b.__name__, "call", parameters, "", by_name=True).find_misfit()
+    misfit = make_seam(combined_1f1b.__name__, "call", *parameters, by_name=True).find_misfit()
     assert (misfit is None) is fits, misfit
 
 
@@ -68,7 +76,7 @@ def give_plan(forward_step_func: object, b_grads: object) -> None:
 
 
 def test_another_combined_step_stops_overlapped_pairs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(combined_1f1b, seams.COMBINED_STEP.symbol, give_plan)
+    monkeypatch.setattr(combined_1f1b, "combined_forward_backward_step", give_plan)
     monkeypatch.setattr(sys, "argv", ["script.py"])
     counterflow.enable({"schedule": "dualpipev"}).undo()
     with pytest.raises(SeamError) as raised:
@@ -82,7 +90,7 @@ def test_the_first_argument_is_wrapped_by_position_and_by_name() -> None:
     def build(model: int, size: int = 1) -> tuple[int, int]:
         return model, size
 
-    wrapped = install._wrap_first(build, lambda value: -value)
+    wrapped = wrap_first(build, lambda value: -value)
     assert wrapped(3) == wrapped(model=3) == (-3, 1)
     assert wrapped(3, size=2) == wrapped(size=2, model=3) == (-3, 2)
 
@@ -94,8 +102,12 @@ def test_yaml_cannot_choose_the_platform() -> None:
         install.read_yaml(SimpleNamespace(counterflow=SimpleNamespace(platform="cpu")))
 
 
-def test_an_optional_seam_may_be_absent() -> None:
-    assert Seam("megatron.no_such", "anything", (), "", optional=True).find_misfit() is None
+@pytest.mark.parametrize(
+    ("version", "is_due"), [("0.17.1", False), ("0.18.2", True), ("0.20.0rc1", True), ("0.16.0", False), ("0.21.0", True)]
+)
+def test_a_symbol_of_newer_versions_may_be_absent_from_older_ones(version: str, is_due: bool) -> None:
+    (seam,) = [seam for seam in SEAMS if seam.symbol == "build_virtual_pipeline_stages"]
+    assert seam.is_due(version, KNOWN) is is_due
 
 
 def run_python(code: str, *argv: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -142,7 +154,8 @@ def test_doctor_says_that_all_fits() -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["fits"] is True
-    assert {seam["symbol"] for seam in report["seams"]} == {f"{seam.module}.{seam.symbol}" for seam in SEAMS}
+    assert [seam["symbol"] for seam in report["seams"]] == [seam.path for seam in SEAMS]
+    assert not {feature for seam in SEAMS for feature in seam.features} ^ set(report["remedies"])
     text = subprocess.run(
         [sys.executable, "-m", "counterflow.commands.main", "doctor"], capture_output=True, text=True, check=True
     ).stdout

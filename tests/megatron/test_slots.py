@@ -16,7 +16,7 @@ from counterflow.balance.cluster import make_cluster
 from counterflow.balance.placement import EMPTY, Placement, make_home_placement
 from counterflow.balance.shares import share_tokens
 from counterflow.errors import BalanceError, SeamError
-from counterflow.megatron.experts.layer import answer_from_shares, answer_gather, list_weights
+from counterflow.megatron.experts.layer import KnownCounts, list_weights
 from counterflow.moe.loads import LoadTracker
 from counterflow.moe.reference import place_one_by_one
 from counterflow.moe.slots import make_slot_table, place_evenly, place_exactly
@@ -212,15 +212,16 @@ def test_experts_of_another_shape_are_refused(module: object) -> None:
 
 def test_a_known_gather_is_answered_once_and_must_be_asked_for() -> None:
     asked = []
-    gather = answer_from_shares(lambda counts, group=None: asked.append(counts))
+    known = KnownCounts()
+    gather = known.answer_gather(lambda counts, group=None: asked.append(counts))
     counts = torch.arange(6).view(2, 3)
-    with answer_gather(counts):
+    with known.hold(counts):
         assert gather(counts[0], group=None).tolist() == list(range(6))
         gather(counts[0])
     assert len(asked) == 1, "the second gather is the dispatcher's own"
-    with pytest.raises(SeamError, match="gathers no counts"), answer_gather(counts):
+    with pytest.raises(SeamError, match="gathers no counts"), known.hold(counts):
         pass
-    with pytest.raises(SeamError, match=r"gathers \(2,\) first where \(3,\) counts"), answer_gather(counts):
+    with pytest.raises(SeamError, match=r"gathers \(2,\) first where \(3,\) counts"), known.hold(counts):
         gather(counts[0, :2])
     gather(counts[0])
     assert len(asked) == 2, "an error left an answer behind"

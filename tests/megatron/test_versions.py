@@ -10,12 +10,10 @@ import pytest
 PATCH = Path(__file__).resolve().parents[2] / "patches" / "megatron-lm" / "0.17-0.20" / "enable.patch"
 CHECKOUTS = ("MEGATRON_LM_0_17", "MEGATRON_LM_0_18", "MEGATRON_LM_0_20", "MEGATRON_LM_PATH")
 CHECK = """
-from counterflow.megatron import seams
-from counterflow.megatron.pipeline import overlap
+from counterflow.megatron import install, seams
 from counterflow.patching import Patches
 seams.check_seams()
-seams.check_seams("overlap")
-overlap.defer_inside_plans(Patches())
+install.take_seams(Patches(), [seams.OVERLAP])
 """
 
 

@@ -13,12 +13,13 @@ import torch.distributed as dist
 
 from counterflow.errors import ScheduleError
 from counterflow.megatron.gradients import GRADIENTS
+from counterflow.megatron.install import take_seams
 from counterflow.megatron.pipeline.zero_bubble import (
-    _make_split_linear,
     defer_engine_weight_grads,
-    split_local_linears,
+    make_split_linear,
     watch_reductions,
 )
+from counterflow.megatron.seams import ZERO_BUBBLE
 from counterflow.moe.clones import _prepare
 from counterflow.patching import Patches
 from counterflow.platform import install_cpu
@@ -34,7 +35,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random as rng
 
-    split_local_linears(patches)
+    take_seams(patches, [ZERO_BUBBLE])
     dist.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('group')}/store", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     rng.model_parallel_cuda_manual_seed(1)
@@ -254,7 +255,7 @@ def test_every_use_of_a_weight_adds_its_gradient(
 def test_a_sum_over_uses_is_rounded_as_autograd_rounds_it(one_rank: None) -> None:
     """In half precision the order of additions shows: first over the uses in a micro-batch, then over micro-batches."""
     gradients = []
-    for wrap, action in ((lambda upstream: upstream, "B"), (_make_split_linear, "B"), (_make_split_linear, "I")):
+    for wrap, action in ((lambda upstream: upstream, "B"), (make_split_linear, "B"), (make_split_linear, "I")):
         with replace_linear(wrap):
             chunk = make_chunk(overlap=False, dtype=torch.bfloat16)
             run_microbatches(chunk, [use_twice, use_twice], action * 2)
@@ -296,7 +297,7 @@ def cast_logits(upstream: Any) -> Any:
 @pytest.mark.parametrize("action", ["I", "B"])
 def test_logits_of_another_type_than_the_weights(one_rank: None, action: str) -> None:
     gradients = []
-    for wrap in (lambda upstream: upstream, _make_split_linear):
+    for wrap in (lambda upstream: upstream, make_split_linear):
         with replace_linear(lambda upstream, wrap=wrap: wrap(cast_logits(upstream))):
             chunk = make_chunk(overlap=False, dtype=torch.bfloat16)
             run_microbatches(chunk, [lambda linears, x: linears.up(x)[0].square().sum()], action)

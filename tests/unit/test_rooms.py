@@ -12,6 +12,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "plugin" / "counterflow"
 # What each room may import of the project; what it may import of the heavy world. A sub-room's rooms are named in full.
 COMMON = {"arrays", "bounds", "compiling", "errors", "version"}
 ADAPTER = COMMON | {"devices", "options", "patching", "schedule", "balance", "runtime", "moe", "trainer"}
+# What the sub-rooms of the adapter share.
+SHARED = {"megatron.gradients", "megatron.loop", "megatron.state"}
 TRAINER_WORLD = {"torch", "megatron"}
 ROOMS = {
     "errors": (set(), set()),
@@ -31,9 +33,9 @@ ROOMS = {
     "trainer": (COMMON | {"devices", "options", "patching", "schedule", "balance", "runtime", "moe"}, {"torch"}),
     "platform": (COMMON | {"patching"}, TRAINER_WORLD),
     "megatron": (ADAPTER, TRAINER_WORLD),
-    "megatron.v_layout": (ADAPTER, TRAINER_WORLD),
-    "megatron.pipeline": (ADAPTER | {"megatron.gradients", "megatron.loop", "megatron.v_layout"}, TRAINER_WORLD),
-    "megatron.experts": (ADAPTER | {"megatron.gradients", "megatron.loop", "megatron.checks"}, TRAINER_WORLD),
+    "megatron.v_layout": (ADAPTER | {"megatron.state"}, TRAINER_WORLD),
+    "megatron.pipeline": (ADAPTER | SHARED | {"megatron.v_layout"}, TRAINER_WORLD),
+    "megatron.experts": (ADAPTER | SHARED | {"megatron.checks"}, TRAINER_WORLD),
     "launch": (COMMON | {"options"}, set()),
     "report": (COMMON | {"schedule", "balance"}, set()),
     "commands": (COMMON | {"options", "platform", "megatron", "schedule", "balance", "report"}, {"torch"}),

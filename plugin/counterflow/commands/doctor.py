@@ -17,11 +17,17 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine", "deepspeed", "pydant
 
 @dataclass(frozen=True)
 class SeamReport:
-    """Whether one upstream symbol is as expected; ``misfit`` says what is wrong, None where it fits."""
+    """Whether one upstream symbol is as expected; ``misfit`` says what is wrong, None where it fits.
+
+    ``due``: whether the version in use should have it; ``taken``: whether it is replaced, or only called or read.
+    """
 
     symbol: str
-    purpose: str
-    present: bool
+    why: str
+    features: tuple[str, ...]
+    versions: tuple[str, ...]
+    taken: bool
+    due: bool
     misfit: str | None
 
 
@@ -36,6 +42,8 @@ class Report:
     platform: str
     schedules: tuple[str, ...]
     seams: tuple[SeamReport, ...]
+    remedies: dict[str, str]
+    """Of each feature, what to do where one of its seams does not fit."""
 
     @property
     def fits(self) -> bool:
@@ -54,16 +62,15 @@ def examine() -> Report:
     """Look at this machine and at the installed Megatron; imports it, changes nothing."""
     import torch
 
-    from counterflow.megatron.seams import SEAMS
+    from counterflow.megatron.seams import REMEDIES, SEAMS, list_seams
     from counterflow.platform import needs_cpu
 
     # Megatron and torch warn about what they do not find here; the report says it once.
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        seams = tuple(
-            SeamReport(f"{seam.module}.{seam.symbol}", seam.purpose, seam.is_present(), seam.find_misfit()) for seam in SEAMS
-        )
+        due = list_seams()
+        seams = tuple(describe_seam(seam, is_due=seam in due) for seam in SEAMS)
     return Report(
         counterflow=__version__,
         python=sys.version.split()[0],
@@ -72,7 +79,14 @@ def examine() -> Report:
         platform="cpu" if needs_cpu("auto") else "cuda",
         schedules=SCHEDULES,
         seams=seams,
+        remedies=REMEDIES,
     )
+
+
+def describe_seam(seam: Any, *, is_due: bool) -> SeamReport:
+    """Look at one seam."""
+    misfit = seam.find_misfit() if is_due else None
+    return SeamReport(seam.path, seam.why, seam.features, seam.versions, seam.wrap is not None, is_due, misfit)
 
 
 def find_package(name: str) -> str | None:
@@ -91,11 +105,17 @@ def print_report(report: Report) -> None:
     found = f"{report.gpus} GPU{'s' if report.gpus != 1 else ''} found"
     print(f"platform: --cf-platform auto takes {report.platform} here ({found})")
     print(f"schedules: --cf-schedule {', '.join(report.schedules)}, or a table FILE.csv")
-    print("seams:")
-    for seam in report.seams:
-        state = "does not fit" if seam.misfit else "fits" if seam.present else "absent, not needed"
-        print(f"  {state:<18} {seam.symbol}: {seam.misfit or seam.purpose}")
-    verdict = "every seam fits" if report.fits else "some seams do not fit: --cf flags will be refused at start"
+    for feature, remedy in report.remedies.items():
+        seams = [seam for seam in report.seams if feature in seam.features]
+        wrong = [seam for seam in seams if seam.misfit]
+        print(f"{feature}: {f'cannot be in force here: {remedy}' if wrong else 'fits'}")
+        for seam in seams:
+            state = (
+                "does not fit" if seam.misfit else "not of this version" if not seam.due else "taken" if seam.taken else "used"
+            )
+            versions = f"{seam.versions[0]} to {seam.versions[-1]}"
+            print(f"  {state:<20}{seam.symbol} ({versions}): {seam.misfit or seam.why}")
+    verdict = "every seam fits" if report.fits else "some seams do not fit: what needs them will be refused at start, by its flag"
     print(verdict)
 
 

@@ -13,63 +13,66 @@ from counterflow.errors import OptionError
 from counterflow.megatron.batches import list_batches
 from counterflow.megatron.checks import check_tables, flatten
 from counterflow.megatron.stamp import guess_layout, name_layout
+from counterflow.megatron.v_layout.embeddings import separate_copies
 from counterflow.options import Options
+from counterflow.schedule.layouts import V
+from counterflow.trainer.tables import choose_layout, name_model_layout
 
 
-def refuse_other_experts(load_base_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap upstream's first look into a checkpoint: one of another number of experts is refused there, in a line."""
+def guard_checkpoint(load_base_checkpoint: Callable[..., Any], options: Options) -> Callable[..., Any]:
+    """Wrap upstream's first look into a checkpoint, which reads its arguments and no tensor of the sharded formats yet.
 
-    @wraps(load_base_checkpoint)
-    def load(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        loaded = load_base_checkpoint(load_dir, args, *rest, **kwargs)
-        saved = getattr((loaded[0] or {}).get("args"), "num_experts", None)
-        # --use-checkpoint-args looks before this run's own number is known.
-        if saved is not None and args.num_experts is not None and saved != args.num_experts:
-            raise OptionError(
-                f"the checkpoint in {load_dir} has {saved} experts in a MoE layer, --num-experts is {args.num_experts}: "
-                "clones are no experts of a checkpoint; give the number that it was saved with"
-            )
-        return loaded
-
-    return load
-
-
-def refuse_other_layout(load_base_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap upstream's first look into a checkpoint, which reads its arguments and no tensor yet."""
+    In this order: with a schedule, another layout and the batch sizes to come; in a V, copies of the embedding; with clones, the
+    number of experts.
+    """
     said: set[str] = set()
-
-    @wraps(load_base_checkpoint)
-    def load(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        loaded = load_base_checkpoint(load_dir, args, *rest, **kwargs)
-        saved_args = (loaded[0] or {}).get("args")
-        # --use-checkpoint-args looks before this run's own layout is known.
-        if saved_args is not None and hasattr(args, "virtual_pipeline_model_parallel_size"):
-            notes = [_compare_layouts(load_dir, saved_args, args), _compare_tables(load_dir, saved_args, args)]
-            for note in notes:
-                # Upstream looks more than once.
-                if note is not None and note not in said and args.rank == 0:
-                    print(f"counterflow: {note}", flush=True)
-                    said.add(note)
-        return loaded
-
-    return load
-
-
-def refuse_batches_ahead(load_base_checkpoint: Callable[..., Any], options: Options) -> Callable[..., Any]:
-    """Wrap upstream's first look into a checkpoint, which says at which of the run's batch sizes it goes on."""
+    is_v = options.schedule is not None and name_model_layout(choose_layout(options, 2, 2)) == V
 
     @wraps(load_base_checkpoint)
     def load(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         loaded = load_base_checkpoint(load_dir, args, *rest, **kwargs)
         state = loaded[0] or {}
-        if "args" in state and hasattr(args, "virtual_pipeline_model_parallel_size") and not args.finetune:
-            flat = flatten(args)
-            ranks, consumed = flat.pipeline_model_parallel_size, getattr(state["args"], "consumed_train_samples", 0)
-            batches = list_batches(flat, ranks, consumed, state.get("iteration", 0))
-            check_tables(flat, ranks, flat.virtual_pipeline_model_parallel_size or 1, options, batches)
+        # --use-checkpoint-args looks before this run's own layout is known.
+        if options.schedule is not None and "args" in state and hasattr(args, "virtual_pipeline_model_parallel_size"):
+            refuse_other_layout(load_dir, state["args"], args, said)
+            refuse_batches_ahead(state, args, options)
+        if is_v:
+            # Checkpoints on a node's own disk (--non-persistent-ckpt-type local) are read past `serialization.load`.
+            loaded = separate_copies(loaded)
+        if options.eplb:
+            refuse_other_experts(load_dir, state.get("args"), args)
         return loaded
 
     return load
+
+
+def refuse_other_experts(load_dir: Any, saved_args: Any, args: Any) -> None:
+    """Refuse a checkpoint of another number of experts."""
+    saved = getattr(saved_args, "num_experts", None)
+    # --use-checkpoint-args looks before this run's own number is known.
+    if saved is not None and args.num_experts is not None and saved != args.num_experts:
+        raise OptionError(
+            f"the checkpoint in {load_dir} has {saved} experts in a MoE layer, --num-experts is {args.num_experts}: "
+            "clones are no experts of a checkpoint; give the number that it was saved with"
+        )
+
+
+def refuse_other_layout(load_dir: Any, saved_args: Any, args: Any, said: set[str]) -> None:
+    """Refuse optimizer state of another layout; say what is to be said of tables, once: ``said`` holds what has been."""
+    for note in (_compare_layouts(load_dir, saved_args, args), _compare_tables(load_dir, saved_args, args)):
+        # Upstream looks more than once.
+        if note is not None and note not in said and args.rank == 0:
+            print(f"counterflow: {note}", flush=True)
+            said.add(note)
+
+
+def refuse_batches_ahead(state: dict[str, Any], args: Any, options: Options) -> None:
+    """Refuse a schedule that has no table for a batch size at which the run of this checkpoint goes on."""
+    if not args.finetune:
+        flat = flatten(args)
+        ranks, consumed = flat.pipeline_model_parallel_size, getattr(state["args"], "consumed_train_samples", 0)
+        batches = list_batches(flat, ranks, consumed, state.get("iteration", 0))
+        check_tables(flat, ranks, flat.virtual_pipeline_model_parallel_size or 1, options, batches)
 
 
 def _compare_layouts(load_dir: Any, saved_args: Any, args: Any) -> str | None:

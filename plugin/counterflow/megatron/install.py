@@ -5,16 +5,16 @@ know the run is checked on the arguments of ``megatron.training`` when they are 
 config in the first step (`counterflow.megatron.checks`).
 """
 
-import inspect
+import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import wraps
-from typing import Any
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 from counterflow.errors import CounterflowError, OptionError
 from counterflow.megatron import seams
 from counterflow.megatron.loop import find_arguments
-from counterflow.megatron.seams import check_seams, take
 from counterflow.options import (
     UNSPLIT_SCHEDULES,
     Given,
@@ -29,8 +29,48 @@ from counterflow.options import (
 from counterflow.patching import Patches
 from counterflow.runtime.recorder import check_folder
 from counterflow.schedule.layouts import V
+from counterflow.trainer.seam import Wrapper
+from counterflow.trainer.tables import choose_layout, count_replicas, name_model_layout
+
+if TYPE_CHECKING:
+    from counterflow.megatron.experts.balancing import ExpertBalancer
+    from counterflow.megatron.experts.layer import SlotWrappers
 
 YAML_FLAG = "--yaml-cfg"
+
+
+def list_features(options: Options) -> list[str]:
+    """Return the features that the options ask for, by the names that the seams have for them."""
+    features = []
+    if options.schedule is not None:
+        layout = choose_layout(options, 2, 2)
+        features += [seams.SCHEDULE]
+        features += [seams.V_LAYOUT] if name_model_layout(layout) == V else []
+        features += [seams.CROSSLINK] if count_replicas(layout) > 1 else []
+        features += [seams.ZERO_BUBBLE] if splits_backward(options) else []
+        features += [seams.OVERLAP] if options.overlap else []
+    if options.eplb:
+        features += [seams.EPLB]
+        features += [seams.REHOMING] if options.eplb_rehome_interval is not None else []
+    return features
+
+
+def take_seams(patches: Patches, features: Collection[str], run: "Installation | None" = None) -> None:
+    """Replace what the features replace in Megatron; ``run`` has the wrappers that need to know its options."""
+    for seam in seams.list_seams():
+        if seam.wrap is not None and set(features) & set(seam.features):
+            seam.take(patches, find_wrapper(seam.wrap, run))
+
+
+def find_wrapper(name: str, run: "Installation | None") -> Wrapper:
+    """Return the wrapper that a seam names: with a dot before it one of the run, else one of this package."""
+    home, _, function = name.rpartition(".")
+    wrapper: Wrapper = (
+        attrgetter(name[1:])(run)
+        if name.startswith(".")
+        else getattr(importlib.import_module(f"counterflow.megatron.{home}"), function)
+    )
+    return wrapper
 
 
 class Installation:
@@ -43,16 +83,122 @@ class Installation:
         self._given, self._flags = given, flags
         self._parsed: tuple[Given, Given] | None = None
         self._is_reader_asked = False
+        self._run_step: Callable[..., Any] | None = None
+        self.balancer: ExpertBalancer | None = None
+        self.slots: SlotWrappers | None = None
 
     def put_in_force(self, options: Options) -> None:
-        """Install what the options ask for."""
+        """Check the seams of what the options ask for, and take them. Raises `SeamError` where one does not fit."""
         if options.record is not None:
             check_folder("--cf-record", options.record)
-        if options.schedule is not None:
-            install_schedule(self.patches, options, self._check_model)
-        if options.eplb:
-            install_balancing(self.patches, options)
+        features = list_features(options)
+        seams.check_seams(features)
+        if seams.V_LAYOUT in features:
+            _require_early(options)
         self.options = options
+        if options.schedule is not None:
+            from counterflow.megatron.pipeline.schedule import PipelineSchedule
+
+            self._run_step = self._check_first(PipelineSchedule(options).forward_backward)
+        if options.eplb:
+            from counterflow.megatron.experts.balancing import ExpertBalancer
+            from counterflow.megatron.experts.layer import SlotWrappers
+
+            self.balancer = ExpertBalancer(options)
+            self.slots = SlotWrappers(options.eplb_clones_per_rank, is_exact=options.eplb_split == "exact")
+        take_seams(self.patches, features, self)
+        self.patches.on_undo(self._forget)
+
+    def _forget(self) -> None:
+        # What it holds leads to the model.
+        self._run_step = self.balancer = self.slots = None
+
+    def choose_schedule(self, get_forward_backward_func: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap Megatron's choice of a schedule: the table's takes the place of a pipelined one, clones are filled around it."""
+
+        @wraps(get_forward_backward_func)
+        def choose(*args: Any, **kwargs: Any) -> Any:
+            is_multiple = type(kwargs.get("schedule_pg_collection")).__name__ == "MultiModuleProcessGroupCollection"
+            if self._run_step is not None and is_multiple:
+                raise OptionError("--cf-schedule does not run models of several pipelines (multi-module process groups): drop it")
+            chosen = get_forward_backward_func(*args, **kwargs)
+            if self._run_step is not None:
+                chosen = self._replace_pipelined(chosen)
+            return self.balancer.wrap_schedule(chosen) if self.balancer is not None else chosen
+
+        return choose
+
+    def _replace_pipelined(self, chosen: Callable[..., Any]) -> Callable[..., Any]:
+        from megatron.core import parallel_state
+        from megatron.core.pipeline_parallel import schedules
+
+        assert self._run_step is not None and self.options is not None
+        is_pipelined: bool = chosen is not schedules.forward_backward_no_pipelining
+        if is_pipelined:
+            return self._run_step
+        if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+            raise OptionError(
+                f"--cf-schedule {self.options.schedule} needs at least 2 pipeline ranks and this run has 1: make process groups "
+                "with pipeline_model_parallel_size 2 or more, or drop the schedule"
+            )
+        # Asked for a model without a pipeline beside the one that has one, upstream's choice stands.
+        return chosen
+
+    def refuse_own_transfers(self, _: Any) -> Callable[..., Any]:
+        """Return what stands in the place of the transfers of Megatron's own pipelined schedules, which nobody may run now."""
+        assert self.options is not None
+        schedule = self.options.schedule
+
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise OptionError(
+                f"Megatron's own pipeline schedule runs and --cf-schedule {schedule} is in force: call "
+                "get_forward_backward_func() after counterflow.enable(), not before"
+            )
+
+        return refuse
+
+    def guard_checkpoint(self, load_base_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap upstream's first look into a checkpoint: what does not fit this run is refused there."""
+        from counterflow.megatron.checkpoint import guard_checkpoint
+
+        assert self.options is not None
+        return guard_checkpoint(load_base_checkpoint, self.options)
+
+    def read_data(self, build_iterators: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap the builder of data iterators: a V's second chunk reads as the mirrored rank, across replicas as the partner."""
+        from counterflow.megatron.pipeline.crosslink import read_partners_data
+        from counterflow.megatron.v_layout.model import mirror_dataset_provider, wrap_first
+
+        build: Callable[..., Any] = wrap_first(build_iterators, mirror_dataset_provider)
+        # Around the other: it has to see which chunk the provider is for.
+        return read_partners_data(build) if self._is_linked() else build
+
+    def prepare_after(self, parse_args: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap the parsing of arguments: options are put in force and checked behind it."""
+
+        @wraps(parse_args)
+        def parse_and_prepare(*args: Any, **kwargs: Any) -> Any:
+            parsed = parse_args(*args, **kwargs)
+            try:
+                self.take_arguments(parsed)
+            except CounterflowError as error:
+                fail(error, parsed.rank)
+            return parsed
+
+        return parse_and_prepare
+
+    def _check_first(self, forward_backward: Callable[..., Any]) -> Callable[..., Any]:
+        is_checked = False
+
+        @wraps(forward_backward)
+        def run(**kwargs: Any) -> Any:
+            nonlocal is_checked
+            if not is_checked:
+                self._check_model(kwargs["model"] if isinstance(kwargs["model"], list) else [kwargs["model"]])
+                is_checked = True
+            return forward_backward(**kwargs)
+
+        return run
 
     def find_data_rank(self, chunk: int) -> int:
         """Return the data-parallel rank whose samples a chunk reads: this one, or on the way back across replicas the partner."""
@@ -63,8 +209,6 @@ class Installation:
         return find_partner() if self._is_linked() and chunk == WAY_BACK else get_data_rank()
 
     def _is_linked(self) -> bool:
-        from counterflow.trainer.tables import choose_layout, count_replicas
-
         if self.options is None or self.options.schedule is None:
             return False
         return count_replicas(choose_layout(self.options, 2, 2)) > 1
@@ -117,26 +261,38 @@ class Installation:
             setattr(parsed, f"cf_{name}", value)
 
     def _delay_engine(self, parsed: Any) -> None:
-        from counterflow.megatron.pipeline.zero_bubble import delay_engine_weight_grads, find_engine_obstacle
+        from counterflow.megatron.pipeline.zero_bubble import find_engine_obstacle
 
         assert self.options is not None
         is_engine = getattr(parsed, "transformer_impl", "") == "transformer_engine"
         if splits_backward(self.options) and is_engine and find_engine_obstacle(parsed) is None:
-            delay_engine_weight_grads(self.patches)
+            seams.check_seams([seams.ENGINE])
+            take_seams(self.patches, [seams.ENGINE])
 
 
 def install(patches: Patches, given: Given, flags: Given) -> Installation:
     """Install the plugin: its flags in the script's ``--help``, and all that the options ask for as soon as all are known."""
-    check_seams()
+    seams.check_seams([seams.FLAGS])
     installation = Installation(patches, given, flags)
-    take(patches, seams.ADD_ARGUMENTS, _show_flags)
-    take(patches, seams.PARSE_ARGS, lambda original: _prepare_after(original, installation))
+    take_seams(patches, [seams.FLAGS], installation)
     if not any(argument.split("=", 1)[0] == YAML_FLAG for argument in sys.argv[1:]):
         installation.put_in_force(merge_options(given, flags))
     return installation
 
 
-def _show_flags(add_arguments: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _require_early(options: Options) -> None:
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        raise OptionError(
+            f"--cf-schedule {options.schedule} makes process groups of its own for copies of the embedding and Megatron's are "
+            "made already: call counterflow.enable() before initialize_model_parallel()"
+        )
+
+
+def show_flags(add_arguments: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Wrap Megatron's declaration of its flags: the plugin's stand behind them."""
+
     @wraps(add_arguments)
     def add_arguments_and_flags(parser: Any) -> Any:
         parser = add_flags(add_arguments(parser))
@@ -150,19 +306,6 @@ def _show_flags(add_arguments: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return parser
 
     return add_arguments_and_flags
-
-
-def _prepare_after(parse_args: Callable[..., Any], installation: Installation) -> Callable[..., Any]:
-    @wraps(parse_args)
-    def parse_and_prepare(*args: Any, **kwargs: Any) -> Any:
-        parsed = parse_args(*args, **kwargs)
-        try:
-            installation.take_arguments(parsed)
-        except CounterflowError as error:
-            fail(error, parsed.rank)
-        return parsed
-
-    return parse_and_prepare
 
 
 def read_yaml(parsed: Any) -> Given:
@@ -189,150 +332,3 @@ def get_data_rank() -> int:
     from megatron.core import parallel_state
 
     return int(parallel_state.get_data_parallel_rank())
-
-
-def install_schedule(patches: Patches, options: Options, check_model: Callable[[list[Any]], None]) -> None:
-    """Take the schedule, split backward passes, and for a V the builders, data sets and checkpoint check.
-
-    ``check_model`` is shown the model's chunks before their first step.
-    """
-    from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel import schedules
-
-    from counterflow.megatron.checkpoint import refuse_batches_ahead, refuse_other_layout
-    from counterflow.megatron.pipeline.crosslink import read_partners_data
-    from counterflow.megatron.pipeline.iterators import draw_from_every_chunk, save_first_chunks_loader
-    from counterflow.megatron.pipeline.schedule import PipelineSchedule
-    from counterflow.megatron.pipeline.zero_bubble import split_local_linears
-    from counterflow.megatron.v_layout.embeddings import keep_embeddings_on_first_rank, load_copies_apart, save_copies_once
-    from counterflow.megatron.v_layout.model import lay_out_as_v, mirror_dataset_provider
-    from counterflow.trainer.tables import choose_layout, count_replicas, name_model_layout
-
-    layout = choose_layout(options, 2, 2)
-    is_v = name_model_layout(layout) == V
-    if is_v and parallel_state.model_parallel_is_initialized():
-        raise OptionError(
-            f"--cf-schedule {options.schedule} makes process groups of its own for copies of the embedding and Megatron's are "
-            "made already: call counterflow.enable() before initialize_model_parallel()"
-        )
-    if splits_backward(options):
-        split_local_linears(patches)
-    run = _check_first(PipelineSchedule(options).forward_backward, check_model)
-    take(patches, seams.GET_SCHEDULE, lambda original: _choose_schedule(original, run, options))
-    patches.set(schedules, seams.OWN_TRANSFERS.symbol, _refuse_own_schedules(options))
-    take(patches, seams.LOAD_CHECKPOINT, refuse_other_layout)
-    take(patches, seams.LOAD_CHECKPOINT, lambda original: refuse_batches_ahead(original, options))
-    take(patches, seams.SKIP_STEP, draw_from_every_chunk)
-    take(patches, seams.SAVE_LOADER, save_first_chunks_loader)
-    if options.overlap:
-        from counterflow.megatron.pipeline.overlap import defer_inside_plans
-
-        check_seams("overlap")
-        defer_inside_plans(patches)
-    if is_v:
-        take(patches, seams.MAKE_GROUPS, keep_embeddings_on_first_rank)
-        take(patches, seams.SAVE_SHARDS, save_copies_once)
-        take(patches, seams.LOAD_SHARDS, load_copies_apart)
-        # Checkpoints on a node's own disk (--non-persistent-ckpt-type local) are read past the other.
-        take(patches, seams.LOAD_CHECKPOINT, load_copies_apart)
-        take(patches, seams.GET_MODEL, lambda original: _wrap_first(original, lay_out_as_v))
-        take(patches, seams.BUILD_STAGES, lambda original: _wrap_first(original, lay_out_as_v))
-        take(patches, seams.BUILD_ITERATORS, lambda original: _wrap_first(original, mirror_dataset_provider))
-    if count_replicas(layout) > 1:
-        take(patches, seams.BUILD_ITERATORS, read_partners_data)
-
-
-def install_balancing(patches: Patches, options: Options) -> None:
-    """Give MoE layers slots, and take the steps around which clones are filled; after the schedule, which it wraps."""
-    from megatron.core.transformer.moe import token_dispatcher
-    from megatron.core.transformer.moe.moe_layer import MoELayer
-
-    from counterflow.megatron.checkpoint import refuse_other_experts
-    from counterflow.megatron.experts.balancing import ExpertBalancer
-    from counterflow.megatron.experts.layer import answer_from_shares, deal_to_slots, give_slots
-
-    balancer = ExpertBalancer(options)
-    is_exact = options.eplb_split == "exact"
-    build = give_slots(MoELayer.__init__, options.eplb_clones_per_rank, is_exact=is_exact)
-    patches.set(MoELayer, "__init__", build)
-    patches.set(MoELayer, "preprocess", deal_to_slots(MoELayer.preprocess))
-    # There alone: elsewhere the function of that name has other work.
-    name = seams.GATHER_COUNTS.symbol
-    patches.set(token_dispatcher, name, answer_from_shares(getattr(token_dispatcher, name)))
-    take(patches, seams.GET_SCHEDULE, lambda original: _balance_schedule(original, balancer))
-    take(patches, seams.TRAIN_STEP, balancer.wrap_train_step)
-    take(patches, seams.SAVE_CHECKPOINT, balancer.wrap_save)
-    take(patches, seams.LOAD_CHECKPOINT, refuse_other_experts)
-    if seams.REPORT_MOE.is_present():
-        from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
-
-        patches.set(MoEMetricsTracker, "report", balancer.wrap_report(MoEMetricsTracker.report))
-
-
-def _balance_schedule(original: Callable[..., Any], balancer: Any) -> Callable[..., Any]:
-    @wraps(original)
-    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
-        return balancer.wrap_schedule(original(*args, **kwargs))
-
-    return get_forward_backward_func
-
-
-def _wrap_first(function: Callable[..., Any], wrap: Callable[[Any], Any]) -> Callable[..., Any]:
-    """Call ``function`` with its first argument, by position or by name, wrapped."""
-    name = next(iter(inspect.signature(function).parameters))
-
-    @wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if name in kwargs:
-            return function(*args, **{**kwargs, name: wrap(kwargs[name])})
-        return function(wrap(args[0]), *args[1:], **kwargs)
-
-    return wrapped
-
-
-def _check_first(forward_backward: Callable[..., Any], check_model: Callable[[list[Any]], None]) -> Callable[..., Any]:
-    is_checked = False
-
-    @wraps(forward_backward)
-    def run(**kwargs: Any) -> Any:
-        nonlocal is_checked
-        if not is_checked:
-            check_model(kwargs["model"] if isinstance(kwargs["model"], list) else [kwargs["model"]])
-            is_checked = True
-        return forward_backward(**kwargs)
-
-    return run
-
-
-def _choose_schedule(original: Callable[..., Any], run: Callable[..., Any], options: Options) -> Callable[..., Any]:
-    @wraps(original)
-    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
-        from megatron.core import parallel_state
-        from megatron.core.pipeline_parallel import schedules
-
-        if type(kwargs.get("schedule_pg_collection")).__name__ == "MultiModuleProcessGroupCollection":
-            raise OptionError("--cf-schedule does not run models of several pipelines (multi-module process groups): drop it")
-        chosen = original(*args, **kwargs)
-        if chosen is not schedules.forward_backward_no_pipelining:
-            return run
-        if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-            raise OptionError(
-                f"--cf-schedule {options.schedule} needs at least 2 pipeline ranks and this run has 1: make process groups with "
-                "pipeline_model_parallel_size 2 or more, or drop the schedule"
-            )
-        # Asked for a model without a pipeline beside the one that has one, upstream's choice stands.
-        return chosen
-
-    return get_forward_backward_func
-
-
-def _refuse_own_schedules(options: Options) -> Callable[..., Any]:
-    """Return what stands in the place of the transfers of Megatron's own pipelined schedules, which nobody may run now."""
-
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise OptionError(
-            f"Megatron's own pipeline schedule runs and --cf-schedule {options.schedule} is in force: call "
-            "get_forward_backward_func() after counterflow.enable(), not before"
-        )
-
-    return refuse

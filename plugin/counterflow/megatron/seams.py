@@ -1,268 +1,324 @@
-"""Where the plugin enters Megatron: one entry per upstream symbol, checked before it is touched.
+"""All places in which the plugin touches Megatron: what it replaces, calls and reads, each checked before a feature is in force.
 
-A seam names the symbol, the parameters it must have and the wrapper that takes its place. Where a
-version of Megatron has no such symbol, an alternative may stand in; a symbol of another shape stops
-the start with the version and the symbol named.
+What ``wrap`` names is looked for in this package, or, where it begins with a dot, in the run's `Installation`. One symbol is
+wrapped once: where several features change it, the wrapper composes them, in an order that it states.
+docs/seams.md is written from this list; the patch files' anchors are in it.
 """
 
-import importlib
 import importlib.util
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection
 
-from counterflow.errors import SeamError
-from counterflow.patching import Patches
+from counterflow.trainer.seam import Seam
+from counterflow.trainer.seam import check_seams as check_all
 
 TRAINER = "megatron.training"
 
+FLAGS, SCHEDULE, V_LAYOUT, CROSSLINK = "flags", "schedule", "V layout", "cross-linked replicas"
+ZERO_BUBBLE, ENGINE, OVERLAP = "zero bubble", "zero bubble of Transformer Engine", "overlapped pairs"
+EPLB, REHOMING = "expert balancing", "homes that move"
+# What to do where a feature cannot be in force. What the checks of all flags import counts as the flags'.
+REMEDIES = {
+    FLAGS: "run the script without counterflow",
+    SCHEDULE: "drop --cf-schedule",
+    V_LAYOUT: "give --cf-schedule another layout than a V (1f1b, gpipe, zb-h1, interleaved)",
+    CROSSLINK: "give --cf-schedule dualpipev in place of dualpipe",
+    ZERO_BUBBLE: "give --no-cf-zero-bubble",
+    ENGINE: "give --no-cf-zero-bubble",
+    OVERLAP: "drop --cf-overlap",
+    EPLB: "drop --cf-eplb",
+    REHOMING: "drop --cf-eplb-rehome-interval",
+}
 
-@dataclass(frozen=True)
-class Seam:
-    """An upstream symbol that the plugin takes.
+KNOWN = ("0.17", "0.18", "0.19", "0.20")
+SINCE_18 = KNOWN[1:]
 
-    ``optional`` marks a symbol that only newer versions have, beside an older path that is kept; ``only_with`` names the option
-    without which it is not touched. What is called ``by_name`` may have its parameters in any order, and more that have defaults.
-    """
+SCHEDULES = "megatron.core.pipeline_parallel.schedules"
+STATE = "megatron.core.parallel_state"
+ARGUMENTS, TRAINING, SAVING = f"{TRAINER}.arguments", f"{TRAINER}.training", f"{TRAINER}.checkpointing"
+LAYERS, LINEAR = "megatron.core.tensor_parallel.layers", "LinearWithGradAccumulationAndAsyncCommunication"
+PARALLEL = "megatron.core.distributed.DistributedDataParallel"
+BUCKETS = "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup"
+MOE = "megatron.core.transformer.moe"
+MOE_LAYER = f"{MOE}.moe_layer.MoELayer"
+FORMAT = "megatron.core.dist_checkpointing"
+OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+NODES = {
+    "megatron.core.models.gpt.fine_grained_callables.TransformerLayerNode": KNOWN[:2],
+    "megatron.core.models.common.utils.TransformerLayerNode": KNOWN[2:],
+}
 
-    module: str
-    symbol: str
-    parameters: tuple[str, ...]
-    purpose: str
-    optional: bool = False
-    only_with: str | None = None
-    by_name: bool = False
-
-    def find_misfit(self) -> str | None:
-        """Return what is wrong with the symbol; None where it fits or may be absent."""
-        if self.module.startswith(TRAINER) and importlib.util.find_spec(TRAINER) is None:
-            return None  # a loop of its own over megatron.core, without megatron.training
-        try:
-            home = importlib.import_module(self.module)
-        except ImportError as error:
-            absent = isinstance(error, ModuleNotFoundError) and self.module.startswith(error.name or "\0")
-            return None if self.optional and absent else f"cannot be imported: {error}"
-        target = self._find(home)
-        if target is None:
-            return None if self.optional else "does not exist"
-        found = inspect.signature(inspect.unwrap(target)).parameters
-        if not self._accepts(found):
-            return f"takes ({', '.join(found)}) where ({', '.join(self.parameters)}, …) is expected"
-        return None
-
-    def _accepts(self, found: Mapping[str, inspect.Parameter]) -> bool:
-        if not self.by_name:
-            return tuple(found)[: len(self.parameters)] == self.parameters
-        unnamed = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
-        needed = {name for name, one in found.items() if one.default is one.empty and one.kind not in unnamed}
-        given = set(self.parameters)
-        return needed <= given and given <= {name for name, one in found.items() if one.kind not in unnamed}
-
-    def is_present(self) -> bool:
-        """Tell whether this version of Megatron has the symbol."""
-        try:
-            return self._find(importlib.import_module(self.module)) is not None
-        except ImportError:
-            return False
-
-    def _find(self, home: Any) -> Any:
-        for name in self.symbol.split("."):
-            home = getattr(home, name, None)
-        return home
-
-
-ADD_ARGUMENTS = Seam("megatron.training.arguments", "add_megatron_arguments", ("parser",), "flags in the script's --help")
-PARSE_ARGS = Seam(
-    "megatron.training.arguments", "parse_args", ("extra_args_provider", "ignore_unknown_args"), "options and early refusals"
-)
-GET_SCHEDULE = Seam(
-    "megatron.core.pipeline_parallel.schedules", "get_forward_backward_func", ("pp_size", "vp_size"), "the pipeline schedule"
-)
-OWN_TRANSFERS = Seam(
-    "megatron.core.pipeline_parallel.schedules",
-    "P2PCommunicator",
-    ("pp_group", "config"),
-    "made by Megatron's own pipelined schedules alone: they do not run in place of the chosen one",
-)
-FORWARD_STEP = Seam(
-    "megatron.core.pipeline_parallel.schedules",
-    "forward_step",
-    ("forward_step_func", "data_iterator", "model", "num_microbatches", "input_tensor", "forward_data_store", "config"),
-    "called for each F",
-)
-BACKWARD_STEP = Seam(
-    "megatron.core.pipeline_parallel.schedules",
-    "backward_step",
-    ("input_tensor", "output_tensor", "output_tensor_grad", "config"),
-    "called for each B",
-)
-GET_SHAPES = Seam(
-    "megatron.core.pipeline_parallel.schedules",
-    "get_tensor_shapes",
-    ("seq_length", "micro_batch_size", "decoder_seq_length", "config", "tp_group", "cp_group"),
-    "shape of what the ranks send each other",
-)
-CHECK_FIRST = Seam(
-    "megatron.core.pipeline_parallel.schedules", "check_first_val_step", ("first_val_step", "forward_only", "cond"), "FP8 caches"
-)
-FREE_OUTPUT = Seam(
-    "megatron.core.pipeline_parallel.schedules",
-    "deallocate_output_tensor",
-    ("out", "deallocate_pipeline_outputs"),
-    "frees what has been sent",
-)
-SET_RANK = Seam("megatron.core.parallel_state", "set_pipeline_model_parallel_rank", ("rank",), "V layout, mirrored rank")
-SET_DATA_RANK = Seam("megatron.core.parallel_state", "set_data_parallel_rank", ("rank",), "full DualPipe, the partner's data")
-MAKE_GROUPS = Seam(
-    "megatron.core.parallel_state",
-    "initialize_model_parallel",
-    ("tensor_model_parallel_size", "pipeline_model_parallel_size"),
-    "V layout, copies of the embedding",
-)
-GET_MODEL = Seam(
-    "megatron.training.training", "get_model", ("model_provider_func", "model_type", "wrap_with_ddp"), "V layout, model provider"
-)
-BUILD_STAGES = Seam(
-    "megatron.training.models.dist_utils",
-    "build_virtual_pipeline_stages",
-    ("build_model_func", "pg_collection", "vp_size"),
-    "V layout, model builder (0.18 and later)",
-    optional=True,
-)
-BUILD_ITERATORS = Seam(
-    "megatron.training.training",
-    "build_train_valid_test_data_iterators",
-    ("build_train_valid_test_datasets_provider",),
-    "V layout, data sets",
-)
-COMBINED_STEP = Seam(
-    "megatron.core.pipeline_parallel.combined_1f1b",
-    "combined_forward_backward_step",
-    (
-        "forward_step_func",
-        "data_iterator",
-        "f_model",
-        "num_microbatches",
-        "input_tensor",
-        "forward_data_store",
-        "b_model",
-        "b_input_tensor",
-        "b_output_tensor",
-        "b_output_tensor_grad",
-        "config",
-        "f_model_chunk_id",
-        "is_first_microbatch",
-        "current_microbatch",
-    ),  # fmt: skip
-    "F, B and F&B under --cf-overlap",
-    only_with="overlap",
-    by_name=True,
-)
-SAVE_SHARDS = Seam(
-    "megatron.core.dist_checkpointing.strategies.fully_parallel",
-    "distribute_main_replicas_with_precomputed_distribution",
-    ("sharded_state_dict", "parallelization_group", "precomputed_distribution"),
-    "V layout, checkpoints with copies of the embedding",
-)
-COUNT_MICROBATCHES = Seam(
-    "megatron.core.num_microbatches_calculator",
-    "_build_num_microbatches_calculator",
-    ("rank", "global_batch_size", "micro_batch_size", "data_parallel_size", "decrease_batch_size_if_needed"),
-    "batch sizes that a run will have",
-)
-SKIP_STEP = Seam("megatron.training.training", "dummy_train_step", ("data_iterator",), "skipped iterations of several chunks")
-SAVE_LOADER = Seam(
-    "megatron.training.checkpointing",
-    "maybe_save_dataloader_state",
-    ("train_iterator", "iteration", "dataloader_save_path"),
-    "data loaders of several chunks",
-)
-LOAD_SHARDS = Seam(
-    "megatron.core.dist_checkpointing.serialization",
-    "load",
-    ("sharded_state_dict", "checkpoint_dir"),
-    "V layout, checkpoints with copies of the embedding",
-)
-LOAD_CHECKPOINT = Seam(
-    "megatron.training.checkpointing", "_load_base_checkpoint", ("load_dir", "args"), "optimizer state of another layout"
-)
-
-SPLIT_LINEAR = Seam(
-    "megatron.core.tensor_parallel.layers",
-    "LinearWithGradAccumulationAndAsyncCommunication.forward",
-    (
-        "ctx", "input", "weight", "bias", "gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel",
-        "grad_output_buffer", "wgrad_deferral_limit", "tp_group",
+STARTING = (
+    Seam(ARGUMENTS, "add_megatron_arguments", "install.show_flags", (FLAGS,), KNOWN, "flags in the script's --help", ("parser",)),
+    Seam(
+        ARGUMENTS, "parse_args", ".prepare_after", (FLAGS,), KNOWN, "options and early refusals",
+        ("extra_args_provider", "ignore_unknown_args"),
     ),
-    "zero bubble: weight gradients of local linears",
+    Seam(f"{TRAINER}.global_vars", "_GLOBAL_ARGS", None, (FLAGS,), KNOWN, "whose loop trains, and the number of its iteration"),
+    Seam(TRAINER, "print_rank_last", None, (FLAGS,), KNOWN, "the line after which the patch file turns the plugin on"),
+    *(
+        Seam(
+            "megatron.core.num_microbatches_calculator", "_build_num_microbatches_calculator", None, (SCHEDULE,), versions,
+            "batch sizes that a run will have",
+            ("rank", *more, "global_batch_size", "micro_batch_size", "data_parallel_size", "decrease_batch_size_if_needed"),
+        )
+        for versions, more in ((KNOWN[:1], ("rampup_batch_size",)), (SINCE_18, ()))
+    ),
+    Seam(
+        "megatron.core.transformer.pipeline_parallel_layer_layout.PipelineParallelLayerLayout", "get_num_stages_from_str", None,
+        (SCHEDULE,), KNOWN, "the chunks that --pipeline-model-parallel-layout asks for",
+    ),
+    Seam("megatron.core.utils", "get_model_config", None, (FLAGS, SCHEDULE, EPLB), KNOWN, "the model's config", ("model",)),
 )  # fmt: skip
-MOE_LAYER = Seam(
-    "megatron.core.transformer.moe.moe_layer",
-    "MoELayer.__init__",
-    ("self", "config", "submodules", "layer_number", "pg_collection"),
-    "expert balancing: slots in place of experts",
-)
-DEAL_TOKENS = Seam(
-    "megatron.core.transformer.moe.moe_layer",
-    "MoELayer.preprocess",
-    ("self", "hidden_states", "probs", "routing_map"),
-    "expert balancing: the slot map",
-)
-GATHER_COUNTS = Seam(
-    "megatron.core.transformer.moe.token_dispatcher",
-    "gather_from_sequence_parallel_region",
-    ("input_",),
-    "expert balancing: one gather of counts, not two",
-)
-TRAIN_STEP = Seam(
-    "megatron.training.training",
-    "train_step",
-    ("forward_step_func", "data_iterator", "model", "optimizer"),
-    "expert balancing: the optimizer of homes that move",
-)
-SAVE_CHECKPOINT = Seam(
-    "megatron.training.checkpointing", "save_checkpoint", ("iteration", "model", "optimizer"), "expert balancing: homes in order"
-)
-REPORT_MOE = Seam(
-    "megatron.core.transformer.moe.moe_logging",
-    "MoEMetricsTracker.report",
-    ("self", "loss_scale", "iteration", "writer"),
-    "expert balancing: log line and TensorBoard (0.18 and later)",
-    optional=True,
-)
 
-SEAMS = (
-    ADD_ARGUMENTS,
-    PARSE_ARGS,
-    GET_SCHEDULE,
-    OWN_TRANSFERS,
-    FORWARD_STEP,
-    BACKWARD_STEP,
-    GET_SHAPES,
-    CHECK_FIRST,
-    FREE_OUTPUT,
-    SET_RANK,
-    SET_DATA_RANK,
-    MAKE_GROUPS,
-    GET_MODEL,
-    BUILD_STAGES,
-    BUILD_ITERATORS,
-    COMBINED_STEP,
-    SAVE_SHARDS,
-    COUNT_MICROBATCHES,
-    SKIP_STEP,
-    SAVE_LOADER,
-    LOAD_SHARDS,
-    LOAD_CHECKPOINT,
-    SPLIT_LINEAR,
-    MOE_LAYER,
-    DEAL_TOKENS,
-    GATHER_COUNTS,
-    TRAIN_STEP,
-    SAVE_CHECKPOINT,
-    REPORT_MOE,
-)
+STEPPING = (
+    Seam(
+        SCHEDULES, "get_forward_backward_func", ".choose_schedule", (SCHEDULE, EPLB), KNOWN,
+        "the pipeline schedule; around it, the step of the clones", ("pp_size", "vp_size"),
+    ),
+    Seam(SCHEDULES, "forward_backward_no_pipelining", None, (SCHEDULE,), KNOWN, "a model without a pipeline keeps its schedule"),
+    Seam(
+        SCHEDULES, "P2PCommunicator", ".refuse_own_transfers", (SCHEDULE,), KNOWN,
+        "made by Megatron's own pipelined schedules alone: they do not run in place of the chosen one", ("pp_group", "config"),
+        alone=True,
+    ),
+    Seam(
+        SCHEDULES, "forward_step", None, (SCHEDULE,), KNOWN, "called for each F",
+        ("forward_step_func", "data_iterator", "model", "num_microbatches", "input_tensor", "forward_data_store", "config"),
+    ),
+    Seam(
+        SCHEDULES, "backward_step", None, (SCHEDULE,), KNOWN, "called for each B",
+        ("input_tensor", "output_tensor", "output_tensor_grad", "config"),
+    ),
+    Seam(
+        SCHEDULES, "get_tensor_shapes", None, (SCHEDULE,), KNOWN, "shape of what the ranks send each other",
+        ("seq_length", "micro_batch_size", "decoder_seq_length", "config", "tp_group", "cp_group"),
+    ),
+    Seam(
+        SCHEDULES, "check_first_val_step", None, (SCHEDULE,), KNOWN, "FP8 caches", ("first_val_step", "forward_only", "cond")
+    ),
+    Seam(
+        SCHEDULES, "deallocate_output_tensor", None, (SCHEDULE,), KNOWN, "frees what has been sent",
+        ("out", "deallocate_pipeline_outputs"),
+    ),
+    Seam(
+        "megatron.core.pipeline_parallel.p2p_communication", "P2PCommunicator", None, (SCHEDULE,), KNOWN,
+        "what a loop may hand over, and is not used",
+    ),
+    Seam(
+        "megatron.core.process_groups_config.ProcessGroupCollection", "use_mpu_process_groups", None, (SCHEDULE,), KNOWN,
+        "the process groups, where a loop hands over none",
+    ),
+    Seam(STATE, "get_pipeline_model_parallel_world_size", None, (SCHEDULE,), KNOWN, "whether there is a pipeline"),
+    Seam(STATE, "get_data_parallel_rank", None, (SCHEDULE,), KNOWN, "whose samples a chunk reads"),
+    Seam(PARALLEL, "start_grad_sync", None, (SCHEDULE,), KNOWN, "starts a chunk's reductions behind its last W", ("self",)),
+    Seam(PARALLEL, "ddp_config", None, (SCHEDULE,), KNOWN, "whether reductions overlap"),
+    Seam("megatron.core.transformer.module", "Float16Module", None, (FLAGS, SCHEDULE), KNOWN, "wraps a chunk"),
+    Seam("megatron.core.transformer.module", "MegatronModule", None, (FLAGS, SCHEDULE), KNOWN, "what a chunk is"),
+    Seam("megatron.core.distributed", "DistributedDataParallel", None, (FLAGS, SCHEDULE, EPLB), KNOWN, "wraps a chunk"),
+    Seam(
+        TRAINING, "dummy_train_step", "pipeline.iterators.draw_from_every_chunk", (SCHEDULE,), KNOWN,
+        "skipped iterations of several chunks", ("data_iterator",),
+    ),
+    Seam(
+        SAVING, "maybe_save_dataloader_state", "pipeline.iterators.save_first_chunks_loader", (SCHEDULE,), KNOWN,
+        "data loaders of several chunks", ("train_iterator", "iteration", "dataloader_save_path"),
+    ),
+    Seam(
+        "megatron.core.rerun_state_machine", "get_rerun_state_machine", None, (SCHEDULE,), KNOWN,
+        "how often a skipped step is run",
+    ),
+    Seam(
+        "megatron.core.num_microbatches_calculator", "get_num_microbatches", None, (SCHEDULE, EPLB), KNOWN,
+        "micro-batches of a skipped step, and of a step that is planned",
+    ),
+    Seam(
+        SAVING, "_load_base_checkpoint", ".guard_checkpoint", (SCHEDULE, EPLB), KNOWN,
+        "optimizer state of another layout, batch sizes to come, copies of the embedding, other experts", ("load_dir", "args"),
+    ),
+)  # fmt: skip
+
+SPLITTING = (
+    Seam(
+        LAYERS, LINEAR, "pipeline.zero_bubble.make_split_linear", (ZERO_BUBBLE,), KNOWN,
+        "weight gradients of local linears",
+    ),
+    Seam(
+        f"{LAYERS}.{LINEAR}", "forward", None, (ZERO_BUBBLE,), KNOWN,
+        "what a linear's backward finds in its context",
+        (
+            "ctx", "input", "weight", "bias", "gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel",
+            "grad_output_buffer", "wgrad_deferral_limit", "tp_group",
+        ),
+    ),
+    Seam(
+        LAYERS, "prepare_input_tensors_for_wgrad_compute", None, (ZERO_BUBBLE,), KNOWN, "operands of a weight gradient",
+        ("grad_output", "all_gathered_input"),
+    ),
+    Seam(
+        "megatron.core.tensor_parallel.mappings", "gather_from_sequence_parallel_region", None, (ZERO_BUBBLE,), KNOWN,
+        "gathers an input that was saved in shards", ("input_",),
+    ),
+    Seam(PARALLEL, "param_to_bucket_group", None, (ZERO_BUBBLE,), KNOWN, "which reduction a weight's gradient is part of"),
+    Seam(BUCKETS, "grad_reduce_handle", None, (ZERO_BUBBLE,), KNOWN, "whether that reduction has begun"),
+    Seam(
+        "megatron.core.transformer.transformer_config.TransformerConfig", "__post_init__", "pipeline.zero_bubble.delay_after",
+        (ENGINE,), KNOWN, "Transformer Engine's modules keep their weight gradients", ("self",),
+    ),
+    Seam(
+        "megatron.core.distributed.DistributedDataParallelConfig", "__post_init__", "pipeline.zero_bubble.delay_after",
+        (ENGINE,), KNOWN, "data parallelism knows of it", ("self",),
+    ),
+)  # fmt: skip
+
+PAIRING = (
+    Seam(
+        "megatron.core.pipeline_parallel.combined_1f1b", "combined_forward_backward_step", None, (OVERLAP,), KNOWN,
+        "F, B and F&B through upstream's plans",
+        (
+            "forward_step_func", "data_iterator", "f_model", "num_microbatches", "input_tensor", "forward_data_store", "b_model",
+            "b_input_tensor", "b_output_tensor", "b_output_tensor_grad", "config", "f_model_chunk_id", "is_first_microbatch",
+            "current_microbatch",
+        ),
+        by_name=True,
+    ),
+    Seam("megatron.core.pipeline_parallel.utils", "ScheduleNode", None, (OVERLAP,), KNOWN, "runs weight gradients on a stream"),
+    Seam("megatron.core.pipeline_parallel.utils", "set_streams", None, (OVERLAP,), KNOWN, "the communication stream"),
+    *(
+        seam
+        for node, versions in NODES.items()
+        for seam in (
+            Seam(
+                node, "backward_impl", "pipeline.overlap.hold_in_node", (OVERLAP,), versions,
+                "weight gradients of a pair's nodes wait", ("self", "outputs", "output_grad"),
+            ),
+            Seam(node, "backward_dw", "pipeline.overlap.run_held", (OVERLAP,), versions, "and run there", ("self",)),
+            Seam(node, "bwd_dw_callables", None, (OVERLAP,), versions, "which nodes have weight gradients"),
+            Seam(node, "delay_wgrad_compute", None, (OVERLAP,), versions, "whose weight gradients are Transformer Engine's"),
+        )
+    ),
+)  # fmt: skip
+
+TURNING = (
+    Seam(
+        STATE, "initialize_model_parallel", "v_layout.embeddings.keep_embeddings_on_first_rank", (V_LAYOUT,), KNOWN,
+        "copies of the embedding", ("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    ),
+    Seam(STATE, "model_parallel_is_initialized", None, (V_LAYOUT,), KNOWN, "whether that is too late"),
+    Seam(STATE, "set_pipeline_model_parallel_rank", None, (V_LAYOUT,), KNOWN, "the mirrored rank", ("rank",)),
+    Seam(STATE, "_MPU_PIPELINE_MODEL_PARALLEL_RANK", None, (V_LAYOUT,), KNOWN, "the rank to go back to"),
+    Seam(STATE, "_PIPELINE_MODEL_PARALLEL_GROUP", None, (V_LAYOUT,), KNOWN, "mirrored while chunk 1 is built"),
+    Seam(STATE, "get_pipeline_model_parallel_group", None, (V_LAYOUT,), KNOWN, "the group that is mirrored"),
+    Seam(STATE, "get_pipeline_model_parallel_rank", None, (V_LAYOUT,), KNOWN, "whether a builder took the mirrored rank"),
+    Seam(STATE, "is_pipeline_last_stage", None, (V_LAYOUT,), KNOWN, "whether chunk 1 ends the model", ("ignore_virtual",)),
+    Seam(
+        TRAINING, "get_model", "v_layout.model.build_in_v", (V_LAYOUT,), KNOWN, "model provider",
+        ("model_provider_func", "model_type", "wrap_with_ddp"),
+    ),
+    Seam(
+        f"{TRAINER}.models.dist_utils", "build_virtual_pipeline_stages", "v_layout.model.build_in_v", (V_LAYOUT,), SINCE_18,
+        "model builder", ("build_model_func", "pg_collection", "vp_size"),
+    ),
+    Seam(
+        "megatron.core.transformer.module.MegatronModule", "sharded_state_dict", None, (V_LAYOUT,), KNOWN,
+        "of a second chunk, replaced on the chunk: it says where it lies as the mirrored rank does",
+    ),
+    Seam(
+        TRAINING, "build_train_valid_test_data_iterators", ".read_data", (V_LAYOUT, CROSSLINK), KNOWN,
+        "data of the second chunk: as on the mirrored pipeline rank, and the partner's",
+        ("build_train_valid_test_datasets_provider",),
+    ),
+    Seam(
+        f"{FORMAT}.strategies.fully_parallel", "distribute_main_replicas_with_precomputed_distribution",
+        "v_layout.embeddings.save_copies_once", (V_LAYOUT,), KNOWN, "checkpoints with copies of the embedding",
+        ("sharded_state_dict", "parallelization_group", "precomputed_distribution"),
+    ),
+    Seam(
+        f"{FORMAT}.serialization", "load", "v_layout.embeddings.load_copies_apart", (V_LAYOUT,), KNOWN,
+        "checkpoints with copies of the embedding", ("sharded_state_dict", "checkpoint_dir"),
+    ),
+    Seam(f"{FORMAT}.dict_utils", "nested_values", None, (FLAGS, V_LAYOUT), KNOWN, "walks over a checkpoint"),
+    Seam(f"{FORMAT}.dict_utils", "dict_list_map_inplace", None, (FLAGS, V_LAYOUT), KNOWN, "separates copies"),
+    Seam(f"{FORMAT}.mapping", "ShardedTensor", None, (FLAGS, V_LAYOUT), KNOWN, "who saves a copy"),
+    Seam(
+        "megatron.core.transformer.multi_token_prediction", "MTPLossLoggingHelper", None, (SCHEDULE,), KNOWN,
+        "losses of prediction layers",
+    ),
+    Seam(
+        "megatron.core.transformer.multi_token_prediction.MTPLossLoggingHelper", "tracker", None, (SCHEDULE,), KNOWN,
+        "losses of prediction layers: those of a V are moved to the rank that logs them",
+    ),
+    Seam(STATE, "get_data_parallel_group", None, (SCHEDULE,), KNOWN, "the replicas: partners, and what losses are averaged over"),
+    Seam(STATE, "set_data_parallel_rank", None, (CROSSLINK,), KNOWN, "the partner's data", ("rank",)),
+    Seam(STATE, "_MPU_DATA_PARALLEL_RANK", None, (CROSSLINK,), KNOWN, "the rank to go back to"),
+)  # fmt: skip
+
+BALANCING = (
+    Seam(
+        MOE_LAYER, "__init__", ".slots.give_slots", (EPLB,), KNOWN, "slots in place of experts, a dispatcher for them, clones",
+        ("self", "config", "submodules", "layer_number", "pg_collection"),
+    ),
+    Seam(
+        MOE_LAYER, "preprocess", ".slots.deal_to_slots", (EPLB,), KNOWN, "the slot map",
+        ("self", "hidden_states", "probs", "routing_map"),
+    ),
+    Seam(
+        f"{MOE}.token_dispatcher", "gather_from_sequence_parallel_region", ".slots.counts.answer_gather", (EPLB,), KNOWN,
+        "one gather of counts, not two; there alone, elsewhere the function of that name has other work", ("input_",), alone=True,
+    ),
+    Seam(f"{MOE}.moe_layer", "MoELayer", None, (EPLB,), KNOWN, "which layers to balance"),
+    *(
+        Seam(MOE_LAYER, name, None, (EPLB,), KNOWN, why)
+        for name, why in {
+            "token_dispatcher": "replaced by one of its own class that deals to slots",
+            "experts": "homes; forward, backward_dw and train of it hand on to the clones",
+            "submodules": "builds clones as experts are built",
+            "ep_group": "the expert-parallel ranks",
+        }.items()
+    ),
+    Seam(f"{MOE}.moe_utils", "get_default_pg_collection", None, (EPLB,), KNOWN, "the groups of a layer that was given none"),
+    Seam(
+        "megatron.core.tensor_parallel", "gather_from_sequence_parallel_region", None, (EPLB,), KNOWN,
+        "counts of all sources", ("input_",),
+    ),
+    Seam(
+        TRAINING, "train_step", ".balancer.wrap_train_step", (EPLB,), KNOWN, "the optimizer of homes that move",
+        ("forward_step_func", "data_iterator", "model", "optimizer"),
+    ),
+    Seam(
+        SAVING, "save_checkpoint", ".balancer.wrap_save", (EPLB,), KNOWN, "homes in order", ("iteration", "model", "optimizer")
+    ),
+    Seam(SAVING, "get_checkpoint_name", None, (EPLB,), KNOWN, "where loads are kept", ("checkpoints_path", "iteration")),
+    Seam(
+        f"{MOE}.moe_logging.MoEMetricsTracker", "report", ".balancer.wrap_report", (EPLB,), SINCE_18, "log line and TensorBoard",
+        ("self", "loss_scale", "iteration", "writer"),
+    ),
+    Seam(
+        PARALLEL, "finish_grad_sync", "experts.homecoming.finish_when_home", (EPLB,), KNOWN,
+        "gradients of clones are home before it ends", ("self",),
+    ),
+    Seam(
+        BUCKETS, "start_grad_sync", "experts.homecoming.start_when_home", (EPLB,), KNOWN, "and before experts' are reduced",
+        ("self",),
+    ),
+    Seam(PARALLEL, "expert_parallel_bucket_groups", None, (EPLB,), KNOWN, "the reductions of experts' gradients"),
+    Seam(PARALLEL, "remove_forward_pre_hook_handles", None, (EPLB,), KNOWN, "whether parameters are gathered behind forwards"),
+    Seam(BUCKETS, "finish_param_sync", None, (EPLB,), KNOWN, "homes are gathered before they are sent", ("self",)),
+    Seam(STATE, "get_expert_model_parallel_world_size", None, (EPLB,), KNOWN, "whether there is anything to balance"),
+    Seam(STATE, "get_expert_model_parallel_group", None, (EPLB,), KNOWN, "the expert-parallel ranks"),
+    Seam(STATE, "get_expert_data_parallel_group", None, (EPLB,), KNOWN, "the replicas of an expert"),
+    Seam(STATE, "get_tensor_and_data_parallel_group", None, (EPLB,), KNOWN, "the ranks that hold the same layers"),
+    Seam(OPTIMIZER, "model_param_group_index_map", None, (REHOMING,), KNOWN, "whether a rank has a shard of a parameter's state"),
+    Seam(
+        OPTIMIZER, "_get_main_param_and_optimizer_states", None, (REHOMING,), KNOWN, "that shard: masters and moments",
+        ("self", "model_param"),
+    ),
+    Seam(
+        "megatron.core.optimizer.optimizer.ChainedOptimizer", "chained_optimizers", None, (REHOMING,), KNOWN,
+        "the optimizers of a model",
+    ),
+)  # fmt: skip
+
+SEAMS = (*STARTING, *STEPPING, *SPLITTING, *PAIRING, *TURNING, *BALANCING)
 
 
 def find_version() -> str:
@@ -274,19 +330,17 @@ def find_version() -> str:
     return str(__version__)
 
 
-def check_seams(option: str | None = None) -> None:
-    """Raise `SeamError` that names version and symbol unless every seam fits, of those that go ``only_with`` the option."""
-    dropped = "the --cf flags" if option is None else f"--cf-{option}"
-    for seam in SEAMS:
-        if seam.only_with == option and (misfit := seam.find_misfit()):
-            raise SeamError(
-                f"megatron-core {find_version()}: {seam.module}.{seam.symbol} {misfit}; "
-                "this version of counterflow supports megatron-core 0.17 to 0.20: install one of them and what it imports, "
-                f"or drop {dropped}"
-            )
+def list_seams() -> list[Seam]:
+    """Return the seams that the Megatron in use should have: those of its version, of ``megatron.training`` where it is there."""
+    version = find_version()
+    due = [seam for seam in SEAMS if version == "not installed" or seam.is_due(version, KNOWN)]
+    # A loop of its own over megatron.core may be without it.
+    has_trainer = version != "not installed" and importlib.util.find_spec(TRAINER) is not None
+    return [seam for seam in due if has_trainer or not seam.owner.startswith(TRAINER)]
 
 
-def take(patches: Patches, seam: Seam, wrap: Callable[[Any], Any]) -> None:
-    """Put ``wrap(original)`` in the symbol's place, wherever it was imported; nothing where there is no such symbol."""
-    if seam.is_present():
-        patches.replace(importlib.import_module(seam.module), seam.symbol, wrap)
+def check_seams(features: Collection[str] = tuple(REMEDIES)) -> None:
+    """Raise `SeamError` that names version, symbol and remedy where a seam of these features does not fit."""
+    seams, found, supported = list_seams(), f"megatron-core {find_version()}", f"megatron-core {KNOWN[0]} to {KNOWN[-1]}"
+    for feature in features:
+        check_all(seams, feature, found, supported, REMEDIES[feature])

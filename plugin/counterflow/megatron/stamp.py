@@ -1,21 +1,15 @@
-"""What a run's arguments, and so its checkpoints, say of the layout that it trains under.
-
-A name of a schedule is enough to know its layout; of a table in a file it is not: the file may be another, or gone, by the time
-that a checkpoint is read.
-"""
+"""Where Megatron's arguments, and so its checkpoints, hold the stamp of the layout that a run trains under."""
 
 from typing import Any
 
-from counterflow.errors import CounterflowError
 from counterflow.options import Options
-from counterflow.schedule.layouts import LOOPED, STRAIGHT
-from counterflow.trainer.tables import choose_layout, name_model_layout, read_table
+from counterflow.trainer import stamp
 
 
 def stamp_layout(args: Any, options: Options, layout: str) -> None:
     """Write down the model's layout with its chunks (``v 2``), and of a table in a file the digest."""
     args.cf_layout = layout
-    args.cf_table = f"{read_table(options).digest:x}" if options.schedule_file is not None else None
+    args.cf_table = stamp.digest_table(options)
 
 
 def name_layout(args: Any) -> str | None:
@@ -26,21 +20,14 @@ def name_layout(args: Any) -> str | None:
     """
     if (layout := getattr(args, "cf_layout", None)) is not None:
         return str(layout)
-    chunks = getattr(args, "virtual_pipeline_model_parallel_size", None) or 1
-    # model_construct: a file named in a checkpoint need not exist any more to be a file's name.
-    options = Options.model_construct(schedule=getattr(args, "cf_schedule", None))
-    if options.schedule_file is None:
-        return f"{name_model_layout(choose_layout(options, 2, chunks))} {chunks}"
-    if chunks == 2:
-        return None
-    return f"{STRAIGHT if chunks == 1 else LOOPED} {chunks}"
+    return stamp.name_layout(_read_schedule(args), getattr(args, "virtual_pipeline_model_parallel_size", None) or 1)
 
 
 def guess_layout(args: Any) -> str | None:
     """Return the layout that the file named in these arguments holds today; None where it has no such table any more."""
-    options = Options.model_construct(schedule=args.cf_schedule)
-    try:
-        layout = choose_layout(options, 2, 2)
-    except CounterflowError:
-        return None
-    return f"{name_model_layout(layout)} {layout.chunks}"
+    return stamp.guess_layout(_read_schedule(args))
+
+
+def _read_schedule(args: Any) -> Options:
+    # model_construct: a file named in a checkpoint need not exist any more to be a file's name.
+    return Options.model_construct(schedule=getattr(args, "cf_schedule", None))

@@ -2,8 +2,6 @@
 
 import socket
 from collections import deque
-from collections.abc import Callable
-from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,11 @@ from counterflow.balance.placement import EMPTY, Placement, make_home_placement,
 from counterflow.balance.planning import TRAFFIC_WEIGHT
 from counterflow.devices import find_device
 from counterflow.errors import BalanceError
+from counterflow.megatron.experts.homecoming import hold_reductions
 from counterflow.megatron.experts.layer import LayerSlots
 from counterflow.megatron.experts.optimizer_state import take_state
 from counterflow.megatron.gradients import GRADIENTS
+from counterflow.megatron.state import layer_slots
 from counterflow.moe.clones import Clones, Traffic, find_timeout, measure_clones
 from counterflow.moe.homes import move_homes
 from counterflow.moe.loads import LoadTracker
@@ -40,7 +40,7 @@ class BalancedModel:
 
     def __init__(self, options: Options, chunks: list[Any]) -> None:
         self._options, self._chunks = options, chunks
-        slots = [[module.cf_slots for module in chunk.modules() if hasattr(module, "cf_slots")] for chunk in chunks]
+        slots = [[layer_slots[one] for one in chunk.modules() if one in layer_slots] for chunk in chunks]
         self._layers: list[LayerSlots] = [one for chunk in slots for one in chunk]
         self._experts = [one.list_experts() for one in self._layers]
         self._device = find_device()
@@ -309,32 +309,3 @@ def open_group(ep_group: Any) -> dist.ProcessGroup:
     # A group's first batch of transfers may need all its ranks, and not all of them send to each other.
     dist.barrier(group=group)
     return group
-
-
-def hold_reductions(chunk: Any, clones: Clones) -> None:
-    """Let Megatron's data parallelism reduce expert gradients once those of the clones are home."""
-    due: list[Callable[[], None]] = []
-    finish = chunk.finish_grad_sync
-
-    def hold(start: Callable[..., None]) -> Callable[..., None]:
-        @wraps(start)
-        def start_when_home(*args: Any, **kwargs: Any) -> None:
-            if clones.are_home:
-                start(*args, **kwargs)
-            else:
-                due.append(partial(start, *args, **kwargs))
-
-        return start_when_home
-
-    @wraps(finish)
-    def finish_grad_sync(*args: Any, **kwargs: Any) -> None:
-        clones.finish_homecoming()
-        while due:
-            due.pop(0)()
-        finish(*args, **kwargs)
-
-    chunk.finish_grad_sync = finish_grad_sync
-    # For schedules that know a chunk's last gradients before they finish: `gradient_sync.GradientSync`.
-    chunk.cf_send_gradients_home = clones.start_homecoming
-    for group in chunk.expert_parallel_bucket_groups:
-        group.start_grad_sync = hold(group.start_grad_sync)

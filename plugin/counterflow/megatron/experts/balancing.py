@@ -26,6 +26,7 @@ from counterflow.errors import OptionError
 from counterflow.megatron.checks import check_loop
 from counterflow.megatron.experts.balanced_model import BalancedModel, open_group
 from counterflow.megatron.loop import find_arguments, number_iteration
+from counterflow.megatron.state import layer_slots
 from counterflow.moe.planning import compile_planner
 from counterflow.options import Options
 
@@ -184,7 +185,7 @@ class ExpertBalancer:
 def _find_slots(chunks: list[Any]) -> bool:
     """Tell whether this rank has layers to balance; raises `OptionError` where their clones could not train with them."""
     layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, MoELayer)]
-    if any(not hasattr(layer, "cf_slots") for layer in layers):
+    if any(layer not in layer_slots for layer in layers):
         raise OptionError("--cf-eplb: this model's MoE layers were built before counterflow.enable(): call it first")
     for chunk in chunks:
         if layers and not hasattr(chunk, "expert_parallel_bucket_groups"):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from counterflow.balance.placement import Placement, make_home_placement, sum_by
 from counterflow.balance.shares import share_tokens
 from counterflow.devices import find_device
 from counterflow.errors import SeamError
+from counterflow.megatron.state import layer_slots
 from counterflow.moe.clones import Clones, LayerExperts
 from counterflow.moe.loads import LoadTracker
 from counterflow.moe.slots import make_slot_table, place_evenly, place_exactly
@@ -32,7 +34,8 @@ class LayerSlots:
     """
 
     def __init__(self, layer: Any, dispatcher: Any, clone_module: Any, clones_per_rank: int, *, is_exact: bool) -> None:
-        self.layer, self.clone_module = layer, clone_module
+        # Not held: the table that has this by its layer would keep both alive.
+        self._find_layer, self.clone_module = ref(layer), clone_module
         self._is_exact = is_exact
         self._group = dispatcher.tp_ep_group
         self._rank_of_source = np.arange(self._group.size()) // dispatcher.tp_size
@@ -43,6 +46,13 @@ class LayerSlots:
         self._table = make_slot_table(homes, find_device())
         self._own = layer.num_local_experts
         self._per_rank = clones_per_rank
+
+    @property
+    def layer(self) -> Any:
+        """The MoE layer."""
+        layer = self._find_layer()
+        assert layer is not None
+        return layer
 
     def connect(self, tracker: LoadTracker, index: int, clones: Clones, clones_index: int) -> None:
         """Say where loads are reported and where the clones' weights come from, and this layer's place in both."""
@@ -98,39 +108,91 @@ class LayerSlots:
         return LayerExperts(homes, list_weights(self.clone_module, self._per_rank) if self.clone_module is not None else [])
 
 
-def give_slots(build: Callable[..., None], clones_per_rank: int, *, is_exact: bool) -> Callable[..., None]:
-    """Wrap ``MoELayer.__init__``: the layer gets slots, ``cf_slots``, a dispatcher that deals to them, and its clones."""
+class KnownCounts:
+    """Token counts that a layer knows before its dispatcher would gather them."""
 
-    @wraps(build)
-    def build_with_slots(self: Any, *args: Any, **kwargs: Any) -> None:
-        build(self, *args, **kwargs)
-        if self.ep_group.size() == 1:
-            return  # every rank computes all experts: there is nothing to balance
-        given = inspect.signature(build).bind(self, *args, **kwargs).arguments
-        groups = given.get("pg_collection") or _get_default_groups()
-        self.token_dispatcher = _make_slot_dispatcher(self, clones_per_rank, groups)
-        clones = _build_clones(self, clones_per_rank, groups, given.get("name"))
-        self.cf_slots = LayerSlots(self, self.token_dispatcher, clones, clones_per_rank, is_exact=is_exact)
-        if clones is not None:
-            _add_clones(self.experts, self.cf_slots)
+    def __init__(self) -> None:
+        self._known: torch.Tensor | None = None
 
-    return build_with_slots
+    @contextmanager
+    def hold(self, counts: torch.Tensor | None) -> Iterator[None]:
+        """Let the dispatcher's gather of counts inside the block return ``counts``, ``[sources, slots]``, without a collective.
+
+        Raises `SeamError` where it does not gather.
+        """
+        if counts is None:
+            yield
+            return
+        self._known = counts
+        try:
+            yield
+            if self._known is not None:
+                raise SeamError(
+                    "the all-to-all dispatcher of this megatron-core gathers no counts in its preprocess: drop --cf-eplb"
+                )
+        finally:
+            self._known = None
+
+    def answer_gather(self, gather: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap the gather that token dispatchers import: inside `hold` the first call is answered."""
+
+        @wraps(gather)
+        def gather_or_answer(input_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._known is None:
+                return gather(input_, *args, **kwargs)
+            known, self._known = self._known, None
+            if input_.dim() != 1 or len(input_) != known.shape[1]:
+                raise SeamError(
+                    f"the all-to-all dispatcher of this megatron-core gathers {tuple(input_.shape)} first where "
+                    f"({known.shape[1]},) counts are expected: drop --cf-eplb"
+                )
+            return known.view(-1)
+
+        return gather_or_answer
 
 
-def deal_to_slots(preprocess: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``MoELayer.preprocess``, which hands routed tokens to the dispatcher: it gets a map over slots."""
+class SlotWrappers:
+    """Wraps the methods by which Megatron builds and runs MoE layers: in a run with slots."""
 
-    @wraps(preprocess)
-    def preprocess_slots(self: Any, hidden_states: Any, probs: Any, routing_map: Any) -> Any:
-        if not hasattr(self, "cf_slots"):
-            return preprocess(self, hidden_states, probs, routing_map)
-        slot_probs, slot_map, shares = self.cf_slots.deal(probs, routing_map)
-        # Only this dispatcher gathers counts before it sends; padding, for quantization, changes them.
-        is_known = self.config.moe_token_dispatcher_type == "alltoall" and not self.config.moe_router_padding_for_quantization
-        with answer_gather(shares if is_known and self.token_dispatcher.tp_ep_group.size() > 1 else None):
-            return preprocess(self, hidden_states, slot_probs, slot_map)
+    def __init__(self, clones_per_rank: int, *, is_exact: bool) -> None:
+        self._clones_per_rank, self._is_exact = clones_per_rank, is_exact
+        self.counts = KnownCounts()
 
-    return preprocess_slots
+    def give_slots(self, build: Callable[..., None]) -> Callable[..., None]:
+        """Wrap ``MoELayer.__init__``: the layer gets `LayerSlots`, a dispatcher that deals to them, and its clones."""
+
+        @wraps(build)
+        def build_with_slots(layer: Any, *args: Any, **kwargs: Any) -> None:
+            build(layer, *args, **kwargs)
+            if layer.ep_group.size() == 1:
+                return  # every rank computes all experts: there is nothing to balance
+            given = inspect.signature(build).bind(layer, *args, **kwargs).arguments
+            groups = given.get("pg_collection") or _get_default_groups()
+            layer.token_dispatcher = _make_slot_dispatcher(layer, self._clones_per_rank, groups)
+            clones = _build_clones(layer, self._clones_per_rank, groups, given.get("name"))
+            slots = LayerSlots(layer, layer.token_dispatcher, clones, self._clones_per_rank, is_exact=self._is_exact)
+            layer_slots[layer] = slots
+            if clones is not None:
+                _add_clones(layer.experts, slots)
+
+        return build_with_slots
+
+    def deal_to_slots(self, preprocess: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap ``MoELayer.preprocess``, which hands routed tokens to the dispatcher: it gets a map over slots."""
+
+        @wraps(preprocess)
+        def preprocess_slots(layer: Any, hidden_states: Any, probs: Any, routing_map: Any) -> Any:
+            slots = layer_slots.get(layer)
+            if slots is None:
+                return preprocess(layer, hidden_states, probs, routing_map)
+            slot_probs, slot_map, shares = slots.deal(probs, routing_map)
+            # Only this dispatcher gathers counts before it sends; padding, for quantization, changes them.
+            config = layer.config
+            is_known = config.moe_token_dispatcher_type == "alltoall" and not config.moe_router_padding_for_quantization
+            with self.counts.hold(shares if is_known and layer.token_dispatcher.tp_ep_group.size() > 1 else None):
+                return preprocess(layer, hidden_states, slot_probs, slot_map)
+
+        return preprocess_slots
 
 
 def _get_default_groups() -> Any:
@@ -216,45 +278,3 @@ def list_weights(experts: Any, count: int) -> list[list[torch.nn.Parameter]]:
         [weight for linear in linears for name in names if (weight := getattr(linear, name.format(index), None)) is not None]
         for index in range(count)
     ]
-
-
-# What the dispatcher's next gather is to return, where it is known already.
-_answer: torch.Tensor | None = None
-
-
-@contextmanager
-def answer_gather(counts: torch.Tensor | None) -> Iterator[None]:
-    """Let the dispatcher's gather of counts inside the block return ``counts``, ``[sources, slots]``, without a collective.
-
-    Raises `SeamError` where it does not gather.
-    """
-    global _answer
-    if counts is None:
-        yield
-        return
-    _answer = counts
-    try:
-        yield
-        if _answer is not None:
-            raise SeamError("the all-to-all dispatcher of this megatron-core gathers no counts in its preprocess: drop --cf-eplb")
-    finally:
-        _answer = None
-
-
-def answer_from_shares(gather: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the gather that token dispatchers import: inside `answer_gather` the first call is answered."""
-
-    @wraps(gather)
-    def gather_or_answer(input_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        global _answer
-        if _answer is None:
-            return gather(input_, *args, **kwargs)
-        answer, _answer = _answer, None
-        if input_.dim() != 1 or len(input_) != answer.shape[1]:
-            raise SeamError(
-                f"the all-to-all dispatcher of this megatron-core gathers {tuple(input_.shape)} first where "
-                f"({answer.shape[1]},) counts are expected: drop --cf-eplb"
-            )
-        return answer.view(-1)
-
-    return gather_or_answer

@@ -3,6 +3,7 @@
 import contextlib
 from typing import Any
 
+from counterflow.megatron.state import of_chunk
 from counterflow.schedule import ScheduleTable
 
 
@@ -65,8 +66,8 @@ class GradientSync:
             if stage not in self._synced:
                 self._start_gradients(stage)
             # Clones (--cf-eplb) send theirs home now; expert gradients are reduced after that.
-            if send_home := getattr(self._chunks[self._layout.chunk_of(stage)], "cf_send_gradients_home", None):
-                send_home()
+            if (clones := of_chunk(self._chunks[self._layout.chunk_of(stage)]).clones) is not None:
+                clones.start_homecoming()
         self.pause()
 
     def finish(self) -> None:

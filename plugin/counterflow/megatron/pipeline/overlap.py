@@ -9,8 +9,6 @@ In a pair, the weight gradients of a layer's experts and attention (`defer_weigh
 ``backward_dw``: behind the input gradients, so that the next all-to-all need not wait for them.
 """
 
-import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,7 +24,6 @@ from counterflow.errors import OptionError, SeamError
 from counterflow.megatron.pipeline.gradient_sync import GradientSync
 from counterflow.megatron.pipeline.work import MegatronWork, Step
 from counterflow.megatron.v_layout.mirror import hold_mirrored_rank
-from counterflow.patching import Patches
 from counterflow.runtime.weight_grads import defer_weight_grad, hold_weight_grads
 from counterflow.schedule.actions import Action
 
@@ -135,15 +132,16 @@ def require_schedule_plans(forward_step_func: Callable[..., Any]) -> None:
         )
 
 
-# In a pair, the nodes whose weight gradients wait for their `backward_dw`; elsewhere None.
-_waiting: list[Any] | None = None
+# In a pair, the nodes whose weight gradients wait for their `backward_dw`, with these; elsewhere None. One of the process, as
+# `runtime.weight_grads` has it.
+_waiting: dict[Any, list[Callable[[], None]]] | None = None
 
 
 @contextmanager
 def _defer_in_nodes() -> Iterator[None]:
     """Let nodes defer their weight gradients to their ``backward_dw`` inside the block; raises where one is never called."""
     global _waiting
-    _waiting = []
+    _waiting = {}
     try:
         yield
         if _waiting:
@@ -153,24 +151,7 @@ def _defer_in_nodes() -> Iterator[None]:
         _waiting = None
 
 
-def defer_inside_plans(patches: Patches) -> None:
-    """Let the nodes of a pair's plan run their weight gradients where upstream calls ``backward_dw``."""
-    node = _find_layer_node()
-    for name, wrap in (("backward_impl", _hold_in_node), ("backward_dw", _run_held)):
-        if not hasattr(node, name):
-            raise SeamError(f"{node.__module__}.{node.__name__}.{name} does not exist in this megatron-core: drop --cf-overlap")
-        patches.set(node, name, wrap(getattr(node, name)))
-
-
-def _find_layer_node() -> Any:
-    """Return upstream's class of a layer's nodes, which has moved between versions."""
-    home = "megatron.core.models.common.utils"
-    if importlib.util.find_spec(home) is None:  # before 0.19
-        home = "megatron.core.models.gpt.fine_grained_callables"
-    return importlib.import_module(home).TransformerLayerNode
-
-
-def _hold_in_node(backward_impl: Callable[..., Any]) -> Callable[..., Any]:
+def hold_in_node(backward_impl: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a layer node's backward: in a pair, the weight gradients that it defers wait for the node's ``backward_dw``."""
 
     @wraps(backward_impl)
@@ -178,21 +159,20 @@ def _hold_in_node(backward_impl: Callable[..., Any]) -> Callable[..., Any]:
         # The nodes on which upstream calls `backward_dw` are those that were given modules for it.
         if _waiting is None or not self.bwd_dw_callables:
             return backward_impl(self, *args)
-        with hold_weight_grads() as self.cf_held:
+        with hold_weight_grads() as held:
             result = backward_impl(self, *args)
-        _waiting.append(self)
+        _waiting[self] = held
         return result
 
     return run_and_hold
 
 
-def _run_held(backward_dw: Callable[[Any], None]) -> Callable[[Any], None]:
+def run_held(backward_dw: Callable[[Any], None]) -> Callable[[Any], None]:
     """Wrap a layer node's ``backward_dw``: what the node held runs there, on its stream; in an I, at the W."""
 
     def compute(node: Any) -> tuple[()]:
         assert _waiting is not None
-        _waiting.remove(node)
-        for fn in node.cf_held:
+        for fn in _waiting.pop(node):
             fn()
         return ()
 

@@ -10,11 +10,11 @@ A weight may be used more than once, by several linears or beside them. What a l
 itself, what other uses give goes through autograd, and Megatron's data parallelism is told for each backward which it was.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from importlib import metadata
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 from packaging.version import Version
@@ -22,21 +22,16 @@ from torch.utils.hooks import unserializable_hook
 
 from counterflow.errors import ScheduleError
 from counterflow.megatron.gradients import GRADIENTS
-from counterflow.patching import Patches
+from counterflow.megatron.state import layer_slots, of_chunk, of_weight
 from counterflow.runtime.weight_grads import defer_weight_grad, is_holding
 
 # From here on its delayed weight gradients know Megatron's overlapped reductions.
 FIRST_ENGINE = Version("2.8.0")
 
 
-def split_local_linears(patches: Patches) -> None:
-    """Let Megatron's local linears leave their weight gradients to `defer_weight_grad`."""
-    from megatron.core.tensor_parallel import layers
+def make_split_linear(upstream: Any) -> Any:
+    """Return Megatron's local linear, ``upstream``, that leaves its weight gradient to `defer_weight_grad`."""
 
-    patches.replace(layers, "LinearWithGradAccumulationAndAsyncCommunication", _make_split_linear)
-
-
-def _make_split_linear(upstream: Any) -> Any:
     class SplitLinear(upstream):  # type: ignore[misc]
         """Upstream's linear; in an I its backward hands the weight gradient over."""
 
@@ -59,9 +54,10 @@ def _make_split_linear(upstream: Any) -> Any:
             collected = ctx.grad_output_buffer.pop()
             bias_gradient = collected.reshape(-1, collected.shape[-1]).sum(dim=0) if has_bias else None
             gathered_by = ctx.tp_group if ctx.sequence_parallel else None
-            split = getattr(weight, "cf_split", None) or _SplitWeight(weight)
-            split.leave(weight, _Use(collected, saved_input, gathered_by), is_fused)
-            return input_gradient, split.placeholder, bias_gradient, *others
+            kept = of_weight(weight)
+            kept.split = kept.split or _SplitWeight(weight)
+            kept.split.leave(weight, _Use(collected, saved_input, gathered_by), is_fused)
+            return input_gradient, kept.split.placeholder, bias_gradient, *others
 
     return SplitLinear
 
@@ -78,7 +74,7 @@ class _Use(NamedTuple):
 
 
 class _SplitWeight:
-    """A weight, ``cf_split`` on it, some of whose gradients go to ``main_grad`` past autograd, and others through it."""
+    """A weight some of whose gradients go to ``main_grad`` past autograd, and others through it."""
 
     def __init__(self, weight: Any) -> None:
         # A zero, expanded: what autograd gets for a use whose gradient is computed later. It adds it to what other uses give.
@@ -86,7 +82,6 @@ class _SplitWeight:
         self._find_weight = ref(weight)
         self._backward = -1
         self._uses: list[_Use] = []
-        weight.cf_split = self
         weight.register_hook(self._note)
 
     def leave(self, weight: Any, use: _Use, is_fused: bool) -> None:
@@ -138,12 +133,13 @@ def watch_reductions(chunks: list[Any]) -> None:
     """Let each weight know the bucket group in which its gradient is reduced, for `require_before_reduction`."""
     for chunk in chunks:
         for parameter, group in getattr(chunk, "param_to_bucket_group", {}).items():
-            parameter.cf_bucket_group = group
+            of_weight(parameter).bucket_group = ref(group)
 
 
 def require_before_reduction(weight: Any) -> None:
     """Raise `ScheduleError` where a weight's gradient is added after the reduction of its bucket has begun."""
-    group = getattr(weight, "cf_bucket_group", None)
+    bucket_group = of_weight(weight).bucket_group
+    group = bucket_group() if bucket_group is not None else None
     if group is not None and group.grad_reduce_handle is not None:
         raise ScheduleError(
             f"a weight gradient of shape {tuple(weight.shape)} came after the data-parallel reduction of its bucket began: "
@@ -167,61 +163,49 @@ def find_engine_obstacle(args: Any) -> str | None:
     return None
 
 
-def delay_engine_weight_grads(patches: Patches) -> None:
-    """Let Transformer Engine's modules and Megatron's DDP delay weight gradients in every model built from here on."""
-    from megatron.core.distributed import DistributedDataParallelConfig
-    from megatron.core.transformer.transformer_config import TransformerConfig
+def delay_after(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Wrap a config's ``__post_init__``: what it configures, Transformer Engine's modules or DDP, delays weight gradients."""
 
-    for config in (TransformerConfig, DistributedDataParallelConfig):
-        patches.set(config, "__post_init__", _set_after(getattr(config, "__post_init__", None)))
-
-
-def _set_after(post_init: Any) -> Any:
     # Upstream allows it with its own overlap alone, which is who else calls backward_dw: set it once that has been checked.
+    @wraps(post_init)
     def delay(self: Any) -> None:
-        if post_init is not None:
-            post_init(self)
+        post_init(self)
         self.delay_wgrad_compute = True
 
-    return wraps(post_init)(delay) if post_init is not None else delay
-
-
-# Of each Transformer Engine module, how many of its queued entries have been handed over and not been run.
-_handed_over: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+    return delay
 
 
 def defer_engine_weight_grads(chunk: Any) -> None:
     """After a backward of a chunk: hand over what it has queued in its Transformer Engine modules, an entry for each use."""
-    delayed = [module for module in _find_engine_modules(chunk) if module.wgrad_store.delay_wgrad_compute()]
-    counts = {module: module.wgrad_store.context.qsize() - _handed_over.get(module, 0) for module in delayed}
+    handed_over = _find_engine_modules(chunk)
+    delayed = [module for module in handed_over if module.wgrad_store.delay_wgrad_compute()]
+    counts = {module: module.wgrad_store.context.qsize() - handed_over[module] for module in delayed}
     counts = {module: count for module, count in counts.items() if count > 0}
     for module, count in counts.items():
-        _handed_over[module] = _handed_over.get(module, 0) + count
+        handed_over[module] += count
     if counts:
-        defer_weight_grad(partial(_run_engine_weight_grads, counts))
+        defer_weight_grad(partial(_run_engine_weight_grads, counts, handed_over))
 
 
-_engine_modules: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
-
-
-def _find_engine_modules(chunk: Any) -> list[Any]:
+def _find_engine_modules(chunk: Any) -> dict[Any, int]:
     """Return the chunk's Transformer Engine modules; looked for once, since that is a walk over all of its modules."""
-    if chunk not in _engine_modules:
-        _engine_modules[chunk] = [one for one in _list_modules(chunk) if getattr(one, "wgrad_store", None) is not None]
-    return _engine_modules[chunk]
+    kept = of_chunk(chunk)
+    if kept.handed_over is None:
+        kept.handed_over = {one: 0 for one in _list_modules(chunk) if getattr(one, "wgrad_store", None) is not None}
+    return kept.handed_over
 
 
 def _list_modules(chunk: Any) -> Iterator[Any]:
     """Yield the chunk's modules, and those of its clones (--cf-eplb), which are no children of it."""
     for module in chunk.modules():
         yield module
-        if (slots := getattr(module, "cf_slots", None)) is not None and slots.clone_module is not None:
+        if (slots := layer_slots.get(module)) is not None and slots.clone_module is not None:
             yield from slots.clone_module.modules()
 
 
-def _run_engine_weight_grads(counts: dict[Any, int]) -> None:
+def _run_engine_weight_grads(counts: dict[Any, int], handed_over: dict[Any, int]) -> None:
     for module, count in counts.items():
         # In the order of the queue, whichever backward filled it: the first of a step may overwrite what later ones add to.
         for _ in range(count):
             module.backward_dw()
-        _handed_over[module] -= count
+        handed_over[module] -= count

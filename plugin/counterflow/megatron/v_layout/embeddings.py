@@ -77,25 +77,29 @@ def load_copies_apart(load: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(load)
     def load_apart(*args: Any, **kwargs: Any) -> Any:
-        seen: set[int] = set()
-
-        def separate(value: Any) -> Any:
-            if not torch.is_tensor(value) or not value.numel():
-                return value
-            # Not the storage: what a buffer holds side by side is apart already. A quantized tensor has no address.
-            place = value.data_ptr() or id(value)
-            if place in seen:
-                return value.clone()
-            seen.add(place)
-            return value
-
-        result = load(*args, **kwargs)
-        for part in result if isinstance(result, tuple) else (result,):
-            if isinstance(part, dict | list):
-                dict_list_map_inplace(separate, part)
-        return result
+        return separate_copies(load(*args, **kwargs))
 
     return load_apart
+
+
+def separate_copies(loaded: Any) -> Any:
+    """Return what was read of a checkpoint, in which no two tensors are one any more."""
+    seen: set[int] = set()
+
+    def separate(value: Any) -> Any:
+        if not torch.is_tensor(value) or not value.numel():
+            return value
+        # Not the storage: what a buffer holds side by side is apart already. A quantized tensor has no address.
+        place = value.data_ptr() or id(value)
+        if place in seen:
+            return value.clone()
+        seen.add(place)
+        return value
+
+    for part in loaded if isinstance(loaded, tuple) else (loaded,):
+        if isinstance(part, dict | list):
+            dict_list_map_inplace(separate, part)
+    return loaded
 
 
 def _find_copies(chunks: list[Any]) -> list[Any]:

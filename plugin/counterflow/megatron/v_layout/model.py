@@ -1,7 +1,6 @@
 """Build the model chunks and data sets of a V layout with Megatron's own builders."""
 
 import inspect
-import weakref
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
@@ -11,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.module import Float16Module
 
 from counterflow.errors import OptionError
+from counterflow.megatron.state import of_chunk
 from counterflow.megatron.v_layout.embeddings import copy_embedding
 from counterflow.megatron.v_layout.mirror import hold_mirrored_group, hold_mirrored_rank, mirror_collection, run_mirrored
 from counterflow.options import Options
@@ -18,8 +18,6 @@ from counterflow.schedule.layouts import V
 from counterflow.trainer.tables import choose_layout, name_model_layout
 
 WAY_BACK = 1
-# The second chunks that `lay_out_as_v` built: those of no other builder are stages of a V.
-_on_way_back: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 def lay_out_as_v(build_chunk: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,7 +39,7 @@ def lay_out_as_v(build_chunk: Callable[..., Any]) -> Callable[..., Any]:
                 chunk = build_chunk(*args, vp_stage=vp_stage, **kwargs)
             _require_mirrored(chunk)
         chunk.sharded_state_dict = run_mirrored(chunk.sharded_state_dict)
-        _on_way_back.add(chunk)
+        of_chunk(chunk).is_on_way_back = True
         copy_embedding([*built, chunk])
         built.clear()
         return chunk
@@ -53,6 +51,24 @@ def lay_out_for(options: Options, build_chunk: Callable[..., Any]) -> Callable[.
     """Wrap a builder of model chunks where the schedule in force wants them in a V."""
     is_v = options.schedule is not None and name_model_layout(choose_layout(options, 2, 2)) == V
     return lay_out_as_v(build_chunk) if is_v else build_chunk
+
+
+def build_in_v(build_model: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function of Megatron's whose first argument builds a model chunk: it is laid out as a V."""
+    return wrap_first(build_model, lay_out_as_v)
+
+
+def wrap_first(function: Callable[..., Any], wrap: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Call ``function`` with its first argument, by position or by name, wrapped."""
+    name = next(iter(inspect.signature(function).parameters))
+
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if name in kwargs:
+            return function(*args, **{**kwargs, name: wrap(kwargs[name])})
+        return function(wrap(args[0]), *args[1:], **kwargs)
+
+    return wrapped
 
 
 def _mirror_arguments(build_chunk: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -79,7 +95,7 @@ def _require_mirrored(chunk: Any) -> None:
 
 def is_on_way_back(chunk: Any) -> bool:
     """Tell whether a chunk, as it stands in the model or wrapped by data parallelism, was built as a V's second."""
-    return unwrap(chunk) in _on_way_back
+    return of_chunk(unwrap(chunk)).is_on_way_back
 
 
 def unwrap(chunk: Any) -> Any:

@@ -1,0 +1,45 @@
+"""Megatron's data parallelism reduces expert gradients once those of the clones have been added at their homes."""
+
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any
+
+from counterflow.megatron.state import expert_buckets, of_chunk
+from counterflow.moe.clones import Clones
+
+
+def hold_reductions(chunk: Any, clones: Clones) -> None:
+    """Let the reductions of a chunk's expert gradients wait for its clones."""
+    kept = of_chunk(chunk)
+    kept.clones = clones
+    for group in chunk.expert_parallel_bucket_groups:
+        expert_buckets[group] = kept
+
+
+def start_when_home(start_grad_sync: Callable[..., None]) -> Callable[..., None]:
+    """Wrap the start of a bucket group's reduction: one of expert gradients waits while those of clones are away."""
+
+    @wraps(start_grad_sync)
+    def start(self: Any, *args: Any, **kwargs: Any) -> None:
+        kept = expert_buckets.get(self)
+        if kept is None or kept.clones is None or kept.clones.are_home:
+            start_grad_sync(self, *args, **kwargs)
+        else:
+            kept.due.append(partial(start_grad_sync, self, *args, **kwargs))
+
+    return start
+
+
+def finish_when_home(finish_grad_sync: Callable[..., None]) -> Callable[..., None]:
+    """Wrap the end of a chunk's reductions: the gradients of its clones come home first, then what waited for them starts."""
+
+    @wraps(finish_grad_sync)
+    def finish(self: Any, *args: Any, **kwargs: Any) -> None:
+        kept = of_chunk(self)
+        if kept.clones is not None:
+            kept.clones.finish_homecoming()
+            while kept.due:
+                kept.due.pop(0)()
+        finish_grad_sync(self, *args, **kwargs)
+
+    return finish

@@ -1,0 +1,122 @@
+"""A seam: one place in which an adapter touches the trainer, as a value that is checked, taken, printed and undone."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from packaging.version import Version
+
+from counterflow.errors import SeamError
+from counterflow.patching import Patches
+
+Wrapper = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Seam:
+    """The attribute ``symbol`` of ``owner``, a module or a class, both dotted.
+
+    ``wrap`` names the function that is given the original and returns what takes its place; None where the symbol is only called
+    or read. ``features`` need it. ``versions`` are the trainer's releases that it was checked on, oldest first: in a release of
+    their range that is missing here, the trainer has no such symbol and the seam is not used.
+
+    ``parameters`` are those that a function must begin with. One that is called ``by_name`` may have them in any order, and more
+    that have defaults. A module's symbol is replaced wherever it was imported by name, or in its own module ``alone``.
+    """
+
+    owner: str
+    symbol: str
+    wrap: str | None
+    features: tuple[str, ...]
+    versions: tuple[str, ...]
+    why: str
+    parameters: tuple[str, ...] = ()
+    by_name: bool = False
+    alone: bool = False
+
+    @property
+    def path(self) -> str:
+        """The symbol's full name."""
+        return f"{self.owner}.{self.symbol}"
+
+    def is_due(self, version: str, known: tuple[str, ...]) -> bool:
+        """Tell whether a release has the symbol; one older or newer than all ``known`` ones counts as the nearest of them."""
+        major, minor = (*Version(version).release, 0)[:2]
+        nearest = min(known, key=lambda one: abs(Version(one).minor - minor) if Version(one).major == major else 1000)
+        return nearest in self.versions
+
+    def find_misfit(self) -> str | None:
+        """Return what is wrong with the symbol; None where it fits."""
+        try:
+            owner = self.find_owner()
+        except ImportError as error:
+            return f"cannot be imported: {error}"
+        if not _has(owner, self.symbol):
+            return "does not exist"
+        if not self.parameters:
+            return None
+        found = inspect.signature(inspect.unwrap(_find(owner, self.symbol))).parameters
+        if not self._accepts(found):
+            return f"takes ({', '.join(found)}) where ({', '.join(self.parameters)}, …) is expected"
+        return None
+
+    def _accepts(self, found: Mapping[str, inspect.Parameter]) -> bool:
+        if not self.by_name:
+            return tuple(found)[: len(self.parameters)] == self.parameters
+        unnamed = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+        needed = {name for name, one in found.items() if one.default is one.empty and one.kind not in unnamed}
+        given = set(self.parameters)
+        return needed <= given and given <= {name for name, one in found.items() if one.kind not in unnamed}
+
+    def find_owner(self) -> Any:
+        """Import the module or the class that has the symbol; raises `ImportError` where there is none."""
+        parts = self.owner.split(".")
+        for size in range(len(parts), 0, -1):
+            name = ".".join(parts[:size])
+            try:
+                owner = importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                if error.name != name or size == 1:
+                    raise
+                continue
+            for part in parts[size:]:
+                if not hasattr(owner, part):
+                    raise ImportError(f"{name} has no {part}")
+                owner = getattr(owner, part)
+            return owner
+        raise ImportError(self.owner)
+
+    def take(self, patches: Patches, wrap: Wrapper) -> None:
+        """Put ``wrap(original)`` in the symbol's place."""
+        owner = self.find_owner()
+        if isinstance(owner, ModuleType) and not self.alone:
+            patches.replace(owner, self.symbol, wrap)
+        else:
+            patches.set(owner, self.symbol, wrap(getattr(owner, self.symbol)))
+
+
+def _has(owner: Any, symbol: str) -> bool:
+    """Tell whether ``owner`` has the symbol, or, of a class, whether its instances are given it when they are made."""
+    if _find(owner, symbol) is not None or symbol in vars(owner) or symbol in getattr(owner, "__annotations__", {}):
+        return True
+    makers = [inspect.unwrap(vars(one)["__init__"]) for one in getattr(owner, "__mro__", ()) if "__init__" in vars(one)]
+    return any(symbol in maker.__code__.co_names for maker in makers if hasattr(maker, "__code__"))
+
+
+def _find(owner: Any, symbol: str) -> Any:
+    for name in symbol.split("."):
+        owner = getattr(owner, name, None)
+    return owner
+
+
+def check_seams(seams: Iterable[Seam], feature: str, trainer: str, supported: str, remedy: str) -> None:
+    """Raise `SeamError` where a seam of the feature does not fit: one line of trainer, symbol and remedy."""
+    for seam in seams:
+        if feature in seam.features and (misfit := seam.find_misfit()):
+            raise SeamError(
+                f"{trainer}: {seam.path} {misfit}; this version of counterflow supports {supported}: install one of them and "
+                f"what it imports, or {remedy}"
+            )
