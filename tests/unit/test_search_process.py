@@ -77,7 +77,7 @@ def test_a_search_that_is_killed_says_so() -> None:
 def test_a_search_that_raises_says_what() -> None:
     search = SearchProcess(replace(QUICK, max_activations=0.0))
     assert wait_until(search.is_done)
-    with pytest.raises(ScheduleError, match=r"^exit status 1 after \d+ s, .*a cap of 0 activations given"):
+    with pytest.raises(ScheduleError, match=r"^exit status 1 after \d+ s, .*a cap of 0\.0 activations given"):
         search.read()
 
 
