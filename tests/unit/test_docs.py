@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
     path.relative_to(ROOT) for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md"))
 )
+COLUMNS = 130
 
 
 def find_blocks(page: str, language: str) -> list[str]:
@@ -85,6 +86,13 @@ def name_anchors(page: Path) -> set[str]:
     """Return the anchors of a page's headings, as GitHub and MkDocs make them."""
     headings = re.findall(r"^#+ (.+)$", strip_code(page.read_text()), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_pages_are_wrapped(page: Path) -> None:
+    lines = strip_code((ROOT / page).read_text()).splitlines()
+    long = [n for n, line in enumerate(lines, 1) if len(line) > COLUMNS and not line.startswith("|")]
+    assert not long, f"{page}: lines {long} have more than {COLUMNS} columns: run python scripts/wrap_docs.py"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
