@@ -1,5 +1,7 @@
 """A rank's balanced layers from step to step: one layer on one rank, whose planner only notes what it is given."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,3 +131,14 @@ def test_where_nothing_can_be_written_a_record_ends_the_run_in_a_line_and_a_chec
     model, slots = make_model(monkeypatch, group, Options(**options, record=file))
     with pytest.raises(BalanceError, match=r"--cf-record .*file: .*File exists.*; allowed: a folder that can be written"):
         run_step(model, slots, 1)
+
+
+def test_what_is_kept_for_a_layer_goes_with_it(monkeypatch: pytest.MonkeyPatch, group: Any) -> None:
+    # Else every model that a process builds stays in memory.
+    model, slots = make_model(monkeypatch, group, Options(eplb=True, eplb_clones_per_rank=0, eplb_rehome_interval=1))
+    run_step(model, slots, 1)
+    layer = weakref.ref(slots.layer)
+    before = len(state.layer_slots)
+    del model, slots
+    gc.collect()
+    assert layer() is None and len(state.layer_slots) == before - 1

@@ -20,21 +20,21 @@ from counterflow.trainer.tables import choose_layout, name_model_layout
 
 
 def guard_checkpoint(load_base_checkpoint: Callable[..., Any], options: Options) -> Callable[..., Any]:
-    """Wrap upstream's first look into a checkpoint, which reads its arguments and no tensor of the sharded formats yet.
+    """Wrap Megatron's first look into a checkpoint, which reads its arguments, before any sharded tensor is read.
 
     In this order: with a schedule, another layout and the batch sizes to come; in a V, copies of the embedding; with clones, the
     number of experts.
     """
-    said: set[str] = set()
+    printed: set[str] = set()
     is_v = options.schedule is not None and name_model_layout(choose_layout(options, 2, 2)) == V
 
     @wraps(load_base_checkpoint)
     def load(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         loaded = load_base_checkpoint(load_dir, args, *rest, **kwargs)
         state = loaded[0] or {}
-        # --use-checkpoint-args looks before this run's own layout is known.
+        # --use-checkpoint-args reads the checkpoint before this run's own layout is known.
         if options.schedule is not None and "args" in state and hasattr(args, "virtual_pipeline_model_parallel_size"):
-            refuse_other_layout(load_dir, state["args"], args, said)
+            refuse_other_layout(load_dir, state["args"], args, printed)
             refuse_batches_ahead(state, args, options)
         if is_v:
             # Checkpoints on a node's own disk (--non-persistent-ckpt-type local) are read past `serialization.load`.
@@ -47,9 +47,9 @@ def guard_checkpoint(load_base_checkpoint: Callable[..., Any], options: Options)
 
 
 def refuse_other_experts(load_dir: Any, saved_args: Any, args: Any) -> None:
-    """Refuse a checkpoint of another number of experts."""
+    """Refuse a checkpoint with another number of experts."""
     saved = getattr(saved_args, "num_experts", None)
-    # --use-checkpoint-args looks before this run's own number is known.
+    # --use-checkpoint-args reads the checkpoint before this run's own number is known.
     if saved is not None and args.num_experts is not None and saved != args.num_experts:
         raise OptionError(
             f"the checkpoint in {load_dir} has {saved} experts in a MoE layer, --num-experts is {args.num_experts}: "
@@ -57,17 +57,17 @@ def refuse_other_experts(load_dir: Any, saved_args: Any, args: Any) -> None:
         )
 
 
-def refuse_other_layout(load_dir: Any, saved_args: Any, args: Any, said: set[str]) -> None:
-    """Refuse optimizer state of another layout; say what is to be said of tables, once: ``said`` holds what has been."""
+def refuse_other_layout(load_dir: Any, saved_args: Any, args: Any, printed: set[str]) -> None:
+    """Refuse optimizer state of another layout; print notes on tables that are not in ``printed`` yet."""
     for note in (_compare_layouts(load_dir, saved_args, args), _compare_tables(load_dir, saved_args, args)):
-        # Upstream looks more than once.
-        if note is not None and note not in said and args.rank == 0:
+        # Megatron reads the checkpoint's arguments more than once.
+        if note is not None and note not in printed and args.rank == 0:
             print(f"counterflow: {note}", flush=True)
-            said.add(note)
+            printed.add(note)
 
 
 def refuse_batches_ahead(state: dict[str, Any], args: Any, options: Options) -> None:
-    """Refuse a schedule that has no table for a batch size at which the run of this checkpoint goes on."""
+    """Refuse batch sizes, from the step the checkpoint was saved at on, for which the schedule has no table."""
     if not args.finetune:
         flat = flatten(args)
         ranks, consumed = flat.pipeline_model_parallel_size, getattr(state["args"], "consumed_train_samples", 0)
@@ -76,7 +76,7 @@ def refuse_batches_ahead(state: dict[str, Any], args: Any, options: Options) -> 
 
 
 def _compare_layouts(load_dir: Any, saved_args: Any, args: Any) -> str | None:
-    """Refuse optimizer state that does not fit this run's layout; return what is to be said of a guess."""
+    """Refuse optimizer state that does not fit this run's layout; return a note to print if the saved layout is a guess."""
     is_flat = getattr(saved_args, "use_distributed_optimizer", False) and not getattr(
         saved_args, "dist_ckpt_optim_fully_reshardable", False
     )
@@ -106,7 +106,7 @@ def _guess_layout(load_dir: Any, saved_args: Any) -> tuple[str, str]:
 
 
 def _compare_tables(load_dir: Any, saved_args: Any, args: Any) -> str | None:
-    """Return what is to be said where the file of a run that goes on has changed."""
+    """Return a note to print if the table in the file is another one than in the run that saved the checkpoint."""
     before, now = (getattr(one, "cf_table", None) for one in (saved_args, args))
     if before is None or now is None or before == now or saved_args.cf_schedule != args.cf_schedule or args.finetune:
         return None

@@ -7,16 +7,16 @@ from counterflow.trainer import stamp
 
 
 def stamp_layout(args: Any, options: Options, layout: str) -> None:
-    """Write down the model's layout with its chunks (``v 2``), and of a table in a file the digest."""
+    """Store the model's layout and chunks per rank (``v 2``), and the digest of a table that was read from a file."""
     args.cf_layout = layout
     args.cf_table = stamp.digest_table(options)
 
 
 def name_layout(args: Any) -> str | None:
-    """Return the model's layout (``straight 1``, ``looped 2``, ``v 2``) under which these arguments train.
+    """Return the model's layout that these arguments name: ``straight 1``, ``looped 2``, ``v 2``.
 
-    None where an early version of the plugin saved them, which wrote down no more than the path of a table, and their chunks
-    leave two layouts to choose from.
+    None if it is not known: early versions of the plugin stored only the path of a table, and two chunks per rank fit two
+    layouts.
     """
     if (layout := getattr(args, "cf_layout", None)) is not None:
         return str(layout)
