@@ -29,6 +29,7 @@ from counterflow.options import AUTO, Options
 from counterflow.runtime.executor import run_program
 from counterflow.runtime.lowering import Program, lower
 from counterflow.runtime.mailbox import Channels, Mailbox
+from counterflow.runtime.messages import Form, Member
 from counterflow.runtime.recorder import Recorder, append_record
 from counterflow.runtime.watch import Watch, find_store
 from counterflow.schedule import ScheduleTable, build_forward_only
@@ -89,7 +90,6 @@ class PipelineSchedule:
 
         channels, watch = self._open(groups.pp, len(chunks), device)
         table = self._choose_table(groups.pp.size(), num_microbatches, len(chunks), config, forward_only)
-        program = self._lower(table, channels, forward_only, device)
         step = Step(
             forward_step_func, iterators, chunks, config, table, num_microbatches, groups.cp.size(), forward_only,
             collect_non_loss_data, first_val_step, [], torch.zeros([], dtype=torch.int, device=device),
@@ -100,7 +100,9 @@ class PipelineSchedule:
         )  # fmt: skip
         # An MTP layer on a stage of its own hands on its output beside its input: longer than what it was given.
         varies = config.variable_seq_lengths or getattr(config, "mtp_standalone", False)
-        mailbox = Mailbox(channels, None if varies else tuple(shape), config.pipeline_dtype, device)
+        form = (Member(None if varies else tuple(shape), config.pipeline_dtype),)
+        program = self._lower(table, channels, form, forward_only, device)
+        mailbox = Mailbox(channels, form, device)
         iteration = number_iteration(self._training_steps, forward_only=forward_only)
         watch.begin(iteration, is_evaluation=forward_only)
         if forward_only:
@@ -155,11 +157,11 @@ class PipelineSchedule:
             self._tables[key] = build_table(self._options, ranks, microbatches, chunks, group)
         return self._tables[key]
 
-    def _lower(self, table: ScheduleTable, channels: Channels, forward_only: bool, device: torch.device) -> Program:
+    def _lower(self, table: ScheduleTable, channels: Channels, form: Form, forward_only: bool, device: torch.device) -> Program:
         key = forward_only, table.digest
         if key not in self._programs:
             self._programs[key] = lower(table, channels.rank)
-            channels.connect(self._programs[key], device)
+            channels.connect(self._programs[key], form, device)
         return self._programs[key]
 
     def _open(self, pp_group: Any, chunks: int, device: torch.device) -> tuple[Channels, Watch]:
