@@ -1,5 +1,5 @@
 # Two commands do everything, each from nothing: make train, make test.
-.PHONY: help setup train test lint doctor bench-runtime bench-auto bench-balance bench-eplb clean
+.PHONY: help setup train test lint docs doctor bench-runtime bench-auto bench-balance bench-eplb clean
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 
@@ -15,6 +15,7 @@ help:
 	@echo "make bench-auto  train under --cf-schedule auto on stages that sleep and look at every step (ARGS=\"--ranks 4\")"
 	@echo "make bench-balance  measure the balancer: balancedness, traffic, speed, growth (ARGS=\"speed --eplb FILE\")"
 	@echo "make bench-eplb  measure expert balancing in training: exactness, balance, overhead (ARGS=\"overhead\")"
+	@echo "make docs    build the docs as a site in site/, API pages included"
 	@echo "make doctor  say what is installed and whether it fits"
 	@echo "make setup   only make .venv and install; the others do it where it is missing"
 
@@ -35,6 +36,10 @@ lint: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+docs: setup
+	@$(BIN)/python -c 'import mkdocs, mkdocstrings' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
+	@$(BIN)/mkdocs build --strict
+
 doctor: setup
 	@$(BIN)/counterflow doctor
 
@@ -51,4 +56,4 @@ bench-eplb: setup
 	@$(BIN)/python benchmarks/expert_balancing.py $(ARGS)
 
 clean:
-	rm -rf .venv runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv runs site .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,8 +1,8 @@
-"""The plugin's options: one validated object, filled from flags, YAML or a mapping alike.
+"""The plugin's options: one validated object, filled from flags, YAML or a mapping.
 
-An option is described once, by its field of `Options`: the flag, its help, the YAML key and `describe_options` are made from it.
-What a source gives (`read_flags`, `read_given`) is checked value by value; `merge_options` lays sources over each other, the
-last one wins, and checks the whole.
+Each option is described once, by its field of `Options`. Its flag, help text, YAML key and row in docs/options.md are made
+from that field. `read_flags` and `read_given` read one source and check each value by itself. `merge_options` merges the
+sources, where later ones win, and checks the values together.
 """
 
 import argparse
@@ -19,15 +19,15 @@ from counterflow.errors import CounterflowError, OptionError
 
 AUTO = "auto"
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev", "dualpipe", AUTO)
-# Their tables have no I: nothing to split.
+# These tables have no I, so there is no backward pass to split.
 UNSPLIT_SCHEDULES = ("gpipe", "1f1b", "interleaved")
-# How long the other ranks wait for rank 0 to say what is wrong; imports differ by seconds between ranks.
+# How long the other ranks wait for rank 0 to print an error that every rank finds. Imports take seconds longer on some ranks.
 SPEAKING_SECONDS = 20
-# More clones, or steps between plans, than any run has.
+# An upper limit for counts: no run has so many clones, or so many steps between plans.
 MOST = 1_000_000
 BALANCING = "eplb_"
 
-# What one source gives: names of options, and their values, each checked by itself.
+# The options that one source names, with their values, each checked by itself.
 Given = dict[str, Any]
 
 
@@ -36,7 +36,7 @@ def _describe(words: str, default: Any = None, metavar: str | None = None, **lim
 
 
 class _Fields(BaseModel):
-    """The options with what each allows by itself."""
+    """The options, each with the values that it allows by itself."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -109,14 +109,14 @@ class _Fields(BaseModel):
 
 
 class Options(_Fields):
-    """What the user asked for; every field has a flag ``--cf-<name>`` and a key of the same name."""
+    """All options of a run, checked together; each field has a flag ``--cf-<name>`` and a key of the same name."""
 
     @model_validator(mode="after")
     def _check_eplb(self) -> Self:
-        given = [name for name in self.model_fields_set if name.startswith(BALANCING)]
-        # Switched off in so many words, what belongs to it may stay where it stands.
-        if given and "eplb" not in self.model_fields_set:
-            name = min(given, key=list(_Fields.model_fields).index)
+        balancing = [name for name in self.model_fields_set if name.startswith(BALANCING)]
+        # With an explicit --no-cf-eplb, the options of balancing may stay, in a YAML file for example.
+        if balancing and "eplb" not in self.model_fields_set:
+            name = min(balancing, key=list(_Fields.model_fields).index)
             raise ValueError(f"{name_flag(name)} is for --cf-eplb, which is not given: add it")
         if self.eplb and not self.eplb_clones_per_rank and self.eplb_rehome_interval is None:
             raise ValueError(
@@ -153,7 +153,7 @@ def name_flag(name: str) -> str:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add a flag for every option to a parser, under one heading; a flag that is not given sets nothing."""
+    """Add a flag for each option to a parser, under one heading; a flag that the user leaves out sets nothing."""
     group = parser.add_argument_group(
         "counterflow", "DualPipe schedules, expert balancing and the CPU platform (counterflow plugin)"
     )
@@ -180,7 +180,7 @@ def _find_metavar(field: Any) -> str | None:
 
 
 def _write_default(field: Any) -> str:
-    # Of a switch that is off by default it goes without saying; where there is no value, the words say what happens.
+    # A switch that is off by default needs no mention. If the default is None, the description says what happens.
     return f" (default: {field.default})" if field.default is not None and field.default is not False else ""
 
 
@@ -209,9 +209,9 @@ def _write_allowed(field: Any) -> str:
 
 
 def read_flags(argv: Sequence[str]) -> Given:
-    """Take the ``--cf-*`` flags out of a command line; return what they give, each value checked by itself.
+    """Return the options that the ``--cf-*`` flags of a command line set, each value checked by itself.
 
-    Raises `OptionError` for a flag that does not exist (or not yet) and for a wrong value.
+    Raises `OptionError` for an unknown ``--cf-*`` flag and for a value that is not allowed.
     """
     parser = _QuietParser(add_help=False, allow_abbrev=False)
     add_flags(parser)
@@ -227,7 +227,10 @@ def read_flags(argv: Sequence[str]) -> Given:
 
 
 def read_given(given: Options | Mapping[str, Any]) -> Given:
-    """Return what a mapping, or options made elsewhere, give, each value checked by itself; raises `OptionError`, one line."""
+    """Return the options that a mapping, or an `Options`, sets, each value checked by itself.
+
+    Raises `OptionError` with one line.
+    """
     if isinstance(given, Options):
         return given.model_dump(exclude_unset=True)
     if not isinstance(given, Mapping):
@@ -236,7 +239,10 @@ def read_given(given: Options | Mapping[str, Any]) -> Given:
 
 
 def merge_options(*sources: Given) -> Options:
-    """Lay what sources give over each other, the last one wins, whatever its value; raises `OptionError` where they don't fit."""
+    """Merge sources into options: a later source wins, whatever its value.
+
+    Raises `OptionError` if the merged values do not fit together.
+    """
     merged: Given = {}
     for source in sources:
         merged |= source
@@ -244,7 +250,7 @@ def merge_options(*sources: Given) -> Options:
 
 
 def read_mapping(given: Mapping[str, Any]) -> Options:
-    """Validate a mapping of option names to values; raises `OptionError` with one line."""
+    """Return the options of one mapping from names to values. Raises `OptionError` with one line."""
     return merge_options(read_given(given))
 
 
@@ -274,18 +280,21 @@ def _shorten(value: Any) -> str:
 
 
 class _QuietParser(argparse.ArgumentParser):
-    """Raises instead of printing Megatron's two thousand lines of usage."""
+    """Raises `OptionError`; argparse itself would print Megatron's two thousand lines of usage."""
 
     def error(self, message: str) -> Any:
         raise OptionError(f"{message.removeprefix('argument ')}")
 
 
 def fail(error: CounterflowError, rank: int) -> None:
-    """End this process with status 2 and one line; what all ranks find alike, rank 0 says for all."""
+    """Print the error in one line and end this process with status 2.
+
+    Every rank finds the same `OptionError`, so rank 0 alone prints it; any other error is printed with its rank.
+    """
     found_by_all = isinstance(error, OptionError)
     if rank != 0 and found_by_all:
-        # A launcher ends all ranks when the first one ends: that is to be rank 0. One that is still here then was alone
-        # in finding this, a folder that its machine cannot write to, say.
+        # The launcher ends all ranks when the first one ends, and that has to be rank 0, which prints. A rank that still runs
+        # after this wait was the only one with the error (a folder that its machine cannot write to, for example).
         time.sleep(SPEAKING_SECONDS)
     where = "" if rank == 0 and found_by_all else f"rank {rank}: "
     print(f"counterflow: {where}{error}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""From one free placement to the next: under which names its ranks cost least to reach, and whether it is worth that."""
+"""Change from one free placement to the next: rename ranks so that few experts move, and move only if that pays."""
 
 import numpy as np
 
@@ -10,11 +10,11 @@ from counterflow.errors import BalanceError
 
 
 def match_ranks(old: Placement, new: Placement) -> Placement:
-    """Return ``new`` with its ranks renamed such that as many experts as can be are already where they shall lie.
+    """Return ``new`` with its ranks renamed such that the fewest experts have to move from ``old``.
 
-    Ranks of one node with as many slots stand for each other, layer by layer, so that loads and off-node traffic stay the
-    same. Solved exactly, as an assignment problem. Then `keep_slots`. Raises `BalanceError` for placements with fixed homes,
-    or of two clusters.
+    Only ranks of the same node with equally many slots are exchanged, layer by layer, so loads and off-node traffic do not
+    change. This is an assignment problem and is solved exactly. `keep_slots` then orders the slots of each rank. Raises
+    `BalanceError` if a placement has fixed homes, or if the two have different clusters.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -41,7 +41,7 @@ def match_ranks(old: Placement, new: Placement) -> Placement:
 
 
 def count_common(ours: Array, theirs: Array) -> Array:
-    """Return ``int64[ranks, ranks]``: how many experts of rank i in ``ours[ranks, slots]`` rank j has in ``theirs``."""
+    """Return ``int64[ranks, ranks]``: how many experts rank i of ``ours[ranks, slots]`` shares with rank j of ``theirs``."""
     width = int(max(ours.max(), theirs.max())) + 1
     holds = [np.zeros((len(ours), width), np.int64) for _ in range(2)]
     for held, slots in zip(holds, (ours, theirs), strict=True):
@@ -53,11 +53,11 @@ def count_common(ours: Array, theirs: Array) -> Array:
 def take_if_worth(
     old: Placement, new: Placement, loads: Array, horizon: int = HORIZON, move_price: float = MOVE_PRICE
 ) -> Placement:
-    """Return, layer by layer, what costs less over the next ``horizon`` micro-batches: ``old``, or a move to ``new``.
+    """Return, for each layer, ``old`` or ``new``, whichever costs less over the next ``horizon`` micro-batches.
 
-    ``loads``: ``[layers, experts]``, what is expected, copies sharing it evenly. Receiving one expert costs a rank
-    ``move_price`` of the time that the mean rank takes for a micro-batch; the rank that receives most counts. Raises
-    `BalanceError` as `match_ranks`, which renames ranks of ``new`` first.
+    ``loads[layers, experts]`` are the expected loads; the copies of an expert share its load evenly. The price of a move is
+    ``move_price`` times the mean rank's time for a micro-batch, for each expert that the busiest receiver receives. The ranks
+    of ``new`` are renamed by `match_ranks` first. Raises `BalanceError` as that does.
     """
     if horizon < 1 or not 0 <= move_price < np.inf:
         raise BalanceError(f"horizon {horizon}, move price {move_price}; allowed: a horizon of 1 or more, a price of 0 or more")

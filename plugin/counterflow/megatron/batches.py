@@ -1,7 +1,8 @@
-"""Which batch sizes a training run will have, and into how many micro-batches each is cut.
+"""List the batch sizes that a training run will have, and the number of micro-batches of each.
 
-Megatron's own calculator says so for a number of consumed samples, under whatever flags its version has for it: a constant size,
-``--rampup-batch-size`` (0.17; ignored since), ``--step-batch-size-schedule`` (since 0.18), ``--decrease-batch-size-if-needed``.
+Megatron's own calculator returns both for a number of consumed samples, so all flags of its version count:
+``--global-batch-size``, ``--rampup-batch-size`` (0.17; later versions ignore it), ``--step-batch-size-schedule`` (since 0.18)
+and ``--decrease-batch-size-if-needed``.
 """
 
 import inspect
@@ -15,45 +16,49 @@ from counterflow.errors import OptionError
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of ``samples`` over all replicas, in ``microbatches`` of each replica."""
+    """A batch of ``samples`` over all replicas; each replica runs ``microbatches``."""
 
     samples: int
     microbatches: int
 
 
 def get_argument(args: Any, name: str, default: Any) -> Any:
-    """Return an argument, the default where it is missing or None."""
+    """Return an argument, or the default if it is missing or None."""
     value = getattr(args, name, None)
     return default if value is None else value
 
 
 def count_model_ranks(args: Any, ranks: int) -> int:
-    """Return on how many ranks one replica of the data lies."""
+    """Return the number of ranks of one data-parallel replica."""
     return int(get_argument(args, "tensor_model_parallel_size", 1) * get_argument(args, "context_parallel_size", 1) * ranks)
 
 
 def count_data_ranks(args: Any, ranks: int) -> int:
-    """Return how many data-parallel replicas there are; those that share a weight's shards have data of their own too."""
+    """Return the number of data-parallel replicas; those that share the shards of a weight count too, as they read other data."""
     return count_ranks(args) // count_model_ranks(args, ranks)
 
 
 def count_ranks(args: Any) -> int:
-    """Return how many ranks the run has: the launcher's word counts."""
+    """Return the number of ranks of the run; the launcher's ``WORLD_SIZE`` wins over the arguments."""
     return int(os.environ.get("WORLD_SIZE", get_argument(args, "world_size", 1)))
 
 
 def count_weight_shards(args: Any, which: str = "") -> int:
-    """Return over how many data-parallel ranks each weight is cut (generalized tensor parallelism); ``which``: ``expert_``."""
+    """Return over how many data-parallel ranks generalized tensor parallelism cuts a weight.
+
+    ``which`` is "" for dense weights and ``expert_`` for those of experts.
+    """
     tensor = get_argument(args, "tensor_model_parallel_size", 1)
     tensor = get_argument(args, "expert_tensor_parallel_size", tensor) if which else tensor
     return int(max(1, get_argument(args, f"{which}tensor_parallel_num_weight_shards", tensor) // tensor))
 
 
 def list_batches(args: Any, ranks: int, consumed: int = 0, iteration: int = 0) -> list[Batch]:
-    """Return the batch sizes of a run on ``ranks`` pipeline ranks, in order; from ``iteration`` steps of ``consumed`` samples on.
+    """Return the batch sizes of a run on ``ranks`` pipeline ranks, in order.
 
-    Of a run that does not say how long it is, the first; [] where the micro-batch size is not known. Raises `OptionError` for
-    sizes that Megatron would refuse, at once or when it came to them.
+    The list starts at step ``iteration``, after ``consumed`` samples. It has the first size only if the length of the run is
+    not given, and is empty if the micro-batch size is not known. Raises `OptionError` for sizes that Megatron would refuse, at
+    the start or in the middle of the run.
     """
     micro = getattr(args, "micro_batch_size", None)
     if micro is None:
@@ -88,8 +93,8 @@ def _check_batch(found: Batch, before: list[Batch], micro: int, replicas: int) -
 
 
 def _count_steps(calculator: Any, args: Any, consumed: int, iteration: int, drawn: int) -> int | None:
-    """Return after how many steps, of ``drawn`` samples, the calculator gets to another phase; None where the run ends before."""
-    # Those of a step schedule; a ramp has none and grows steadily.
+    """Return the number of steps, of ``drawn`` samples each, until the batch size may change; None if the run ends before."""
+    # A step schedule has thresholds. A ramp has none: there the size itself tells the phase.
     thresholds = [samples for samples, _ in getattr(calculator, "schedule", ())]
 
     def find_phase(steps: int) -> tuple[int, int]:
@@ -110,7 +115,7 @@ def _make_calculator(args: Any, replicas: int) -> Any:
 
     micro = args.micro_batch_size
     given = {
-        "rank": -1,  # rank 0's would log
+        "rank": -1,  # the calculator of rank 0 would write to the log
         "rampup_batch_size": getattr(args, "rampup_batch_size", None),
         "global_batch_size": get_argument(args, "global_batch_size", micro * replicas // count_weight_shards(args)),
         "micro_batch_size": micro,
@@ -123,5 +128,5 @@ def _make_calculator(args: Any, replicas: int) -> Any:
     try:
         return build(**{name: given[name] for name in inspect.signature(build).parameters})
     except (AssertionError, ValueError, ArithmeticError) as error:
-        said = str(error).rstrip(".") or type(error).__name__
-        raise OptionError(f"Megatron-Core cannot cut these batches into micro-batches: {said}") from None
+        reason = str(error).rstrip(".") or type(error).__name__
+        raise OptionError(f"Megatron-Core cannot cut these batches into micro-batches: {reason}") from None

@@ -17,13 +17,13 @@ from counterflow.options import Options
 
 
 def refuse_other_experts(load_base_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap upstream's first look into a checkpoint: one of another number of experts is refused there, in a line."""
+    """Wrap Megatron's first look into a checkpoint: refuse one with another number of experts."""
 
     @wraps(load_base_checkpoint)
     def load(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         loaded = load_base_checkpoint(load_dir, args, *rest, **kwargs)
         saved = getattr((loaded[0] or {}).get("args"), "num_experts", None)
-        # --use-checkpoint-args looks before this run's own number is known.
+        # --use-checkpoint-args reads the checkpoint before this run's own number is known.
         if saved is not None and args.num_experts is not None and saved != args.num_experts:
             raise OptionError(
                 f"the checkpoint in {load_dir} has {saved} experts in a MoE layer, --num-experts is {args.num_experts}: "
@@ -35,28 +35,28 @@ def refuse_other_experts(load_base_checkpoint: Callable[..., Any]) -> Callable[.
 
 
 def refuse_other_layout(load_base_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap upstream's first look into a checkpoint, which reads its arguments and no tensor yet."""
-    said: set[str] = set()
+    """Wrap Megatron's first look into a checkpoint, before any tensor is read: refuse state of another layout."""
+    printed: set[str] = set()
 
     @wraps(load_base_checkpoint)
     def load(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         loaded = load_base_checkpoint(load_dir, args, *rest, **kwargs)
         saved_args = (loaded[0] or {}).get("args")
-        # --use-checkpoint-args looks before this run's own layout is known.
+        # --use-checkpoint-args reads the checkpoint before this run's own layout is known.
         if saved_args is not None and hasattr(args, "virtual_pipeline_model_parallel_size"):
             notes = [_compare_layouts(load_dir, saved_args, args), _compare_tables(load_dir, saved_args, args)]
             for note in notes:
-                # Upstream looks more than once.
-                if note is not None and note not in said and args.rank == 0:
+                # Megatron reads the checkpoint's arguments more than once.
+                if note is not None and note not in printed and args.rank == 0:
                     print(f"counterflow: {note}", flush=True)
-                    said.add(note)
+                    printed.add(note)
         return loaded
 
     return load
 
 
 def refuse_batches_ahead(load_base_checkpoint: Callable[..., Any], options: Options) -> Callable[..., Any]:
-    """Wrap upstream's first look into a checkpoint, which says at which of the run's batch sizes it goes on."""
+    """Wrap Megatron's first look into a checkpoint: refuse batch sizes, from the step it was saved at on, that have no table."""
 
     @wraps(load_base_checkpoint)
     def load(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -73,7 +73,7 @@ def refuse_batches_ahead(load_base_checkpoint: Callable[..., Any], options: Opti
 
 
 def _compare_layouts(load_dir: Any, saved_args: Any, args: Any) -> str | None:
-    """Refuse optimizer state that does not fit this run's layout; return what is to be said of a guess."""
+    """Refuse optimizer state that does not fit this run's layout; return a note to print if the saved layout is a guess."""
     is_flat = getattr(saved_args, "use_distributed_optimizer", False) and not getattr(
         saved_args, "dist_ckpt_optim_fully_reshardable", False
     )
@@ -103,7 +103,7 @@ def _guess_layout(load_dir: Any, saved_args: Any) -> tuple[str, str]:
 
 
 def _compare_tables(load_dir: Any, saved_args: Any, args: Any) -> str | None:
-    """Return what is to be said where the file of a run that goes on has changed."""
+    """Return a note to print if the table in the file is another one than in the run that saved the checkpoint."""
     before, now = (getattr(one, "cf_table", None) for one in (saved_args, args))
     if before is None or now is None or before == now or saved_args.cf_schedule != args.cf_schedule or args.finetune:
         return None

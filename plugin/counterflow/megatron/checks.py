@@ -1,7 +1,7 @@
-"""Refuse flag combinations that cannot work, before any process group is made.
+"""Refuse combinations of flags that cannot work, before any process group is made.
 
-Works on Megatron's parsed but not yet validated arguments, so that the message is ours and says what
-was given, what is allowed and what to change.
+The checks read Megatron's arguments after they are parsed and before Megatron validates them. So the user gets this
+plugin's message, which says what was given, what is allowed and what to change.
 """
 
 from math import prod
@@ -30,9 +30,9 @@ from counterflow.trainer.tables import build_table, choose_layout, count_replica
 
 
 def prepare_arguments(args: Any, options: Options) -> None:
-    """Check ``args`` against the chosen schedule; ask for the V's two chunks where none were named.
+    """Check ``args`` against the schedule; for a V, ask Megatron for two chunks per rank if no flag names a number.
 
-    Raises `OptionError`, the same on every rank.
+    Raises `OptionError`, with the same message on every rank.
     """
     if options.eplb:
         _check_eplb(flatten(args), options)
@@ -65,13 +65,13 @@ def prepare_arguments(args: Any, options: Options) -> None:
     _check_batches(flat, ranks, chunks or 1, options)
     stamp_layout(args, options, f"{layout} {chunks or 1}")
     if options.overlap:
-        # Upstream's own flag, so that upstream refuses what its schedule plans cannot do.
+        # With its own flag set, Megatron refuses what its schedule plans cannot do.
         _owner(args, "overlap_moe_expert_parallel_comm").overlap_moe_expert_parallel_comm = True
     _ignore_own_transfers(args, options.schedule, layout)
 
 
 def flatten(args: Any) -> Any:
-    """Return the arguments with the sections that ``--yaml-cfg`` nests laid beside the others."""
+    """Return the arguments in one namespace: ``--yaml-cfg`` puts some of them into nested sections."""
     flat = dict(vars(args))
     for section in ("language_model", "model_parallel"):
         if isinstance(flat.get(section), SimpleNamespace):
@@ -80,12 +80,13 @@ def flatten(args: Any) -> Any:
 
 
 def _owner(args: Any, name: str) -> Any:
+    """Return the namespace that holds an argument: under ``--yaml-cfg`` it may be the section ``model_parallel``."""
     section = getattr(args, "model_parallel", None)
     return section if isinstance(section, SimpleNamespace) and not hasattr(args, name) else args
 
 
 def _read_layout(options: Options, ranks: int) -> Layout:
-    # Interleaved is looped whatever the number of chunks asked for, which is checked against it.
+    # Interleaved is looped for any number of chunks; `_check_chunks` checks the number later.
     return choose_layout(options, ranks, 2 if options.schedule == "interleaved" else 1)
 
 
@@ -108,7 +109,7 @@ def _check_world_size(args: Any, ranks: int) -> None:
 
 
 def count_chunks(args: Any, ranks: int) -> int | None:
-    """Return the model chunks per pipeline rank that the flags ask for; None where they ask for none."""
+    """Return the number of model chunks per pipeline rank that the flags ask for; None if no flag names one."""
     layout = getattr(args, "pipeline_model_parallel_layout", None)
     if layout is not None:
         from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
@@ -137,15 +138,15 @@ def _check_chunks(schedule: str, layout: str, chunks: int | None) -> None:
 
 
 def _check_unsupported(args: Any, schedule: str, overlap: bool) -> None:
-    """What no table runs yet."""
+    """Refuse flags of Megatron that do not work with any schedule table yet."""
     refused = {
         "num_microbatches_with_partial_activation_checkpoints": "--num-microbatches-with-partial-activation-checkpoints",
         "fine_grained_activation_offloading": "--fine-grained-activation-offloading",
         "defer_embedding_wgrad_compute": "--defer-embedding-wgrad-compute",
         "moe_paged_stash": "--moe-paged-stash",
-        # Megatron may run such a step again, on the data that its own layout of the model reads.
+        # Megatron may run such a step a second time. It then reads data by its own layout of the model.
         "moe_expert_rank_capacity_factor": "--moe-expert-rank-capacity-factor",
-        # They send several streams of a micro-batch; of 0.20, and of the dev branch.
+        # Hyper-connections send several streams per micro-batch. The first flag is of 0.20, the second of the dev branch.
         "enable_mhc_connections": "--enable-mhc-connections",
         "enable_hyper_connections": "--enable-hyper-connections",
         "hybrid_context_parallel": "--hybrid-context-parallel",
@@ -175,7 +176,7 @@ def _check_unsupported(args: Any, schedule: str, overlap: bool) -> None:
 
 
 def _check_several_iterators(args: Any, schedule: str) -> None:
-    """What Megatron runs with one data iterator, or with data on every model chunk, alone."""
+    """Refuse flags under which Megatron passes one data iterator only, or expects data on every model chunk."""
     refused = {
         "full_validation": "--full-validation",
         "multiple_validation_sets": "--multiple-validation-sets",
@@ -185,14 +186,14 @@ def _check_several_iterators(args: Any, schedule: str) -> None:
 
 
 def _refuse_flags(args: Any, refused: dict[str, str], ours: str) -> None:
-    """Refuse Megatron's flags, by the names of their arguments, beside one of ours."""
+    """Raise `OptionError` if an argument named in ``refused`` is set; ``ours`` is the flag of this plugin that excludes it."""
     for name, flag in refused.items():
         if getattr(args, name, None):
             raise OptionError(f"{ours} does not run with {flag} in this version: drop one of the two")
 
 
 def _refuse_weight_shards(args: Any, ours: str) -> None:
-    """Refuse generalized tensor parallelism, which gathers weights in one order of layers and reduces their gradients later."""
+    """Refuse generalized tensor parallelism: it gathers weights in a fixed order of layers and reduces their gradients late."""
     tensor = _get(args, "tensor_model_parallel_size", 1)
     for kind, ranks in (("", tensor), ("expert_", _get(args, "expert_tensor_parallel_size", tensor))):
         shards = _get(args, f"{kind}tensor_parallel_num_weight_shards", ranks * _get(args, f"{kind}gtp_weight_remat_size", 1))
@@ -205,7 +206,7 @@ def _refuse_weight_shards(args: Any, ours: str) -> None:
 
 
 def _check_zero_bubble(args: Any, options: Options) -> None:
-    """Where it is on by default, modules that cannot split run whole; asked for, it is to be had."""
+    """Refuse ``--cf-zero-bubble`` if Transformer Engine cannot split its backward passes; without the flag they run whole."""
     if options.zero_bubble and getattr(args, "transformer_impl", "") == "transformer_engine":
         from counterflow.megatron.pipeline.zero_bubble import find_engine_obstacle
 
@@ -214,10 +215,10 @@ def _check_zero_bubble(args: Any, options: Options) -> None:
 
 
 def _ignore_own_transfers(args: Any, schedule: str, layout: str) -> None:
-    """Set the switches of Megatron's own transfers between pipeline ranks so that its checks of them pass; say so on rank 0."""
+    """Ignore flags for Megatron's own transfers between pipeline ranks: set them so that its checks pass; rank 0 prints which."""
     owner = _owner(args, "overlap_p2p_comm")
     ignored = []
-    # Megatron takes it away itself where a rank holds one chunk.
+    # With one chunk per rank Megatron switches the overlap off itself.
     if layout != STRAIGHT and getattr(owner, "overlap_p2p_comm", None) is False:
         owner.overlap_p2p_comm = True
         ignored.append("--no-overlap-p2p-communication")
@@ -226,19 +227,19 @@ def _ignore_own_transfers(args: Any, schedule: str, layout: str) -> None:
         ignored.append("--overlap-p2p-communication-warmup-flush")
     if layout != LOOPED and getattr(owner, "microbatch_group_size_per_vp_stage", None) is not None:
         ignored.append("--microbatch-group-size-per-virtual-pipeline-stage")
-    # A model's config has no rank: in it they stand whether they were asked for or not (`check_loop`).
+    # `check_loop` passes a model's config, which has no rank. There these fields are set even if nobody asked for them.
     if ignored and getattr(args, "rank", None) == 0:
-        said = "it moves tensors between pipeline ranks itself, in the order of its table"
-        print(f"counterflow: {' and '.join(ignored)} ignored under --cf-schedule {schedule}: {said}", flush=True)
+        reason = "it moves tensors between pipeline ranks itself, in the order of its table"
+        print(f"counterflow: {' and '.join(ignored)} ignored under --cf-schedule {schedule}: {reason}", flush=True)
 
 
 def _check_multi_token_prediction(args: Any, schedule: str, layout: str) -> None:
-    given = getattr(args, "mtp_num_layers", None)
-    if not given:
+    layers = getattr(args, "mtp_num_layers", None)
+    if not layers:
         return
     if not getattr(args, "untie_embeddings_and_output_weights", False):
         raise OptionError(
-            f"--mtp-num-layers {given} with tied embeddings: on several pipeline ranks Megatron-Core gives the last stage an "
+            f"--mtp-num-layers {layers} with tied embeddings: on several pipeline ranks Megatron-Core gives the last stage an "
             "output weight of its own, which its checkpoints refuse: add --untie-embeddings-and-output-weights"
         )
     stages = getattr(args, "pipeline_model_parallel_layout", None)
@@ -250,14 +251,15 @@ def _check_multi_token_prediction(args: Any, schedule: str, layout: str) -> None
 
 
 def _check_v(args: Any, ranks: int, schedule: str) -> None:
-    """What a model that ends on its first rank cannot have yet."""
+    """Refuse what does not work yet if the model ends on its first pipeline rank, as in a V."""
     saves = getattr(args, "save", None) or getattr(args, "load", None)
     if saves and getattr(args, "ckpt_format", "torch_dist") != "torch_dist":
         raise OptionError(
             f"--cf-schedule {schedule} needs checkpoints whose keys name global layers: --ckpt-format {args.ckpt_format} given, "
             "torch_dist is allowed"
         )
-    # Hooks on the last pipeline rank's last chunk; shards dealt as an earlier run held them, which may have been no V.
+    # The first two put hooks on the last chunk of the last pipeline rank, where a V does not end. The third deals shards as
+    # an earlier run did, which may have had another layout.
     refused = {
         "logits_load_dir": "--logits-load-dir",
         "logits_save_dir": "--logits-save-dir",
@@ -282,7 +284,7 @@ def _check_v(args: Any, ranks: int, schedule: str) -> None:
 
 
 def _check_crosslinked(args: Any, ranks: int, schedule: str) -> None:
-    """What cannot be linked in pairs, or would give a rank another replica's labels."""
+    """Refuse what full DualPipe cannot link in pairs, and loaders that would give a rank the wrong replica's labels."""
     replicas = count_data_ranks(args, ranks)
     if replicas % 2:
         raise OptionError(
@@ -297,14 +299,17 @@ def _check_crosslinked(args: Any, ranks: int, schedule: str) -> None:
 
 
 def _check_batches(args: Any, ranks: int, chunks: int, options: Options) -> None:
-    """Refuse batch sizes without a table; where a checkpoint decides which are still to come, they are checked as it is read."""
+    """Refuse batch sizes for which the schedule has no table.
+
+    If the run may resume, the checkpoint decides which sizes are still to come; they are checked when it is read.
+    """
     batches = list_batches(args, ranks)
     if len(batches) == 1 or not may_resume(args):
         check_tables(args, ranks, chunks, options, batches)
 
 
 def may_resume(args: Any) -> bool:
-    """Tell whether the run may go on from a checkpoint's samples."""
+    """Tell whether the run may resume from a checkpoint, with the number of consumed samples that it names."""
     load = getattr(args, "load", None)
     if not load or getattr(args, "finetune", False):
         return False
@@ -317,10 +322,10 @@ def check_tables(args: Any, ranks: int, chunks: int, options: Options, batches: 
     counts = list(dict.fromkeys(batch.microbatches for batch in batches))
     sizes = ", then ".join(f"{batch.samples} samples ({batch.microbatches} micro-batches)" for batch in batches[:8])
     if options.schedule_file is not None and len(counts) > 1:
-        given = read_table(options).microbatches
+        microbatches = read_table(options).microbatches
         raise OptionError(
-            f"--cf-schedule {options.schedule_file} is a table for one size, {given} micro-batches; this run has batches of "
-            f"{sizes}: keep to one batch size, or choose a schedule by name, which is built for each"
+            f"--cf-schedule {options.schedule_file} is a table for one size, {microbatches} micro-batches; this run has batches "
+            f"of {sizes}: keep to one batch size, or choose a schedule by name, which is built for each"
         )
     several = f"; this run has batches of {sizes}" if len(batches) > 1 else ""
     for count in counts:
@@ -340,8 +345,8 @@ def _name_batch_flags(args: Any) -> str:
 
 
 def _check_eplb(args: Any, options: Options) -> None:
-    """Refuse what cannot be balanced. Expert-parallel size 1 is no error: the first step says so."""
-    # Its name in a YAML file is the model's own.
+    """Refuse what cannot be balanced. Expert-parallel size 1 is allowed: the first step logs that nothing is balanced."""
+    # A YAML file has the name of the model's config, num_moe_experts.
     experts = getattr(args, "num_experts", None) or getattr(args, "num_moe_experts", None)
     if experts:
         _check_slots(experts, _get(args, "expert_model_parallel_size", 1), options)
@@ -355,12 +360,12 @@ def _check_eplb(args: Any, options: Options) -> None:
     refused = {
         "moe_pad_expert_input_to_capacity": "--moe-pad-expert-input-to-capacity",
         "moe_paged_stash": "--moe-paged-stash",
-        # Megatron may run such a step again, whose loads would count twice.
+        # Megatron may run such a step a second time, and its loads would count twice.
         "moe_expert_rank_capacity_factor": "--moe-expert-rank-capacity-factor",
         # One tensor for all experts of a rank: none of them can be sent or moved alone.
         "moe_single_grouped_weight": "--moe-single-grouped-weight",
         "moe_single_grouped_bias": "--moe-single-grouped-bias",
-        # It would count what homes computed; --cf-record counts what experts got.
+        # It would count only the tokens that homes computed; --cf-record counts all tokens of an expert.
         "save_tokens_per_expert_interval": "--save-tokens-per-expert-interval",
         "moe_use_upcycling": "--moe-use-upcycling",
         "use_megatron_fsdp": "--use-megatron-fsdp",
@@ -404,7 +409,7 @@ def _check_slots(experts: int, ranks: int, options: Options) -> None:
 
 
 def _check_rehoming(args: Any, options: Options) -> None:
-    """Homes move with what the optimizer keeps for them, as far as it is known what that is."""
+    """Refuse re-homing under optimizers whose state the plugin does not know how to move."""
     if options.eplb_rehome_interval is None:
         return
     optimizer = getattr(args, "optimizer", None) or "adam"
@@ -419,9 +424,9 @@ def _check_rehoming(args: Any, options: Options) -> None:
 
 
 def check_loop(chunks: list[Any], options: Options) -> None:
-    """Check, in the first step of a loop of the user's own over ``megatron.core``, what is in force against the model's config.
+    """Check the options against the model's config in the first step of a loop that does not use ``megatron.training``.
 
-    `prepare_arguments` does so for ``megatron.training``, before anything is built. Raises `OptionError` on every rank.
+    Under ``megatron.training``, `prepare_arguments` does this before anything is built. Raises `OptionError` on every rank.
     """
     config = get_model_config(chunks[0])
     prepare_arguments(describe_model(chunks, config), options)
@@ -442,22 +447,23 @@ def check_loop(chunks: list[Any], options: Options) -> None:
 
 
 def describe_model(chunks: list[Any], config: Any) -> Any:
-    """Return what a model's config says under the names that ``megatron.training`` has for it."""
+    """Return a model's config as a namespace with the argument names of ``megatron.training``."""
     view = SimpleNamespace(**vars(config))
     view.num_experts = config.num_moe_experts
     view.num_virtual_stages_per_pipeline_rank = len(chunks) if len(chunks) > 1 else None
     if view.pipeline_model_parallel_layout is not None:
-        view.pipeline_model_parallel_layout = view.num_layers = None  # whose stages were built as it says
+        # The stages are built already, as this layout says: there is nothing left to check.
+        view.pipeline_model_parallel_layout = view.num_layers = None
     shared = [getattr(unwrap(chunk), "share_embeddings_and_output_weights", False) for chunk in chunks]
     view.untie_embeddings_and_output_weights = not any(shared)
     return view
 
 
 def check_chunks(chunks: list[Any], options: Options) -> None:
-    """Raise `OptionError` unless the chunks of this rank were built for the schedule that is in force."""
+    """Raise `OptionError` unless the chunks of this rank were built for the schedule in force."""
     layout = name_model_layout(_read_layout(options, 2))
     _check_chunks(options.schedule or "", layout, len(chunks))
-    # Where a module of another kind stands in the model is its builder's own business.
+    # Only Megatron's modules depend on their pipeline rank; for any other module the builder is responsible.
     if layout == V and isinstance(unwrap(chunks[1]), MegatronModule) and not is_on_way_back(chunks[1]):
         raise OptionError(
             f"--cf-schedule {options.schedule} runs chunks in a V and this model's second chunk was not built for one: build "

@@ -34,7 +34,7 @@ class LayerExperts:
 
 @dataclass
 class Traffic:
-    """What went on since the last step: seconds of the host's clock, ``waited`` of them with nothing else to do.
+    """The traffic of clones since the last step; times are seconds of the host's clock, ``waited`` is time without compute.
 
     ``clones``: those sent in the expert-parallel group, ``moved`` of them to slots that held another expert; ``homes``: those
     that moved in it; ``bytes``: what all clones of the group took, weights and gradients.
@@ -112,7 +112,7 @@ class Clones:
                 self._coming[layer] = time.monotonic(), dist.batch_isend_irecv(operations)
 
     def finish_refresh(self, layer: int) -> bool:
-        """Wait for the weights of one layer, before its clones compute; tell whether there were any to wait for."""
+        """Wait for one layer's weights before its clones compute; tell whether any were sent in this step."""
         if layer not in self._coming:
             return False
         self._wait_for_weights(layer)
@@ -120,12 +120,12 @@ class Clones:
         return True
 
     def finish_transfers(self) -> None:
-        """Let no weights be under way that no token has asked for; `finish_refresh` still tells of them."""
+        """Wait for all weights that are still in transfer; `finish_refresh` still returns True for their layers."""
         for layer in self._coming:
             self._wait_for_weights(layer)
 
     def expect_gradients(self) -> None:
-        """Begin a step, after `refresh`: the clones' gradients are zero, and due at the homes."""
+        """Begin a step, after `refresh`: set the clones' gradients to zero; they have to be sent home in this step."""
         for parameter in self._list_clone_parameters():
             if hasattr(parameter, "main_grad"):
                 parameter.main_grad.zero_()
@@ -164,7 +164,7 @@ class Clones:
         self.are_home = True
 
     def finish_step(self) -> None:
-        """Let nothing be under way that the optimizer would change."""
+        """Wait for all transfers, since the optimizer changes the tensors next."""
         self.finish_transfers()
         self.finish_homecoming()
 

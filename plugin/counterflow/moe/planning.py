@@ -1,4 +1,4 @@
-"""Plan the clones of the next steps from the loads of the last ones: one rank plans, beside the optimizer step, for all."""
+"""Plan the clones of the next steps from the loads of past steps. One rank plans for all, during the optimizer step."""
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,17 +14,19 @@ from counterflow.balance.moves import arrange_rounds, keep_slots
 from counterflow.balance.placement import EMPTY, Placement, make_home_placement
 from counterflow.balance.prediction import LoadPredictor
 
-# Loads that a plan is weighed for.
+# The number of forecast loads for which a plan is made.
 FORECASTS = 8
-# What a clone costs in a step, in transfers of weights in half precision: they come, and gradients of twice the size go.
+# The transfers of a clone in one step, in units of its half-precision weights: the weights arrive (1), and its gradients, in
+# fp32, go home (2).
 TRANSFERS_PER_STEP = 3
 
 
 class ClonePlanner:
-    """Plans on the first rank of ``group``, the ranks that hold the same layers, and tells the others.
+    """Plans on the first rank of ``group``, which broadcasts each plan to the others.
 
-    ``interval``: steps between plans; ``rehome_interval``: steps between those that may move homes; ``traffic_weight``: as in
-    `plan_clones`. So placements are the same everywhere, whatever a rank's processor rounds.
+    ``group`` has the ranks that hold the same layers. ``interval`` is the number of steps between plans, ``rehome_interval``
+    the number of steps between plans that may move homes, ``traffic_weight`` is that of `plan_clones`. If each rank planned for
+    itself, processors that round differently could come to different placements.
     """
 
     def __init__(
@@ -46,9 +48,10 @@ class ClonePlanner:
         self._is_due = False
 
     def start(self, counts: Array, microbatches: int, placement: Placement) -> None:
-        """Start to plan, from the loads ``int64[micro-batches, layers, experts]`` of the steps since the last plan.
+        """Start to plan in a thread.
 
-        ``microbatches`` are those of a step, ``placement`` what the ranks hold now.
+        ``counts``, ``int64[micro-batches, layers, experts]``, are the loads of the steps since the last plan. ``microbatches``
+        is their number in one step; ``placement`` is the one in use now.
         """
         self._is_due = True
         self._steps += self._interval
@@ -56,7 +59,7 @@ class ClonePlanner:
             self._planned = self._pool.submit(self._plan, counts, microbatches, placement)
 
     def resume(self, counts: Array | None, microbatches: int, placement: Placement) -> None:
-        """Start to plan from the loads that an earlier run kept, where the first rank has some. Every rank calls it."""
+        """Start to plan from the loads that an earlier run kept, if the first rank has any. Every rank of the group calls it."""
         found = torch.tensor([counts is not None], dtype=torch.int64, device=self._device)
         dist.broadcast(found, self._leader, group=self._group)
         self._is_due = bool(found)
@@ -64,18 +67,18 @@ class ClonePlanner:
             self._planned = self._pool.submit(self._plan, counts, microbatches, placement)
 
     def take(self) -> Placement | None:
-        """Return the plan that was started, the same on all ranks; None where none is due. Every rank of the group calls it."""
+        """Return the plan that was started, the same on all ranks; None if none was. Every rank of the group calls it."""
         if not self._is_due:
             return None
         self._is_due = False
         slots = self._placement.cluster.slots
-        said = torch.empty((self._placement.layers, slots + self._homes.shape[1]), dtype=torch.int64, device=self._device)
+        plan = torch.empty((self._placement.layers, slots + self._homes.shape[1]), dtype=torch.int64, device=self._device)
         if self._planned is not None:
             planned = self._planned.result()
             assert planned.homes is not None
-            said.copy_(torch.from_numpy(np.concatenate((planned.experts, planned.homes), 1)))
-        dist.broadcast(said, self._leader, group=self._group)
-        experts, homes = np.split(said.cpu().numpy(), [slots], 1)
+            plan.copy_(torch.from_numpy(np.concatenate((planned.experts, planned.homes), 1)))
+        dist.broadcast(plan, self._leader, group=self._group)
+        experts, homes = np.split(plan.cpu().numpy(), [slots], 1)
         return Placement(self._placement.cluster, experts, homes)
 
     @property
@@ -99,8 +102,8 @@ class ClonePlanner:
 def plan_next(forecasts: Array, placement: Placement, microbatches: int, traffic_weight: float) -> Placement:
     """Return the placement of the next step.
 
-    Every clone is sent anew in every step, since the optimizer changes its home: what a slot held counts for nothing, and each
-    clone has to be worth its transfers within the step's micro-batches.
+    The optimizer changes the homes, so every clone is sent again in every step, even to a slot that held it before. Each clone
+    therefore has to save more time, within the micro-batches of one step, than its transfers cost.
     """
     if not has_clone_slots(placement):
         return placement
@@ -110,7 +113,7 @@ def plan_next(forecasts: Array, placement: Placement, microbatches: int, traffic
 
 
 def clear_clones(placement: Placement) -> Placement:
-    """Return ``placement`` with homes alone."""
+    """Return ``placement`` without its clones."""
     assert placement.homes is not None
     experts = np.full_like(placement.experts, EMPTY)
     np.put_along_axis(experts, placement.homes, np.broadcast_to(np.arange(placement.homes.shape[1]), placement.homes.shape), 1)
@@ -118,13 +121,16 @@ def clear_clones(placement: Placement) -> Placement:
 
 
 def has_clone_slots(placement: Placement) -> bool:
-    """Tell whether there are slots beside the homes."""
+    """Tell whether there are slots for clones."""
     assert placement.homes is not None
     return bool(placement.cluster.slots > placement.homes.shape[1])
 
 
 def compile_planner() -> None:
-    """Compile what planning and dealing take, on each node's first rank before its others: a minute once per installation."""
+    """Compile the balancer's kernels, first on the first rank of each node, then load them on its other ranks.
+
+    Compiling takes up to a minute, once per installation.
+    """
     from counterflow.balance.kernels.sharing import share_layer
     from counterflow.compiling import is_compiled
 

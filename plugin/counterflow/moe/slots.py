@@ -1,4 +1,4 @@
-"""From logical experts to slots: which slot computes each of a micro-batch's tokens."""
+"""Map tokens from logical experts to slots: decide which slot computes each token of a micro-batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +12,13 @@ from counterflow.balance.placement import EMPTY, Placement
 
 @dataclass(frozen=True)
 class SlotTable:
-    """What the slots of one layer hold, laid out for `place_exactly` and `place_evenly`.
+    """One layer's placement as the tensors that `place_exactly` and `place_evenly` need.
 
-    ``placement`` has one layer. ``held``: ``int64[slots]``, the expert of each slot, 0 where it is empty; ``filled``:
-    ``bool[slots]``. ``shared``: the slots of experts that have several, ordered by expert and slot; of these, ``copies`` is how
-    many their expert has and ``turn`` which of them the slot is; ``group_start`` is the place in ``shared`` of the first.
+    ``placement`` has one layer. ``held``, ``int64[slots]``, is the expert of each slot, 0 if the slot is empty; ``filled``,
+    ``bool[slots]``, tells which slots are not empty. ``shared`` lists the slots of all experts that have more than one, ordered
+    by expert, then by slot. The next three have one entry for each slot of ``shared``: ``copies`` is the number of slots of its
+    expert, ``turn`` counts these slots from 0, and ``group_start`` is the index in ``shared`` of the first of them.
+    ``shared_slots`` is ``shared`` in numpy.
     """
 
     placement: Placement
@@ -56,10 +58,10 @@ def make_slot_table(placement: Placement, device: torch.device) -> SlotTable:
 def place_exactly(
     routing_map: torch.Tensor, probs: torch.Tensor, table: SlotTable, shares: Array
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the slot map ``bool[tokens, slots]`` and its probabilities, as many tokens on each slot as ``shares`` says.
+    """Return the slot map ``bool[tokens, slots]`` and its probabilities; each slot gets the number of tokens in ``shares``.
 
-    ``routing_map``: ``bool[tokens, experts]``; ``probs``: ``[tokens, experts]``; ``shares``: ``int64[slots]``, those of this
-    rank's tokens. Of an expert's tokens, in their order, the first go to its first slot, and so on.
+    ``routing_map`` is ``bool[tokens, experts]``, ``probs`` is ``[tokens, experts]``, and ``shares``, ``int64[slots]``, counts
+    tokens of this rank. The first tokens of an expert go to its first slot, the next ones to its second, and so on.
     """
     ours = shares[table.shared_slots]
     ends = np.cumsum(ours)
@@ -84,7 +86,7 @@ def _place(
     slot_map = routing_map[:, table.held] & table.filled
     if len(table.shared_slots):
         wanted = slot_map[:, table.shared]
-        # From 1: which of its expert's tokens each is.
+        # The running sum numbers the tokens of each expert from 1.
         slot_map[:, table.shared] = wanted & choose(wanted.cumsum(0))
-    # Not a product: what an expert that was not chosen has for a probability is to leave no trace, be it infinite.
+    # A product with the map would turn an infinite probability of an expert that was not chosen into NaN.
     return slot_map, probs[:, table.held].masked_fill(~slot_map, 0.0)

@@ -1,11 +1,10 @@
 """Let unmodified Megatron-Core and ``megatron.training`` code run on CPU ranks over gloo.
 
-Megatron speaks to ``torch.cuda`` directly: it asks for the current device, makes streams and events,
-writes ``device="cuda"`` into tensor factories. On a machine without a GPU, `install` gives each of
-these a CPU meaning: the device is the CPU, work runs in program order unless it is submitted to a stream
-(`platform.streams`), the CUDA random state is the CPU's. Numbers are those of the CPU kernels.
+Megatron calls ``torch.cuda`` directly: it asks for the current device, makes streams and events, and passes
+``device="cuda"`` to tensor factories. `install` gives each of these a meaning on the CPU. The device is the CPU, work runs in
+program order unless it is submitted to a stream (`platform.streams`), and the CUDA random state is the CPU's.
 
-Nothing here happens on import. `install` returns the patches; ``.undo()`` on them takes it all back.
+Importing this module changes nothing. `install` returns the undo log.
 """
 
 import os
@@ -24,8 +23,8 @@ from counterflow.platform import memory, streams
 from counterflow.platform.devices import CPU, CudaOnCpu
 
 
-def _answer(value: Any) -> Callable[..., Any]:
-    """Return a new function that gives ``value``: torch's compiler wants one object per torch.cuda name."""
+def _always(value: Any) -> Callable[..., Any]:
+    """Return a new function that returns ``value``. Torch's compiler needs a function of its own for each name of torch.cuda."""
     return lambda *args, **kwargs: value
 
 
@@ -55,7 +54,7 @@ def _describe_device(device: Any = None) -> SimpleNamespace:
 
 
 class _OnDevice(nullcontext[None]):
-    """What ``with torch.cuda.device(…)`` is where there is one: torch asks for its class and its index."""
+    """Stands for ``torch.cuda.device``, a context manager whose class and index torch reads."""
 
     idx = 0
 
@@ -64,7 +63,10 @@ class _OnDevice(nullcontext[None]):
 
 
 class _Meaningless:
-    """Stands for a name that means nothing on a CPU; says which when it is called. A class, for annotations and isinstance."""
+    """Stands for a name that has no meaning on a CPU; calling it raises an error that names it.
+
+    It is a class, since some of these names are used in annotations and with isinstance.
+    """
 
     name = ""
 
@@ -99,7 +101,7 @@ def _new_group(original: Any) -> Any:
     return new_group
 
 
-# What is CUDA's alone: graphs, pools and streams of another library, the allocator's own accounts.
+# Names that have no meaning on a CPU: graphs, memory pools, streams of other libraries, the allocator's history.
 REFUSED = (
     *("CUDAGraph", "graph", "graph_pool_handle", "make_graphed_callables", "MemPool", "use_mem_pool", "ExternalStream"),
     *("CUDAPluggableAllocator", "change_current_allocator", "memory_snapshot", "memory_summary", "_sleep"),
@@ -108,31 +110,31 @@ REFUSED = (
 
 
 def _list_device_answers() -> dict[str, Any]:
-    # What a CPU does not tell, its temperature say, is 0.
+    # Values that a CPU does not report, such as its temperature, are 0.
     return {
-        "is_available": _answer(True),
-        "is_initialized": _answer(True),
-        "init": _answer(None),
-        "device_count": _answer(1),
-        "current_device": _answer(CPU),
-        "set_device": _answer(None),
+        "is_available": _always(True),
+        "is_initialized": _always(True),
+        "init": _always(None),
+        "device_count": _always(1),
+        "current_device": _always(CPU),
+        "set_device": _always(None),
         "device": _OnDevice,
         "device_of": _OnDevice,
         "get_device_properties": _describe_device,
-        "get_device_name": _answer("cpu"),
-        "get_device_capability": _answer((0, 0)),
-        "temperature": _answer(0),
-        "power_draw": _answer(0),
-        "clock_rate": _answer(0),
+        "get_device_name": _always("cpu"),
+        "get_device_capability": _always((0, 0)),
+        "temperature": _always(0),
+        "power_draw": _always(0),
+        "clock_rate": _always(0),
         "utilization": lambda device=None: int(psutil.cpu_percent()),
-        # Where a profiler of CUDA's begins and ends to look.
-        "cudart": _answer(SimpleNamespace(cudaProfilerStart=_answer(0), cudaProfilerStop=_answer(0))),
-        "check_error": _answer(None),
-        "profiler.start": _answer(None),
-        "profiler.stop": _answer(None),
-        "nvtx.range_push": _answer(None),
-        "nvtx.range_pop": _answer(None),
-        "nvtx.mark": _answer(None),
+        # Start and stop of CUDA's profiler.
+        "cudart": _always(SimpleNamespace(cudaProfilerStart=_always(0), cudaProfilerStop=_always(0))),
+        "check_error": _always(None),
+        "profiler.start": _always(None),
+        "profiler.stop": _always(None),
+        "nvtx.range_push": _always(None),
+        "nvtx.range_pop": _always(None),
+        "nvtx.mark": _always(None),
     }
 
 
@@ -142,10 +144,10 @@ def _list_stream_answers() -> dict[str, Any]:
         "Stream": streams.Stream,
         "Event": streams.Event,
         "current_stream": lambda device=None: streams.get_current(),
-        "default_stream": _answer(streams.DEFAULT),
+        "default_stream": _always(streams.DEFAULT),
         "set_stream": streams.set_current,
         "stream": lambda stream: streams.run_on(stream),
-        "is_current_stream_capturing": _answer(False),
+        "is_current_stream_capturing": _always(False),
     }
 
 
@@ -164,8 +166,8 @@ def _list_random_answers() -> dict[str, Any]:
 
 def _list_memory_answers() -> dict[str, Any]:
     return {
-        "empty_cache": _answer(None),
-        "ipc_collect": _answer(None),
+        "empty_cache": _always(None),
+        "ipc_collect": _always(None),
         "mem_get_info": memory.measure_machine,
         "device_memory_used": memory.get_used,
         "memory_stats": memory.list_stats,
@@ -173,8 +175,8 @@ def _list_memory_answers() -> dict[str, Any]:
         "memory_reserved": memory.get_resident,
         "max_memory_allocated": memory.get_peak,
         "max_memory_reserved": memory.get_peak,
-        "reset_peak_memory_stats": _answer(None),
-        "reset_max_memory_allocated": _answer(None),
+        "reset_peak_memory_stats": _always(None),
+        "reset_max_memory_allocated": _always(None),
     }
 
 
@@ -184,13 +186,13 @@ def _patch_cuda(patches: Patches) -> None:
         home, _, name = path.rpartition(".")
         patches.set(getattr(torch.cuda, home) if home else torch.cuda, name, value)
         for module in (torch.cuda.random, torch.cuda.memory):
-            # Its own functions call it by that name.
+            # The functions of these modules call it by that name.
             if not home and hasattr(module, name):
                 patches.set(module, name, value)
-    # Tells CUDA's allocator who else uses the memory; torch takes no other stream than its own there.
+    # Tells CUDA's allocator that another stream uses the memory; torch accepts no stream but its own here.
     patches.set(torch.Tensor, "record_stream", lambda tensor, stream: None)
     # The data loader asks the accelerator, not CUDA, whether to pin memory.
-    patches.set(torch.accelerator, "is_available", _answer(False))
+    patches.set(torch.accelerator, "is_available", _always(False))
 
 
 def install() -> Patches:
@@ -198,15 +200,15 @@ def install() -> Patches:
     patches = Patches()
     _patch_cuda(patches)
     patches.on_undo(streams.stop_all)
-    # Megatron demands it for tensor parallelism; it orders kernels that are not there.
+    # Megatron requires this variable for tensor parallelism; on the CPU it has no effect.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # Megatron compiles its fused functions; for the CPU that takes minutes and gains nothing.
+    # Megatron compiles its fused functions; on the CPU that takes minutes and gains nothing.
     compiled = torch._dynamo.config.disable
     torch._dynamo.config.disable = True
     patches.on_undo(lambda: setattr(torch._dynamo.config, "disable", compiled))
     patches.set(torch.distributed, "init_process_group", _init_process_group(torch.distributed.init_process_group))
     patches.set(torch.distributed, "new_group", _new_group(torch.distributed.new_group))
-    # A mode, once entered, stays on this thread's stack: leaving it is part of the undo.
+    # The mode stays on this thread's stack until the undo log leaves it.
     mode = CudaOnCpu()
     mode.__enter__()  # type: ignore[no-untyped-call]
     patches.on_undo(lambda: mode.__exit__(None, None, None))  # type: ignore[no-untyped-call]

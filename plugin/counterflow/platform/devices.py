@@ -1,4 +1,4 @@
-"""What a CUDA device means where there is none: the CPU, wherever Python code names one."""
+"""Map CUDA devices to the CPU, wherever Python code names one."""
 
 from typing import Any
 
@@ -19,13 +19,13 @@ def map_device(device: Any) -> Any:
 
 
 def _call_type(tensor: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
-    # Megatron's optimizers sort parameters by type names and know only those of CUDA tensors.
+    # Megatron's optimizers sort parameters by type name and know the names of CUDA tensors only.
     if dtype is None:
         return tensor.type().replace("torch.", "torch.cuda.", 1)
     return tensor.type(dtype.replace("torch.cuda.", "torch.", 1) if isinstance(dtype, str) else dtype, **kwargs)
 
 
-# The methods that name a device, or have one in their name, other than by a keyword ``device``.
+# The methods that name a device other than by the keyword ``device``.
 _NAMING = frozenset((torch.Tensor.cuda, torch.Tensor.pin_memory, torch.Tensor.type, torch.Tensor.to))
 
 
@@ -33,7 +33,7 @@ class CudaOnCpu(TorchFunctionMode):
     """Maps ``device="cuda"``, ``.cuda()``, ``.to("cuda")`` and CUDA type names to the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Every operation comes by here, also those of a step in which nobody names a device.
+        # Every operation of torch passes here, so the usual case, in which no device is named, comes first.
         if func not in _NAMING:
             if not kwargs:
                 return func(*args)

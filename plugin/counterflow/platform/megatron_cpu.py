@@ -1,6 +1,7 @@
-"""The few Megatron functions that reach past ``torch.cuda``'s public names.
+"""Replace the functions of Megatron that need a GPU in other ways than through public names of ``torch.cuda``.
 
-Each is replaced where it lives and wherever it was imported by name; see `platform.cpu` for the rest.
+`platform.cpu` replaces the public names. A function of Megatron is replaced in its own module and in every module that has
+imported it by name.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ def _set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool =
 
 
 def _keep_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    # Upstream converts to numpy only on the way from a GPU; all_to_all wants plain integers either way.
+    # Megatron converts to numpy only when it copies from a GPU, but all_to_all needs plain integers on the CPU too.
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
@@ -39,8 +40,8 @@ def _compile_where_missing(compile_helpers: Any) -> Any:
         try:
             importlib.import_module("megatron.core.datasets.helpers_cpp")
         except ImportError:
-            # The makefile asks the PATH's python3 for pybind11 and its python3-config for a name; both are to
-            # be this Python's, whose config script stands beside the one that made the virtual environment.
+            # The makefile runs python3 and python3-config from the PATH. Both have to belong to this Python; its
+            # python3-config lies beside the Python that made the virtual environment.
             path = os.environ["PATH"]
             first = (str(Path(sys.executable).parent), str(Path(sys.base_prefix, "bin")))
             os.environ["PATH"] = os.pathsep.join((*first, path))
@@ -53,8 +54,8 @@ def _compile_where_missing(compile_helpers: Any) -> Any:
 def _allocate_state_first(state_dict: Any) -> Any:
     @wraps(state_dict)
     def allocate_and_get(self: Any) -> Any:
-        # Upstream reads the step from the first parameter's state, which a torch optimizer does not
-        # have before its first step, so a fresh one could not be loaded into.
+        # Megatron reads the step from the first parameter's state. A torch optimizer has no state before its first
+        # step, so without this a checkpoint could not be loaded into a new optimizer.
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if not self.optimizer.state[parameter]:
@@ -69,8 +70,8 @@ def _give_each_its_step(load_state_dict: Any) -> Any:
     @wraps(load_state_dict)
     def load(self: Any, state: Any) -> None:
         load_state_dict(self, state)
-        # Upstream hands one step tensor to all parameters, and torch's Adam counts it up once for each
-        # of them: after a resume the bias correction would run ahead by the number of parameters.
+        # Megatron gives all parameters the same step tensor, and torch's Adam increments it once for each parameter.
+        # After a resume the bias correction would use a step that is far too high.
         for parameter_state in self.optimizer.state.values():
             parameter_state["step"] = parameter_state["step"].clone()
 
@@ -80,17 +81,17 @@ def _give_each_its_step(load_state_dict: Any) -> Any:
 def _leave_step_alone(set_states: Any) -> Any:
     @wraps(set_states)
     def set_all_but_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        # Upstream wants a source for every tensor of the state. The step is restored on its own; what the default form of the
-        # distributed optimizer's state hands over for it is that of before the load, zero.
+        # Megatron copies every tensor of the state from the checkpoint's. The step is restored elsewhere; in the default form
+        # of the distributed optimizer's state the value handed over here is the one from before the load, zero.
         set_states(self, model_param, {**tensors, "step": None})
 
     return set_all_but_step
 
 
 def _submit_node(run: Any) -> Any:
-    """Wrap a schedule node's forward or backward: it is submitted to its stream's worker, and its future returned.
+    """Wrap a schedule node's forward or backward: submit it to its stream's worker and return its future.
 
-    Events are waited for and recorded here, in the order of issue, as CUDA has it.
+    The node's event is waited for and recorded here, in the order of issue, as on CUDA.
     """
 
     @wraps(run)
@@ -108,7 +109,7 @@ def _submit_node(run: Any) -> Any:
 
 
 def _read_inputs(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    # What another node is to make stands as one future for all of it.
+    # One future stands for all outputs of the node before.
     if len(inputs) != 1 or not isinstance(inputs[0], Future):
         return inputs
     made = inputs[0].result()
@@ -116,7 +117,7 @@ def _read_inputs(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _wait_for_input(send: Any) -> Any:
-    """Wrap what a chunk plan calls with its result, to send it: that reads a tensor where a node has left a future."""
+    """Wrap the function that sends a chunk plan's result: wait for the result if it is a future."""
 
     @wraps(send)
     def wait_and_send(made: Any, *args: Any, **kwargs: Any) -> Any:
@@ -126,11 +127,11 @@ def _wait_for_input(send: Any) -> Any:
 
 
 def _run_on_workers(run: Any, compute: streams.Stream, get_comm_stream: Any) -> Any:
-    """Wrap a chunk plan's ``run``: upstream's order of issue, with compute and communication on two workers."""
+    """Wrap a chunk plan's ``run``: nodes keep Megatron's order of issue, compute and communication get a worker each."""
 
     @wraps(run)
     def run_on_workers(*args: Any, **kwargs: Any) -> Any:
-        # Megatron's own interleaved schedule sends to other ranks from within the plan.
+        # Megatron's interleaved schedule sends to other ranks while the plan runs.
         kwargs |= {name: _wait_for_input(kwargs[name]) for name in ("post_forward", "post_backward") if kwargs.get(name)}
         with streams.issue_to(compute):
             output = run(*args, **kwargs)
@@ -141,13 +142,13 @@ def _run_on_workers(run: Any, compute: streams.Stream, get_comm_stream: Any) -> 
 
 
 def _let_streams_run(patches: Patches) -> None:
-    """Give overlapped F&B (Megatron's layer schedule plans) streams that run at once."""
+    """Give Megatron's layer schedule plans, which run overlapped pairs, two streams that run at the same time."""
     from megatron.core.models.common.model_chunk_schedule_plan import TransformerModelChunkSchedulePlan as Plan
     from megatron.core.pipeline_parallel import utils
 
     for name in ("_forward", "_backward"):
         patches.set(utils.ScheduleNode, name, _submit_node(getattr(utils.ScheduleNode, name)))
-    # The submitter has ordered the node; in the worker it just runs.
+    # `_submit_node` has waited for the node's event, so the worker need not.
     patches.set(utils.ScheduleNode, "stream_acquire_context", lambda self, name=None: contextlib.nullcontext())
     patches.set(Plan, "run", _run_on_workers(Plan.run, streams.Stream(), lambda: utils.get_comm_stream()))
 
@@ -157,8 +158,8 @@ def _allow_sequence_parallel(new: Any) -> Any:
     def build_norm(cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
         if not config.sequence_parallel:
             return new(cls, config, *args, **kwargs)
-        # A norm works token by token and runs on a part of the sequence as it is. Upstream refuses torch's only because
-        # nothing marks its parameters as those whose gradients are summed over the tensor-parallel ranks.
+        # A norm works token by token, so it can run on a part of the sequence. Megatron refuses torch's norms only because
+        # their parameters lack the mark for gradients that are summed over tensor-parallel ranks.
         config = copy.copy(config)
         config.sequence_parallel = False
         norm = new(cls, config, *args, **kwargs)
@@ -170,23 +171,23 @@ def _allow_sequence_parallel(new: Any) -> Any:
 
 
 def _know_no_inference_layers(patches: Patches) -> None:
-    """Without TE Megatron's linears for inference are no classes, and asking whether a module is one of them is a TypeError."""
+    """Let no module count as one of Megatron's linears for inference: without TE the isinstance check raises a TypeError."""
     from megatron.core.tensor_parallel import inference_layers
 
-    asked = "is_inference_column_parallel_linear"  # of 0.20, in multi-token prediction
-    if hasattr(inference_layers, asked) and not isinstance(inference_layers.InferenceColumnParallelLinear, type):
-        patches.replace(inference_layers, asked, lambda original: lambda module: False)
+    check = "is_inference_column_parallel_linear"  # of 0.20, called by multi-token prediction
+    if hasattr(inference_layers, check) and not isinstance(inference_layers.InferenceColumnParallelLinear, type):
+        patches.replace(inference_layers, check, lambda original: lambda module: False)
 
 
 class _SilenceForkWarning(logging.Filter):
-    """Drops the tracker's warning that the CPU random state changed: here it is the CUDA state too."""
+    """Drops the tracker's warning that the CPU random state changed, since the CPU's state serves as the CUDA state here."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "CPU RNG state changed" not in record.getMessage()
 
 
 def _mend_torch_adam(patches: Patches, sharded: Any) -> None:
-    """Make the distributed optimizer save and resume exactly over torch's Adam (no TE, no Apex)."""
+    """Make the distributed optimizer save and resume exactly with torch's Adam, which it uses without TE and Apex."""
     patches.set(sharded, "state_dict", _allocate_state_first(sharded.state_dict))
     patches.set(sharded, "load_state_dict", _give_each_its_step(sharded.load_state_dict))
     name = "_set_main_param_and_optimizer_states"
@@ -194,7 +195,7 @@ def _mend_torch_adam(patches: Patches, sharded: Any) -> None:
 
 
 def install(patches: Patches) -> None:
-    """Replace what Megatron-Core does differently without a GPU or without TE; log into ``patches``."""
+    """Replace the functions that need a GPU or TE; ``patches`` is the undo log."""
     from megatron.core.datasets import utils as dataset_utils
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.tensor_parallel import random as rng

@@ -1,7 +1,7 @@
-"""What ``torch.cuda`` says of memory, answered by the process: what is resident stands for what is allocated and reserved.
+"""The memory functions of ``torch.cuda`` for a CPU process: its resident memory counts as allocated and as reserved.
 
-The CPU's allocator keeps no counts, so how often memory was allocated, split or freed is 0. Peaks are those since the process
-began: a process cannot reset its own.
+The CPU's allocator does not count allocations, so counts are 0. A peak is that since the process began, since a process
+cannot reset its own peak.
 """
 
 import resource
@@ -17,7 +17,7 @@ _ALONE = (
     *("num_device_alloc", "num_device_free", "max_split_size"),
 )
 _VALUES = ("current", "peak", "allocated", "freed")
-# Of these a CPU has none unused.
+# The kinds that are reported as the resident memory; all others are 0.
 _RESIDENT = ("allocated_bytes", "reserved_bytes", "active_bytes", "requested_bytes")
 
 

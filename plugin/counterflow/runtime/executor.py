@@ -1,4 +1,4 @@
-"""Run one rank's program. Knows stages and messages, not whose model it runs.
+"""Run one rank's program: stages and messages of any model.
 
 The trainer supplies `Work`: a forward and a backward of one (stage, micro-batch). The program says when;
 the mailbox moves what crosses ranks; what stays on the rank (the turn of a V) is handed over here, and so is the
@@ -36,10 +36,10 @@ class Work(Protocol):
         """
 
     def finish_backward(self, stage: int, microbatch: int) -> None:
-        """All weight gradients of this (stage, micro-batch) are there."""
+        """Is called when all weight gradients of this (stage, micro-batch) are computed."""
 
     def release_output(self, stage: int, microbatch: int) -> None:
-        """The output has been handed on: its data may be freed."""
+        """Is called when the output has been passed on; its data may be freed."""
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""The token split's inner loop, compiled: a flow of tokens from overloaded ranks to others, along experts with several copies."""
+"""The token split's inner loop, compiled: tokens flow from overloaded ranks to others, between copies of the same expert."""
 
 from typing import NamedTuple
 
@@ -9,10 +9,11 @@ from counterflow.compiling import compile_fast
 
 
 class Links(NamedTuple):
-    """Which slots belong together in one layer: those of a rank, and the copies of an expert.
+    """Index of one layer's slots, by rank and by expert.
 
-    Slots of rank r: ``rank_start[r]`` to ``rank_start[r + 1]``. Copies of expert e: ``copies[expert_start[e]:expert_start[e +
-    1]]``, slots; ``first[e]`` is the one that its tokens leave only where another rank is less loaded.
+    ``experts[slots]`` and ``rank_of_slot[slots]`` say what a slot holds and where it is. Rank r has the slots
+    ``rank_start[r]`` to ``rank_start[r + 1]``. The slots that hold expert e are ``copies[expert_start[e]:expert_start[e + 1]]``.
+    All tokens of e start in slot ``first[e]`` and leave it only if that makes the slowest rank faster.
     """
 
     experts: Array
@@ -34,7 +35,7 @@ def holds(experts: Array, rank_start: Array, rank: int, expert: int) -> bool:
 
 @compile_fast
 def link_slots(experts: Array, rank_of_slot: Array, rank_start: Array, homes: Array) -> Links:
-    """Return the links of a layer whose slots hold ``experts``, -1 where empty; ``homes[expert]``: a slot, -1 for any."""
+    """Return the links of a layer. ``experts[slots]`` is -1 for empty slots; ``homes[experts]`` is a slot, or -1 for any slot."""
     count = homes.shape[0]
     expert_start = np.zeros(count + 1, np.int64)
     for expert in experts:
@@ -57,9 +58,10 @@ def link_slots(experts: Array, rank_of_slot: Array, rank_start: Array, homes: Ar
 
 @compile_fast
 def split_layer(counts: Array, links: Links, tokens: Array, load: Array) -> int:
-    """Fill ``tokens[slots]`` and ``load[ranks]`` with a split of ``counts[experts]`` whose slowest rank is as fast as can be.
+    """Split ``counts[experts]`` over the slots such that the largest load of a rank is as small as possible.
 
-    Returns the load of the slowest rank. Tokens leave the first slot of their expert only as far as that takes.
+    Fills ``tokens[slots]`` and ``load[ranks]``; returns the largest load. Only as many tokens leave the first slot of their
+    expert as this needs.
     """
     tokens[:] = 0
     load[:] = 0
@@ -73,11 +75,12 @@ def split_layer(counts: Array, links: Links, tokens: Array, load: Array) -> int:
 
 @compile_fast
 def level_ranks(links: Links, tokens: Array, load: Array) -> int:
-    """Move tokens between copies until the slowest rank is as fast as can be; return its load.
+    """Move tokens between copies until the largest load of a rank is as small as possible; return that load.
 
-    A limit starts at the mean, a bound. Ranks above it push tokens along paths, rank by rank, to ranks below it. Where none
-    can be reached, all that the reached ranks hold must stay on them, so that their mean is a better bound and the next
-    limit. Once no rank is above the limit, it is reached, and it is a bound.
+    The limit is a lower bound on the largest load, at first the mean. Ranks above the limit push tokens along paths of copies
+    to ranks below it. If no rank below the limit can be reached, the tokens of the reached ranks cannot leave these ranks, so
+    the mean of the reached ranks is a higher lower bound and becomes the limit. The loop ends when no rank is above the limit:
+    the largest load then equals a lower bound, so it is optimal.
     """
     ranks = load.shape[0]
     limit = -(-load.sum() // ranks)
@@ -113,10 +116,10 @@ def find_paths(
     arriving: Array,
     seen: Array,
 ) -> int:
-    """Search, breadth first, the ranks that tokens can get to from ranks above ``limit``; return how many stand in ``queue``.
+    """Find, breadth first, all ranks that tokens can reach from ranks above ``limit``; return how many ``queue`` then holds.
 
-    Tokens come to ``queue``'s rank r from rank ``came_from[r]`` (-1 where it is above the limit itself), out of slot
-    ``leaving[r]`` into ``arriving[r]``. ``seen`` is room for one truth per expert.
+    For a rank r of ``queue``, ``came_from[r]`` is the rank before it on its path, -1 if r itself is above the limit. Tokens
+    leave slot ``leaving[r]`` of that rank for slot ``arriving[r]`` of r. ``seen[experts]`` is scratch space.
     """
     came_from[:] = -2
     seen[:] = False
@@ -147,7 +150,11 @@ def find_paths(
 
 @compile_fast
 def push_tokens(end: int, limit: int, tokens: Array, load: Array, came_from: Array, leaving: Array, arriving: Array) -> bool:
-    """Push as many tokens to rank ``end`` as its path carries, as its start has above the limit, and as fit below it."""
+    """Push tokens along the path to rank ``end``; tell whether any moved.
+
+    The amount is limited by the tokens in each slot of the path, by what the path's first rank has above the limit, and by
+    the room of ``end`` below it.
+    """
     amount = limit - load[end]
     rank = end
     while came_from[rank] >= 0:

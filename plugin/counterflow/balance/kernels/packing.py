@@ -1,8 +1,8 @@
-"""Free placement of one layer, compiled: how many copies of each expert, and on which ranks, where copies share its load evenly.
+"""Free placement of one layer, compiled: how many copies each expert gets, and on which ranks they lie.
 
-Copies are counted and packed greedily, then ranks trade them until the slowest cannot be helped; where it is still slow, an
-expert on it gets one more copy, at the cost of the one that misses a copy least, and all is packed again: counting and
-packing depend on each other.
+The copies of an expert share its load evenly. First the number of copies is chosen, greedily. Then copies are packed onto
+ranks, largest first. Then ranks trade copies until no trade makes the slowest rank faster. If it is still slow, one expert on
+it gets one more copy, another expert loses one, and everything is packed again, since the best counts depend on the packing.
 """
 
 import heapq
@@ -13,25 +13,25 @@ from counterflow.arrays import Array
 from counterflow.balance.kernels.flow import holds
 from counterflow.compiling import compile_fast
 
-# A slowest rank this near to the mean is not worth another trade, and this near not other counts of copies.
+# If the slowest rank has less than CLOSE times the mean load, no more trades are tried; below NEAR, no other counts of copies.
 CLOSE = 1.002
 NEAR = 1.005
-# Rounds in which ranks trade in pairs, and single trades of the slowest rank after them.
+# At most so many rounds in which ranks trade in pairs, and then so many single trades of the slowest rank.
 ROUNDS = 24
 TRADES = 48
-# Tries with other counts of copies: so many at least, more where there are few slots.
+# Tries with other counts of copies: LEAST_TRIES, or TRIED_SLOTS / slots where that is more.
 LEAST_TRIES = 2
 TRIED_SLOTS = 600
-# Slots times experts times ranks up to which every other expert is tried in every slot.
+# In layers up to this many slots x experts x ranks, every expert is tried in every slot.
 SMALL = 8_000
 
 
 @compile_fast
 def place_layer(weights: Array, rank_start: Array) -> tuple[Array, float]:
-    """Return the expert of each slot, ``int64[slots]``, and the load of the slowest rank, for ``weights[experts]``.
+    """Return the expert of each slot, ``int64[slots]``, and the load of the slowest rank.
 
-    ``rank_start[ranks + 1]``: first slots of ranks. No rank holds two copies of an expert. The caller sees to it that there
-    are slots for all experts, and experts enough for the slots of a rank.
+    ``weights[experts]`` are the loads; ``rank_start[ranks + 1]`` has the first slot of each rank. No rank holds two copies of
+    an expert. The caller makes sure that there are at least as many slots as experts, and no more slots on a rank than experts.
     """
     ranks, slots = rank_start.shape[0] - 1, rank_start[-1]
     copies = count_copies(weights, slots, ranks)
@@ -69,7 +69,7 @@ def count_held(experts: Array, total: int) -> Array:
 
 @compile_fast
 def fill_empty(experts: Array, rank_start: Array, sizes: Array) -> None:
-    """Put into each slot that packing left empty the largest expert that its rank lacks; packing seldom leaves any."""
+    """Fill each slot that packing left empty, which is rare, with the largest expert that its rank does not hold."""
     for rank in range(rank_start.shape[0] - 1):
         for slot in range(rank_start[rank], rank_start[rank + 1]):
             if experts[slot] < 0:
@@ -81,7 +81,7 @@ def fill_empty(experts: Array, rank_start: Array, sizes: Array) -> None:
 
 @compile_fast
 def count_copies(weights: Array, slots: int, most: int) -> Array:
-    """Return how many copies each expert gets, ``most`` at most, such that the largest share of a copy is as small as can be."""
+    """Return each expert's number of copies, at most ``most``, such that the largest load of a copy is as small as possible."""
     copies = np.ones(weights.shape[0], np.int64)
     left = min(slots, weights.shape[0] * most) - weights.shape[0]
     shares = [(-weight, expert) for expert, weight in enumerate(weights)]
@@ -98,10 +98,10 @@ def count_copies(weights: Array, slots: int, most: int) -> Array:
 
 @compile_fast
 def recount(weights: Array, copies: Array, experts: Array, rank_start: Array, number: int) -> Array:
-    """Return counts with one copy more of an expert on the slowest rank, and one less of another; -1 where there are no more
-    such.
+    """Return changed counts: one more copy of an expert on the slowest rank, one less of another; all -1 if none are left.
 
-    ``number`` 0 takes the largest and the one that losing a copy makes least large, higher ones go through the others.
+    ``number`` chooses the pair of experts. For 0, the largest expert of the slowest rank gains a copy, and the expert whose
+    copies are smallest after losing one loses it. Higher numbers go through the other pairs.
     """
     ranks = rank_start.shape[0] - 1
     rank = int(np.argmax(sum_ranks(weights / copies, experts, rank_start)))
@@ -123,31 +123,31 @@ def recount(weights: Array, copies: Array, experts: Array, rank_start: Array, nu
 
 @compile_fast
 def replace_copies(weights: Array, experts: Array, rank_start: Array, target: float) -> float:
-    """Put another expert into one slot, or swap two of the slowest rank, as long as that helps; return the slowest rank's load.
+    """Put another expert into one slot, and trade copies of the slowest rank, while that helps; return the slowest rank's load.
 
-    Of all replacements the best is taken: least load on the slowest rank, and among equals least sum of squares.
+    Of all replacements the one with the smallest largest load is taken; the sum of squared loads decides between near equals.
     """
     ranks = rank_start.shape[0] - 1
     while True:
         copies = count_held(experts, weights.shape[0])
         load = sum_ranks(weights / copies, experts, rank_start)
         help_slowest(weights / copies, experts, load, rank_start)
-        # Also where a node's experts have no load at all.
+        # This also ends the loop if the experts have no load at all.
         if load.max() <= target:
             return float(load.max())
         best = load.max() + 1e-3 * (load**2).sum() / load.sum()
         chosen, chosen_slot = -1, -1
         for rank in range(ranks):
             for slot in range(rank_start[rank], rank_start[rank + 1]):
-                given = experts[slot]
-                if given < 0 or copies[given] == 1:
+                held = experts[slot]
+                if held < 0 or copies[held] == 1:
                     continue
                 for expert in range(weights.shape[0]):
                     if holds(experts, rank_start, rank, expert):
                         continue
                     tried = load.copy()
                     shift_shares(
-                        tried, experts, rank_start, given, weights[given] / (copies[given] - 1) - weights[given] / copies[given]
+                        tried, experts, rank_start, held, weights[held] / (copies[held] - 1) - weights[held] / copies[held]
                     )
                     shift_shares(
                         tried,
@@ -156,7 +156,7 @@ def replace_copies(weights: Array, experts: Array, rank_start: Array, target: fl
                         expert,
                         weights[expert] / (copies[expert] + 1) - weights[expert] / copies[expert],
                     )
-                    tried[rank] += weights[expert] / (copies[expert] + 1) - weights[given] / (copies[given] - 1)
+                    tried[rank] += weights[expert] / (copies[expert] + 1) - weights[held] / (copies[held] - 1)
                     value = tried.max() + 1e-3 * (tried**2).sum() / tried.sum()
                     if value < best * (1 - 1e-9):
                         best, chosen, chosen_slot = value, expert, slot
@@ -175,7 +175,7 @@ def shift_shares(load: Array, experts: Array, rank_start: Array, expert: int, mo
 
 @compile_fast
 def sum_ranks(sizes: Array, experts: Array, rank_start: Array) -> Array:
-    """Return the load of each rank, where a copy of expert e weighs ``sizes[e]``."""
+    """Return the load of each rank; each copy of expert e has the load ``sizes[e]``."""
     load = np.zeros(rank_start.shape[0] - 1)
     for rank in range(load.shape[0]):
         for slot in range(rank_start[rank], rank_start[rank + 1]):
@@ -186,7 +186,7 @@ def sum_ranks(sizes: Array, experts: Array, rank_start: Array) -> Array:
 
 @compile_fast
 def pack_and_trade(sizes: Array, copies: Array, rank_start: Array) -> tuple[Array, float]:
-    """Return the experts of the slots and the load of the slowest rank."""
+    """Pack copies onto ranks and let ranks trade them; return the expert of each slot and the load of the slowest rank."""
     experts = pack(sizes, copies, rank_start)
     load = sum_ranks(sizes, experts, rank_start)
     trade_in_pairs(sizes, experts, load, rank_start)
@@ -196,9 +196,9 @@ def pack_and_trade(sizes: Array, copies: Array, rank_start: Array) -> tuple[Arra
 
 @compile_fast
 def pack(sizes: Array, copies: Array, rank_start: Array) -> Array:
-    """Put copies into slots, the largest first, each on the lightest rank that has room and no copy of that expert yet.
+    """Put copies into slots, the largest first, each on the least loaded rank with a free slot and no copy of that expert.
 
-    Where only ranks with a copy have room left, a copy on another rank makes place: see `make_place`.
+    If all ranks with a free slot hold the expert already, `make_place` moves another copy out of the way.
     """
     experts = np.full(rank_start[-1], -1)
     used = np.zeros(rank_start.shape[0] - 1, np.int64)
@@ -230,7 +230,7 @@ def pack(sizes: Array, copies: Array, rank_start: Array) -> Array:
 
 @compile_fast
 def make_place(experts: Array, used: Array, rank_start: Array, expert: int) -> None:
-    """Put ``expert`` on a full rank without it, in the place of a copy that goes to a rank that has room, and ``expert``."""
+    """Move some copy from a full rank without ``expert`` to a rank with a free slot, and put ``expert`` into its place."""
     for rank in range(used.shape[0]):
         free = rank_start[rank] + used[rank]
         if free == rank_start[rank + 1]:
@@ -248,7 +248,7 @@ def make_place(experts: Array, used: Array, rank_start: Array, expert: int) -> N
 
 @compile_fast
 def trade_in_pairs(sizes: Array, experts: Array, load: Array, rank_start: Array) -> None:
-    """Let the slowest rank trade with the fastest, the second slowest with the second fastest, and so on, for some rounds."""
+    """Trade in rounds: the slowest rank with the fastest, the second slowest with the second fastest, and so on."""
     ranks = load.shape[0]
     mean = load.sum() / ranks
     for round_ in range(ROUNDS):
@@ -258,7 +258,7 @@ def trade_in_pairs(sizes: Array, experts: Array, load: Array, rank_start: Array)
             slow = order[ranks - 1 - place]
             if load[slow] <= mean:
                 break
-            # Another partner each time that a round came to nothing.
+            # After every four rounds, each slow rank gets another partner.
             traded |= trade(sizes, experts, load, rank_start, slow, order[(place + round_ // 4) % ((ranks + 1) // 2)], load[slow])
         if load.max() <= CLOSE * mean or (not traded and round_ >= ROUNDS // 2):
             return
@@ -266,7 +266,7 @@ def trade_in_pairs(sizes: Array, experts: Array, load: Array, rank_start: Array)
 
 @compile_fast
 def help_slowest(sizes: Array, experts: Array, load: Array, rank_start: Array) -> None:
-    """Let the slowest rank trade with whichever rank helps it, fastest first, until none does."""
+    """Let the slowest rank trade with the fastest rank that makes it faster, again and again, until no rank does."""
     mean = load.sum() / load.shape[0]
     for _ in range(TRADES):
         slow = int(np.argmax(load))
@@ -283,7 +283,10 @@ def help_slowest(sizes: Array, experts: Array, load: Array, rank_start: Array) -
 
 @compile_fast
 def trade(sizes: Array, experts: Array, load: Array, rank_start: Array, slow: int, fast: int, below: float) -> bool:
-    """Swap the two copies of two ranks that leave the slower of them fastest; tell whether there are such, below ``below``."""
+    """Swap the best pair of copies between ranks ``slow`` and ``fast``; tell whether a pair was swapped.
+
+    The best pair leaves the smallest load on the slower of the two ranks. That load has to be less than ``below``.
+    """
     best, given, taken = below * (1 - 1e-9), -1, -1
     for slot in range(rank_start[slow], rank_start[slow + 1]):
         size = sizes[experts[slot]] if experts[slot] >= 0 else 0.0

@@ -1,4 +1,4 @@
-"""The model chunks of a rank whose experts are balanced: their slots, clones, homes and loads, step by step."""
+"""Balance the experts of one rank's model chunks: slots, clones, homes and loads, step by step."""
 
 import socket
 from collections import deque
@@ -31,7 +31,7 @@ KEPT_MICROBATCHES = 64
 
 
 class BalancedModel:
-    """One rank's MoE layers, one or more; its ``stage`` are the ranks that hold the same ones.
+    """One rank's MoE layers, one or more; ``_stage`` is the group of ranks that hold the same layers.
 
     ``optimizer`` has to be set before homes can move.
     """
@@ -239,7 +239,7 @@ class BalancedModel:
         return None
 
     def bring_homes_back(self) -> Placement | None:
-        """Let every expert live where Megatron puts it, as checkpoints need it; return what to restore, None for nothing."""
+        """Move every home to where Megatron puts it, as checkpoints need; return the placement to restore, None if none moved."""
         before = self._placement
         assert before.homes is not None and self._straight.homes is not None
         if (before.homes == self._straight.homes).all():
@@ -287,12 +287,12 @@ def _record(directory: Path, counts: Array, line: dict[str, Any]) -> None:
 
 
 def _agree_on_cluster(ep_group: Any, width: int, stage: Any, device: torch.device) -> Cluster:
-    """Return the expert-parallel ranks with ``width`` slots each, on the nodes where the stage's first rank has them."""
+    """Return the cluster of expert-parallel ranks with ``width`` slots each; the stage's first rank decides their nodes."""
     hosts: list[Any] = [None] * ep_group.size()
     dist.all_gather_object(hosts, socket.gethostname(), group=ep_group)
-    said = torch.from_numpy(np.unique(hosts, return_inverse=True)[1]).to(device)
-    dist.broadcast(said, dist.get_process_group_ranks(stage)[0], group=stage)
-    return Cluster((width,) * ep_group.size(), tuple(said.tolist()))
+    nodes = torch.from_numpy(np.unique(hosts, return_inverse=True)[1]).to(device)
+    dist.broadcast(nodes, dist.get_process_group_ranks(stage)[0], group=stage)
+    return Cluster((width,) * ep_group.size(), tuple(nodes.tolist()))
 
 
 def open_group(ep_group: Any) -> dist.ProcessGroup:
@@ -310,7 +310,7 @@ def open_group(ep_group: Any) -> dist.ProcessGroup:
 
 
 def hold_reductions(chunk: Any, clones: Clones) -> None:
-    """Let Megatron's data parallelism reduce expert gradients once those of the clones are home."""
+    """Make Megatron's data parallelism reduce expert gradients only after the clones' gradients are added at the homes."""
     due: list[Callable[[], None]] = []
     finish = chunk.finish_grad_sync
 

@@ -25,9 +25,9 @@ from counterflow.moe.slots import make_slot_table, place_evenly, place_exactly
 
 
 class LayerSlots:
-    """One MoE layer's slots: who holds what, how a micro-batch is split, and what it reports.
+    """One MoE layer's slots: which expert each holds, how tokens are split over them, and where loads are reported.
 
-    Until `connect`, and while no clone is planned, every token goes home.
+    Until `connect`, and while no clone is planned, every token goes to its expert's home.
     """
 
     def __init__(self, layer: Any, dispatcher: Any, clone_module: Any, clones_per_rank: int, *, is_exact: bool) -> None:
@@ -44,15 +44,15 @@ class LayerSlots:
         self._per_rank = clones_per_rank
 
     def connect(self, tracker: LoadTracker, index: int, clones: Clones, clones_index: int) -> None:
-        """Say where loads are reported and where the clones' weights come from, and this layer's place in both."""
+        """Set the tracker of loads, the clones' traffic, and this layer's index in each."""
         self._tracker, self._index, self._clones, self._clones_index = tracker, index, clones, clones_index
 
     def hold(self, placement: Placement, device: torch.device) -> None:
-        """Take the placement of this layer, which it has to itself."""
+        """Use a placement, which has this layer alone."""
         self._table = make_slot_table(placement, device)
 
     def deal(self, probs: torch.Tensor, routing_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return probabilities and map over slots, ``[tokens, slots]``, and, where they are known, all sources' counts.
+        """Return probabilities and map over slots, ``[tokens, slots]``, and under the exact split all sources' counts.
 
         The exact split needs the counts of all ranks: the dispatcher's own gather, made here a little earlier and over experts.
         """
@@ -104,7 +104,7 @@ def give_slots(build: Callable[..., None], clones_per_rank: int, *, is_exact: bo
     def build_with_slots(self: Any, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
         if self.ep_group.size() == 1:
-            return  # every rank computes all experts: there is nothing to balance
+            return  # every rank computes all experts, so there is nothing to balance
         given = inspect.signature(build).bind(self, *args, **kwargs).arguments
         groups = given.get("pg_collection") or _get_default_groups()
         self.token_dispatcher = _make_slot_dispatcher(self, clones_per_rank, groups)

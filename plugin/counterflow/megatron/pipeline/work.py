@@ -1,4 +1,4 @@
-"""One F or B of a (stage, micro-batch), with upstream's own step functions; what one call of the schedule gathers."""
+"""Run one F or B of a (stage, micro-batch) with Megatron's own step functions, and collect losses and token counts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from counterflow.trainer.tables import name_model_layout
 
 @dataclass
 class Step:
-    """What one call of `forward_backward` was given, and what its forwards gather."""
+    """The arguments of one call of `forward_backward`, and the losses and token counts that its forwards collect."""
 
     forward_step_func: Callable[..., Any]
     data_iterators: list[Any]
@@ -96,7 +96,7 @@ class MegatronWork:
         return output, num_tokens
 
     def _find_chunk(self, stage: int) -> _Chunk:
-        """Return the stage's chunk; looked for once a step, for between two actions every Python call counts."""
+        """Return the stage's chunk, found once per step: Python calls between two actions delay the pipeline."""
         if stage not in self._chunks:
             step, place = self._step, self._layout.chunk_of(stage)
             function = run_mirrored(step.forward_step_func) if self._is_mirrored(stage) else step.forward_step_func
@@ -119,7 +119,7 @@ class MegatronWork:
         """Free the output's data as upstream does (``deallocate_pipeline_outputs``)."""
         if not self._step.forward_only:
             free = self._step.config.deallocate_pipeline_outputs
-            # Seven calls that a mode (the CPU platform's) need not look at.
+            # The CPU platform's mode need not inspect these seven calls.
             with torch._C.DisableTorchFunction():
                 upstream.deallocate_output_tensor(self._outputs[stage, microbatch], free)
 

@@ -89,8 +89,8 @@ class _SplitWeight:
         weight.register_hook(self._note)
 
     def leave(self, weight: Any, use: _Use, is_fused: bool) -> None:
-        """Hand the gradient of one use over, together with those of other uses in the same backward that still wait."""
-        # Autograd's own number of the backward that runs, in which it adds up what a weight gets.
+        """Defer the gradient of one use of the weight, together with other uses in the same backward that are still deferred."""
+        # Autograd's number of the running backward. Autograd adds up a weight's gradients within one backward.
         backward = torch._C._current_graph_task_id()
         if backward == self._backward and self._uses:
             self._uses.append(use)
@@ -100,12 +100,12 @@ class _SplitWeight:
 
     @unserializable_hook  # type: ignore[untyped-decorator]
     def _note(self, gradient: torch.Tensor) -> torch.Tensor | None:
-        """See what a backward gives the weight; Megatron's data parallelism adds it unless told that it has been added."""
+        """Inspect the gradient that a backward returns for the weight; Megatron adds it unless it is marked as added already."""
         weight: Any = self._find_weight()
         weight.grad_added_to_main_grad = gradient is self.placeholder
         if gradient is not self.placeholder or getattr(weight, "zero_out_wgrad", False):
             return None
-        # Nobody reads it: as upstream, no zeros.
+        # Nobody reads the values, so they are not set to zero, as in Megatron.
         return torch.empty_like(weight)
 
 
@@ -176,7 +176,7 @@ def delay_engine_weight_grads(patches: Patches) -> None:
 
 
 def _set_after(post_init: Any) -> Any:
-    # Upstream allows it with its own overlap alone, which is who else calls backward_dw: set it once that has been checked.
+    # Megatron refuses the option without its own overlap, so it is set after Megatron's check has run.
     def delay(self: Any) -> None:
         if post_init is not None:
             post_init(self)
@@ -185,7 +185,7 @@ def _set_after(post_init: Any) -> Any:
     return wraps(post_init)(delay) if post_init is not None else delay
 
 
-# Of each Transformer Engine module, how many of its queued entries have been handed over and not been run.
+# For each Transformer Engine module, the number of queued entries that are deferred and have not run yet.
 _handed_over: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
@@ -220,7 +220,7 @@ def _list_modules(chunk: Any) -> Iterator[Any]:
 
 def _run_engine_weight_grads(counts: dict[Any, int]) -> None:
     for module, count in counts.items():
-        # In the order of the queue, whichever backward filled it: the first of a step may overwrite what later ones add to.
+        # Entries run in the order of the queue: the first of a step may overwrite the gradient, later ones add to it.
         for _ in range(count):
             module.backward_dw()
         _handed_over[module] -= count

@@ -1,12 +1,12 @@
-"""Embeddings of which a V holds two copies, both on pipeline rank 0: in its first and in its last stage.
+"""The two copies of an embedding that a V holds on pipeline rank 0, in its first and in its last stage.
 
 With tied embeddings the last stage's output weight, and with multi-token prediction its embedding, is a copy of the first
-stage's embedding. Upstream expects the copies on the first and the last pipeline rank and keeps them equal by collectives
-between the two. In a V both are here: the copy is filled and the gradients are added without a message.
+stage's embedding. Megatron expects the copies on the first and the last pipeline rank and keeps them equal by collectives
+between the two. In a V both are on one rank: the copy is filled, and the gradients are added, without a message.
 
-Upstream's marks are kept: it gives both copies, ``shared_embedding``, gradient buckets of their own, so that the shards of
-a distributed optimizer lie alike in both; the second is ``shared``, so that norms count it once; checkpoints name both by
-the first one's key, under which one of the two is saved, and both are loaded.
+Megatron's marks are kept. Both copies have ``shared_embedding``, so each gets a gradient bucket of its own and the shards of
+a distributed optimizer are cut alike in both. The second has ``shared``, so norms count it once. Checkpoints use the first
+one's key for both: one of the two is saved, and both are loaded.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 
 def keep_embeddings_on_first_rank(initialize_model_parallel: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap upstream's making of process groups: the embedding group is pipeline rank 0 alone."""
+    """Wrap Megatron's creation of process groups: the embedding group is pipeline rank 0 alone."""
 
     @wraps(initialize_model_parallel)
     def initialize(*args: Any, **kwargs: Any) -> Any:
@@ -36,9 +36,9 @@ def copy_embedding(chunks: list[Any]) -> None:
 
 
 def add_embedding_gradients(chunks: list[Any]) -> None:
-    """Give both copies the sum of their gradients, after these have been reduced over the data-parallel ranks.
+    """Set the gradient of both copies to their sum, after the reduction over the data-parallel ranks.
 
-    Of a reduce-scattered gradient only this rank's shard is valid; it is the same part of both copies.
+    After a reduce-scatter only this rank's shard is valid; it is the same part in both copies.
     """
     copies = [copy for copy in _find_copies(chunks) if copy.requires_grad]
     if len(copies) > 1:
@@ -50,9 +50,9 @@ def add_embedding_gradients(chunks: list[Any]) -> None:
 
 
 def save_copies_once(distribute_main_replicas: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap upstream's choice of what each rank saves: of two copies on one rank the first is saved.
+    """Wrap Megatron's choice of the shards that each rank saves: of two copies on one rank, only the first is saved.
 
-    Upstream marks a shard as this rank's to save by the shard's name, which two copies share.
+    Megatron chooses by the shard's name, and both copies have the same name.
     """
 
     @wraps(distribute_main_replicas)
@@ -69,10 +69,10 @@ def save_copies_once(distribute_main_replicas: Callable[..., Any]) -> Callable[.
 
 
 def load_copies_apart(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap upstream's reading of a checkpoint: no two of the tensors that it returns are one.
+    """Wrap Megatron's reading of a checkpoint: each tensor that it returns gets memory of its own.
 
-    Upstream hands out by a shard's name what the ranks have read for each other, and two copies share it. What an optimizer then
-    keeps for them would be one tensor, updated twice in every step.
+    If ranks read for each other, Megatron hands out tensors by the shard's name, so both copies get the same tensor. The
+    optimizer would then keep one moment for both and update it twice in every step.
     """
 
     @wraps(load)
@@ -82,7 +82,8 @@ def load_copies_apart(load: Callable[..., Any]) -> Callable[..., Any]:
         def separate(value: Any) -> Any:
             if not torch.is_tensor(value) or not value.numel():
                 return value
-            # Not the storage: what a buffer holds side by side is apart already. A quantized tensor has no address.
+            # Addresses are compared, not storages: tensors side by side in one buffer are apart already. A quantized tensor
+            # has no address.
             place = value.data_ptr() or id(value)
             if place in seen:
                 return value.clone()
@@ -99,5 +100,5 @@ def load_copies_apart(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _find_copies(chunks: list[Any]) -> list[Any]:
-    """Return the marked parameters in the order of the stages; [] where nothing is shared or on other ranks."""
+    """Return the parameters marked ``shared_embedding``, in the order of the stages; [] if this rank has none."""
     return [parameter for chunk in chunks for parameter in chunk.parameters() if getattr(parameter, "shared_embedding", False)]

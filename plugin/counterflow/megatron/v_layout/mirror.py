@@ -1,9 +1,9 @@
 """The way back of a V: build and run model chunk 1 as if this pipeline rank were P-1-r.
 
 Megatron deals virtual stages round by round, so chunk 1 of rank P-1-r is stage P + (P-1-r): exactly
-the stage that a V layout wants on rank r. Megatron finds the rank in two places, a process group that
-is passed along and ``parallel_state``; both are overridden together, and only around building, data
-set building and the forward of chunk 1, never across optimizer or checkpoint collectives.
+the stage that a V layout wants on rank r. Megatron reads the rank from two places: a process group that
+is passed along, and ``parallel_state``. Both are overridden together, while chunk 1 and its data sets are built
+and during its forward passes, but never during collectives of the optimizer or of a checkpoint.
 """
 
 import copy
@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 
 
 class MirroredGroup:
-    """A pipeline process group seen from its other end: ``rank()`` is P-1-r; all else is the group's."""
+    """A pipeline process group whose ``rank()`` is P-1-r; all other attributes are those of the group."""
 
     def __init__(self, group: Any) -> None:
         self._group = group
@@ -35,7 +35,7 @@ class MirroredGroup:
 
 @contextmanager
 def hold_mirrored_rank() -> Iterator[None]:
-    """Let ``parallel_state`` answer with pipeline rank P-1-r; nested use changes nothing."""
+    """Set the pipeline rank in ``parallel_state`` to P-1-r inside the block; a nested block changes nothing."""
     group = parallel_state.get_pipeline_model_parallel_group()
     before = parallel_state._MPU_PIPELINE_MODEL_PARALLEL_RANK
     mirrored = group if isinstance(group, MirroredGroup) else MirroredGroup(group)
@@ -48,7 +48,7 @@ def hold_mirrored_rank() -> Iterator[None]:
 
 @contextmanager
 def hold_mirrored_group() -> Iterator[None]:
-    """Let ``parallel_state`` give the pipeline group as seen from its other end, for builders that are handed no groups."""
+    """Let ``parallel_state`` return the mirrored pipeline group inside the block, for builders that are passed no groups."""
     before = parallel_state._PIPELINE_MODEL_PARALLEL_GROUP
     parallel_state._PIPELINE_MODEL_PARALLEL_GROUP = MirroredGroup(before)
     try:

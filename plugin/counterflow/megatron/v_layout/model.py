@@ -18,15 +18,16 @@ from counterflow.schedule.layouts import V
 from counterflow.trainer.tables import choose_layout, name_model_layout
 
 WAY_BACK = 1
-# The second chunks that `lay_out_as_v` built: those of no other builder are stages of a V.
+# The second chunks that `lay_out_as_v` has built.
 _on_way_back: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 def lay_out_as_v(build_chunk: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a builder of one model chunk: chunk 1 is built as on the mirrored pipeline rank.
 
-    ``build_chunk`` is told which chunk by a keyword ``vp_stage``. It may take ``pre_process`` and ``post_process``, and process
-    groups by keyword or as its first argument, as both of Megatron's build paths call it; or ask ``parallel_state`` for them.
+    The keyword ``vp_stage`` tells ``build_chunk`` which chunk to build. The builder may take ``pre_process`` and
+    ``post_process``, and process groups by keyword or as its first argument, since Megatron calls builders in both ways. It may
+    also read all of these from ``parallel_state``.
     """
     built: list[Any] = []
 
@@ -50,13 +51,13 @@ def lay_out_as_v(build_chunk: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def lay_out_for(options: Options, build_chunk: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a builder of model chunks where the schedule in force wants them in a V."""
+    """Wrap a builder of model chunks if the schedule in force lays them out as a V; otherwise return it as it is."""
     is_v = options.schedule is not None and name_model_layout(choose_layout(options, 2, 2)) == V
     return lay_out_as_v(build_chunk) if is_v else build_chunk
 
 
 def _mirror_arguments(build_chunk: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the arguments for chunk 1, under the mirrored rank: it is the last of its rank's chunks, and begins no model."""
+    """Return a builder's arguments, changed for chunk 1: mirrored groups; it never has the embedding, and on rank 0 the loss."""
     parameters = list(inspect.signature(build_chunk).parameters.values())
     names = [one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     places = {"pre_process": False, "post_process": parallel_state.is_pipeline_last_stage(ignore_virtual=True)}
@@ -78,12 +79,12 @@ def _require_mirrored(chunk: Any) -> None:
 
 
 def is_on_way_back(chunk: Any) -> bool:
-    """Tell whether a chunk, as it stands in the model or wrapped by data parallelism, was built as a V's second."""
+    """Tell whether a chunk, wrapped by data parallelism or not, was built as the second chunk of a V."""
     return unwrap(chunk) in _on_way_back
 
 
 def unwrap(chunk: Any) -> Any:
-    """Return the model chunk inside what data parallelism and half precision wrap around it."""
+    """Return the model chunk without its wrappers for data parallelism and half precision."""
     while isinstance(chunk, (DistributedDataParallel, Float16Module)):
         chunk = chunk.module
     return chunk
@@ -95,7 +96,7 @@ def is_for_way_back(provider: Any) -> bool:
 
 
 def mirror_dataset_provider(provider: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a data set provider: for chunk 1 it decides as on the mirrored pipeline rank."""
+    """Wrap a data set provider: for chunk 1 it runs as on the mirrored pipeline rank."""
     if is_for_way_back(provider):
         mirrored = run_mirrored(provider)
         mirrored.is_distributed = getattr(provider, "is_distributed", False)  # type: ignore[attr-defined]
