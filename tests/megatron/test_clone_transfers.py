@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from counterflow.balance.placement import Placement, make_home_placement
+from counterflow.megatron.gradients import GRADIENTS
 from counterflow.moe import clones as moe_clones
 from counterflow.moe.clones import Clones, LayerExperts, Traffic
+from counterflow.moe.gradients import GradientStore, PlainGradients
 
 
 class Work:
@@ -51,35 +53,43 @@ def works(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
     return started
 
 
-def make_expert(value: float, *, frozen: tuple[bool, ...]) -> list[torch.nn.Parameter]:
-    """Two weights of one expert, with gradient buffers as data parallelism gives them to those that are trained."""
+def make_expert(value: float, *, frozen: tuple[bool, ...], store: GradientStore) -> list[torch.nn.Parameter]:
+    """Two weights of one expert; Megatron's data parallelism gives gradient buffers to those that are trained."""
     made = []
     for is_frozen in frozen:
         parameter = torch.nn.Parameter(torch.full((2,), value), requires_grad=not is_frozen)
-        if not is_frozen:
+        if not is_frozen and store is GRADIENTS:
             parameter.main_grad = torch.zeros(2)  # type: ignore[attr-defined]
         made.append(parameter)
     return made
 
 
-def make_ranks(*, frozen: tuple[bool, ...]) -> tuple[list[Clones], list[LayerExperts], Placement]:
+def make_group(rank: int) -> Any:
+    return SimpleNamespace(rank=lambda: rank)
+
+
+def make_ranks(
+    *, frozen: tuple[bool, ...], store: GradientStore = GRADIENTS
+) -> tuple[list[Clones], list[LayerExperts], Placement]:
     """Two ranks with one expert each; the placement has a clone of expert 0 on rank 1."""
     placement = make_home_placement(1, 2, 2, 1)
     layers = [
         LayerExperts(
-            [make_expert(rank + 1.0, frozen=frozen)], [[torch.nn.Parameter(torch.full((2,), float("nan"))) for _ in frozen]]
+            [make_expert(rank + 1.0, frozen=frozen, store=store)],
+            [[torch.nn.Parameter(torch.full((2,), float("nan"))) for _ in frozen]],
         )
         for rank in range(2)
     ]
-    made = [Clones([layers[r]], 0, placement.cluster, SimpleNamespace(rank=lambda r=r: r), Traffic()) for r in range(2)]  # type: ignore[arg-type]
+    made = [Clones([layers[r]], 0, placement.cluster, make_group(r), Traffic(), store) for r in range(2)]
     experts = placement.experts.copy()
     experts[0, 3] = 0
     return made, layers, Placement(placement.cluster, experts, placement.homes)
 
 
+@pytest.mark.parametrize("store", [GRADIENTS, PlainGradients()], ids=["megatron", "plain"])
 @pytest.mark.parametrize("frozen", [(False, False), (True, False), (True, True)])
-def test_frozen_weights_have_clones_without_gradients(works: list[Work], frozen: tuple[bool, ...]) -> None:
-    ranks, layers, placement = make_ranks(frozen=frozen)
+def test_frozen_weights_have_clones_without_gradients(works: list[Work], frozen: tuple[bool, ...], store: GradientStore) -> None:
+    ranks, layers, placement = make_ranks(frozen=frozen, store=store)
     for rank in ranks:
         rank.refresh(placement, np.array([[False, False, False, True]]))
         rank.expect_gradients()
@@ -94,9 +104,12 @@ def test_frozen_weights_have_clones_without_gradients(works: list[Work], frozen:
         rank.start_homecoming()
     for rank in ranks:
         rank.finish_homecoming()
-    assert [getattr(weight, "main_grad", None) is None for weight in layers[0].homes[0]] == list(frozen)
-    assert all(w.main_grad.tolist() == [3.0, 3.0] for w in layers[0].homes[0] if w.requires_grad)  # type: ignore[attr-defined]
-    assert all(weight.grad is None for weight in clone)
+    (home,) = layers[0].homes
+    assert [store.of(weight) is None for weight in home] == list(frozen)
+    assert all(store.of(weight).tolist() == [3.0, 3.0] for weight in home if weight.requires_grad)  # type: ignore[union-attr]
+    # The next step begins at zero.
+    ranks[1].expect_gradients()
+    assert all(not store.of(weight).any() for weight in clone if weight.requires_grad)  # type: ignore[union-attr]
 
 
 def test_weights_that_evaluation_did_not_use_have_come_before_it_ends(works: list[Work]) -> None:

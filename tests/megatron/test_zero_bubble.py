@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from counterflow.errors import ScheduleError
+from counterflow.megatron.gradients import GRADIENTS
 from counterflow.megatron.pipeline.zero_bubble import (
     _make_split_linear,
     defer_engine_weight_grads,
@@ -90,7 +91,7 @@ def make_clone(overlap: bool, fused: bool = False) -> Any:
     for parameter in home.parameters():
         parameter.main_grad = torch.zeros_like(parameter)
     weights = [parameter.data.clone() for parameter in clone.parameters()]
-    _prepare(list(clone.parameters()), list(home.parameters()))
+    _prepare(list(clone.parameters()), list(home.parameters()), GRADIENTS)
     for parameter, weight in zip(clone.parameters(), weights, strict=True):
         parameter.data.copy_(weight)
     return SimpleNamespace(module=clone)

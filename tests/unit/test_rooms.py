@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "plugin" / "counterflow"
 
 # What each room may import of the project; what it may import of the heavy world. A sub-room's rooms are named in full.
 COMMON = {"arrays", "bounds", "compiling", "errors", "version"}
-ADAPTER = COMMON | {"options", "patching", "schedule", "balance", "runtime", "moe", "trainer"}
+ADAPTER = COMMON | {"devices", "options", "patching", "schedule", "balance", "runtime", "moe", "trainer"}
 TRAINER_WORLD = {"torch", "megatron"}
 ROOMS = {
     "errors": (set(), set()),
@@ -19,25 +19,28 @@ ROOMS = {
     "version": (set(), set()),
     "compiling": (set(), set()),
     "patching": (set(), set()),
+    "devices": (set(), {"torch"}),
     "bounds": (COMMON, set()),
     "options": (COMMON, set()),
     "schedule": (COMMON, set()),
     "balance": (COMMON, set()),
     "balance.kernels": (COMMON, set()),
     "balance.files": (COMMON | {"balance"}, set()),
-    "runtime": (COMMON | {"schedule"}, {"torch"}),
-    "moe": (COMMON | {"balance"}, {"torch"}),
-    "trainer": (COMMON | {"options", "patching", "schedule", "balance", "runtime", "moe"}, {"torch"}),
+    "runtime": (COMMON | {"devices", "schedule"}, {"torch"}),
+    "moe": (COMMON | {"devices", "balance"}, {"torch"}),
+    "trainer": (COMMON | {"devices", "options", "patching", "schedule", "balance", "runtime", "moe"}, {"torch"}),
     "platform": (COMMON | {"patching"}, TRAINER_WORLD),
     "megatron": (ADAPTER, TRAINER_WORLD),
     "megatron.v_layout": (ADAPTER, TRAINER_WORLD),
-    "megatron.pipeline": (ADAPTER | {"megatron.loop", "megatron.v_layout"}, TRAINER_WORLD),
-    "megatron.experts": (ADAPTER | {"megatron.loop", "megatron.checks"}, TRAINER_WORLD),
+    "megatron.pipeline": (ADAPTER | {"megatron.gradients", "megatron.loop", "megatron.v_layout"}, TRAINER_WORLD),
+    "megatron.experts": (ADAPTER | {"megatron.gradients", "megatron.loop", "megatron.checks"}, TRAINER_WORLD),
     "launch": (COMMON | {"options"}, set()),
     "report": (COMMON | {"schedule", "balance"}, set()),
     "commands": (COMMON | {"options", "platform", "megatron", "schedule", "balance", "report"}, {"torch"}),
     "__init__": (COMMON | {"options", "patching", "platform", "megatron"}, set()),
 }
+# Words of one trainer, or of one kind of device, that rooms for every trainer do without.
+FOREIGN = ("main_grad", "torch.cuda")
 HEAVY = {"torch", "megatron", "deepspeed", "transformer_engine"}
 
 
@@ -71,6 +74,14 @@ def test_imports_point_downward(path: Path) -> None:
             assert is_own or is_below or names & inner, f"{path.name} ({room}) must not import {name}"
         if top in HEAVY:
             assert top in outer, f"{path.name} ({room}) must not import {top}"
+
+
+@pytest.mark.parametrize("room", ["schedule", "balance", "runtime", "moe", "trainer"])
+def test_rooms_for_every_trainer_do_not_name_what_one_trainer_has(room: str) -> None:
+    paths = sorted((PACKAGE / room).rglob("*.py"))
+    assert paths, f"there is no room {room} any more"
+    found = [f"{path.relative_to(PACKAGE)}: {word}" for path in paths for word in FOREIGN if word in path.read_text()]
+    assert not found, "gradients are reached by moe/gradients.py, devices by devices.py"
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:

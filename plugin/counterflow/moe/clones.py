@@ -19,6 +19,8 @@ from counterflow.arrays import Array
 from counterflow.balance.cluster import Cluster
 from counterflow.balance.moves import arrange_rounds
 from counterflow.balance.placement import EMPTY, Placement
+from counterflow.devices import find_device
+from counterflow.moe.gradients import GradientStore
 
 # Tags of one (layer, slot): its weights', then its gradients'.
 TENSORS_PER_EXPERT = 8
@@ -69,14 +71,21 @@ class _Transfer:
 class Clones:
     """The clones of one model chunk's layers, and their traffic with the homes over ``group``, which is used for nothing else.
 
-    ``first_layer``: where these layers begin in the placement given to `refresh`.
+    ``first_layer``: where these layers begin in the placement given to `refresh`. ``gradients``: where the trainer keeps those
+    of the homes.
     """
 
     def __init__(
-        self, layers: list[LayerExperts], first_layer: int, cluster: Cluster, group: dist.ProcessGroup, traffic: Traffic
+        self,
+        layers: list[LayerExperts],
+        first_layer: int,
+        cluster: Cluster,
+        group: dist.ProcessGroup,
+        traffic: Traffic,
+        gradients: GradientStore,
     ) -> None:
         self._layers, self._first = layers, first_layer
-        self._group, self._traffic = group, traffic
+        self._group, self._traffic, self._gradients = group, traffic, gradients
         self._rank, self._ranks = group.rank(), cluster.ranks
         self._peers = dist.get_process_group_ranks(group)
         self._width, self._own = cluster.slots_per_rank[0], len(layers[0].homes)
@@ -92,7 +101,7 @@ class Clones:
         """Whether this step's gradients have been added at the homes."""
         for layer in layers:
             for clone in layer.clones:
-                _prepare(clone, layer.homes[0])
+                _prepare(clone, layer.homes[0], gradients)
 
     def refresh(self, placement: Placement, wanted: Array) -> None:
         """Start sending weights to the clones of ``placement`` that are ``wanted``, ``bool[layers, slots]``.
@@ -126,10 +135,8 @@ class Clones:
 
     def expect_gradients(self) -> None:
         """Begin a step, after `refresh`: set the clones' gradients to zero; they have to be sent home in this step."""
-        for parameter in self._list_clone_parameters():
-            if hasattr(parameter, "main_grad"):
-                parameter.main_grad.zero_()
-                parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+        for parameter in list_clone_parameters(self._layers):
+            self._gradients.clear(parameter)
         self._rounds, self._sent_home_at, self.are_home = [], None, not self._held
 
     def start_homecoming(self) -> None:
@@ -143,7 +150,7 @@ class Clones:
         self._rounds = [[] for _ in range(int(rounds.max(initial=-1)) + 1)]
         for transfer, turn in zip(self._held, rounds.tolist(), strict=True):
             self._rounds[turn].append(transfer)
-            self._traffic.bytes += _count_bytes(_list_gradients(self._layers[transfer.layer].homes[0]))
+            self._traffic.bytes += _count_bytes(list_gradients(self._layers[transfer.layer].clones[0], self._gradients))
         self._sent_home_at = time.monotonic()
         self._start_round()
 
@@ -155,9 +162,9 @@ class Clones:
         while self._returning or self._rounds:
             self._wait(self._returning)
             for transfer, gradients in self._landing:
-                homes = _list_gradients(self._layers[transfer.layer].homes[transfer.home])
-                for home, gradient in zip(homes, gradients, strict=True):
-                    home.add_(gradient)
+                trained = [p for p in self._layers[transfer.layer].homes[transfer.home] if self._gradients.of(p) is not None]
+                for home, gradient in zip(trained, gradients, strict=True):
+                    self._gradients.add(home, gradient)
             self._start_round()
         assert self._sent_home_at is not None
         self._traffic.gradients += time.monotonic() - self._sent_home_at
@@ -174,9 +181,10 @@ class Clones:
             layer = self._layers[transfer.layer]
             ends = transfer.clone_rank, transfer.home_rank, transfer, TENSORS_PER_EXPERT
             if transfer.clone_rank == self._rank:
-                operations += self._send(_list_gradients(layer.clones[transfer.clone]), *ends)
+                operations += self._send(list_gradients(layer.clones[transfer.clone], self._gradients), *ends)
             if transfer.home_rank == self._rank:
-                landing = [torch.empty_like(gradient) for gradient in _list_gradients(layer.homes[transfer.home])]
+                homes = list_gradients(layer.homes[transfer.home], self._gradients)
+                landing = [torch.empty_like(gradient) for gradient in homes]
                 self._landing.append((transfer, landing))
                 operations += self._receive(landing, *ends)
         self._returning = dist.batch_isend_irecv(operations) if operations else []
@@ -227,33 +235,35 @@ class Clones:
             work.wait(*self._limit)
         self._traffic.waited += time.monotonic() - begun
 
-    def _list_clone_parameters(self) -> list[torch.nn.Parameter]:
-        return [parameter for layer in self._layers for clone in layer.clones for parameter in clone]
-
 
 def find_timeout(group: dist.ProcessGroup) -> timedelta:
     """Return how long the ranks of a group wait for each other."""
-    timeout: timedelta = group._get_backend(torch.device(torch.cuda.current_device())).options._timeout
+    timeout: timedelta = group._get_backend(find_device()).options._timeout
     return timeout
 
 
-def measure_clones(layers: list[LayerExperts]) -> tuple[int, int]:
+def measure_clones(layers: list[LayerExperts], gradients: GradientStore) -> tuple[int, int]:
     """Return the bytes of this rank's clones: of their weights, and of their gradients."""
-    parameters = [parameter for layer in layers for clone in layer.clones for parameter in clone]
-    return _count_bytes(parameters), _count_bytes(_list_gradients(parameters))
+    parameters = list_clone_parameters(layers)
+    return _count_bytes(parameters), _count_bytes(list_gradients(parameters, gradients))
+
+
+def list_clone_parameters(layers: list[LayerExperts]) -> list[torch.nn.Parameter]:
+    """Return the parameters of all clones on this rank."""
+    return [parameter for layer in layers for clone in layer.clones for parameter in clone]
 
 
 def _count_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _list_gradients(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-    """Return the gradient buffers of parameters; frozen ones have none."""
-    return [parameter.main_grad for parameter in parameters if hasattr(parameter, "main_grad")]
+def list_gradients(parameters: list[torch.nn.Parameter], gradients: GradientStore) -> list[torch.Tensor]:
+    """Return the gradients of those parameters that are trained."""
+    return [gradient for parameter in parameters if (gradient := gradients.of(parameter)) is not None]
 
 
-def _prepare(clone: list[torch.nn.Parameter], home: list[torch.nn.Parameter]) -> None:
-    """Give a clone's parameters the type of a home's, and a gradient buffer as the trainer gave the home one."""
+def _prepare(clone: list[torch.nn.Parameter], home: list[torch.nn.Parameter], gradients: GradientStore) -> None:
+    """Give a clone's parameters the type of a home's, and let them collect gradients as the home's do."""
     if len(clone) != len(home) or len(home) > TENSORS_PER_EXPERT:
         raise ValueError(
             f"a clone of {len(clone)} tensors for a home of {len(home)}; up to {TENSORS_PER_EXPERT}, as many in both"
@@ -261,14 +271,4 @@ def _prepare(clone: list[torch.nn.Parameter], home: list[torch.nn.Parameter]) ->
     for copied, own in zip(clone, home, strict=True):
         copied.data = torch.zeros_like(own.data)
         copied.requires_grad_(own.requires_grad)
-        if hasattr(own, "main_grad"):
-            copied.main_grad = torch.zeros_like(own.main_grad)  # type: ignore[attr-defined]
-            copied.grad_added_to_main_grad = False  # type: ignore[attr-defined]
-            copied.register_post_accumulate_grad_hook(_add_gradient)  # type: ignore[no-untyped-call]
-
-
-def _add_gradient(parameter: torch.Tensor) -> None:
-    # As Megatron's hook for a home's parameter: a linear may have added its gradient itself, and left a placeholder.
-    if parameter.grad is not None and not parameter.grad_added_to_main_grad:  # type: ignore[attr-defined]
-        parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
-    parameter.grad = None
+        gradients.prepare(copied, own)

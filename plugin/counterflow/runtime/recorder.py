@@ -11,8 +11,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
+from counterflow.devices import make_event, wait_for_device
 from counterflow.errors import OptionError
 from counterflow.schedule.actions import Action
 from counterflow.schedule.timeline import Span, dump_record
@@ -32,14 +31,14 @@ class Recorder:
     def _now(self) -> Any:
         if not self._use_cuda_events:
             return time.monotonic()
-        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event = make_event(timed=True)
         event.record()
         return event
 
     def start(self, action: Action) -> None:
         """The rank has come to this action."""
         if self._base is None and self._use_cuda_events:
-            torch.cuda.synchronize()
+            wait_for_device()
             self._base = (time.monotonic(), self._now())
         self._action, self._begin = action, None
 
@@ -63,7 +62,7 @@ class Recorder:
     def take_spans(self) -> list[Span]:
         """Return the spans of one step, in seconds of the host's clock, and forget them."""
         if self._use_cuda_events:
-            torch.cuda.synchronize()
+            wait_for_device()
         spans = [Span(self._rank, action, self._seconds(b), self._seconds(e)) for action, b, e in self._marks]
         self._marks.clear()
         self._base = None

@@ -17,9 +17,11 @@ from counterflow.balance.cluster import Cluster
 from counterflow.balance.files.recorded import read_record, record_step
 from counterflow.balance.placement import EMPTY, Placement, make_home_placement, measure_balancedness, share_evenly, sum_by_rank
 from counterflow.balance.planning import TRAFFIC_WEIGHT
+from counterflow.devices import find_device
 from counterflow.errors import BalanceError
 from counterflow.megatron.experts.layer import LayerSlots
 from counterflow.megatron.experts.optimizer_state import take_state
+from counterflow.megatron.gradients import GRADIENTS
 from counterflow.moe.clones import Clones, Traffic, find_timeout, measure_clones
 from counterflow.moe.homes import move_homes
 from counterflow.moe.loads import LoadTracker
@@ -41,7 +43,7 @@ class BalancedModel:
         slots = [[module.cf_slots for module in chunk.modules() if hasattr(module, "cf_slots")] for chunk in chunks]
         self._layers: list[LayerSlots] = [one for chunk in slots for one in chunk]
         self._experts = [one.list_experts() for one in self._layers]
-        self._device = torch.device(torch.cuda.current_device())
+        self._device = find_device()
         self._stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         self.is_leader = self._stage.rank() == 0
         layer = self._layers[0].layer
@@ -84,7 +86,7 @@ class BalancedModel:
         for chunk, layers in zip(self._chunks, slots, strict=True):
             if layers:
                 experts = self._experts[first : first + len(layers)]
-                clones = Clones(experts, first, self._placement.cluster, self._group, self.traffic)
+                clones = Clones(experts, first, self._placement.cluster, self._group, self.traffic, GRADIENTS)
                 for index, one in enumerate(layers):
                     one.connect(self._tracker, first + index, clones, index)
                 if hasattr(chunk, "finish_grad_sync"):
@@ -95,7 +97,7 @@ class BalancedModel:
 
     def measure_memory(self) -> tuple[int, int, int]:
         """Return the number of layers, and the bytes of their clones' weights and gradients on this rank."""
-        return len(self._layers), *measure_clones(self._experts)
+        return len(self._layers), *measure_clones(self._experts, GRADIENTS)
 
     def _place(self, placement: Placement) -> None:
         assert placement.homes is not None

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
+from counterflow.devices import find_device
 from counterflow.errors import OptionError
 from counterflow.megatron.checks import check_loop
 from counterflow.megatron.experts.balanced_model import BalancedModel, open_group
@@ -137,7 +138,7 @@ class ExpertBalancer:
     def _announce(self) -> None:
         """Say what the clones take, as much as on any rank."""
         numbers = torch.tensor(self._model.measure_memory() if self._model is not None else (0, 0, 0), dtype=torch.int64)
-        numbers = numbers.to(torch.cuda.current_device())
+        numbers = numbers.to(find_device())
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
         layers, weights, gradients = numbers.tolist()
         if dist.get_rank() == 0:
@@ -166,7 +167,7 @@ class ExpertBalancer:
             if self._model.is_leader:
                 numbers[4:] = traffic.clones, traffic.moved, traffic.homes, traffic.bytes
             traffic.reset()
-        summed = torch.from_numpy(numbers).to(torch.cuda.current_device())
+        summed = torch.from_numpy(numbers).to(find_device())
         dist.all_reduce(summed)
         before, after, cells, waited, clones, moved, homes, size = summed.tolist()
         self._said = {

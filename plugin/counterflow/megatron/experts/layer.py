@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from counterflow.balance.placement import Placement, make_home_placement, sum_by_rank
 from counterflow.balance.shares import share_tokens
+from counterflow.devices import find_device
 from counterflow.errors import SeamError
 from counterflow.moe.clones import Clones, LayerExperts
 from counterflow.moe.loads import LoadTracker
@@ -39,7 +40,7 @@ class LayerSlots:
         self._clones: Clones | None = None
         self._index = self._clones_index = 0
         homes = make_home_placement(1, layer.config.num_moe_experts, layer.ep_group.size(), clones_per_rank)
-        self._table = make_slot_table(homes, torch.device(torch.cuda.current_device()))
+        self._table = make_slot_table(homes, find_device())
         self._own = layer.num_local_experts
         self._per_rank = clones_per_rank
 

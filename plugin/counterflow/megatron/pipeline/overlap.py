@@ -21,6 +21,7 @@ import torch
 from megatron.core.pipeline_parallel import combined_1f1b
 from megatron.core.pipeline_parallel.utils import ScheduleNode, set_streams
 
+from counterflow.devices import make_event
 from counterflow.errors import OptionError, SeamError
 from counterflow.megatron.pipeline.gradient_sync import GradientSync
 from counterflow.megatron.pipeline.work import MegatronWork, Step, take_tensor
@@ -207,7 +208,7 @@ def _run_held(backward_dw: Callable[[Any], None]) -> Callable[[Any], None]:
             return
         if self.bwd_dw_callables:
             # A node of its own runs on the stream, wherever that may be; its place in the stream's order is enough.
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event = make_event()
             ScheduleNode(partial(compute, self), self.stream, event, name=f"{self.name} weight gradients").forward()
         backward_dw(self)
 

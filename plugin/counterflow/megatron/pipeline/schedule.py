@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 
+from counterflow.devices import find_device
 from counterflow.errors import OptionError
 from counterflow.megatron.loop import number_iteration
 from counterflow.megatron.pipeline.crosslink import link_pipelines
@@ -84,7 +85,7 @@ class PipelineSchedule:
         config = get_model_config(chunks[0])
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         rank = groups.pp.rank()
-        device = torch.device(torch.cuda.current_device())
+        device = find_device()
         if config.timers is not None:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
 

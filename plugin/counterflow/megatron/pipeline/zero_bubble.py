@@ -21,6 +21,7 @@ from packaging.version import Version
 from torch.utils.hooks import unserializable_hook
 
 from counterflow.errors import ScheduleError
+from counterflow.megatron.gradients import GRADIENTS
 from counterflow.patching import Patches
 from counterflow.runtime.weight_grads import defer_weight_grad, is_holding
 
@@ -44,7 +45,7 @@ def _make_split_linear(upstream: Any) -> Any:
             saved_input, weight = ctx.saved_tensors
             # Without a gradient buffer (no DDP) or a weight to train, or with embedding gradients deferred already, upstream
             # goes on alone.
-            is_kept = hasattr(weight, "main_grad") and ctx.needs_input_grad[1] and getattr(ctx, "gtp_remat_size", 1) <= 1
+            is_kept = GRADIENTS.of(weight) is not None and ctx.needs_input_grad[1] and getattr(ctx, "gtp_remat_size", 1) <= 1
             is_fused = ctx.gradient_accumulation_fusion
             # So it does in a B: autograd adds all uses of a weight up. Fused, upstream would lose every use but this one.
             if not is_kept or ctx.grad_output_buffer is not None or not (is_fused or is_holding()):
@@ -129,7 +130,7 @@ def add_weight_grads(weight: Any, uses: list[_Use], is_fused: bool) -> None:
             product = grad_output.t().matmul(total_input)
             total = product if total is None else total.add_(product)
     if total is not None:
-        weight.main_grad.add_(total)
+        GRADIENTS.add(weight, total)
     uses.clear()
 
 

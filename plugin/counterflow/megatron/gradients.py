@@ -1,0 +1,40 @@
+"""Gradients as Megatron keeps them: in ``main_grad``, a part of a data-parallel bucket's buffer."""
+
+from typing import Any
+
+import torch
+
+
+class MegatronGradients:
+    """The `counterflow.moe.gradients.GradientStore` of Megatron's data parallelism."""
+
+    def of(self, parameter: Any) -> torch.Tensor | None:
+        """Return ``main_grad``; a frozen parameter, and one that no data parallelism holds, has none."""
+        return getattr(parameter, "main_grad", None)
+
+    def add(self, parameter: Any, gradient: torch.Tensor) -> None:
+        """Add to ``main_grad``, in its type."""
+        parameter.main_grad.add_(gradient)
+
+    def prepare(self, parameter: Any, like: Any) -> None:
+        """Give ``parameter`` a ``main_grad`` of its own, outside all buckets, that its backward passes add to."""
+        if (own := self.of(like)) is not None:
+            parameter.main_grad = torch.zeros_like(own)
+            parameter.grad_added_to_main_grad = False
+            parameter.register_post_accumulate_grad_hook(_add_gradient)
+
+    def clear(self, parameter: Any) -> None:
+        """Zero ``main_grad``, as ``zero_grad_buffer`` does for the model's own parameters."""
+        if (own := self.of(parameter)) is not None:
+            own.zero_()
+            parameter.grad_added_to_main_grad = False
+
+
+GRADIENTS = MegatronGradients()
+
+
+def _add_gradient(parameter: Any) -> None:
+    # As Megatron's hook for the model's parameters: a linear may have added its gradient itself, and left a placeholder.
+    if parameter.grad is not None and not parameter.grad_added_to_main_grad:
+        parameter.main_grad.add_(parameter.grad)
+    parameter.grad = None
