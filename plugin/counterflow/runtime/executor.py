@@ -36,10 +36,12 @@ class Work(Protocol):
         """
 
     def finish_backward(self, stage: int, microbatch: int) -> None:
-        """Is called when all weight gradients of this (stage, micro-batch) are computed."""
+        """Is called when all weight gradients of this (stage, micro-batch) are computed; does nothing where left out."""
+        return
 
     def release_output(self, stage: int, microbatch: int) -> None:
-        """Is called when the output has been passed on; its data may be freed."""
+        """Is called when the output has been passed on; its data may be freed. Does nothing where left out."""
+        return
 
 
 @runtime_checkable
