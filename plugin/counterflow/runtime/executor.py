@@ -148,7 +148,10 @@ class _Run:
             return
         if not isinstance(result, tuple):
             raise ScheduleError(f"{part.single} gave a {type(result).__name__}; a message is a tuple of tensors, if only of one")
-        if all(member is None for member in result):
+        for member in result:
+            if member is not None:
+                break
+        else:
             raise ScheduleError(f"{part.single} gave nothing to send on; is all of stage {part.single.stage} frozen?")
         if part.send is not None:
             self._mailbox.send(part.send, result)

@@ -120,13 +120,8 @@ class Waiting(NamedTuple):
         return str(self.transfer) if self.is_alone else f"member {self.member} of {self.transfer}"
 
 
-class _Coming(NamedTuple):
-    """A member that is being received."""
-
-    member: int
-    buffer: torch.Tensor
-    work: dist.Work
-    needs_gradient: bool
+# A member that is being received: its place in the message, its buffer, its transfer, and whether it needs a gradient.
+_Coming = tuple[int, torch.Tensor, dist.Work, bool]
 
 
 class Mailbox:
@@ -148,7 +143,7 @@ class Mailbox:
         # Of a message whose form is known, what travels: every output, and the gradients that are wanted.
         self._travels = {"F": outputs, "B": [(index, member) for index, member in outputs if member.returns]}
         self._is_alone = form is not None and len(form) == 1
-        self.waiting: Waiting | None = None
+        self._waiting: tuple[Transfer, int] | None = None
         self._sent: dict[int, list[tuple[torch.Tensor, dist.Work]]] = {}
         self._posted: dict[int, list[_Coming]] = {}
         # Where shapes vary: what each peer sends next, in its order, and what has been taken before it was needed.
@@ -177,7 +172,7 @@ class Mailbox:
                 coming = self._expected[transfer.peer].popleft()
                 self._taken[coming.tag] = self._receive_announced(coming)
             message = self._taken.pop(transfer.tag)
-        self.waiting = None
+        self._waiting = None
         for tag in delivered:
             self._let_go(tag)
         return message
@@ -185,12 +180,14 @@ class Mailbox:
     def send(self, transfer: Transfer, message: Message) -> None:
         """Start sending a message; returns at once. The caller may free or reuse the tensor objects."""
         with torch._C.DisableTorchFunction():
-            if self._form is not None:
-                self._check(transfer, message)
+            travels = self._travels[transfer.message.kind]
+            if self._form is not None and (
+                len(message) != len(self._form) or not all(self._fits(message[index], wanted) for index, wanted in travels)
+            ):
+                self._refuse(transfer, message)
             if not self._is_fixed:
-                header = torch.tensor(write_header(message), device=self._device)
-                self._start_send(header, transfer, HEADER)
-            for index, _ in self._travels[transfer.message.kind] if self._form is not None else enumerate(message):
+                self._start_send(torch.tensor(write_header(message), device=self._device), transfer, HEADER)
+            for index, _ in travels if self._form is not None else enumerate(message):
                 member = message[index]
                 if member is not None:
                     # A tensor object of our own keeps the storage when the caller frees the output's data.
@@ -201,32 +198,36 @@ class Mailbox:
         for tag in list(self._sent):
             self._let_go(tag)
 
-    def _check(self, transfer: Transfer, message: Message) -> None:
-        """Raise `ScheduleError` unless the message has the form that the pipeline sends."""
-        assert self._form is not None
-        fits = len(message) == len(self._form)
-        for index, wanted in self._travels[transfer.message.kind] if fits else ():
-            member = message[index]
-            if member is None:
-                fits = fits and not self._is_fixed
-            elif (
-                member.dtype != wanted.dtype
-                or (wanted.shape is not None and member.shape != wanted.shape)
-                or (not wanted.returns and member.requires_grad)
-            ):
-                fits = False
-        if not fits:
-            of, what = transfer.message, "gradients " if transfer.message.kind == "B" else ""
-            raise ScheduleError(
-                f"stage {of.stage} gave {what}{describe_message(message)} for micro-batch {of.microbatch}; "
-                f"the pipeline sends {describe_form(self._form)}: all stages must agree on it"
-            )
+    @property
+    def waiting(self) -> Waiting | None:
+        """What is waited for; another thread may ask."""
+        waiting = self._waiting
+        return Waiting(*waiting, self._is_alone) if waiting is not None else None
+
+    def _fits(self, member: torch.Tensor | None, wanted: Member) -> bool:
+        if member is None:
+            return not self._is_fixed
+        shape, dtype, _ = wanted
+        return (
+            member.dtype == dtype
+            and (shape is None or member.shape == shape)
+            and (not member.requires_grad or wanted.returns)  # otherwise its gradient would be lost
+        )
+
+    def _refuse(self, transfer: Transfer, message: Message) -> None:
+        """Raise `ScheduleError`: the message has not the form that the pipeline sends."""
+        of, what = transfer.message, "gradients " if transfer.message.kind == "B" else ""
+        raise ScheduleError(
+            f"stage {of.stage} gave {what}{describe_message(message)} for micro-batch {of.microbatch}; "
+            f"the pipeline sends {describe_form(self._form)}: all stages must agree on it"
+        )
 
     def _receive_announced(self, transfer: Transfer) -> Message:
         """Receive a header, then the members that it announces."""
-        (header,) = self._start_receives(transfer, [(HEADER, Member((HEADER_SIZE,), torch.int64))])
-        self._wait(transfer, header)
-        announced = read_header(header.buffer.tolist())
+        ((_, header, work, _),) = self._start_receives(transfer, [(HEADER, Member((HEADER_SIZE,), torch.int64))])
+        self._waiting = transfer, HEADER
+        work.wait(*self._limit)
+        announced = read_header(header.tolist())
         if self._form is not None and (
             len(announced) != len(self._form)
             or any(one and one.dtype != wanted.dtype for one, wanted in zip(announced, self._form, strict=True))
@@ -240,28 +241,27 @@ class Mailbox:
 
     def _start_receives(self, transfer: Transfer, members: list[tuple[int, Member]]) -> list[_Coming]:
         started = []
+        is_output = transfer.message.kind == "F"
         for index, member in members:
-            assert member.shape is not None
+            shape, dtype, _ = member
+            assert shape is not None
             with torch._C.DisableTorchFunction():
-                buffer = torch.empty(member.shape, dtype=member.dtype, device=self._device)
+                buffer = torch.empty(shape, dtype=dtype, device=self._device)
             work = self._channels.start_receive(buffer, transfer.peer, transfer.tag * TAGS + 1 + index)
-            started.append(_Coming(index, buffer, work, member.returns and transfer.message.kind == "F"))
+            started.append((index, buffer, work, is_output and member.returns))
         return started
 
     def _finish_receives(self, transfer: Transfer, coming: list[_Coming], count: int) -> Message:
         """Wait for the members that travel; return a message of ``count``."""
         message: list[torch.Tensor | None] = [None] * count
-        for one in coming:
-            self._wait(transfer, one)
-            message[one.member] = one.buffer
-            if one.needs_gradient and torch.is_grad_enabled():
+        for index, buffer, work, needs_gradient in coming:
+            self._waiting = transfer, index
+            work.wait(*self._limit)
+            message[index] = buffer
+            if needs_gradient and torch.is_grad_enabled():
                 with torch._C.DisableTorchFunction():
-                    one.buffer.requires_grad_()
+                    buffer.requires_grad_()
         return tuple(message)
-
-    def _wait(self, transfer: Transfer, coming: _Coming) -> None:
-        self.waiting = Waiting(transfer, coming.member, self._is_alone)
-        coming.work.wait(*self._limit)
 
     def _let_go(self, tag: int) -> None:
         # Gloo's sends do not say by themselves that they are done; of one that is, the wait returns at once.
