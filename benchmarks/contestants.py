@@ -25,12 +25,14 @@ from counterflow.platform import install_cpu
 from counterflow.runtime.executor import run_program
 from counterflow.runtime.lowering import lower
 from counterflow.runtime.mailbox import Channels, Mailbox
+from counterflow.runtime.messages import Member, Message, run_backward
 from counterflow.runtime.recorder import Recorder, append_record
 from counterflow.runtime.weight_grads import defer_weight_grad
 from counterflow.schedule import Layout, ScheduleTable, build, from_csv, lay_looped, lay_straight, lay_v
 
 # Sequence, micro-batch and hidden size, as Megatron sends them; small, since nothing is computed.
 SHAPE = (8, 1, 8)
+FORM = (Member(SHAPE, torch.float32),)
 CPU = torch.device("cpu")
 # Seconds that a sleep may come back late, and a little.
 TIMER_SLACK = 0.0004
@@ -128,21 +130,19 @@ class StageWork:
 
     def __init__(self, stages: dict[int, SleepingStage], last_stage: int) -> None:
         self._stages, self._last_stage = stages, last_stage
-        self._saved: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._saved: dict[tuple[int, int], tuple[Message, Message]] = {}
 
-    def forward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, stage: int, microbatch: int, received: Message) -> Message:
         """Return the stage's output, the loss on the last."""
-        x = make_input() if received is None else received.requires_grad_()
-        y: torch.Tensor = self._stages[stage](x)
+        x = received or (make_input(),)
+        y: torch.Tensor = self._stages[stage](x[0])
         y = y.sum() if stage == self._last_stage else y
-        self._saved[stage, microbatch] = (x, y)
-        return y
+        self._saved[stage, microbatch] = (x, (y,))
+        return (y,)
 
-    def backward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor | None:
+    def backward(self, stage: int, microbatch: int, received: Message) -> Message:
         """Return the input's gradient."""
-        x, y = self._saved.pop((stage, microbatch))
-        torch.autograd.backward(y, received)
-        return x.grad
+        return run_backward(*self._saved.pop((stage, microbatch)), received)
 
     def finish_backward(self, stage: int, microbatch: int) -> None:
         """There is nobody to tell."""
@@ -158,7 +158,7 @@ class OursContestant:
         self.name = f"counterflow {schedule}"
         self.table = build(schedule, size.ranks, size.microbatches, **options)
         self._channels, self._program = channels, lower(self.table, channels.rank)
-        channels.connect(self._program, CPU)
+        channels.connect(self._program, FORM, CPU)
         layout = self.table.layout
         seconds = size.find_sleep(layout.chunks)
         stages = {stage: SleepingStage(log, seconds) for stage in layout.stages[channels.rank]}
@@ -167,7 +167,7 @@ class OursContestant:
 
     def step(self) -> None:
         """Run one step on this rank."""
-        run_program(self._program, self._work, Mailbox(self._channels, SHAPE, torch.float32, CPU), recorder=self._recorder)
+        run_program(self._program, self._work, Mailbox(self._channels, FORM, CPU), recorder=self._recorder)
 
     def finish_step(self, number: int) -> None:
         """Write the step's record."""

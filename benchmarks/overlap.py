@@ -106,21 +106,21 @@ def time_pairs(mode: str, model: Any, exchange: SlowExchange, repeats: int) -> l
     step = Step(run_forward, [None], [model], model.config, table, table.microbatches, 1, False, False, None, [], tokens)
     sync = GradientSync(model.config, [model], table, 0, zero_bubble=True, forward_only=False)
     work = MegatronWork(step, sync) if mode == MODES[0] else OverlapWork(step, sync)
-    work.forward(0, 0, None)
+    work.forward(0, 0, ())
     times: dict[float, list[float]] = {0.0: [], EXCHANGE_SECONDS: []}
     for action, exchange.seconds in zip(pairs, repeats * list(times), strict=True):
         f, b = action.parts
         dist.barrier()
         begun = time.perf_counter()
         if isinstance(work, OverlapWork):
-            work.forward_backward(f, None, b, None)
+            work.forward_backward(f, (), b, ())
         else:
-            work.forward(f.stage, f.microbatch, None)
-            work.backward(b.stage, b.microbatch, None)
+            work.forward(f.stage, f.microbatch, ())
+            work.backward(b.stage, b.microbatch, ())
         dist.barrier()
         times[exchange.seconds].append(time.perf_counter() - begun)
     exchange.seconds = 0.0
-    work.backward(0, 2 * repeats, None)
+    work.backward(0, 2 * repeats, ())
     return [statistics.median(some) for some in times.values()]
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from contestants import CPU, SHAPE, TIMEOUT, Contestant, Size, SleepLog, enter_platform, list_contestants
+from contestants import CPU, FORM, SHAPE, TIMEOUT, Contestant, Size, SleepLog, enter_platform, list_contestants
 from counterflow.runtime.executor import run_program
 from counterflow.runtime.lowering import lower
 from counterflow.runtime.mailbox import Channels, Mailbox
+from counterflow.runtime.messages import Message
 from counterflow.schedule import Costs, ScheduleTable, build, simulate
 
 EMPTY_RUNS = 20
@@ -96,15 +97,15 @@ class EmptyWork:
     """Stages that do nothing: what is left is the executor."""
 
     def __init__(self) -> None:
-        self._tensor = torch.zeros(SHAPE)
+        self._message = (torch.zeros(SHAPE),)
 
-    def forward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor:
-        """Return the same tensor each time."""
-        return self._tensor
+    def forward(self, stage: int, microbatch: int, received: Message) -> Message:
+        """Return the same message each time."""
+        return self._message
 
-    def backward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor | None:
-        """Return the same tensor each time."""
-        return self._tensor
+    def backward(self, stage: int, microbatch: int, received: Message) -> Message:
+        """Return the same message each time."""
+        return self._message
 
     def finish_backward(self, stage: int, microbatch: int) -> None:
         """Nothing is to be done."""
@@ -120,14 +121,14 @@ def measure_executor(schedule: str, size: Size, channels: Channels) -> dict[str,
     """
     table = build(schedule, size.ranks, size.microbatches)
     program, work = lower(table, channels.rank), EmptyWork()
-    channels.connect(program, CPU)
+    channels.connect(program, FORM, CPU)
     count = len(list(table.singles(channels.rank)))
     clocks = {"thread": time.thread_time, "process": time.process_time, "wall": time.perf_counter}
     taken: dict[str, list[float]] = {name: [] for name in clocks}
     for _ in range(EMPTY_RUNS):
         dist.barrier()
         begun = {name: clock() for name, clock in clocks.items()}
-        run_program(program, work, Mailbox(channels, SHAPE, torch.float32, CPU))
+        run_program(program, work, Mailbox(channels, FORM, CPU))
         for name, clock in clocks.items():
             taken[name].append((clock() - begun[name]) / count)
     return {

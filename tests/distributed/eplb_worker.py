@@ -139,7 +139,7 @@ def watch_case(case: dict[str, Any]) -> Iterator[Watch]:
     """Draw placements, watch experts and placements, and kill a rank where the case wants it, inside the block."""
     from counterflow.megatron.experts.balanced_model import BalancedModel
     from counterflow.megatron.experts.balancing import ExpertBalancer
-    from counterflow.megatron.experts.layer import LayerSlots
+    from counterflow.megatron.experts.layer import MegatronSlots
     from counterflow.moe.clones import Clones
 
     watch, patches = Watch(), Patches()
@@ -175,7 +175,10 @@ def watch_case(case: dict[str, Any]) -> Iterator[Watch]:
     note(ExpertBalancer, "_end_step", None, lambda balancer, *_: watch.said.append(balancer._said))
     # Weights do not change inside a forward; behind it, gathers of parameters have ended too.
     note(
-        LayerSlots, "run_experts", None, lambda slots, run, tokens, tokens_per_slot, *_: watch.see_experts(slots, tokens_per_slot)
+        MegatronSlots,
+        "run_experts",
+        None,
+        lambda slots, run, tokens, tokens_per_slot, *_: watch.see_experts(slots, tokens_per_slot),
     )
     if (kill := case.get("kill")) is not None:
         note(Clones if hasattr(Clones, kill["method"]) else BalancedModel, kill["method"], None, kill_self)

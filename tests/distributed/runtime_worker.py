@@ -19,6 +19,7 @@ from counterflow.errors import ScheduleError
 from counterflow.runtime.executor import run_program
 from counterflow.runtime.lowering import lower
 from counterflow.runtime.mailbox import Channels, Mailbox
+from counterflow.runtime.messages import Member, Message, run_backward
 from counterflow.runtime.weight_grads import defer_weight_grad
 from counterflow.schedule import (
     Costs,
@@ -94,14 +95,15 @@ class Work:
     def __init__(self, table: ScheduleTable, rank: int, train: bool, shape_of: Callable[[int], tuple[int, ...]]) -> None:
         self.last, self.train, self.shape_of = table.layout.last_stage, train, shape_of
         self.weights = {stage: make_weight(stage) for stage in table.layout.stages[rank]}
-        self.graphs: dict[tuple[int, int], tuple[Any, torch.Tensor]] = {}
+        self.graphs: dict[tuple[int, int], tuple[Message, Message]] = {}
         self.held: weakref.WeakSet[Saved] = weakref.WeakSet()
         self.unfinished: set[tuple[int, int]] = set()
         self.peak = 0
         self.outputs = 0.0
 
-    def forward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor:
-        x = make_input(microbatch, self.shape_of(microbatch)) if received is None else received.requires_grad_(self.train)
+    def forward(self, stage: int, microbatch: int, received: Message) -> Message:
+        (x,) = received or (make_input(microbatch, self.shape_of(microbatch)),)
+        assert x is not None and (not received or x.requires_grad == self.train)
         anchor = torch.zeros((), requires_grad=self.train)
 
         def pack(tensor: torch.Tensor) -> Saved:
@@ -115,22 +117,18 @@ class Work:
         self.peak = max(self.peak, len(self.held))
         if stage == self.last:
             self.outputs += float(y.detach().sum())
-        self.graphs[stage, microbatch] = (received, y)
+        self.graphs[stage, microbatch] = (received, (y,))
         self.unfinished.add((stage, microbatch))
-        return y
+        return (y,)
 
     def release_output(self, stage: int, microbatch: int) -> None:
         # As Megatron frees a stage's output: what is on the wire or handed over must not notice.
-        y = self.graphs[stage, microbatch][1]
-        y.data = torch.empty(1)
+        (y,) = self.graphs[stage, microbatch][1]
+        if stage != self.last:
+            y.data = torch.empty(1)  # type: ignore[union-attr]
 
-    def backward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor | None:
-        x, y = self.graphs.pop((stage, microbatch))
-        gradient = torch.ones(self.shape_of(microbatch)) if received is None else received
-        torch.autograd.Variable._execution_engine.run_backward(
-            (y,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
-        )
-        return None if x is None else x.grad
+    def backward(self, stage: int, microbatch: int, received: Message) -> Message:
+        return run_backward(*self.graphs.pop((stage, microbatch)), received)
 
     def finish_backward(self, stage: int, microbatch: int) -> None:
         self.unfinished.remove((stage, microbatch))
@@ -153,10 +151,10 @@ def run(
 ) -> Work:
     validate(table)
     program = lower(table, channels.rank)
-    channels.connect(program, CPU)
+    form = (Member(SHAPE if shape_of is keep_shape else None, torch.float32),)
+    channels.connect(program, form, CPU)
     work = Work(table, channels.rank, train, shape_of)
-    mailbox = Mailbox(channels, SHAPE if shape_of is keep_shape else None, torch.float32, CPU)
-    run_program(program, work, mailbox, zero_bubble=zero_bubble)
+    run_program(program, work, Mailbox(channels, form, CPU), zero_bubble=zero_bubble)
     return work
 
 
@@ -189,7 +187,7 @@ def check_another_table_is_refused(channels: Channels) -> None:
     text = to_csv(build("1f1b", dist.get_world_size(), 8))
     mine = from_csv(text.replace("0B6,0B7", "0B7,0B6") if channels.rank == 0 else text)
     try:
-        channels.connect(lower(mine, channels.rank), CPU)
+        channels.connect(lower(mine, channels.rank), None, CPU)
     except ScheduleError as error:
         assert "have another table than rank 0" in str(error)
         print("refused another table", flush=True)

@@ -13,11 +13,13 @@ from counterflow.errors import CounterflowError
 from counterflow.runtime.executor import run_program
 from counterflow.runtime.lowering import lower
 from counterflow.runtime.mailbox import Channels, Mailbox
+from counterflow.runtime.messages import Member, Message
 from counterflow.runtime.watch import Watch, find_store
 from counterflow.schedule import build
 from stall_cases import CASES, LIMIT, MICROBATCHES, RANKS
 
 SHAPE = (2, 2)
+FORM = (Member(SHAPE, torch.float32), Member((2,), torch.bool))
 
 
 class Work:
@@ -44,11 +46,11 @@ class Work:
                 return torch.ones(SHAPE, dtype=torch.float64)
         return torch.ones(SHAPE)
 
-    def forward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor:
-        return self.compute(f"{stage}F{microbatch}")
+    def forward(self, stage: int, microbatch: int, received: Message) -> Message:
+        return self.compute(f"{stage}F{microbatch}"), torch.ones(2, dtype=torch.bool)
 
-    def backward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor | None:
-        return self.compute(f"{stage}B{microbatch}")
+    def backward(self, stage: int, microbatch: int, received: Message) -> Message:
+        return self.compute(f"{stage}B{microbatch}"), None
 
     def finish_backward(self, stage: int, microbatch: int) -> None:
         pass
@@ -66,8 +68,8 @@ def main() -> None:
     micros = MICROBATCHES + 1 if how == "table" and rank == 2 else MICROBATCHES
     program, cpu = lower(build("dualpipev", RANKS, micros), rank), torch.device("cpu")
     try:
-        channels.connect(program, cpu)
-        run_program(program, Work(rank, how, at), Mailbox(channels, SHAPE, torch.float32, cpu), watch=watch)
+        channels.connect(program, FORM, cpu)
+        run_program(program, Work(rank, how, at), Mailbox(channels, FORM, cpu), watch=watch)
     except CounterflowError as error:
         print(f"said: {error}", file=sys.stderr, flush=True)
         raise

@@ -34,7 +34,7 @@ def test_every_rank_says_where_it_stood(case: str) -> None:
         assert f"rank {rank} (global rank {rank})" in said[rank], f"rank {rank} does not say where it was: {said[rank]}"
         assert "position" in said[rank] and "actions before: " in said[rank]
     others = [said[rank] for rank in survivors if rank != 2]
-    assert all("tag " in text for text in others), f"who was waited for is not said: {others}"
+    assert all(re.search(r"for member [01] of \d+[FB]\d+ of rank \d \(tag ", text) for text in others), f"for what? {others}"
     # Ranks 1 and 3 are beside it: what rank 2 was doing is to be found with one of them at least.
     blamed = [text for text in others if "; rank 2 (global rank 2)" in text]
     assert blamed, others

@@ -18,7 +18,7 @@ from counterflow.megatron import state
 from counterflow.megatron.experts import balanced_model, balancing
 from counterflow.megatron.experts.balanced_model import BalancedModel
 from counterflow.megatron.experts.balancing import ExpertBalancer
-from counterflow.megatron.experts.layer import LayerSlots
+from counterflow.megatron.experts.layer import MegatronSlots
 from counterflow.options import Options
 from counterflow.platform import install_cpu
 
@@ -52,11 +52,11 @@ def make_layer(group: Any, clones_per_rank: int = 0) -> torch.nn.Module:
     layer.token_dispatcher = SimpleNamespace(tp_ep_group=group, tp_size=1)
     layer.config = SimpleNamespace(num_moe_experts=2, num_layers=1)
     layer.ep_group, layer.num_local_experts, layer.layer_number, layer.is_mtp_layer = group, 2, 1, False
-    state.layer_slots[layer] = LayerSlots(layer, layer.token_dispatcher, None, clones_per_rank, is_exact=False)
+    state.layer_slots[layer] = MegatronSlots(layer, layer.token_dispatcher, None, clones_per_rank, is_exact=False)
     return layer
 
 
-def make_model(monkeypatch: pytest.MonkeyPatch, group: Any, options: Options) -> tuple[BalancedModel, LayerSlots]:
+def make_model(monkeypatch: pytest.MonkeyPatch, group: Any, options: Options) -> tuple[BalancedModel, MegatronSlots]:
     for name in ("get_tensor_and_data_parallel_group", "get_expert_data_parallel_group"):
         monkeypatch.setattr(balanced_model.parallel_state, name, lambda **kwargs: group)
     layer = make_layer(group)
@@ -65,7 +65,7 @@ def make_model(monkeypatch: pytest.MonkeyPatch, group: Any, options: Options) ->
     return model, state.layer_slots[layer]
 
 
-def run_step(model: BalancedModel, slots: LayerSlots, step: int) -> None:
+def run_step(model: BalancedModel, slots: MegatronSlots, step: int) -> None:
     model.begin_step(step)
     slots.deal(torch.ones(step, 2), torch.ones(step, 2, dtype=torch.bool))
     model.end_step(1)

@@ -64,12 +64,12 @@ def run(kind):
     count = torch.zeros([], dtype=torch.int)
     step = Step(forward_step, [iter(tokens)], [model], config, table, 2, 1, False, False, None, [], count)
     work = kind(step, GradientSync(config, [model], table, 0, zero_bubble=True, forward_only=False))
-    work.forward(0, 0, None)
+    work.forward(0, 0, ())
     if kind is MegatronWork:
-        work.forward(0, 1, None), work.backward(0, 0, None)
+        work.forward(0, 1, ()), work.backward(0, 0, ())
     else:
-        work.forward_backward(F(1), None, B(0), None)
-    work.backward(0, 1, None)
+        work.forward_backward(F(1), (), B(0), ())
+    work.backward(0, 1, ())
     return [loss["loss"].item() for loss in step.losses], [parameter.main_grad for parameter in model.parameters()]
 
 """

@@ -135,6 +135,12 @@ def test_all_that_the_adapter_imports_is_in_the_list(path: Path) -> None:
     assert list_uses(path) <= listed, "not in counterflow/megatron/seams.py"
 
 
+def test_the_list_has_nothing_that_the_adapter_does_not_use() -> None:
+    text = "\n".join(path.read_text() for path in ADAPTER.rglob("*.py") if path.name != "seams.py")
+    used = [seam for seam in SEAMS if seam.wrap is None and seam.symbol != "print_rank_last"]
+    assert not [seam.path for seam in used if not re.search(rf"\b{seam.symbol}\b", text)]
+
+
 def test_the_adapter_leaves_no_attribute_of_its_own_on_megatrons_objects() -> None:
     # Arguments are the exception: checkpoints hold them.
     pattern = re.compile(r"(?<!args)(?<!saved_args)\.cf_\w+ = ")

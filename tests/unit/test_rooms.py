@@ -86,6 +86,12 @@ def test_rooms_for_every_trainer_do_not_name_what_one_trainer_has(room: str) -> 
     assert not found, "gradients are reached by moe/gradients.py, devices by devices.py"
 
 
+@pytest.mark.parametrize("name", ["adapter", "trainer"])
+def test_a_second_trainer_needs_nothing_of_the_first(name: str) -> None:
+    imports = list_imports(PACKAGE.parents[1] / "examples" / "stub_trainer" / f"{name}.py")
+    assert not {one for one in imports if "megatron" in one or one.startswith("counterflow.platform")}
+
+
 def test_no_modules_import_each_other_in_a_circle() -> None:
     names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
     # A package's own module hands on what its modules hold: they are what is looked at.

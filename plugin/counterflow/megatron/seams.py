@@ -277,10 +277,6 @@ BALANCING = (
     ),
     Seam(f"{MOE}.moe_utils", "get_default_pg_collection", None, (EPLB,), KNOWN, "the groups of a layer that was given none"),
     Seam(
-        "megatron.core.tensor_parallel", "gather_from_sequence_parallel_region", None, (EPLB,), KNOWN,
-        "counts of all sources", ("input_",),
-    ),
-    Seam(
         TRAINING, "train_step", ".balancer.wrap_train_step", (EPLB,), KNOWN, "the optimizer of homes that move",
         ("forward_step_func", "data_iterator", "model", "optimizer"),
     ),

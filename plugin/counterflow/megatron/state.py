@@ -39,7 +39,7 @@ class WeightState:
 
 _chunks: WeakKeyDictionary[Any, ChunkState] = WeakKeyDictionary()
 _weights: Any = WeakTensorKeyDictionary()
-# What `counterflow.megatron.experts.layer.LayerSlots` a MoE layer has.
+# The `counterflow.megatron.experts.layer.MegatronSlots` that a MoE layer has.
 layer_slots: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 # The chunk's state, of the bucket groups that reduce its experts' gradients.
 expert_buckets: WeakKeyDictionary[Any, ChunkState] = WeakKeyDictionary()

@@ -242,6 +242,20 @@ def find_timeout(group: dist.ProcessGroup) -> timedelta:
     return timeout
 
 
+def open_group(experts: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Return a group of the expert-parallel ranks for the clones alone, which waits as long as ``experts``, the trainer's own.
+
+    Every rank of the run has to open one, also where it has no clones: torch names the groups that are opened later, as some
+    checkpoints do, by how many a rank has opened before.
+    """
+    ranks = dist.get_process_group_ranks(experts)
+    group = dist.new_group(ranks, find_timeout(experts), use_local_synchronization=True, group_desc="CF_CLONES")
+    assert isinstance(group, dist.ProcessGroup)
+    # A group's first batch of transfers may need all its ranks, and not all of them send to each other.
+    dist.barrier(group=group)
+    return group
+
+
 def measure_clones(layers: list[LayerExperts], gradients: GradientStore) -> tuple[int, int]:
     """Return the bytes of this rank's clones: of their weights, and of their gradients."""
     parameters = list_clone_parameters(layers)

@@ -1,4 +1,4 @@
-"""Run one rank's program: stages and tensors of any model.
+"""Run one rank's program: stages and messages of any model.
 
 The trainer supplies `Work`: a forward and a backward of one (stage, micro-batch). The program says when;
 the mailbox moves what crosses ranks; what stays on the rank (the turn of a V) is handed over here, and so is the
@@ -8,11 +8,10 @@ weight-gradient work that an I leaves for its W.
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-import torch
-
 from counterflow.errors import ScheduleError
 from counterflow.runtime.lowering import Instruction, Part, Program
 from counterflow.runtime.mailbox import Mailbox
+from counterflow.runtime.messages import Message, share
 from counterflow.runtime.recorder import Recorder
 from counterflow.runtime.watch import Watch
 from counterflow.runtime.weight_grads import hold_weight_grads
@@ -23,20 +22,26 @@ from counterflow.schedule.dependencies import Result
 class Work(Protocol):
     """What a trainer does for one (stage, micro-batch)."""
 
-    def forward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor:
-        """Return the stage's output; ``received`` is the input, None on the first stage."""
+    def forward(self, stage: int, microbatch: int, received: Message) -> Message:
+        """Return the stage's output; ``received`` is the input, () on the first stage.
 
-    def backward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor | None:
-        """Return the input gradient; ``received`` is the output's gradient, None on the last stage.
+        What needs a gradient in the sender's output needs one in ``received``.
+        """
 
-        In an I, what it gives to `defer_weight_grad` runs at the W.
+    def backward(self, stage: int, microbatch: int, received: Message) -> Message:
+        """Return the gradients of the input's members (`messages.run_backward`).
+
+        ``received`` are those of the output's members, () on the last stage. In an I, what it gives to `defer_weight_grad` runs
+        at the W.
         """
 
     def finish_backward(self, stage: int, microbatch: int) -> None:
-        """Is called when all weight gradients of this (stage, micro-batch) are computed."""
+        """Is called when all weight gradients of this (stage, micro-batch) are computed; does nothing where left out."""
+        return
 
     def release_output(self, stage: int, microbatch: int) -> None:
-        """Is called when the output has been passed on; its data may be freed."""
+        """Is called when the output has been passed on; its data may be freed. Does nothing where left out."""
+        return
 
 
 @runtime_checkable
@@ -44,9 +49,9 @@ class PairWork(Protocol):
     """Work that runs the parts of an overlapped pair together."""
 
     def forward_backward(
-        self, forward: Action, received: torch.Tensor | None, backward: Action, gradient: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the output of the F and the input gradient of the B."""
+        self, forward: Action, received: Message, backward: Action, gradient: Message
+    ) -> tuple[Message, Message]:
+        """Return the output of the F and the input gradients of the B."""
 
 
 def run_program(
@@ -63,7 +68,9 @@ def run_program(
     Without ``zero_bubble`` an I runs as a whole B and its W does nothing. The parts of a pair run one after the other
     unless the work is a `PairWork`. An error is told to the other ranks (``watch``) and raised with the action it came from.
     """
-    run = _Run(work, mailbox, zero_bubble, recorder, watch)
+    run = _Run(work, mailbox, zero_bubble, recorder)
+    if watch is not None:
+        watch.mailbox = mailbox
     try:
         for position, instruction in enumerate(program.instructions):
             if watch is not None:
@@ -80,11 +87,11 @@ def run_program(
 class _Run:
     """One run of a program: what is held between its actions."""
 
-    def __init__(self, work: Work, mailbox: Mailbox, zero_bubble: bool, recorder: Recorder | None, watch: Watch | None) -> None:
-        self._work, self._mailbox, self._recorder, self._watch = work, mailbox, recorder, watch
+    def __init__(self, work: Work, mailbox: Mailbox, zero_bubble: bool, recorder: Recorder | None) -> None:
+        self._work, self._mailbox, self._recorder = work, mailbox, recorder
         self._pair_work = work if isinstance(work, PairWork) else None
         self._zero_bubble = zero_bubble
-        self._kept: dict[Result, torch.Tensor] = {}
+        self._kept: dict[Result, Message] = {}
         self._queues: dict[tuple[int, int], list[Callable[[], None]]] = {}
 
     def run_instruction(self, instruction: Instruction) -> None:
@@ -131,25 +138,25 @@ class _Run:
         self._hand_on(backward, input_gradient)
         self._work.finish_backward(backward.single.stage, backward.single.microbatch)
 
-    def _fetch(self, part: Part) -> torch.Tensor | None:
+    def _fetch(self, part: Part) -> Message:
         if part.receive is not None:
-            if self._watch is not None:
-                self._watch.waiting = part.receive
-            tensor = self._mailbox.receive(part.receive, part.delivered)
-            if self._watch is not None:
-                self._watch.waiting = None
-            return tensor
-        return self._kept.pop(part.take) if part.take is not None else None
+            return self._mailbox.receive(part.receive, part.delivered)
+        return self._kept.pop(part.take) if part.take is not None else ()
 
-    def _hand_on(self, part: Part, result: torch.Tensor | None) -> None:
+    def _hand_on(self, part: Part, result: Message) -> None:
         if part.send is None and part.keep is None:
             return
-        if result is None:
+        if not isinstance(result, tuple):
+            raise ScheduleError(f"{part.single} gave a {type(result).__name__}; a message is a tuple of tensors, if only of one")
+        for member in result:
+            if member is not None:
+                break
+        else:
             raise ScheduleError(f"{part.single} gave nothing to send on; is all of stage {part.single.stage} frozen?")
         if part.send is not None:
             self._mailbox.send(part.send, result)
         if part.keep is not None:
-            self._kept[part.keep] = result.detach()
+            self._kept[part.keep] = share(result)
 
     def _begin_compute(self) -> None:
         if self._recorder is not None:

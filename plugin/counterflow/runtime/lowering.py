@@ -3,7 +3,8 @@
 A table says what is computed. Everything else follows from it: a stage's output goes to the next stage, its input gradient to
 the one before; results that stay on the rank are handed over. Sends follow their action at once. Receives are posted
 ahead: on each channel (one sender to this rank) the next messages, in the order in which the sender makes them. Both ends
-derive that order from the same table, so no message needs a header, and one FIFO per channel is enough, as NCCL provides.
+derive that order from the same table, so no message needs to say which it is, and one FIFO per channel is enough, as NCCL
+provides. A message is a tuple of tensors (`messages`); the mailbox knows how many, the program does not.
 
 What has been sent is kept until it has arrived. No message says so, but a peer that sends a result has run its row up to there,
 and so has taken what it needed before: each receive tells which earlier sends to that peer can be let go.

@@ -1,16 +1,30 @@
 """Point-to-point transfers of one rank: sends that never wait, receives posted ahead of their use."""
 
+import zlib
 from collections import deque
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from counterflow.errors import ScheduleError
 from counterflow.runtime.lowering import Program, Transfer
+from counterflow.runtime.messages import (
+    HEADER_SIZE,
+    MAX_MEMBERS,
+    Form,
+    Member,
+    Message,
+    describe_form,
+    describe_message,
+    read_header,
+    write_header,
+)
 
-# Room for a tensor's shape in the header that goes before it where shapes vary.
-MAX_DIMENSIONS = 4
+# Of one message, the header has the first tag and each member one of the others.
+TAGS = 1 + MAX_MEMBERS
+HEADER = -1
 
 
 class Channels:
@@ -47,22 +61,31 @@ class Channels:
         """Return the group for messages from ``sender`` to ``receiver`` (pipeline ranks)."""
         return self._to_higher if sender < receiver else self._to_lower
 
-    def connect(self, program: Program, device: torch.device) -> None:
+    def connect(self, program: Program, form: Form | None, device: torch.device) -> None:
         """Before a table's first run: compare tables across all ranks, then connect each directed pair in one order.
 
         Without the common order, ranks that connect lazily in the order of their own work can wait
-        for each other for ever. Raises `ScheduleError` on every rank where one has another table.
+        for each other for ever. Raises `ScheduleError` on every rank where one has another table, or, in this pipeline, another
+        form of messages.
         """
         table = program.table
-        mine = torch.tensor([table.digest], dtype=torch.int64, device=device)
-        digests = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        mine = torch.tensor([table.digest, zlib.crc32(repr(form).encode())], dtype=torch.int64, device=device)
+        gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         # All pipelines, not this one alone: their ranks meet in the experts' all-to-all.
-        dist.all_gather(digests, mine)
-        others = [rank for rank, digest in enumerate(digests) if int(digest) != int(digests[0])]
+        dist.all_gather(gathered, mine)
+        digests = [each.tolist() for each in gathered]
+        others = [rank for rank, (digest, _) in enumerate(digests) if digest != digests[0][0]]
         if others:
             raise ScheduleError(
                 f"ranks {_shorten(others)} have another table than rank 0 (here {table.name}, digest {table.digest:x}): "
                 "give every rank the same --cf-schedule and, of a file, the same contents"
+            )
+        first = self.pipeline_ranks[0]
+        others = [rank for rank in self.pipeline_ranks if digests[rank][1] != digests[first][1]]
+        if others:
+            raise ScheduleError(
+                f"ranks {_shorten(others)} send messages of another form than rank {first} (here {describe_form(form)}): "
+                "give every rank of a pipeline the same count, shapes and types"
             )
         pairs = {(s, r) for s in range(table.ranks) for r in _list_receivers(program, s)}
         for sender, receiver in sorted(pairs):
@@ -84,94 +107,167 @@ def _list_receivers(program: Program, sender: int) -> set[int]:
     return {home for stage in beside for home in layout.homes.get(stage, ())} - {sender}
 
 
+class Waiting(NamedTuple):
+    """What a rank waits for: a member of a message, or its header; ``is_alone`` where messages have one member."""
+
+    transfer: Transfer
+    member: int
+    is_alone: bool
+
+    def __str__(self) -> str:
+        if self.member == HEADER:
+            return f"the header of {self.transfer}"
+        return str(self.transfer) if self.is_alone else f"member {self.member} of {self.transfer}"
+
+
+# A member that is being received: its place in the message, its buffer, its transfer, and whether it needs a gradient.
+_Coming = tuple[int, torch.Tensor, dist.Work, bool]
+
+
 class Mailbox:
     """The transfers of one rank during one run of its program.
 
-    Every tensor has one ``shape`` and type. With ``shape`` None shapes vary, and a header goes before each tensor: then
-    nothing is received ahead, since a tensor's size is known only once its header is there.
+    ``form`` describes every stage's output, and so what its gradients are; None where even the number of members varies. Where a
+    shape in it varies, a header goes before each message: then nothing is received ahead, since a tensor's size is known only
+    once its header is there.
 
     A mode that looks at every call of torch, as the CPU platform's does, costs more than the calls: it is off in here.
     """
 
-    def __init__(self, channels: Channels, shape: tuple[int, ...] | None, dtype: torch.dtype, device: torch.device) -> None:
-        self._channels = channels
-        self._shape, self._dtype, self._device = shape, dtype, device
+    def __init__(self, channels: Channels, form: Form | None, device: torch.device) -> None:
+        if form is not None and len(form) > MAX_MEMBERS:
+            raise ScheduleError(f"messages of {len(form)} tensors given; at most {MAX_MEMBERS}")
+        self._channels, self._form, self._device = channels, form, device
+        self._is_fixed = form is not None and all(member.shape is not None for member in form)
+        outputs = list(enumerate(form or ()))
+        # Of a message whose form is known, what travels: every output, and the gradients that are wanted.
+        self._travels = {"F": outputs, "B": [(index, member) for index, member in outputs if member.returns]}
+        self._is_alone = form is not None and len(form) == 1
+        self._waiting: tuple[Transfer, int] | None = None
         self._sent: dict[int, list[tuple[torch.Tensor, dist.Work]]] = {}
-        self._posted: dict[int, tuple[torch.Tensor, dist.Work]] = {}
+        self._posted: dict[int, list[_Coming]] = {}
         # Where shapes vary: what each peer sends next, in its order, and what has been taken before it was needed.
         self._expected: dict[int, deque[Transfer]] = {}
-        self._taken: dict[int, torch.Tensor] = {}
+        self._taken: dict[int, Message] = {}
         # Waiting on a GPU orders streams and returns; a time limit there would stop the host instead.
         self._limit = (channels.timeout,) if device.type == "cpu" else ()
 
     def post(self, transfers: tuple[Transfer, ...]) -> None:
         """Post receives, so that their senders find them open."""
         for transfer in transfers:
-            if self._shape is None:
+            if self._is_fixed:
+                self._posted[transfer.tag] = self._start_receives(transfer, self._travels[transfer.message.kind])
+            else:
                 self._expected.setdefault(transfer.peer, deque()).append(transfer)
-                continue
-            self._posted[transfer.tag] = self._start_receive(transfer, self._shape, self._dtype, transfer.tag)
 
-    def receive(self, transfer: Transfer, delivered: tuple[int, ...] = ()) -> torch.Tensor:
-        """Wait for a message that has been posted and return its tensor; let go of sends that it shows to be ``delivered``."""
-        tensor = self._receive(transfer)
-        for tag in delivered:
-            self._let_go(tag)
-        return tensor
+    def receive(self, transfer: Transfer, delivered: tuple[int, ...] = ()) -> Message:
+        """Wait for a message that has been posted and return it; let go of sends that it shows to be ``delivered``.
 
-    def _receive(self, transfer: Transfer) -> torch.Tensor:
-        if self._shape is None:
+        A member of an output needs a gradient where its sender's did; where nobody computes gradients, none does.
+        """
+        if self._is_fixed:
+            message = self._finish_receives(transfer, self._posted.pop(transfer.tag), len(self._travels["F"]))
+        else:
             while transfer.tag not in self._taken:
                 coming = self._expected[transfer.peer].popleft()
-                self._taken[coming.tag] = self._receive_any_shape(coming)
-            return self._taken.pop(transfer.tag)
-        tensor, work = self._posted.pop(transfer.tag)
-        work.wait(*self._limit)
-        return tensor
+                self._taken[coming.tag] = self._receive_announced(coming)
+            message = self._taken.pop(transfer.tag)
+        self._waiting = None
+        for tag in delivered:
+            self._let_go(tag)
+        return message
 
-    def send(self, transfer: Transfer, tensor: torch.Tensor) -> None:
-        """Start sending ``tensor``; returns at once. The caller may free or reuse the tensor object."""
+    def send(self, transfer: Transfer, message: Message) -> None:
+        """Start sending a message; returns at once. The caller may free or reuse the tensor objects."""
         with torch._C.DisableTorchFunction():
-            if tensor.dtype != self._dtype or (self._shape is not None and tensor.shape != self._shape):
-                message = transfer.message
-                raise ScheduleError(
-                    f"stage {message.stage} gave {tuple(tensor.shape)} {tensor.dtype} for micro-batch {message.microbatch}; "
-                    f"the pipeline sends {self._shape or 'any shape'} {self._dtype}: all stages must agree on it"
-                )
-            # A tensor object of our own keeps the storage when the caller frees the output's data.
-            own = tensor.detach().contiguous()
-            if self._shape is not None:
-                self._start_send(own, transfer, transfer.tag)
-                return
-            header = [tensor.dim(), *tensor.shape, *[0] * (MAX_DIMENSIONS - tensor.dim())]
-            self._start_send(torch.tensor(header, device=self._device), transfer, 2 * transfer.tag)
-            self._start_send(own, transfer, 2 * transfer.tag + 1)
+            travels = self._travels[transfer.message.kind]
+            if self._form is not None and (
+                len(message) != len(self._form) or not all(self._fits(message[index], wanted) for index, wanted in travels)
+            ):
+                self._refuse(transfer, message)
+            if not self._is_fixed:
+                self._start_send(torch.tensor(write_header(message), device=self._device), transfer, HEADER)
+            for index, _ in travels if self._form is not None else enumerate(message):
+                member = message[index]
+                if member is not None:
+                    # A tensor object of our own keeps the storage when the caller frees the output's data.
+                    self._start_send(member.detach().contiguous(), transfer, index)
 
     def finish(self) -> None:
         """Wait until everything sent has left."""
         for tag in list(self._sent):
             self._let_go(tag)
 
+    @property
+    def waiting(self) -> Waiting | None:
+        """What is waited for; another thread may ask."""
+        waiting = self._waiting
+        return Waiting(*waiting, self._is_alone) if waiting is not None else None
+
+    def _fits(self, member: torch.Tensor | None, wanted: Member) -> bool:
+        if member is None:
+            return not self._is_fixed
+        shape, dtype, _ = wanted
+        return (
+            member.dtype == dtype
+            and (shape is None or member.shape == shape)
+            and (not member.requires_grad or wanted.returns)  # otherwise its gradient would be lost
+        )
+
+    def _refuse(self, transfer: Transfer, message: Message) -> None:
+        """Raise `ScheduleError`: the message has not the form that the pipeline sends."""
+        of, what = transfer.message, "gradients " if transfer.message.kind == "B" else ""
+        raise ScheduleError(
+            f"stage {of.stage} gave {what}{describe_message(message)} for micro-batch {of.microbatch}; "
+            f"the pipeline sends {describe_form(self._form)}: all stages must agree on it"
+        )
+
+    def _receive_announced(self, transfer: Transfer) -> Message:
+        """Receive a header, then the members that it announces."""
+        ((_, header, work, _),) = self._start_receives(transfer, [(HEADER, Member((HEADER_SIZE,), torch.int64))])
+        self._waiting = transfer, HEADER
+        work.wait(*self._limit)
+        announced = read_header(header.tolist())
+        if self._form is not None and (
+            len(announced) != len(self._form)
+            or any(one and one.dtype != wanted.dtype for one, wanted in zip(announced, self._form, strict=True))
+        ):
+            raise ScheduleError(
+                f"{transfer} brings {', '.join(map(str, announced))}; here {describe_form(self._form)} is expected: "
+                "all ranks must agree on it"
+            )
+        coming = [(index, member) for index, member in enumerate(announced) if member is not None]
+        return self._finish_receives(transfer, self._start_receives(transfer, coming), len(announced))
+
+    def _start_receives(self, transfer: Transfer, members: list[tuple[int, Member]]) -> list[_Coming]:
+        started = []
+        is_output = transfer.message.kind == "F"
+        for index, member in members:
+            shape, dtype, _ = member
+            assert shape is not None
+            with torch._C.DisableTorchFunction():
+                buffer = torch.empty(shape, dtype=dtype, device=self._device)
+            work = self._channels.start_receive(buffer, transfer.peer, transfer.tag * TAGS + 1 + index)
+            started.append((index, buffer, work, is_output and member.returns))
+        return started
+
+    def _finish_receives(self, transfer: Transfer, coming: list[_Coming], count: int) -> Message:
+        """Wait for the members that travel; return a message of ``count``."""
+        message: list[torch.Tensor | None] = [None] * count
+        for index, buffer, work, needs_gradient in coming:
+            self._waiting = transfer, index
+            work.wait(*self._limit)
+            message[index] = buffer
+            if needs_gradient and torch.is_grad_enabled():
+                with torch._C.DisableTorchFunction():
+                    buffer.requires_grad_()
+        return tuple(message)
+
     def _let_go(self, tag: int) -> None:
         # Gloo's sends do not say by themselves that they are done; of one that is, the wait returns at once.
         for _, work in self._sent.pop(tag):
             work.wait(*self._limit)
 
-    def _receive_any_shape(self, transfer: Transfer) -> torch.Tensor:
-        header, work = self._start_receive(transfer, (1 + MAX_DIMENSIONS,), torch.int64, transfer.tag * 2)
-        work.wait(*self._limit)
-        dimensions, *shape = header.tolist()
-        tensor, work = self._start_receive(transfer, tuple(shape[:dimensions]), self._dtype, transfer.tag * 2 + 1)
-        work.wait(*self._limit)
-        return tensor
-
-    def _start_receive(
-        self, transfer: Transfer, shape: tuple[int, ...], dtype: torch.dtype, tag: int
-    ) -> tuple[torch.Tensor, dist.Work]:
-        with torch._C.DisableTorchFunction():
-            buffer = torch.empty(shape, dtype=dtype, device=self._device)
-        return buffer, self._channels.start_receive(buffer, transfer.peer, tag)
-
-    def _start_send(self, tensor: torch.Tensor, transfer: Transfer, tag: int) -> None:
-        work = self._channels.start_send(tensor, transfer.peer, tag)
+    def _start_send(self, tensor: torch.Tensor, transfer: Transfer, index: int) -> None:
+        work = self._channels.start_send(tensor, transfer.peer, transfer.tag * TAGS + 1 + index)
         self._sent.setdefault(transfer.tag, []).append((tensor, work))

@@ -18,7 +18,8 @@ from typing import Any, TypedDict
 import torch.distributed as dist
 
 from counterflow.errors import PipelineError
-from counterflow.runtime.lowering import Instruction, Transfer
+from counterflow.runtime.lowering import Instruction
+from counterflow.runtime.mailbox import Mailbox
 from counterflow.schedule.actions import Action
 
 RECENT = 6
@@ -58,7 +59,7 @@ class Watch:
         self._action: Action | None = None
         self._since = time.monotonic()
         self._recent: deque[Action] = deque(maxlen=RECENT)
-        self.waiting: Transfer | None = None
+        self.mailbox: Mailbox | None = None
         self._stop = threading.Event()
         self._interval = max(1.0, dist.get_world_size() / BEATS_PER_SECOND)
         # The thread ends with this object, not the other way round.
@@ -84,7 +85,7 @@ class Watch:
         self._store.set(self._key(self._rank), json.dumps(state))
 
     def _describe(self, ended: str | None) -> State:
-        waiting = self.waiting
+        waiting = self.mailbox.waiting if self.mailbox is not None else None
         return State(
             time=time.time(),
             step=self._step_number,
@@ -93,7 +94,7 @@ class Watch:
             position=self._position,
             seconds=round(time.monotonic() - self._since, 1),
             waits=str(waiting) if waiting else None,
-            waits_for=waiting.peer if waiting else None,
+            waits_for=waiting.transfer.peer if waiting else None,
             recent=[str(action) for action in tuple(self._recent)],  # the other thread adds to it
             ended=ended,
         )

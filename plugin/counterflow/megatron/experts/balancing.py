@@ -15,20 +15,19 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from counterflow.devices import find_device
 from counterflow.errors import OptionError
 from counterflow.megatron.checks import check_loop
-from counterflow.megatron.experts.balanced_model import BalancedModel, open_group
+from counterflow.megatron.experts.balanced_model import BalancedModel
 from counterflow.megatron.loop import find_arguments, number_iteration
 from counterflow.megatron.state import layer_slots
+from counterflow.moe.clones import open_group
 from counterflow.moe.planning import compile_planner
 from counterflow.options import Options
+from counterflow.trainer.balancing_log import announce_clones, describe_step, end_step
 
 # Beside a checkpoint: the last loads, from which the next run plans.
 LOADS_FOLDER = "counterflow"
@@ -134,21 +133,7 @@ class ExpertBalancer:
             self._model.load_loads(_find_loads_folder("load"), microbatches)
         else:
             open_group(parallel_state.get_expert_model_parallel_group())
-        self._announce()
-
-    def _announce(self) -> None:
-        """Say what the clones take, as much as on any rank."""
-        numbers = torch.tensor(self._model.measure_memory() if self._model is not None else (0, 0, 0), dtype=torch.int64)
-        numbers = numbers.to(find_device())
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-        layers, weights, gradients = numbers.tolist()
-        if dist.get_rank() == 0:
-            count = self._options.eplb_clones_per_rank
-            print(
-                f"counterflow: eplb: {count} clone{'s' if count != 1 else ''} per rank and MoE layer; on a rank of {layers} MoE "
-                f"layers {weights:,} bytes of weights and {gradients:,} bytes of gradients, no optimizer state",
-                flush=True,
-            )
+        announce_clones(self._model, self._options.eplb_clones_per_rank)
 
     def _evaluate(self, run: Callable[[], Any]) -> Any:
         if self._model is None:
@@ -159,27 +144,7 @@ class ExpertBalancer:
         return result
 
     def _end_step(self, microbatches: int) -> None:
-        """Sum the step up over all ranks; of clones, what one replica of each pipeline rank's experts has."""
-        numbers = np.zeros(8)
-        if self._model is not None:
-            before, after = self._model.end_step(microbatches)
-            traffic = self._model.traffic
-            numbers[:4] = before.sum(), after.sum(), before.size, traffic.waited
-            if self._model.is_leader:
-                numbers[4:] = traffic.clones, traffic.moved, traffic.homes, traffic.bytes
-            traffic.reset()
-        summed = torch.from_numpy(numbers).to(find_device())
-        dist.all_reduce(summed)
-        before, after, cells, waited, clones, moved, homes, size = summed.tolist()
-        self._said = {
-            "balancedness before": before / max(cells, 1),
-            "balancedness": after / max(cells, 1),
-            "clones": clones,
-            "clones moved": moved,
-            "homes moved": homes,
-            "MB": size / 1e6,
-            "ms waited": waited / dist.get_world_size() * 1e3,
-        }
+        self._said = end_step(self._model, microbatches)
 
 
 def _find_slots(chunks: list[Any]) -> bool:
@@ -194,16 +159,6 @@ def _find_slots(chunks: list[Any]) -> bool:
                 f"chunk in DistributedDataParallel, {type(chunk).__name__} given"
             )
     return bool(layers)
-
-
-def describe_step(said: dict[str, float]) -> str:
-    """Return what a step's log line says of it."""
-    homes = f" homes moved: {said['homes moved']:.0f} |" if said["homes moved"] else ""
-    return (
-        f" balancedness: {said['balancedness before']:.4f} -> {said['balancedness']:.4f} |"
-        f" clones: {said['clones']:.0f}, {said['clones moved']:.0f} moved, {said['MB']:.2f} MB,"
-        f" {said['ms waited']:.1f} ms waited |{homes}"
-    )
 
 
 def _count_microbatches() -> int:

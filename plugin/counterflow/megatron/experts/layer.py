@@ -15,37 +15,22 @@ from weakref import ref
 
 import numpy as np
 import torch
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-from counterflow.balance.placement import Placement, make_home_placement, sum_by_rank
-from counterflow.balance.shares import share_tokens
-from counterflow.devices import find_device
 from counterflow.errors import SeamError
 from counterflow.megatron.state import layer_slots
-from counterflow.moe.clones import Clones, LayerExperts
-from counterflow.moe.loads import LoadTracker
-from counterflow.moe.slots import make_slot_table, place_evenly, place_exactly
+from counterflow.moe.clones import LayerExperts
+from counterflow.moe.layer import LayerSlots
 
 
-class LayerSlots:
-    """One MoE layer's slots: which expert each holds, how tokens are split over them, and where loads are reported.
-
-    Until `connect`, and while no clone is planned, every token goes to its expert's home.
-    """
+class MegatronSlots(LayerSlots):
+    """The slots of one of Megatron's MoE layers."""
 
     def __init__(self, layer: Any, dispatcher: Any, clone_module: Any, clones_per_rank: int, *, is_exact: bool) -> None:
         # Not held: the table that has this by its layer would keep both alive.
         self._find_layer, self.clone_module = ref(layer), clone_module
-        self._is_exact = is_exact
-        self._group = dispatcher.tp_ep_group
-        self._rank_of_source = np.arange(self._group.size()) // dispatcher.tp_size
-        self._tracker: LoadTracker | None = None
-        self._clones: Clones | None = None
-        self._index = self._clones_index = 0
-        homes = make_home_placement(1, layer.config.num_moe_experts, layer.ep_group.size(), clones_per_rank)
-        self._table = make_slot_table(homes, find_device())
-        self._own = layer.num_local_experts
-        self._per_rank = clones_per_rank
+        sources = dispatcher.tp_ep_group
+        rank_of_source = np.arange(sources.size()) // dispatcher.tp_size
+        super().__init__(layer.num_local_experts, clones_per_rank, sources, rank_of_source, is_exact=is_exact)
 
     @property
     def layer(self) -> Any:
@@ -54,41 +39,17 @@ class LayerSlots:
         assert layer is not None
         return layer
 
-    def connect(self, tracker: LoadTracker, index: int, clones: Clones, clones_index: int) -> None:
-        """Set the tracker of loads, the clones' traffic, and this layer's index in each."""
-        self._tracker, self._index, self._clones, self._clones_index = tracker, index, clones, clones_index
-
-    def hold(self, placement: Placement, device: torch.device) -> None:
-        """Use a placement, which has this layer alone."""
-        self._table = make_slot_table(placement, device)
-
-    def deal(self, probs: torch.Tensor, routing_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return probabilities and map over slots, ``[tokens, slots]``, and under the exact split all sources' counts.
-
-        The exact split needs the counts of all ranks: the dispatcher's own gather, made here a little earlier and over experts.
-        """
-        is_counted = self.layer.training and torch.is_grad_enabled() and self._tracker is not None
-        own = routing_map.sum(0)
-        if not self._is_exact:
-            if is_counted:
-                self._tracker.add_own(self._index, own)  # type: ignore[union-attr]
-            slot_map, slot_probs = place_evenly(routing_map, probs, self._table)
-            return slot_probs, slot_map, None
-        counts = gather_from_sequence_parallel_region(own, group=self._group).view(self._group.size(), -1).cpu().numpy()
-        shares = share_tokens(counts, self._table.placement, self._rank_of_source)
-        if is_counted:
-            ranks = sum_by_rank(shares.sum(0), self._table.placement.cluster)
-            self._tracker.add(self._index, counts.sum(0), ranks)  # type: ignore[union-attr]
-        slot_map, slot_probs = place_exactly(routing_map, probs, self._table, shares[self._group.rank()])
-        return slot_probs, slot_map, torch.from_numpy(shares).to(routing_map.device, non_blocking=True)
+    @property
+    def is_training(self) -> bool:
+        """Whether the layer is not being evaluated."""
+        return bool(self.layer.training)
 
     def run_experts(self, run_homes: Callable[..., Any], tokens: Any, tokens_per_slot: Any, probs: Any, **kwargs: Any) -> Any:
         """Run the tokens of the home slots, which come first, by ``run_homes``, and the others by the clones."""
         at_home = int(tokens_per_slot[: self._own].sum())
         if at_home == len(tokens):
             return run_homes(tokens, tokens_per_slot[: self._own], probs, **kwargs)
-        assert self._clones is not None
-        if self._clones.finish_refresh(self._clones_index):
+        if self.finish_refresh():
             _forget_cached_weights(self.clone_module)
         sizes = [at_home, len(tokens) - at_home]
         (own_tokens, other_tokens), (own_probs, other_probs) = torch.split(tokens, sizes), torch.split(probs, sizes)
@@ -97,7 +58,7 @@ class LayerSlots:
         return torch.cat((own, others)), bias
 
     @property
-    def number(self) -> int:
+    def number(self) -> int:  # type: ignore[override]
         """The layer's number in the model, from 1; prediction layers come after all others."""
         layer = self.layer
         return int(layer.layer_number + (layer.config.num_layers if layer.is_mtp_layer else 0))
@@ -159,7 +120,7 @@ class SlotWrappers:
         self.counts = KnownCounts()
 
     def give_slots(self, build: Callable[..., None]) -> Callable[..., None]:
-        """Wrap ``MoELayer.__init__``: the layer gets `LayerSlots`, a dispatcher that deals to them, and its clones."""
+        """Wrap ``MoELayer.__init__``: the layer gets `MegatronSlots`, a dispatcher that deals to them, and its clones."""
 
         @wraps(build)
         def build_with_slots(layer: Any, *args: Any, **kwargs: Any) -> None:
@@ -170,7 +131,7 @@ class SlotWrappers:
             groups = given.get("pg_collection") or _get_default_groups()
             layer.token_dispatcher = _make_slot_dispatcher(layer, self._clones_per_rank, groups)
             clones = _build_clones(layer, self._clones_per_rank, groups, given.get("name"))
-            slots = LayerSlots(layer, layer.token_dispatcher, clones, self._clones_per_rank, is_exact=self._is_exact)
+            slots = MegatronSlots(layer, layer.token_dispatcher, clones, self._clones_per_rank, is_exact=self._is_exact)
             layer_slots[layer] = slots
             if clones is not None:
                 _add_clones(layer.experts, slots)
@@ -223,7 +184,7 @@ def _build_clones(layer: Any, count: int, groups: Any, name: str | None) -> Any:
     return layer.submodules.experts(count, config, pg_collection=groups, **named)
 
 
-def _add_clones(experts: Any, slots: LayerSlots) -> None:
+def _add_clones(experts: Any, slots: MegatronSlots) -> None:
     """Let upstream's experts hand the clones' tokens, their delayed weight gradients, and their mode, to the clones."""
     run_homes, finish_homes, set_homes_training = experts.forward, experts.backward_dw, experts.train
 

@@ -22,8 +22,9 @@ from megatron.core.pipeline_parallel.utils import ScheduleNode, set_streams
 from counterflow.devices import make_event
 from counterflow.errors import OptionError, SeamError
 from counterflow.megatron.pipeline.gradient_sync import GradientSync
-from counterflow.megatron.pipeline.work import MegatronWork, Step
+from counterflow.megatron.pipeline.work import MegatronWork, Step, take_tensor
 from counterflow.megatron.v_layout.mirror import hold_mirrored_rank
+from counterflow.runtime.messages import Message
 from counterflow.runtime.weight_grads import defer_weight_grad, hold_weight_grads
 from counterflow.schedule.actions import Action
 
@@ -56,19 +57,21 @@ class OverlapWork(MegatronWork):
         set_streams(**(priority if "high_priority" in inspect.signature(set_streams).parameters else {}))
 
     def forward_backward(
-        self, forward: Action, received: torch.Tensor | None, backward: Action, gradient: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, forward: Action, received: Message, backward: Action, gradient: Message
+    ) -> tuple[Message, Message]:
         """Run the pair's F and B overlapped; returns the F's output and the B's input gradient.
 
         Deferred weight gradients come after the gradient hooks of their layer, so no hook may start a reduction here: where this
         is the chunk's last backward, `finish_backward` starts them all.
         """
-        is_first = self._prepare_forward(forward.stage, forward.microbatch, received)
-        f = _Forward(forward.stage, forward.microbatch, received, is_first)
+        given = take_tensor(received)
+        is_first = self._prepare_forward(forward.stage, forward.microbatch, given)
+        f = _Forward(forward.stage, forward.microbatch, given, is_first)
+        b = _Backward(backward.stage, backward.microbatch, take_tensor(gradient))
         with _defer_in_nodes():
-            output, num_tokens, input_gradient = self._run_plans(f, _Backward(backward.stage, backward.microbatch, gradient))
+            output, num_tokens, input_gradient = self._run_plans(f, b)
         self._keep(*f[:3], output, num_tokens)
-        return output, input_gradient
+        return (output,), (input_gradient,)
 
     def release_output(self, stage: int, microbatch: int) -> None:
         """Free the output's data; a loss is one number, and the plan's backward starts from it as it is."""

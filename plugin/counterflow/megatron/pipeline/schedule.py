@@ -6,12 +6,10 @@ gradient finaliser are called as upstream's schedules call them.
 """
 
 from collections.abc import Callable
-from datetime import timedelta
 from types import NoneType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.pipeline_parallel import schedules as upstream
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -25,29 +23,21 @@ from counterflow.megatron.pipeline.gradient_sync import GradientSync
 from counterflow.megatron.pipeline.work import MegatronWork, Step, move_to_last_rank
 from counterflow.megatron.pipeline.zero_bubble import watch_reductions
 from counterflow.megatron.v_layout.embeddings import add_embedding_gradients
-from counterflow.options import AUTO, Options
-from counterflow.runtime.executor import run_program
-from counterflow.runtime.lowering import Program, lower
-from counterflow.runtime.mailbox import Channels, Mailbox
-from counterflow.runtime.recorder import Recorder, append_record
-from counterflow.runtime.watch import Watch, find_store
-from counterflow.schedule import ScheduleTable, build_forward_only
+from counterflow.options import Options
+from counterflow.runtime.lowering import Program
+from counterflow.runtime.messages import Form, Member
 from counterflow.schedule.layouts import V
-from counterflow.trainer.auto import AutoTable
-from counterflow.trainer.tables import build_table, choose_layout, count_replicas, name_model_layout
+from counterflow.trainer.pipeline import Pipeline
+from counterflow.trainer.tables import name_model_layout
 
 
 class PipelineSchedule:
-    """`forward_backward` with the options it runs under; keeps what it has opened and lowered."""
+    """`forward_backward` with the options it runs under, and its pipeline."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
         self._zero_bubble = options.zero_bubble is not False
-        self._tables: dict[tuple[int, bool], ScheduleTable] = {}
-        self._programs: dict[tuple[bool, int], Program] = {}
-        self._channels: Channels | None = None
-        self._watch: Watch | None = None
-        self._auto: AutoTable | None = None
+        self._pipeline: Pipeline | None = None
         self._training_steps = 0
 
     def forward_backward(
@@ -87,9 +77,11 @@ class PipelineSchedule:
         if config.timers is not None:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
 
-        channels, watch = self._open(groups.pp, len(chunks), device)
-        table = self._choose_table(groups.pp.size(), num_microbatches, len(chunks), config, forward_only)
-        program = self._lower(table, channels, forward_only, device)
+        if self._pipeline is None:
+            self._pipeline = Pipeline(self._options, groups.pp, len(chunks), device, link_pipelines)
+        pipeline, iteration = self._pipeline, number_iteration(self._training_steps, forward_only=forward_only)
+        group = getattr(config, "microbatch_group_size_per_vp_stage", None)
+        table = pipeline.choose_table(num_microbatches, iteration, forward_only=forward_only, group=group)
         step = Step(
             forward_step_func, iterators, chunks, config, table, num_microbatches, groups.cp.size(), forward_only,
             collect_non_loss_data, first_val_step, [], torch.zeros([], dtype=torch.int, device=device),
@@ -100,13 +92,12 @@ class PipelineSchedule:
         )  # fmt: skip
         # An MTP layer on a stage of its own hands on its output beside its input: longer than what it was given.
         varies = config.variable_seq_lengths or getattr(config, "mtp_standalone", False)
-        mailbox = Mailbox(channels, None if varies else tuple(shape), config.pipeline_dtype, device)
-        iteration = number_iteration(self._training_steps, forward_only=forward_only)
-        watch.begin(iteration, is_evaluation=forward_only)
+        form = (Member(None if varies else tuple(shape), config.pipeline_dtype),)
+        program = pipeline.prepare(table, form, forward_only=forward_only)
         if forward_only:
-            run_program(program, MegatronWork(step, self._make_sync(step, channels)), mailbox, watch=watch)
+            pipeline.evaluate(program, MegatronWork(step, self._make_sync(step, pipeline)), form, iteration)
         else:
-            self._train(step, program, channels, mailbox, watch, iteration)
+            self._train(step, pipeline, program, form, iteration)
         move_to_last_rank(step, groups.pp, rank)
 
         if config.finalize_model_grads_func is not None and not forward_only:
@@ -118,24 +109,15 @@ class PipelineSchedule:
             config.timers("forward-backward").stop()
         return step.losses
 
-    def _train(self, step: Step, program: Program, channels: Channels, mailbox: Mailbox, watch: Watch, iteration: int) -> None:
-        measured = self._auto is not None and self._auto.is_measuring
-        is_recorded = measured or self._options.record is not None
-        recorder = Recorder(channels.rank, step.num_tokens.is_cuda) if is_recorded else None
-        sync = self._make_sync(step, channels)
+    def _train(self, step: Step, pipeline: Pipeline, program: Program, form: Form, iteration: int) -> None:
+        sync = self._make_sync(step, pipeline)
         work = self._make_work(step, sync)
         if self._training_steps == 0:
             watch_reductions(step.chunks)
         sync.pause()
         sync.start_parameters(1)
-        run_program(program, work, mailbox, zero_bubble=self._zero_bubble, recorder=recorder, watch=watch)
+        pipeline.train(program, work, form, iteration)
         sync.finish()
-        spans = recorder.take_spans() if recorder is not None else []
-        if self._auto is not None and measured:
-            self._auto.note(spans)
-        if self._options.record is not None:
-            name = program.table.name
-            append_record(self._options.record, channels.pipeline_ranks, channels.rank, iteration, name, spans)
         self._training_steps += 1
 
     def _make_work(self, step: Step, sync: GradientSync) -> MegatronWork:
@@ -146,41 +128,7 @@ class PipelineSchedule:
 
         return OverlapWork(step, sync)
 
-    def _make_sync(self, step: Step, channels: Channels) -> GradientSync:
+    def _make_sync(self, step: Step, pipeline: Pipeline) -> GradientSync:
         return GradientSync(
-            step.config, step.chunks, step.table, channels.rank, zero_bubble=self._zero_bubble, forward_only=step.forward_only
+            step.config, step.chunks, step.table, pipeline.rank, zero_bubble=self._zero_bubble, forward_only=step.forward_only
         )
-
-    def _choose_table(self, ranks: int, microbatches: int, chunks: int, config: Any, forward_only: bool) -> ScheduleTable:
-        if self._auto is not None and not forward_only:
-            return self._auto.choose(microbatches, number_iteration(self._training_steps))
-        key = (microbatches, forward_only)
-        if key not in self._tables and forward_only:
-            layout = choose_layout(self._options, ranks, chunks)
-            self._tables[key] = build_forward_only(layout, count_replicas(layout) * microbatches)
-        elif key not in self._tables:
-            group = getattr(config, "microbatch_group_size_per_vp_stage", None)
-            self._tables[key] = build_table(self._options, ranks, microbatches, chunks, group)
-        return self._tables[key]
-
-    def _lower(self, table: ScheduleTable, channels: Channels, forward_only: bool, device: torch.device) -> Program:
-        key = forward_only, table.digest
-        if key not in self._programs:
-            self._programs[key] = lower(table, channels.rank)
-            channels.connect(self._programs[key], device)
-        return self._programs[key]
-
-    def _open(self, pp_group: Any, chunks: int, device: torch.device) -> tuple[Channels, Watch]:
-        if self._channels is None or self._watch is None:
-            # New groups wait for half an hour by default; these are to wait as long as Megatron's own.
-            timeout = pp_group._get_backend(device).options._timeout
-            if self._options.stall_limit is not None:
-                timeout = timedelta(seconds=self._options.stall_limit)
-            ranks, rank = dist.get_process_group_ranks(pp_group), pp_group.rank()
-            if count_replicas(choose_layout(self._options, len(ranks), chunks)) > 1:
-                ranks, rank = link_pipelines(ranks)
-            self._channels = Channels(ranks, rank, timeout)
-            self._watch = Watch(find_store(), ranks, rank, timeout.total_seconds())
-            if self._options.schedule == AUTO:
-                self._auto = AutoTable(pp_group, device, has_pairs=self._options.overlap, splits=self._zero_bubble)
-        return self._channels, self._watch

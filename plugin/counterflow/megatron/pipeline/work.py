@@ -14,6 +14,7 @@ from counterflow.megatron.pipeline.prediction_log import add_prediction_losses, 
 from counterflow.megatron.pipeline.zero_bubble import defer_engine_weight_grads
 from counterflow.megatron.v_layout.mirror import run_mirrored
 from counterflow.megatron.v_layout.model import WAY_BACK
+from counterflow.runtime.messages import Message
 from counterflow.schedule import ScheduleTable
 from counterflow.schedule.layouts import V
 from counterflow.trainer.tables import name_model_layout
@@ -47,7 +48,7 @@ class _Chunk(NamedTuple):
 
 
 class MegatronWork:
-    """One F or B of a (stage, micro-batch) with upstream's step functions."""
+    """One F or B of a (stage, micro-batch) with upstream's step functions; Megatron's stages hand on one tensor each."""
 
     def __init__(self, step: Step, sync: GradientSync) -> None:
         self._step, self._sync = step, sync
@@ -56,12 +57,13 @@ class MegatronWork:
         self._inputs: dict[tuple[int, int], torch.Tensor | None] = {}
         self._outputs: dict[tuple[int, int], torch.Tensor] = {}
 
-    def forward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, stage: int, microbatch: int, received: Message) -> Message:
         """Run a forward; of the last stage, losses and token counts are kept."""
-        is_first = self._prepare_forward(stage, microbatch, received)
-        output, num_tokens = self._forward_step(stage, microbatch, received, is_first)
-        self._keep(stage, microbatch, received, output, num_tokens)
-        return output
+        given = take_tensor(received)
+        is_first = self._prepare_forward(stage, microbatch, given)
+        output, num_tokens = self._forward_step(stage, microbatch, given, is_first)
+        self._keep(stage, microbatch, given, output, num_tokens)
+        return (output,)
 
     def _prepare_forward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> bool:
         """Return whether this is the chunk's first forward."""
@@ -121,10 +123,10 @@ class MegatronWork:
             with torch._C.DisableTorchFunction():
                 upstream.deallocate_output_tensor(self._outputs[stage, microbatch], free)
 
-    def backward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor | None:
+    def backward(self, stage: int, microbatch: int, received: Message) -> Message:
         """Run a backward."""
         self._sync.before_backward(stage, microbatch)
-        return self._backward_step(stage, microbatch, received)
+        return (self._backward_step(stage, microbatch, take_tensor(received)),)
 
     def _backward_step(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor | None:
         """Run upstream's ``backward_step``."""
@@ -137,6 +139,11 @@ class MegatronWork:
     def finish_backward(self, stage: int, microbatch: int) -> None:
         """Start the chunk's gradient reduction where these were its last weight gradients."""
         self._sync.finish_backward(stage, microbatch)
+
+
+def take_tensor(message: Message) -> torch.Tensor | None:
+    """Return the one tensor of a message, None where nothing was received."""
+    return message[0] if message else None
 
 
 def move_to_last_rank(step: Step, pp_group: Any, rank: int) -> None:

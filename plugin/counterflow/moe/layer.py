@@ -1,0 +1,76 @@
+"""One MoE layer's slots: which expert each holds, how tokens are split over them, and where loads are reported."""
+
+import torch
+import torch.distributed as dist
+
+from counterflow.arrays import Array
+from counterflow.balance.placement import Placement, make_home_placement, sum_by_rank
+from counterflow.balance.shares import share_tokens
+from counterflow.devices import find_device
+from counterflow.moe.clones import Clones, LayerExperts
+from counterflow.moe.loads import LoadTracker
+from counterflow.moe.slots import make_slot_table, place_evenly, place_exactly
+
+
+class LayerSlots:
+    """One MoE layer's slots on this rank: ``homes`` of them, then ``clones``, as on all ranks.
+
+    The ranks of ``sources`` deal their tokens together; ``rank_of_source`` says which expert-parallel rank each is on. An adapter
+    says in `list_experts` what the slots hold. Until `connect`, and while no clone is planned, every token goes to its expert's
+    home.
+    """
+
+    number = 1
+    """The layer's number in the model, from 1."""
+
+    def __init__(self, homes: int, clones: int, sources: dist.ProcessGroup, rank_of_source: Array, *, is_exact: bool) -> None:
+        self._own, self._per_rank = homes, clones
+        self._group, self._rank_of_source, self._is_exact = sources, rank_of_source, is_exact
+        self._tracker: LoadTracker | None = None
+        self._clones: Clones | None = None
+        self._index = self._clones_index = 0
+        ranks = int(rank_of_source[-1]) + 1
+        self._table = make_slot_table(make_home_placement(1, homes * ranks, ranks, clones), find_device())
+
+    def list_experts(self) -> LayerExperts:
+        """Return the parameters of this rank's slots."""
+        raise NotImplementedError
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the layer trains; loads are counted where it does, and gradients are on."""
+        return True
+
+    def connect(self, tracker: LoadTracker, index: int, clones: Clones, clones_index: int) -> None:
+        """Set the tracker of loads, the clones' traffic, and this layer's index in each."""
+        self._tracker, self._index, self._clones, self._clones_index = tracker, index, clones, clones_index
+
+    def hold(self, placement: Placement, device: torch.device) -> None:
+        """Use a placement, which has this layer alone."""
+        self._table = make_slot_table(placement, device)
+
+    def deal(self, probs: torch.Tensor, routing_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return probabilities and map over slots, ``[tokens, slots]``, and under the exact split all sources' counts.
+
+        Both arguments are over experts, ``[tokens, experts]``. The exact split needs the counts of all sources.
+        """
+        is_counted = self.is_training and torch.is_grad_enabled() and self._tracker is not None
+        own = routing_map.sum(0)
+        if not self._is_exact:
+            if is_counted:
+                self._tracker.add_own(self._index, own)  # type: ignore[union-attr]
+            slot_map, slot_probs = place_evenly(routing_map, probs, self._table)
+            return slot_probs, slot_map, None
+        gathered = own.new_empty(self._group.size() * len(own))
+        dist.all_gather_into_tensor(gathered, own, self._group)
+        counts = gathered.view(self._group.size(), -1).cpu().numpy()
+        shares = share_tokens(counts, self._table.placement, self._rank_of_source)
+        if is_counted:
+            ranks = sum_by_rank(shares.sum(0), self._table.placement.cluster)
+            self._tracker.add(self._index, counts.sum(0), ranks)  # type: ignore[union-attr]
+        slot_map, slot_probs = place_exactly(routing_map, probs, self._table, shares[self._group.rank()])
+        return slot_probs, slot_map, torch.from_numpy(shares).to(routing_map.device, non_blocking=True)
+
+    def finish_refresh(self) -> bool:
+        """Wait for the clones' weights, before they compute; tell whether there were any to wait for."""
+        return self._clones is not None and self._clones.finish_refresh(self._clones_index)

@@ -1,0 +1,120 @@
+"""What stages hand to each other: a message is a tuple of tensors.
+
+An F hands its stage's output to the next stage. An I or B hands back the gradients of its stage's input, one for each member;
+a member that needs none, a mask say, has None, and nothing is sent for it. A single tensor is a tuple of one.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from counterflow.errors import ScheduleError
+
+Message = tuple[torch.Tensor | None, ...]
+"""The members of one message; () where there is nothing to receive: the first stage's input, the last one's gradient."""
+
+# Room in the header of a message whose form varies.
+MAX_MEMBERS = 8
+MAX_DIMENSIONS = 6
+HEADER_SIZE = 1 + MAX_MEMBERS * (3 + MAX_DIMENSIONS)
+# A header names a type by its place here.
+DTYPES = (
+    torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+    torch.bool, torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2,
+)  # fmt: skip
+
+
+class Member(NamedTuple):
+    """What is known of one member of every stage's output, before a step.
+
+    ``shape`` is None where it varies; a member whose shape varies may be missing. ``gradient`` says whether its gradient is sent
+    back; those of integers and truth values never are.
+    """
+
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype
+    gradient: bool = True
+
+    @property
+    def returns(self) -> bool:
+        """Whether its gradient is sent back."""
+        return self.gradient and (self.dtype.is_floating_point or self.dtype.is_complex)
+
+    def __str__(self) -> str:
+        return f"{self.shape or 'any shape'} {self.dtype}{'' if self.returns else ' without gradient'}"
+
+
+Form = tuple[Member, ...]
+"""The members of every stage's output: the same on all ranks, and between all stages."""
+
+
+def share(message: Message) -> Message:
+    """Return the message for a stage on the same rank: the same storage, but nothing of the graph that made it."""
+    with torch._C.DisableTorchFunction():
+        return tuple(None if member is None else member.detach().requires_grad_(member.requires_grad) for member in message)
+
+
+def run_backward(inputs: Message, outputs: Message, gradients: Message) -> Message:
+    """Run the backward of a stage from the gradients of its outputs; return those of its inputs, None where there is none.
+
+    Only outputs that have a gradient take part. Without ``gradients`` the outputs are losses, and each starts from 1. The data of
+    outputs may have been freed. Raises `ScheduleError` where the gradients do not fit the outputs.
+    """
+    if gradients and len(gradients) != len(outputs):
+        raise ScheduleError(f"the next stage gave {len(gradients)} gradients back; it was sent {len(outputs)} tensors")
+    roots, starts = [], []
+    for index, output in enumerate(outputs):
+        gradient = gradients[index] if gradients else None if output is None else torch.ones_like(output)
+        if gradient is None or output is None or not output.requires_grad:
+            continue
+        if gradient.dtype != output.dtype:
+            raise ScheduleError(f"the next stage gave a {gradient.dtype} gradient of member {index}, which is {output.dtype}")
+        roots.append(output)
+        starts.append(gradient)
+    if roots:
+        # Not torch.autograd.backward, which compares shapes with outputs that may have been freed.
+        torch.autograd.Variable._execution_engine.run_backward(
+            tuple(roots), tuple(starts), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
+    return tuple(None if member is None or not member.requires_grad else member.grad for member in inputs)
+
+
+def describe_message(message: Message) -> str:
+    """Return shapes and types for an error message."""
+    return ", ".join("None" if member is None else f"{tuple(member.shape)} {member.dtype}" for member in message) or "nothing"
+
+
+def describe_form(form: Form | None) -> str:
+    """Return what a form allows for an error message."""
+    return "any tensors" if form is None else ", ".join(map(str, form))
+
+
+def write_header(message: Message) -> list[int]:
+    """Return the number of members, then type, whether a gradient is needed, and shape of each; type 0 is a missing member.
+
+    Raises `ScheduleError` where the message has no room in it.
+    """
+    header = [len(message)]
+    for member in message:
+        if member is None:
+            header += [0] * (3 + MAX_DIMENSIONS)
+        elif member.dtype not in DTYPES or member.dim() > MAX_DIMENSIONS:
+            raise ScheduleError(
+                f"a tensor of {member.dim()} dimensions of {member.dtype} given; a stage may hand on up to {MAX_DIMENSIONS} of "
+                f"{', '.join(map(str, DTYPES))}"
+            )
+        else:
+            padding = [0] * (MAX_DIMENSIONS - member.dim())
+            header += [1 + DTYPES.index(member.dtype), int(member.requires_grad), member.dim(), *member.shape, *padding]
+    if len(message) > MAX_MEMBERS:
+        raise ScheduleError(f"a message of {len(message)} tensors given; at most {MAX_MEMBERS}")
+    return header + [0] * (HEADER_SIZE - len(header))
+
+
+def read_header(header: list[int]) -> list[Member | None]:
+    """Return the members that a header announces; ``gradient`` says whether the sender's needed one."""
+    members: list[Member | None] = []
+    for begin in range(1, 1 + header[0] * (3 + MAX_DIMENSIONS), 3 + MAX_DIMENSIONS):
+        dtype, needs_gradient, dimensions, *shape = header[begin : begin + 3 + MAX_DIMENSIONS]
+        members.append(Member(tuple(shape[:dimensions]), DTYPES[dtype - 1], bool(needs_gradient)) if dtype else None)
+    return members

@@ -1,0 +1,306 @@
+"""Balance the experts of one rank's model chunks: slots, clones, homes and loads, step by step."""
+
+import socket
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from counterflow.arrays import Array
+from counterflow.balance.cluster import Cluster
+from counterflow.balance.files.recorded import read_record, record_step
+from counterflow.balance.placement import EMPTY, Placement, make_home_placement, measure_balancedness, share_evenly, sum_by_rank
+from counterflow.balance.planning import TRAFFIC_WEIGHT
+from counterflow.devices import find_device
+from counterflow.errors import BalanceError
+from counterflow.moe.clones import Clones, Traffic, measure_clones, open_group
+from counterflow.moe.gradients import GradientStore
+from counterflow.moe.homes import move_homes
+from counterflow.moe.layer import LayerSlots
+from counterflow.moe.loads import LoadTracker
+from counterflow.moe.planning import ClonePlanner
+from counterflow.options import Options
+
+# Micro-batches whose loads a checkpoint keeps, so that the next run starts with a plan: as many as the predictor looks back.
+KEPT_MICROBATCHES = 64
+
+
+@dataclass(frozen=True)
+class ExpertGroups:
+    """The process groups around one rank's experts.
+
+    The ranks of ``experts`` hold every expert once, each as many as the others, in the order of ranks. ``sources`` are the ranks
+    whose tokens are dealt to them together, ``replicas`` those that hold the same experts, ``stage`` those that hold the same
+    layers.
+    """
+
+    experts: dist.ProcessGroup
+    sources: dist.ProcessGroup
+    replicas: dist.ProcessGroup
+    stage: dist.ProcessGroup
+
+
+class BalancedLayers:
+    """One rank's MoE layers, one or more, each chunk's in the order in which a forward runs them.
+
+    An adapter calls `begin_step` before the first F of a training step and `end_step` after its last weight gradients, before the
+    optimizer reads gradients and changes weights. Where homes may move it overrides `take_state`.
+    """
+
+    def __init__(
+        self, options: Options, layers: Sequence[Sequence[LayerSlots]], groups: ExpertGroups, gradients: GradientStore
+    ) -> None:
+        self._options, self._groups, self._gradients = options, groups, gradients
+        self._layers = [one for chunk in layers for one in chunk]
+        self._experts = [one.list_experts() for one in self._layers]
+        self._own = len(self._experts[0].homes)
+        self.number_of_experts = self._own * groups.experts.size()
+        self._device = find_device()
+        self.is_leader = groups.stage.rank() == 0
+        self._group = open_group(groups.experts)
+        # Homes where the trainer puts them, which checkpoints need.
+        self._straight = self._placement = self._make_placement()
+        self._held = self._placement.experts.copy()
+        self._are_stale = False
+        self.traffic = Traffic()
+        self._tracker = LoadTracker(len(self._layers))
+        self.clones = self._make_clones(layers)
+        self._planner = ClonePlanner(
+            self._placement,
+            groups.stage,
+            self._device,
+            options.eplb_interval,
+            options.eplb_rehome_interval,
+            0.0 if options.eplb_policy == "global" else TRAFFIC_WEIGHT,
+        )
+        # Since the last plan: steps, lines and loads of those not yet summed over replicas, loads of those that are.
+        self._steps = 0
+        self._unsummed: list[tuple[dict[str, Any], Array]] = []
+        self._summed: list[Array] = []
+        self._step: int | None = None
+        self._is_again = False
+        self._recent: deque[Array] = deque(maxlen=KEPT_MICROBATCHES)
+        self._last: dict[str, Any] = {}
+        self._place(self._placement)
+
+    def take_state(self, parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+        """Return what the optimizer keeps for a home's parameter, to be moved with it: in one order on all ranks."""
+        raise BalanceError("homes cannot move: this trainer does not say what its optimizer keeps, drop eplb_rehome_interval")
+
+    def finish_gathers(self) -> None:
+        """Wait for weights of homes that are being gathered, before they are sent; most trainers have none."""
+
+    def _make_placement(self) -> Placement:
+        groups, clones = self._groups, self._options.eplb_clones_per_rank
+        cluster = _agree_on_cluster(groups.experts, self._own + clones, groups.stage, self._device)
+        homes = make_home_placement(len(self._layers), self.number_of_experts, cluster.ranks, clones)
+        return Placement(cluster, homes.experts, homes.homes)
+
+    def _make_clones(self, layers: Sequence[Sequence[LayerSlots]]) -> list[Clones]:
+        made, first = [], 0
+        for chunk in filter(None, layers):
+            experts = self._experts[first : first + len(chunk)]
+            clones = Clones(experts, first, self._placement.cluster, self._group, self.traffic, self._gradients)
+            for index, one in enumerate(chunk):
+                one.connect(self._tracker, first + index, clones, index)
+            made.append(clones)
+            first += len(chunk)
+        return made
+
+    def measure_memory(self) -> tuple[int, int, int]:
+        """Return the number of layers, and the bytes of their clones' weights and gradients on this rank."""
+        return len(self._layers), *measure_clones(self._experts, self._gradients)
+
+    def _place(self, placement: Placement) -> None:
+        assert placement.homes is not None
+        self._placement = placement
+        for index, one in enumerate(self._layers):
+            rows = slice(index, index + 1)
+            one.hold(Placement(placement.cluster, placement.experts[rows], placement.homes[rows]), self._device)
+
+    def begin_step(self, step: int) -> None:
+        """Take the plan that is due, and start filling clones.
+
+        A step that the trainer runs again, to compare results bit by bit, keeps its placement.
+        """
+        self._tracker.forget()
+        self._is_again, self._step = step == self._step, step
+        if not self._is_again and (planned := self._planner.take()) is not None:
+            self.traffic.homes += self._move_homes(planned)
+            self._place(planned)
+        self.refresh()
+        for clones in self.clones:
+            clones.expect_gradients()
+
+    def refresh(self) -> None:
+        """Start sending weights to the clones that have none, or those from before the last optimizer step."""
+        experts = self._placement.experts
+        is_new = experts != self._held
+        wanted = (experts != EMPTY) & (is_new | self._are_stale)
+        assert self._placement.homes is not None
+        np.put_along_axis(wanted, self._placement.homes, False, 1)
+        self.traffic.clones += int(wanted.sum())
+        self.traffic.moved += int((wanted & is_new).sum())
+        if wanted.any():
+            self.finish_gathers()
+        for clones in self.clones:
+            clones.refresh(self._placement, wanted)
+        self._held, self._are_stale = experts.copy(), False
+
+    def finish_evaluation(self) -> None:
+        """Wait for weights that evaluation did not use: what comes next may change homes, or send to the same slots."""
+        for clones in self.clones:
+            clones.finish_transfers()
+
+    def end_step(self, microbatches: int) -> tuple[Array, Array]:
+        """Sum up a step, and start to plan after the last one of an interval; the optimizer changes the homes next.
+
+        Returns the balancedness ``[micro-batches, layers]`` of this expert-parallel group with homes alone, and as it was.
+        """
+        for clones in self.clones:
+            clones.finish_step()
+        self._are_stale = True
+        loads = self._tracker.take(microbatches, self._groups.sources)
+        before, after = self._measure(loads.experts, loads.ranks)
+        if not self._is_again:
+            self._steps += 1
+            self._unsummed.append((self._describe_step(microbatches, before, after), loads.experts))
+        is_last = self._steps == self._options.eplb_interval
+        if is_last or self._options.record is not None:
+            self._sum_replicas()
+        if is_last:
+            self._planner.start(np.concatenate(self._summed), microbatches, self._placement)
+            self._summed, self._steps = [], 0
+        return before, after
+
+    def _measure(self, experts: Array, ranks: Array | None) -> tuple[Array, Array]:
+        assert self._placement.homes is not None
+        cluster, layers = self._placement.cluster, np.arange(len(self._layers))[:, None]
+        at_home = np.zeros((*experts.shape[:2], cluster.slots), np.int64)
+        at_home[:, layers, self._placement.homes] = experts
+        if ranks is None:
+            ranks = np.stack([sum_by_rank(share_evenly(seen, self._placement), cluster) for seen in experts])
+        return measure_balancedness(sum_by_rank(at_home, cluster)), measure_balancedness(ranks)
+
+    def _sum_replicas(self) -> None:
+        """Sum loads over the replicas of the experts, and write them down with their steps' lines."""
+        if not self._unsummed:
+            return
+        counts = torch.from_numpy(np.concatenate([own for _, own in self._unsummed])).to(self._device)
+        dist.all_reduce(counts, group=self._groups.replicas)
+        ends = np.cumsum([len(own) for _, own in self._unsummed])
+        for (line, _), summed in zip(self._unsummed, np.split(counts.cpu().numpy(), ends[:-1]), strict=True):
+            self._summed.append(summed)
+            if self.is_leader:
+                if self._options.record is not None:
+                    _record(self._options.record, summed, line)
+                self._recent.extend(summed)
+                self._last = line
+        self._unsummed.clear()
+
+    def _describe_step(self, microbatches: int, before: Array, after: Array) -> dict[str, Any]:
+        """Return the step's line in the record (`counterflow.balance.files.recorded`)."""
+        traffic = self.traffic
+        return {
+            "step": self._step,
+            "layers": [one.number for one in self._layers],
+            "ranks": self._placement.cluster.ranks,
+            "clones_per_rank": self._options.eplb_clones_per_rank,
+            "microbatches": microbatches,
+            "balancedness_before": before.mean(0),
+            "balancedness_after": after.mean(0),
+            "experts": self._placement.experts,
+            "homes": self._placement.homes,
+            "clones": traffic.clones,
+            "moved": traffic.moved,
+            "homes_moved": traffic.homes,
+            "bytes": traffic.bytes,
+            "weights_ms": traffic.weights * 1e3,
+            "gradients_ms": traffic.gradients * 1e3,
+            "waited_ms": traffic.waited * 1e3,
+        }
+
+    def save_loads(self, directory: Path) -> None:
+        """Keep the last loads beside a checkpoint, as a record of their own; where that fails, say so and go on."""
+        if self.is_leader and self._recent:
+            counts = np.stack(self._recent)
+            try:
+                for old in directory.glob(f"*-rank{dist.get_rank():05d}.*"):
+                    old.unlink()
+                record_step(directory, dist.get_rank(), counts, {**self._last, "microbatches": len(counts)})
+            except (OSError, BalanceError) as error:
+                print(
+                    f"counterflow: eplb: loads are not kept, a run from {directory.parent} begins without clones: {error}",
+                    flush=True,
+                )
+
+    def load_loads(self, directory: Path | None, microbatches: int) -> None:
+        """Plan the first step from the loads kept beside the checkpoint that the run starts from, where there are any."""
+        counts = self._read_loads(directory) if self.is_leader and directory is not None and directory.is_dir() else None
+        self._planner.resume(counts, microbatches, self._placement)
+
+    def _read_loads(self, directory: Path) -> Array | None:
+        try:
+            record = read_record(directory)
+            numbers = [one.number for one in self._layers]
+            if record.experts == self.number_of_experts and set(numbers) <= set(record.layers.tolist()):
+                counts: Array = record.counts[:, np.searchsorted(record.layers, numbers)]
+                return counts
+            reason = f"its layers {record.layers.tolist()} of {record.experts} experts are not this model's"
+        except BalanceError as error:
+            reason = str(error)
+        print(f"counterflow: eplb: the loads in {directory} are not used, the first step has no clones: {reason}", flush=True)
+        return None
+
+    def bring_homes_back(self) -> Placement | None:
+        """Move homes to where the trainer puts them, as checkpoints need; return the placement to restore, None if none moved."""
+        before = self._placement
+        assert before.homes is not None and self._straight.homes is not None
+        if (before.homes == self._straight.homes).all():
+            return None
+        self._move_homes(self._straight)
+        self._place(self._straight)
+        return before
+
+    def restore_homes(self, placement: Placement) -> None:
+        """Put homes, and what slots held, back to what `bring_homes_back` returned."""
+        self._move_homes(placement)
+        self._place(placement)
+
+    def _move_homes(self, new: Placement) -> int:
+        """Move homes, with masters and moments, to where ``new`` has them; return how many. Clones hold the same weights."""
+        assert self._placement.homes is not None and new.homes is not None
+        if (self._placement.homes == new.homes).all():
+            return 0
+        self.finish_gathers()
+        with torch.no_grad():
+            return move_homes(self._placement, new, self._group, self._take_home, self._put_home)
+
+    def _take_home(self, layer: int, place: int) -> list[torch.Tensor]:
+        parameters = self._experts[layer].homes[place]
+        return [tensor for p in parameters for tensor in (p.data, *self.take_state(p))]
+
+    def _put_home(self, layer: int, place: int, arrived: list[torch.Tensor]) -> None:
+        for tensor, other in zip(self._take_home(layer, place), arrived, strict=True):
+            tensor.copy_(other)
+
+
+def _record(directory: Path, counts: Array, line: dict[str, Any]) -> None:
+    try:
+        record_step(directory, dist.get_rank(), counts, line)
+    except OSError as error:
+        raise BalanceError(f"--cf-record {directory}: {error}; allowed: a folder that can be written and has room") from None
+
+
+def _agree_on_cluster(ep_group: Any, width: int, stage: Any, device: torch.device) -> Cluster:
+    """Return the cluster of expert-parallel ranks with ``width`` slots each; the stage's first rank decides their nodes."""
+    hosts: list[Any] = [None] * ep_group.size()
+    dist.all_gather_object(hosts, socket.gethostname(), group=ep_group)
+    nodes = torch.from_numpy(np.unique(hosts, return_inverse=True)[1]).to(device)
+    dist.broadcast(nodes, dist.get_process_group_ranks(stage)[0], group=stage)
+    return Cluster((width,) * ep_group.size(), tuple(nodes.tolist()))

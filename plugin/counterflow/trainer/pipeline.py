@@ -1,0 +1,98 @@
+"""Runs a trainer's steps under the schedule of its options: which table, over which channels, watched and recorded."""
+
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from counterflow.errors import OptionError
+from counterflow.options import AUTO, Options
+from counterflow.runtime.executor import Work, run_program
+from counterflow.runtime.lowering import Program, lower
+from counterflow.runtime.mailbox import Channels, Mailbox
+from counterflow.runtime.messages import Form
+from counterflow.runtime.recorder import Recorder, append_record
+from counterflow.runtime.watch import Watch, find_store
+from counterflow.schedule import ScheduleTable, build_forward_only
+from counterflow.trainer.auto import AutoTable
+from counterflow.trainer.tables import build_table, choose_layout, count_replicas
+
+# The global ranks of this replica's pipeline to those of the table, and this rank's place among them.
+Link = Callable[[list[int]], tuple[list[int], int]]
+
+
+class Pipeline:
+    """One rank of a pipeline; keeps what it has opened and lowered.
+
+    ``group`` is the trainer's pipeline group; each of its ranks holds ``chunks`` model chunks. ``link`` joins two replicas for
+    tables that span them (full DualPipe); a trainer without it refuses such tables. All ranks make the same calls.
+    """
+
+    def __init__(
+        self, options: Options, group: dist.ProcessGroup, chunks: int, device: torch.device, link: Link | None = None
+    ) -> None:
+        self._options, self._group, self._chunks, self._device = options, group, chunks, device
+        self._zero_bubble = options.zero_bubble is not False
+        self._tables: dict[tuple[int, bool], ScheduleTable] = {}
+        self._programs: dict[tuple[int, bool], Program] = {}
+        # New groups wait for half an hour by default; these are to wait as long as the trainer's own.
+        timeout = group._get_backend(device).options._timeout
+        if options.stall_limit is not None:
+            timeout = timedelta(seconds=options.stall_limit)
+        ranks, rank = dist.get_process_group_ranks(group), group.rank()
+        if count_replicas(choose_layout(options, len(ranks), chunks)) > 1:
+            if link is None:
+                raise OptionError(f"schedule {options.schedule} joins two replicas, which this trainer does not: take another")
+            ranks, rank = link(ranks)
+        self.rank = rank
+        self._channels = Channels(ranks, rank, timeout)
+        self._watch = Watch(find_store(), ranks, rank, timeout.total_seconds())
+        self._auto: AutoTable | None = None
+        if options.schedule == AUTO:
+            self._auto = AutoTable(group, device, has_pairs=options.overlap, splits=self._zero_bubble)
+
+    def choose_table(
+        self, microbatches: int, step: int, *, forward_only: bool = False, group: int | None = None
+    ) -> ScheduleTable:
+        """Return the table of a step of this many micro-batches of one replica.
+
+        ``step`` is its number, from 1; ``group`` how many micro-batches the interleaved family takes together.
+        """
+        if self._auto is not None and not forward_only:
+            return self._auto.choose(microbatches, step)
+        key, ranks = (microbatches, forward_only), self._group.size()
+        if key not in self._tables and forward_only:
+            layout = choose_layout(self._options, ranks, self._chunks)
+            self._tables[key] = build_forward_only(layout, count_replicas(layout) * microbatches)
+        elif key not in self._tables:
+            self._tables[key] = build_table(self._options, ranks, microbatches, self._chunks, group)
+        return self._tables[key]
+
+    def prepare(self, table: ScheduleTable, form: Form | None, *, forward_only: bool = False) -> Program:
+        """Return this rank's program; before a table's first run all ranks compare theirs, and connect."""
+        key = table.digest, forward_only
+        if key not in self._programs:
+            self._programs[key] = lower(table, self.rank)
+            self._channels.connect(self._programs[key], form, self._device)
+        return self._programs[key]
+
+    def evaluate(self, program: Program, work: Work, form: Form | None, step: int) -> None:
+        """Run a program of forwards alone, after training step ``step``."""
+        self._watch.begin(step, is_evaluation=True)
+        run_program(program, work, Mailbox(self._channels, form, self._device), watch=self._watch)
+
+    def train(self, program: Program, work: Work, form: Form | None, step: int) -> None:
+        """Run the program of training step ``step``; record it where that is wanted."""
+        self._watch.begin(step)
+        is_measured = self._auto is not None and self._auto.is_measuring
+        is_recorded = is_measured or self._options.record is not None
+        recorder = Recorder(self.rank, self._device.type == "cuda") if is_recorded else None
+        mailbox = Mailbox(self._channels, form, self._device)
+        run_program(program, work, mailbox, zero_bubble=self._zero_bubble, recorder=recorder, watch=self._watch)
+        spans = recorder.take_spans() if recorder is not None else []
+        if self._auto is not None and is_measured:
+            self._auto.note(spans)
+        if self._options.record is not None:
+            name, ranks = program.table.name, self._channels.pipeline_ranks
+            append_record(self._options.record, ranks, self.rank, step, name, spans)
