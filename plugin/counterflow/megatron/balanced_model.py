@@ -86,7 +86,8 @@ class BalancedModel:
                 clones = Clones(experts, first, self._placement.cluster, self._group, self.traffic)
                 for index, one in enumerate(layers):
                     one.connect(self._tracker, first + index, clones, index)
-                if hasattr(chunk, "finish_grad_sync"):
+                # A model that is only evaluated (--skip-train) has no data parallelism around it.
+                if hasattr(chunk, "expert_parallel_bucket_groups"):
                     hold_reductions(chunk, clones)
                 made.append(clones)
             first += len(layers)

@@ -60,6 +60,8 @@ class ExpertBalancer:
                 return forward_backward(*args, **kwargs)
             if kwargs.get("forward_only", False):
                 return self._evaluate(partial(forward_backward, *args, **kwargs))
+            if not self._training_steps:
+                _require_reductions(chunks)
             if self._model is not None:
                 self._model.begin_step(number_iteration(self._training_steps))
             result = forward_backward(*args, **kwargs)
@@ -181,17 +183,25 @@ class ExpertBalancer:
 
 
 def _find_slots(chunks: list[Any]) -> bool:
-    """Tell whether this rank has layers to balance; raises `OptionError` where their clones could not train with them."""
-    layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, MoELayer)]
+    """Tell whether this rank has layers to balance; raises `OptionError` where they were built without slots."""
+    layers = [layer for chunk in chunks for layer in _list_layers(chunk)]
     if any(not hasattr(layer, "cf_slots") for layer in layers):
         raise OptionError("--cf-eplb: this model's MoE layers were built before counterflow.enable(): call it first")
+    return bool(layers)
+
+
+def _require_reductions(chunks: list[Any]) -> None:
+    """Raise `OptionError` where gradients of clones would not go home. A model that is only evaluated needs no reductions."""
     for chunk in chunks:
-        if layers and not hasattr(chunk, "expert_parallel_bucket_groups"):
+        if _list_layers(chunk) and not hasattr(chunk, "cf_send_gradients_home"):
             raise OptionError(
                 "--cf-eplb returns the gradients of clones before Megatron's data parallelism reduces them: wrap each model "
-                f"chunk in DistributedDataParallel, {type(chunk).__name__} given"
+                f"chunk in DistributedDataParallel before its first step, evaluation too; {type(chunk).__name__} given"
             )
-    return bool(layers)
+
+
+def _list_layers(chunk: Any) -> list[Any]:
+    return [module for module in chunk.modules() if isinstance(module, MoELayer)]
 
 
 def describe_step(said: dict[str, float]) -> str:
