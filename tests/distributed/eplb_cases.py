@@ -89,6 +89,9 @@ def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
     beside = ["--cf-eplb-interval", "2", "--moe-shared-expert-overlap"]
     add("planned, every second step", TWO_STAGES, start, ON, beside, plans="made")
     add("homes move, no clones", TWO_STAGES, start, CLONES[0], MOVING)
+    # Megatron wraps no data parallelism around a model that it only evaluates.
+    add("megatron, evaluated alone", TWO_STAGES, start, ["--skip-train"], plugin=False)
+    add("evaluated alone", TWO_STAGES, start, ["--skip-train"], ON, SCHEDULES["dualpipev"])
 
     for kind, numbers in {"bf16": ["--bf16"], "fp16": FP16}.items():
         add(f"megatron, {kind}", TWO_STAGES, start, numbers, plugin=False)

@@ -93,6 +93,11 @@ def test_a_step_that_the_loss_scale_skips_leaves_clones_as_their_homes(balanced_
     assert any(step["skipped"] for step in balanced_runs["fp16"]["steps"]), "no step was skipped: nothing is tested"
 
 
+def test_a_model_that_is_only_evaluated_has_clones_too(balanced_runs: Runs) -> None:
+    losses = balanced_runs["evaluated alone"]["evaluations"]
+    assert losses and losses == pytest.approx(balanced_runs["megatron, evaluated alone"]["evaluations"], rel=TOLERANCE)
+
+
 def test_predicted_tokens_lose_as_much(balanced_runs: Runs) -> None:
     logged, expected = ([step["mtp_loss"] for step in balanced_runs[name]["steps"]] for name in ("MTP", "megatron, MTP"))
     assert logged == pytest.approx(expected, rel=TOLERANCE)

@@ -69,6 +69,12 @@ def test_clones_without_megatrons_data_parallelism_or_built_too_late_are_refused
     with pytest.raises(OptionError, match="were built before counterflow.enable"):
         balancing._find_slots([chunk])
     monkeypatch.setitem(state.layer_slots, layer, object())
-    with pytest.raises(OptionError, match="wrap each model chunk in DistributedDataParallel, Sequential given"):
-        balancing._find_slots([chunk])
-    assert not balancing._find_slots([torch.nn.Linear(1, 1)])
+    # Megatron wraps no model that it only evaluates.
+    assert balancing._find_slots([chunk])
+    with pytest.raises(
+        OptionError, match="wrap each model chunk in DistributedDataParallel before its first step.* Sequential given"
+    ):
+        balancing._require_reductions([chunk])
+    plain = torch.nn.Linear(1, 1)
+    assert not balancing._find_slots([plain])
+    balancing._require_reductions([plain])

@@ -29,7 +29,8 @@ class BalancedModel(BalancedLayers):
         super().__init__(options, slots, groups, GRADIENTS)
         balanced = [chunk for chunk, some in zip(chunks, slots, strict=True) if some]
         for chunk, clones in zip(balanced, self.clones, strict=True):
-            if hasattr(chunk, "finish_grad_sync"):
+            # A model that is only evaluated (--skip-train) has no data parallelism around it.
+            if hasattr(chunk, "expert_parallel_bucket_groups"):
                 hold_reductions(chunk, clones)
 
     def take_state(self, parameter: torch.nn.Parameter) -> list[torch.Tensor]:

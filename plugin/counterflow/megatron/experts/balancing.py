@@ -23,7 +23,7 @@ from counterflow.errors import OptionError
 from counterflow.megatron.checks import check_loop
 from counterflow.megatron.experts.balanced_model import BalancedModel
 from counterflow.megatron.loop import find_arguments, number_iteration
-from counterflow.megatron.state import layer_slots
+from counterflow.megatron.state import layer_slots, of_chunk
 from counterflow.moe.clones import open_group
 from counterflow.moe.planning import compile_planner
 from counterflow.options import Options
@@ -61,6 +61,8 @@ class ExpertBalancer:
                 return forward_backward(*args, **kwargs)
             if kwargs.get("forward_only", False):
                 return self._evaluate(partial(forward_backward, *args, **kwargs))
+            if not self._training_steps:
+                _require_reductions(chunks)
             if self._model is not None:
                 self._model.begin_step(number_iteration(self._training_steps))
             result = forward_backward(*args, **kwargs)
@@ -148,17 +150,24 @@ class ExpertBalancer:
 
 
 def _find_slots(chunks: list[Any]) -> bool:
-    """Tell whether this rank has layers to balance; raises `OptionError` where their clones could not train with them."""
-    layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, MoELayer)]
-    if any(layer not in layer_slots for layer in layers):
+    """Tell whether this rank has layers to balance; raises `OptionError` where they were built without slots."""
+    if any(layer not in layer_slots for chunk in chunks for layer in _list_layers(chunk)):
         raise OptionError("--cf-eplb: this model's MoE layers were built before counterflow.enable(): call it first")
+    return any(_list_layers(chunk) for chunk in chunks)
+
+
+def _require_reductions(chunks: list[Any]) -> None:
+    """Raise `OptionError` where gradients of clones would not go home. A model that is only evaluated needs no reductions."""
     for chunk in chunks:
-        if layers and not hasattr(chunk, "expert_parallel_bucket_groups"):
+        if _list_layers(chunk) and of_chunk(chunk).clones is None:
             raise OptionError(
                 "--cf-eplb returns the gradients of clones before Megatron's data parallelism reduces them: wrap each model "
-                f"chunk in DistributedDataParallel, {type(chunk).__name__} given"
+                f"chunk in DistributedDataParallel before its first step, evaluation too; {type(chunk).__name__} given"
             )
-    return bool(layers)
+
+
+def _list_layers(chunk: Any) -> list[Any]:
+    return [module for module in chunk.modules() if isinstance(module, MoELayer)]
 
 
 def _count_microbatches() -> int:
