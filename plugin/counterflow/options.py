@@ -16,11 +16,10 @@ from typing import Any, Literal, Self, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from counterflow.errors import CounterflowError, OptionError
+from counterflow.schedule.families import FAMILIES, Family, list_names
 
 AUTO = "auto"
-SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev", "dualpipe", AUTO)
-# Their tables have no I: nothing to split.
-UNSPLIT_SCHEDULES = ("gpipe", "1f1b", "interleaved")
+SCHEDULES = (*FAMILIES, AUTO)
 # How long the other ranks wait for rank 0 to say what is wrong; imports differ by seconds between ranks.
 SPEAKING_SECONDS = 20
 # More clones, or steps between plans, than any run has.
@@ -130,8 +129,9 @@ class Options(_Fields):
             return self
         if self.overlap:
             raise ValueError(
-                "--cf-overlap overlaps the pairs of a --cf-schedule and none is given: add --cf-schedule interleaved or "
-                "dualpipev; Megatron's own schedule overlaps with --overlap-moe-expert-parallel-comm"
+                "--cf-overlap overlaps the pairs of a --cf-schedule and none is given: add --cf-schedule "
+                f"{' or '.join(list_names(pairs=True))}; Megatron's own schedule overlaps with "
+                "--overlap-moe-expert-parallel-comm"
             )
         for name in ("record", "zero_bubble", "stall_limit"):
             if (value := getattr(self, name)) is not None and not (name == "record" and self.eplb):
@@ -140,6 +140,11 @@ class Options(_Fields):
                     f"add --cf-schedule {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}"
                 )
         return self
+
+    @property
+    def family(self) -> Family | None:
+        """The family where the schedule is named; None for a file, for ``auto`` and without a schedule."""
+        return FAMILIES.get(self.schedule or "")
 
     @property
     def schedule_file(self) -> Path | None:

@@ -20,7 +20,7 @@ ROOMS = {
     "compiling": (set(), set()),
     "patching": (set(), set()),
     "bounds": (COMMON, set()),
-    "options": (COMMON, set()),
+    "options": (COMMON | {"schedule"}, set()),
     "schedule": (COMMON, set()),
     "balance": (COMMON, set()),
     "balance.kernels": (COMMON, set()),

@@ -24,7 +24,7 @@ from counterflow.report.files import check_output, write_output
 from counterflow.schedule import FAMILIES, Costs, ScheduleTable, build, load_record, read_csv, simulate, to_csv
 from counterflow.schedule.comparison import compare, estimate_costs, fit_record
 from counterflow.schedule.costs import LARGEST_COST, LEAST_OVERLAP, MOST_OVERLAP
-from counterflow.schedule.families import require_size
+from counterflow.schedule.families import list_names, require_size
 from counterflow.schedule.timeline import find_last_step
 from counterflow.schedule.transport import TRANSPORTS, count_receives_ahead
 
@@ -55,9 +55,12 @@ def add_schedule_commands(commands: Any) -> None:
         _add_sizes(parser, parser is show)
         _add_costs(parser, "chunk" if parser is show else "slice of the model (--max-chunks a rank)")
         _add_outputs(parser)
+    chunked, overlapping = (", ".join(list_names(option=option)) for option in ("vpp", "ep_overlap"))
     for parser in (show, compare):
-        parser.add_argument("--vpp", type=whole(2, MAX_RUNS), metavar="N", help="chunks per rank of interleaved (default: 2)")
-        parser.add_argument("--ep-overlap", action="store_true", help="interleaved with Megatron's expert-communication overlap")
+        parser.add_argument("--vpp", type=whole(2, MAX_RUNS), metavar="N", help=f"chunks per rank of {chunked} (default: 2)")
+        parser.add_argument(
+            "--ep-overlap", action="store_true", help=f"{overlapping} with Megatron's expert-communication overlap"
+        )
     for parser in (compare, search):
         parser.add_argument(
             "--max-chunks", type=whole(1, MAX_RUNS), default=2, metavar="N", help="chunks per rank at most (default: 2)"
@@ -280,7 +283,7 @@ def _print_comparison(pictures: list[Picture]) -> None:
 
 
 def _title(table: ScheduleTable, name: str) -> str:
-    if table.name != "interleaved":
+    if table.name not in list_names(option="vpp"):
         return name
     paired = any(action.parts for action in table.actions[0])
     return f"{name} vpp {table.layout.chunks}" + (" ep-overlap" if paired else "")
@@ -303,7 +306,7 @@ def _load_table(name: str, given: argparse.Namespace, of: int = 1) -> ScheduleTa
         raise OptionError(f"schedule {name} given without its size; add --ranks P and --microbatches M")
     options = {"vpp": given.vpp} if given.vpp is not None else {}
     options |= {"ep_overlap": True} if given.ep_overlap else {}
-    options = options if name == "interleaved" else {}
+    options = {option: value for option, value in options.items() if name in list_names(option=option)}
     require_size(given.ranks, given.microbatches, options.get("vpp", 2), MAX_RUNS // of)
     return build(name, given.ranks, given.microbatches, **options)
 

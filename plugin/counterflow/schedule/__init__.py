@@ -6,7 +6,7 @@
 from counterflow.errors import ScheduleError
 from counterflow.schedule.actions import Action, pair, parse_action
 from counterflow.schedule.costs import Costs
-from counterflow.schedule.families import FAMILIES, build, build_forward_only
+from counterflow.schedule.families import FAMILIES, Family, build, build_forward_only
 from counterflow.schedule.files import from_csv, read_csv, to_csv
 from counterflow.schedule.layouts import Layout, lay_bidirectional, lay_looped, lay_passes, lay_straight, lay_v
 from counterflow.schedule.simulation import simulate
@@ -18,6 +18,7 @@ __all__ = [
     "FAMILIES",
     "Action",
     "Costs",
+    "Family",
     "Layout",
     "Memory",
     "ScheduleError",

@@ -20,14 +20,15 @@ from typing import Any
 
 import numpy as np
 
+from counterflow.arrays import Array
 from counterflow.bounds import show, take_number, take_whole
 from counterflow.errors import ScheduleError
 from counterflow.schedule import greedy
 from counterflow.schedule.bound import bound_makespan
 from counterflow.schedule.costs import SMALLEST_COST, Costs, PerStage
-from counterflow.schedule.families import build, require_size
+from counterflow.schedule.families import FAMILIES, build, require_size
 from counterflow.schedule.families.rows import Row
-from counterflow.schedule.greedy import Array, Problem, Rows
+from counterflow.schedule.greedy import Problem, Rows
 from counterflow.schedule.layouts import Layout, lay_passes
 from counterflow.schedule.simulation import simulate
 from counterflow.schedule.table import ScheduleTable
@@ -156,20 +157,25 @@ def list_families(
 
     ``costs`` are spread over the finest cut. Full DualPipe is not among them: it holds every parameter twice.
     """
-    options: list[tuple[str, dict[str, Any]]] = [("gpipe", {}), ("1f1b", {}), ("zb-h1", {})]
-    if max_chunks % 2 == 0:
-        options += [("zbv", {}), ("dualpipev", {})]
-    for vpp in range(2, max_chunks + 1):
-        if max_chunks % vpp == 0:
-            options += [("interleaved", {"vpp": vpp, "ep_overlap": overlap}) for overlap in (False, True)]
-    for name, sizes in options:
+    for name, options in _list_variants(max_chunks):
         try:
-            table = build(name, ranks, microbatches, **sizes)
+            table = build(name, ranks, microbatches, **options)
         except ScheduleError:
             continue  # not for this number of micro-batches
+        if max_chunks % table.layout.chunks:
+            continue
         timeline = _simulate_merged(table, costs)
         if max(timeline.peak_activations) <= cap + 1e-9:
             yield table, timeline
+
+
+def _list_variants(max_chunks: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the names of families that hold parameters once, with the options to try: first those of one number of chunks."""
+    single = sorted((family for family in FAMILIES.values() if family.replicas == 1), key=lambda family: "vpp" in family.options)
+    for family in single:
+        chunks = [{"vpp": vpp} for vpp in range(2, max_chunks + 1)] if "vpp" in family.options else [{}]
+        overlaps = [{"ep_overlap": on} for on in (False, True)] if "ep_overlap" in family.options else [{}]
+        yield from ((family.name, {**vpp, **overlap}) for vpp in chunks for overlap in overlaps)
 
 
 def merge_costs(costs: Costs, stages: int) -> Costs:

@@ -22,10 +22,11 @@ from counterflow.errors import ScheduleError
 from counterflow.schedule import Costs, ScheduleTable, Span, Timeline, build, from_csv, to_csv
 from counterflow.schedule.comparison import estimate_costs
 from counterflow.schedule.search_process import Answer, SearchProcess, Task
+from counterflow.trainer.tables import AUTO_FAMILY, AUTO_FAMILY_WITH_PAIRS
 
-# What the first steps run: ZB-V has F, I and W apart; the first of them warms up. DualPipeV has pairs, whose overlap counts.
-MEASURED = ("zbv", "zbv", "zbv")
-MEASURED_PAIRS = ("dualpipev", "dualpipev")
+# What the first steps run; the first of them warms up.
+MEASURED = (AUTO_FAMILY.name,) * 3
+MEASURED_PAIRS = (AUTO_FAMILY_WITH_PAIRS.name,) * 2
 SEARCH_SECONDS = 10.0
 # How much shorter than the family's a step must be for another table to be worth it.
 LEAST_GAIN = 0.001
@@ -107,7 +108,7 @@ class AutoTable:
         try:
             if self._costs is None:
                 measured = Timeline(tuple(span for row in rows for span in row))
-                known = build("zbv", self._ranks, microbatches)
+                known = build(MEASURED[0], self._ranks, microbatches)
                 self._costs = estimate_costs(known, measured, w=None if self._splits else 0.0)
             # As much as DualPipeV takes: P + 1/2 micro-batches of 1/P of the model.
             cap = min(self._ranks + 0.5, microbatches)
