@@ -23,6 +23,7 @@ from counterflow.runtime.weight_grads import defer_weight_grad
 from counterflow.schedule import (
     Costs,
     ScheduleTable,
+    add_reductions,
     build,
     build_forward_only,
     from_csv,
@@ -96,7 +97,13 @@ class Work:
         self.weights = {stage: make_weight(stage) for stage in table.layout.stages[rank]}
         self.graphs: dict[tuple[int, int], tuple[Any, torch.Tensor]] = {}
         self.held: weakref.WeakSet[Saved] = weakref.WeakSet()
-        self.unfinished: set[tuple[int, int]] = set()
+        self.unfinished = {
+            (stage, m)
+            for stage in table.layout.stages[rank]
+            for m in range(table.microbatches)
+            if train and table.rank_of(stage, m) == rank
+        }
+        self.reduced: list[int] = []
         self.peak = 0
         self.outputs = 0.0
 
@@ -116,7 +123,6 @@ class Work:
         if stage == self.last:
             self.outputs += float(y.detach().sum())
         self.graphs[stage, microbatch] = (received, y)
-        self.unfinished.add((stage, microbatch))
         return y
 
     def release_output(self, stage: int, microbatch: int) -> None:
@@ -135,6 +141,10 @@ class Work:
     def finish_backward(self, stage: int, microbatch: int) -> None:
         self.unfinished.remove((stage, microbatch))
 
+    def reduce(self, stage: int) -> None:
+        assert stage not in {unfinished for unfinished, _ in self.unfinished}, "reduced before the last weight gradient"
+        self.reduced.append(stage)
+
 
 def keep_shape(microbatch: int) -> tuple[int, ...]:
     return SHAPE
@@ -151,12 +161,14 @@ def run(
     shape_of: Callable[[int], tuple[int, ...]] = keep_shape,
     zero_bubble: bool = True,
 ) -> Work:
+    table = add_reductions(table)
     validate(table)
     program = lower(table, channels.rank)
     channels.connect(program, CPU)
     work = Work(table, channels.rank, train, shape_of)
     mailbox = Mailbox(channels, SHAPE if shape_of is keep_shape else None, torch.float32, CPU)
     run_program(program, work, mailbox, zero_bubble=zero_bubble)
+    assert sorted(work.reduced) == (sorted(work.weights) if train else []), "a chunk's gradients were not reduced once"
     return work
 
 

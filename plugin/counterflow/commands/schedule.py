@@ -21,7 +21,7 @@ from counterflow.report import (
     write_differences,
 )
 from counterflow.report.files import check_output, write_output
-from counterflow.schedule import FAMILIES, Costs, ScheduleTable, build, load_record, read_csv, simulate, to_csv
+from counterflow.schedule import FAMILIES, Costs, ScheduleTable, add_reductions, build, load_record, read_csv, simulate, to_csv
 from counterflow.schedule.comparison import compare, estimate_costs, fit_record
 from counterflow.schedule.costs import LARGEST_COST, LEAST_OVERLAP, MOST_OVERLAP
 from counterflow.schedule.families import list_names, require_size
@@ -106,6 +106,13 @@ def _add_costs(parser: argparse.ArgumentParser, unit: str) -> None:
         metavar="X",
         help="time of an overlapped pair over the sum of its parts (default: 1)",
     )
+    group.add_argument(
+        "--reduce",
+        type=costs,
+        default=0.0,
+        metavar="T[,T…]",
+        help="gradient reduction, once a step, beside what is computed; tables without reductions get them (default: 0)",
+    )
     group.add_argument("--p2p-stops", action="store_true", help="ranks stop for transfers instead of computing beside them")
     group.add_argument("--activation-bytes", type=costs, metavar="N[,N…]", help="a chunk's activations of a micro-batch")
     group.add_argument("--queued-bytes", type=costs, metavar="N[,N…]", help="what a queued weight gradient keeps")
@@ -147,6 +154,7 @@ def run_show(given: argparse.Namespace) -> int:
     for name in ("step", "pipeline"):
         if getattr(given, name) is not None:
             raise OptionError(f"--{name} {getattr(given, name)} given without a record; add --record DIR or drop --{name}")
+    table = add_reductions(table) if given.reduce else table
     picture = Picture(given.schedule, table, simulate(table, _make_costs(given, table.layout.chunk_share)))
     _write_outputs(given, [picture])
     if given.json:
@@ -162,6 +170,8 @@ def run_show(given: argparse.Namespace) -> int:
 
 def _show_record(given: argparse.Namespace, table: ScheduleTable) -> int:
     """Draw a recorded step over its simulation, and say where the two part."""
+    if given.reduce:
+        raise OptionError("--reduce given with a record, which shows no reductions; drop --reduce or --record")
     pipeline = given.pipeline or 0
     step = find_last_step(given.record, pipeline) if given.step is None else given.step
     recorded = load_record(given.record, step, pipeline)
@@ -197,6 +207,7 @@ def run_compare(given: argparse.Namespace) -> int:
     pictures = []
     for name in given.schedules:
         table = _load_table(name, given, len(given.schedules))
+        table = add_reductions(table) if given.reduce else table
         merged = merge_costs(costs, table.layout.last_stage + 1)
         pictures.append(Picture(_title(table, name), table, simulate(table, merged)))
     if not given.schedules:
@@ -315,7 +326,7 @@ def _make_costs(given: argparse.Namespace, default: float) -> Costs:
     f, i, w = (default if value is None else value for value in (given.f, given.i, given.w))
     return Costs(
         f, i, w, p2p=given.p2p, overlap=1.0 if given.overlap is None else given.overlap, p2p_overlaps=not given.p2p_stops,
-        activation_bytes=given.activation_bytes, queued_bytes=given.queued_bytes,
+        activation_bytes=given.activation_bytes, queued_bytes=given.queued_bytes, reduce=given.reduce,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from counterflow.runtime.mailbox import Mailbox
 from counterflow.runtime.recorder import Recorder
 from counterflow.runtime.watch import Watch
 from counterflow.runtime.weight_grads import hold_weight_grads
-from counterflow.schedule.actions import PAIR, Action
+from counterflow.schedule.actions import PAIR, REDUCTION, Action
 from counterflow.schedule.dependencies import Result
 
 
@@ -34,6 +34,9 @@ class Work(Protocol):
 
     def finish_backward(self, stage: int, microbatch: int) -> None:
         """All weight gradients of this (stage, micro-batch) are there."""
+
+    def reduce(self, stage: int) -> None:
+        """Start the reduction of the stage's gradients; it runs beside what follows."""
 
     def release_output(self, stage: int, microbatch: int) -> None:
         """The output has been handed on: its data may be freed."""
@@ -102,6 +105,9 @@ class _Run:
 
     def _run_part(self, part: Part) -> None:
         kind, stage, microbatch = part.single.kind, part.single.stage, part.single.microbatch
+        if kind == REDUCTION:
+            self._work.reduce(stage)
+            return
         if kind == "W" and not self._zero_bubble:
             return
         received = self._fetch(part)

@@ -6,6 +6,7 @@ a V model.
 """
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 from counterflow.errors import OptionError, ScheduleError
@@ -13,12 +14,14 @@ from counterflow.options import AUTO, Options
 from counterflow.schedule import (
     Family,
     ScheduleTable,
+    add_reductions,
     build,
     lay_looped,
     lay_straight,
     read_csv,
     validate,
 )
+from counterflow.schedule.actions import make_whole
 from counterflow.schedule.families import list_names
 from counterflow.schedule.families.dualpipev import DUALPIPEV
 from counterflow.schedule.families.zbv import ZBV
@@ -84,7 +87,10 @@ def count_replicas(layout: Layout) -> int:
 
 
 def build_table(options: Options, ranks: int, microbatches: int, chunks: int, group: int | None = None) -> ScheduleTable:
-    """Build and validate the training table for these sizes, each of one replica; a file's table must have them."""
+    """Build and validate the training table for these sizes, each of one replica, as it runs (`prepare_table`).
+
+    A file's table must have these sizes.
+    """
     if options.schedule_file is not None:
         table = read_table(options)
         replicas = count_replicas(table.layout)
@@ -107,7 +113,17 @@ def build_table(options: Options, ranks: int, microbatches: int, chunks: int, gr
             f"{ranks} ranks: choose {', '.join(list_names(pairs=True))} or {AUTO}, give a table with OVERLAP_F_B cells, or drop "
             "--cf-overlap"
         )
-    return table
+    return prepare_table(table, splits=options.zero_bubble is not False)
+
+
+def prepare_table(table: ScheduleTable, *, splits: bool) -> ScheduleTable:
+    """Return a training table as it runs: with a reduction after each chunk's last gradients where it has none of its own.
+
+    Without ``splits``, backwards run whole: a B in place of each I, and no W.
+    """
+    if not splits:
+        table = replace(table, actions=tuple(tuple(make_whole(row)) for row in table.actions))
+    return add_reductions(table)
 
 
 def _build_named(options: Options, ranks: int, microbatches: int, offered: dict[str, Any]) -> ScheduleTable:

@@ -129,7 +129,7 @@ class PipelineSchedule:
         sync.pause()
         sync.start_parameters(1)
         run_program(program, work, mailbox, zero_bubble=self._zero_bubble, recorder=recorder, watch=watch)
-        sync.finish()
+        sync.resume()
         spans = recorder.take_spans() if recorder is not None else []
         if self._auto is not None and measured:
             self._auto.note(spans)
@@ -139,9 +139,7 @@ class PipelineSchedule:
         self._training_steps += 1
 
     def _make_sync(self, step: Step, channels: Channels) -> GradientSync:
-        return GradientSync(
-            step.config, step.chunks, step.table, channels.rank, zero_bubble=self._zero_bubble, forward_only=step.forward_only
-        )
+        return GradientSync(step.config, step.chunks, step.table, channels.rank, forward_only=step.forward_only)
 
     def _choose_table(self, ranks: int, microbatches: int, chunks: int, config: Any, forward_only: bool) -> ScheduleTable:
         if self._auto is not None and not forward_only:
