@@ -147,6 +147,9 @@ class StageWork:
     def finish_backward(self, stage: int, microbatch: int) -> None:
         """There is nobody to tell."""
 
+    def reduce(self, stage: int) -> None:
+        """There is nobody to reduce with."""
+
     def release_output(self, stage: int, microbatch: int) -> None:
         """Nothing is worth freeing."""
 

@@ -104,7 +104,7 @@ def time_pairs(mode: str, model: Any, exchange: SlowExchange, repeats: int) -> l
     table = ScheduleTable("pairs", lay_straight(1), 2 * repeats + 1, (row,))
     tokens = torch.zeros([], dtype=torch.int)
     step = Step(run_forward, [None], [model], model.config, table, table.microbatches, 1, False, False, None, [], tokens)
-    sync = GradientSync(model.config, [model], table, 0, zero_bubble=True, forward_only=False)
+    sync = GradientSync(model.config, [model], table, 0, forward_only=False)
     work = MegatronWork(step, sync) if mode == MODES[0] else OverlapWork(step, sync)
     work.forward(0, 0, ())
     times: dict[float, list[float]] = {0.0: [], EXCHANGE_SECONDS: []}

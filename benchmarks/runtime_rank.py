@@ -110,6 +110,9 @@ class EmptyWork:
     def finish_backward(self, stage: int, microbatch: int) -> None:
         """Nothing is to be done."""
 
+    def reduce(self, stage: int) -> None:
+        """There is nobody to reduce with."""
+
     def release_output(self, stage: int, microbatch: int) -> None:
         """Nothing is to be freed."""
 

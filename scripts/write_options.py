@@ -1,10 +1,12 @@
-"""Write docs/options.md from the options: each is described once, by its field in counterflow.options."""
+"""Write what docs say of options and families: each option is described once, by its field in counterflow.options, each
+family by its value in counterflow.schedule.families."""
 
 from pathlib import Path
 
 from counterflow.options import describe_options
+from counterflow.schedule.families import describe_families
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "options.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 HEAD = """# Options
 Every option can be given as a flag, as a key of the `counterflow:` section of a `--yaml-cfg` file, or to
 `counterflow.enable({...})`. A flag wins over `enable()`, which wins over YAML, whatever the value:
@@ -18,8 +20,12 @@ This page is written by `python scripts/write_options.py`.
 
 
 def main() -> None:
-    """Write the page."""
-    PAGE.write_text(HEAD + describe_options(), encoding="utf-8")
+    """Write the page of options, and in that of schedules what lies between the head of the table and the end of the pictures."""
+    (DOCS / "options.md").write_text(HEAD + describe_options(), encoding="utf-8")
+    page, table = DOCS / "schedules.md", describe_families()
+    before, _, rest = page.read_text(encoding="utf-8").partition(table.splitlines()[0])
+    after = rest.partition("```text")[2].partition("```")[2]
+    page.write_text(before + table.rstrip("\n") + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,11 +16,10 @@ from typing import Any, Literal, Self, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from counterflow.errors import CounterflowError, OptionError
+from counterflow.schedule.families import FAMILIES, Family, list_names
 
 AUTO = "auto"
-SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev", "dualpipe", AUTO)
-# These tables have no I, so there is no backward pass to split.
-UNSPLIT_SCHEDULES = ("gpipe", "1f1b", "interleaved")
+SCHEDULES = (*FAMILIES, AUTO)
 # How long the other ranks wait for rank 0 to print an error that every rank finds. Imports take seconds longer on some ranks.
 SPEAKING_SECONDS = 20
 # An upper limit for counts: no run has so many clones, or so many steps between plans.
@@ -130,8 +129,9 @@ class Options(_Fields):
             return self
         if self.overlap:
             raise ValueError(
-                "--cf-overlap overlaps the pairs of a --cf-schedule and none is given: add --cf-schedule interleaved or "
-                "dualpipev; Megatron's own schedule overlaps with --overlap-moe-expert-parallel-comm"
+                "--cf-overlap overlaps the pairs of a --cf-schedule and none is given: add --cf-schedule "
+                f"{' or '.join(list_names(pairs=True))}; Megatron's own schedule overlaps with "
+                "--overlap-moe-expert-parallel-comm"
             )
         for name in ("record", "zero_bubble", "stall_limit"):
             if (value := getattr(self, name)) is not None and not (name == "record" and self.eplb):
@@ -140,6 +140,11 @@ class Options(_Fields):
                     f"add --cf-schedule {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}"
                 )
         return self
+
+    @property
+    def family(self) -> Family | None:
+        """The family where the schedule is named; None for a file, for ``auto`` and without a schedule."""
+        return FAMILIES.get(self.schedule or "")
 
     @property
     def schedule_file(self) -> Path | None:

@@ -9,7 +9,7 @@ import pytest
 
 from counterflow.report import Picture, render_html
 from counterflow.report.colours import DARK, LIGHT
-from counterflow.schedule import Span, Timeline, build
+from counterflow.schedule import Span, Timeline, add_reductions, build
 from counterflow.schedule.costs import Costs
 from counterflow.schedule.simulation import simulate
 
@@ -207,6 +207,17 @@ def test_hovering_idle_tells_its_reason(open_page: Open) -> None:
     page.page.mouse.move(5, 5)
     page.settle()
     assert not page.page.is_visible("#tooltip")
+
+
+def test_a_reduction_is_a_strip_below_the_blocks_that_tells_what_it_is(open_page: Open) -> None:
+    table = add_reductions(build("1f1b", 4, 8))
+    timeline = simulate(table, Costs(reduce=4))
+    opened = open_page(Picture("1f1b", table, timeline))
+    last = next(span for span in timeline.reductions if span.rank == 3)
+    time = middle(last)
+    assert opened.pixel(3, time, 0.96) == LIGHT["reduction"]
+    assert opened.pixel(3, time, 0.5) != LIGHT["reduction"], "the strip hides why the rank is idle"
+    assert opened.hover(3, time, 0.96).startswith("gradient reduction of stage 3")
 
 
 def test_hovering_dims_the_other_microbatches(open_page: Open) -> None:

@@ -24,6 +24,7 @@ from counterflow.runtime.weight_grads import defer_weight_grad
 from counterflow.schedule import (
     Costs,
     ScheduleTable,
+    add_reductions,
     build,
     build_forward_only,
     from_csv,
@@ -34,6 +35,7 @@ from counterflow.schedule import (
     to_csv,
     validate,
 )
+from counterflow.trainer.tables import prepare_table
 from random_tables import make_random_table
 
 SHAPE = (3, 2)
@@ -97,7 +99,13 @@ class Work:
         self.weights = {stage: make_weight(stage) for stage in table.layout.stages[rank]}
         self.graphs: dict[tuple[int, int], tuple[Message, Message]] = {}
         self.held: weakref.WeakSet[Saved] = weakref.WeakSet()
-        self.unfinished: set[tuple[int, int]] = set()
+        self.unfinished = {
+            (stage, m)
+            for stage in table.layout.stages[rank]
+            for m in range(table.microbatches)
+            if train and table.rank_of(stage, m) == rank
+        }
+        self.reduced: list[int] = []
         self.peak = 0
         self.outputs = 0.0
 
@@ -118,7 +126,6 @@ class Work:
         if stage == self.last:
             self.outputs += float(y.detach().sum())
         self.graphs[stage, microbatch] = (received, (y,))
-        self.unfinished.add((stage, microbatch))
         return (y,)
 
     def release_output(self, stage: int, microbatch: int) -> None:
@@ -132,6 +139,10 @@ class Work:
 
     def finish_backward(self, stage: int, microbatch: int) -> None:
         self.unfinished.remove((stage, microbatch))
+
+    def reduce(self, stage: int) -> None:
+        assert stage not in {unfinished for unfinished, _ in self.unfinished}, "reduced before the last weight gradient"
+        self.reduced.append(stage)
 
 
 def keep_shape(microbatch: int) -> tuple[int, ...]:
@@ -147,14 +158,15 @@ def run(
     table: ScheduleTable,
     train: bool = True,
     shape_of: Callable[[int], tuple[int, ...]] = keep_shape,
-    zero_bubble: bool = True,
 ) -> Work:
+    table = add_reductions(table)
     validate(table)
     program = lower(table, channels.rank)
     form = (Member(SHAPE if shape_of is keep_shape else None, torch.float32),)
     channels.connect(program, form, CPU)
     work = Work(table, channels.rank, train, shape_of)
-    run_program(program, work, Mailbox(channels, form, CPU), zero_bubble=zero_bubble)
+    run_program(program, work, Mailbox(channels, form, CPU))
+    assert sorted(work.reduced) == (sorted(work.weights) if train else []), "a chunk's gradients were not reduced once"
     return work
 
 
@@ -210,7 +222,7 @@ def main() -> None:
         assert waits == TIMEOUT, f"a rank that stops answering would be waited for {waits}"
     for table in list_tables(ranks):
         check_gradients(channels, table)
-    check_gradients(channels, build("zbv", ranks, 2 * ranks), zero_bubble=False)
+    check_gradients(channels, prepare_table(build("zbv", ranks, 2 * ranks), splits=False))
     check_gradients(channels, build("zbv", ranks, 2 * ranks), shape_of=vary_shape)
     check_bidirectional(channels, build("dualpipe", ranks, 4 * ranks))
     for layout in (lay_v(ranks), lay_looped(ranks, 2), lay_bidirectional(ranks)):

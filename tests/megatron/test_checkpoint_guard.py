@@ -11,7 +11,7 @@ from counterflow.megatron.checkpoint import guard_checkpoint, refuse_batches_ahe
 from counterflow.megatron.checks import prepare_arguments
 from counterflow.megatron.stamp import name_layout
 from counterflow.options import Options
-from counterflow.schedule import ScheduleTable, build, to_csv
+from counterflow.schedule import ScheduleTable, add_reductions, build, to_csv
 from counterflow.trainer.tables import build_table, choose_layout
 
 TABLES = {
@@ -148,7 +148,7 @@ def test_a_file_is_read_once_per_start(tmp_path: Path) -> None:
     prepare_arguments(parse(), options)
     for change in (lambda: write(path, TABLES["looped"]), lambda: path.write_text("nothing"), path.unlink):
         change()
-        assert build_table(options, 2, 8, 2) == TABLES["v"] and choose_layout(options, 2, 2).name == "v"
+        assert build_table(options, 2, 8, 2) == add_reductions(TABLES["v"]) and choose_layout(options, 2, 2).name == "v"
     write(path, TABLES["looped"])
     assert choose_layout(Options(schedule=str(path)), 2, 2).name == "looped", "another start reads anew"
 

@@ -76,7 +76,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             "dualpipe",
             {"global_batch_size": None, "step_batch_size_schedule": "0:4,40:16", "train_iters": 50},
-            "dualpipe: 2 micro-batches per replica on 2 pipeline ranks given; it needs at least 4 (two per pipeline rank); "
+            "at least 8 micro-batches (two per rank); it spans 2 replicas, each of 2 pipeline ranks and 2 micro-batches; "
             "this run has batches of 4 samples (2 micro-batches), then 16 samples (8 micro-batches): change --step-batch-size",
         ),
         (
@@ -135,7 +135,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             "dualpipe",
             {"global_batch_size": 6},
-            "dualpipe: 3 micro-batches per replica on 2 pipeline ranks given; it needs at least 4",
+            "dualpipe: 6 micro-batches on 4 ranks given; it needs an even number of ranks and of micro-batches, at least 8",
         ),
         ("dualpipe", {"pipeline_model_parallel_size": 1}, "needs at least 2 pipeline ranks"),
         ("dualpipe", {"num_virtual_stages_per_pipeline_rank": 4}, "(VPP 2), 4 chunks per rank given"),

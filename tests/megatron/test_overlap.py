@@ -63,7 +63,7 @@ def run(kind):
         parameter.main_grad = torch.zeros_like(parameter)
     count = torch.zeros([], dtype=torch.int)
     step = Step(forward_step, [iter(tokens)], [model], config, table, 2, 1, False, False, None, [], count)
-    work = kind(step, GradientSync(config, [model], table, 0, zero_bubble=True, forward_only=False))
+    work = kind(step, GradientSync(config, [model], table, 0, forward_only=False))
     work.forward(0, 0, ())
     if kind is MegatronWork:
         work.forward(0, 1, ()), work.backward(0, 0, ())

@@ -24,7 +24,7 @@ def find_blocks(page: str, language: str) -> list[str]:
 
 def test_adding_a_schedule_works_as_the_page_says(tmp_path: Path) -> None:
     page = "docs/add-a-schedule.md"
-    (code,), (expected,), (console,) = (find_blocks(page, language) for language in ("python", "text", "console"))
+    (code, _), (expected,), (console,) = (find_blocks(page, language) for language in ("python", "text", "console"))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == expected
     (command,) = re.findall(r"^\$ counterflow (.*)$", console, flags=re.MULTILINE)

@@ -23,7 +23,7 @@ ROOMS = {
     "patching": (set(), set()),
     "devices": (set(), {"torch"}),
     "bounds": (COMMON, set()),
-    "options": (COMMON, set()),
+    "options": (COMMON | {"schedule"}, set()),
     "schedule": (COMMON, set()),
     "balance": (COMMON, set()),
     "balance.kernels": (COMMON, set()),

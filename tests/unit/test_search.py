@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counterflow.schedule import Costs, Layout, ScheduleError, build, greedy, lay_passes, simulate, validate
+from counterflow.schedule import Costs, Layout, ScheduleError, add_reductions, build, greedy, lay_passes, simulate, validate
 from counterflow.schedule.bound import bound_makespan
 from counterflow.schedule.search import _Bench, _Candidate, _make_table, list_families, list_layouts, merge_costs, search
 
@@ -94,17 +94,20 @@ def test_the_compiled_times_are_those_of_the_simulation(
     ranks: int, passes: str, microbatches: int, seed: int, data: st.DataObject
 ) -> None:
     layout = lay_passes(ranks, passes)
-    f, i, w = (
-        data.draw(st.lists(st.sampled_from(UNEVEN), min_size=ranks * len(passes), max_size=ranks * len(passes))) for _ in "fiw"
+    f, i, w, reduce = (
+        data.draw(st.lists(st.sampled_from(UNEVEN), min_size=ranks * len(passes), max_size=ranks * len(passes))) for _ in "fiwr"
     )
-    costs = Costs(f, i, w, p2p=data.draw(st.sampled_from([0, 0.3])), overlap=data.draw(st.sampled_from([0.7, 1.0])))
+    costs = Costs(
+        f, i, w, reduce=reduce, p2p=data.draw(st.sampled_from([0, 0.3])), overlap=data.draw(st.sampled_from([0.7, 1.0]))
+    )
     bench = _Bench(_Candidate(layout, (ranks, 2), costs, data.draw(st.integers(2, 20)), 0.0), microbatches)
     score, built = bench.climb(bench.no_policy(), bench.no_shift(), seed, 3, 10, bench.nothing, bench.goal)
     if score < greedy.NEVER:
-        table = _make_table(layout, microbatches, built)
+        table = _make_table(layout, microbatches, built, costs)
         validate(table)
         timeline = simulate(table, costs)
-        ends = [max(span.end for span in timeline.spans if span.rank == rank) for rank in range(ranks)]
+        spans = timeline.spans + timeline.reductions
+        ends = [max(span.end for span in spans if span.rank == rank) for rank in range(ranks)]
         assert score == pytest.approx(max(ends) + greedy.MEAN_WEIGHT * sum(ends) / ranks)
 
 
@@ -120,9 +123,10 @@ def test_no_family_beats_the_bound(data: st.DataObject, name: str, ranks: int, e
     ranks = max(2, ranks) if options else ranks
     table = build(name, ranks, ranks * (1 + extra % 4) if options else 2 * ranks + extra, **options)
     stages = table.layout.last_stage + 1
-    f, i, w = (data.draw(st.lists(st.sampled_from(UNEVEN), min_size=stages, max_size=stages)) for _ in range(3))
-    costs = Costs(f, i, w, p2p=data.draw(st.sampled_from([0, 0.1, 1.5])), overlap=data.draw(st.sampled_from([0.6, 0.8, 1.0])))
-    timeline = simulate(table, costs)
+    f, i, w, reduce = (data.draw(st.lists(st.sampled_from(UNEVEN), min_size=stages, max_size=stages)) for _ in range(4))
+    p2p, overlap = data.draw(st.sampled_from([0, 0.1, 1.5])), data.draw(st.sampled_from([0.6, 0.8, 1.0]))
+    costs = Costs(f, i, w, p2p=p2p, overlap=overlap, reduce=reduce)
+    timeline = simulate(add_reductions(table), costs)
     bound = bound_makespan(table.layout, table.microbatches, costs, max(timeline.peak_activations))
     assert bound <= timeline.makespan * (1 + 1e-9), "a bound above a table that exists"
 

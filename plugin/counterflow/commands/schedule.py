@@ -21,10 +21,10 @@ from counterflow.report import (
     write_differences,
 )
 from counterflow.report.files import check_output, write_output
-from counterflow.schedule import FAMILIES, Costs, ScheduleTable, build, load_record, read_csv, simulate, to_csv
+from counterflow.schedule import FAMILIES, Costs, ScheduleTable, add_reductions, build, load_record, read_csv, simulate, to_csv
 from counterflow.schedule.comparison import compare, estimate_costs, fit_record
 from counterflow.schedule.costs import LARGEST_COST, LEAST_OVERLAP, MOST_OVERLAP
-from counterflow.schedule.families import require_size
+from counterflow.schedule.families import list_names, require_size
 from counterflow.schedule.timeline import find_last_step
 from counterflow.schedule.transport import TRANSPORTS, count_receives_ahead
 
@@ -55,9 +55,12 @@ def add_schedule_commands(commands: Any) -> None:
         _add_sizes(parser, parser is show)
         _add_costs(parser, "chunk" if parser is show else "slice of the model (--max-chunks a rank)")
         _add_outputs(parser)
+    chunked, overlapping = (", ".join(list_names(option=option)) for option in ("vpp", "ep_overlap"))
     for parser in (show, compare):
-        parser.add_argument("--vpp", type=whole(2, MAX_RUNS), metavar="N", help="chunks per rank of interleaved (default: 2)")
-        parser.add_argument("--ep-overlap", action="store_true", help="interleaved with Megatron's expert-communication overlap")
+        parser.add_argument("--vpp", type=whole(2, MAX_RUNS), metavar="N", help=f"chunks per rank of {chunked} (default: 2)")
+        parser.add_argument(
+            "--ep-overlap", action="store_true", help=f"{overlapping} with Megatron's expert-communication overlap"
+        )
     for parser in (compare, search):
         parser.add_argument(
             "--max-chunks", type=whole(1, MAX_RUNS), default=2, metavar="N", help="chunks per rank at most (default: 2)"
@@ -103,6 +106,13 @@ def _add_costs(parser: argparse.ArgumentParser, unit: str) -> None:
         metavar="X",
         help="time of an overlapped pair over the sum of its parts (default: 1)",
     )
+    group.add_argument(
+        "--reduce",
+        type=costs,
+        default=0.0,
+        metavar="T[,T…]",
+        help="gradient reduction, once a step, beside what is computed; tables without reductions get them (default: 0)",
+    )
     group.add_argument("--p2p-stops", action="store_true", help="ranks stop for transfers instead of computing beside them")
     group.add_argument("--activation-bytes", type=costs, metavar="N[,N…]", help="a chunk's activations of a micro-batch")
     group.add_argument("--queued-bytes", type=costs, metavar="N[,N…]", help="what a queued weight gradient keeps")
@@ -144,6 +154,7 @@ def run_show(given: argparse.Namespace) -> int:
     for name in ("step", "pipeline"):
         if getattr(given, name) is not None:
             raise OptionError(f"--{name} {getattr(given, name)} given without a record; add --record DIR or drop --{name}")
+    table = add_reductions(table) if given.reduce else table
     picture = Picture(given.schedule, table, simulate(table, _make_costs(given, table.layout.chunk_share)))
     _write_outputs(given, [picture])
     if given.json:
@@ -159,6 +170,8 @@ def run_show(given: argparse.Namespace) -> int:
 
 def _show_record(given: argparse.Namespace, table: ScheduleTable) -> int:
     """Draw a recorded step over its simulation, and say where the two part."""
+    if given.reduce:
+        raise OptionError("--reduce given with a record, which shows no reductions; drop --reduce or --record")
     pipeline = given.pipeline or 0
     step = find_last_step(given.record, pipeline) if given.step is None else given.step
     recorded = load_record(given.record, step, pipeline)
@@ -194,6 +207,7 @@ def run_compare(given: argparse.Namespace) -> int:
     pictures = []
     for name in given.schedules:
         table = _load_table(name, given, len(given.schedules))
+        table = add_reductions(table) if given.reduce else table
         merged = merge_costs(costs, table.layout.last_stage + 1)
         pictures.append(Picture(_title(table, name), table, simulate(table, merged)))
     if not given.schedules:
@@ -280,7 +294,7 @@ def _print_comparison(pictures: list[Picture]) -> None:
 
 
 def _title(table: ScheduleTable, name: str) -> str:
-    if table.name != "interleaved":
+    if table.name not in list_names(option="vpp"):
         return name
     paired = any(action.parts for action in table.actions[0])
     return f"{name} vpp {table.layout.chunks}" + (" ep-overlap" if paired else "")
@@ -303,7 +317,7 @@ def _load_table(name: str, given: argparse.Namespace, of: int = 1) -> ScheduleTa
         raise OptionError(f"schedule {name} given without its size; add --ranks P and --microbatches M")
     options = {"vpp": given.vpp} if given.vpp is not None else {}
     options |= {"ep_overlap": True} if given.ep_overlap else {}
-    options = options if name == "interleaved" else {}
+    options = {option: value for option, value in options.items() if name in list_names(option=option)}
     require_size(given.ranks, given.microbatches, options.get("vpp", 2), MAX_RUNS // of)
     return build(name, given.ranks, given.microbatches, **options)
 
@@ -312,7 +326,7 @@ def _make_costs(given: argparse.Namespace, default: float) -> Costs:
     f, i, w = (default if value is None else value for value in (given.f, given.i, given.w))
     return Costs(
         f, i, w, p2p=given.p2p, overlap=1.0 if given.overlap is None else given.overlap, p2p_overlaps=not given.p2p_stops,
-        activation_bytes=given.activation_bytes, queued_bytes=given.queued_bytes,
+        activation_bytes=given.activation_bytes, queued_bytes=given.queued_bytes, reduce=given.reduce,
     )  # fmt: skip
 
 

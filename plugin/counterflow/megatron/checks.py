@@ -25,6 +25,7 @@ from counterflow.megatron.batches import get_argument as _get
 from counterflow.megatron.stamp import stamp_layout
 from counterflow.megatron.v_layout.model import is_on_way_back, unwrap
 from counterflow.options import Options
+from counterflow.schedule.families import list_names
 from counterflow.schedule.layouts import LOOPED, STRAIGHT, Layout, V
 from counterflow.trainer.tables import build_table, choose_layout, count_replicas, name_model_layout, read_table
 
@@ -86,8 +87,8 @@ def _owner(args: Any, name: str) -> Any:
 
 
 def _read_layout(options: Options, ranks: int) -> Layout:
-    # Interleaved is looped for any number of chunks; `_check_chunks` checks the number later.
-    return choose_layout(options, ranks, 2 if options.schedule == "interleaved" else 1)
+    # A family's layout is the same for any number of chunks; `_check_chunks` checks the number later.
+    return choose_layout(options, ranks, 1)
 
 
 def _check_world_size(args: Any, ranks: int) -> None:
@@ -129,7 +130,8 @@ def _check_chunks(schedule: str, layout: str, chunks: int | None) -> None:
         raise OptionError(f"--cf-schedule {schedule} holds 2 model chunks per pipeline rank (VPP 2), {given}: {change} 2")
     if layout == STRAIGHT and chunks not in (None, 1):
         raise OptionError(
-            f"--cf-schedule {schedule} holds 1 model chunk per pipeline rank, {given}: {change} 1 or choose interleaved"
+            f"--cf-schedule {schedule} holds 1 model chunk per pipeline rank, {given}: {change} 1 or choose "
+            + " or ".join(list_names(LOOPED))
         )
     if layout == LOOPED and (chunks is None or chunks < 2):
         raise OptionError(
@@ -289,7 +291,8 @@ def _check_crosslinked(args: Any, ranks: int, schedule: str) -> None:
     if replicas % 2:
         raise OptionError(
             f"--cf-schedule {schedule} cross-links data-parallel replicas in pairs; this run has {replicas} "
-            f"(replicas of {count_model_ranks(args, ranks)} ranks): start an even number of replicas, or choose dualpipev"
+            f"(replicas of {count_model_ranks(args, ranks)} ranks): start an even number of replicas, or choose "
+            + " or ".join(list_names(V, pairs=True))
         )
     if getattr(args, "dataloader_type", None) == "external":
         raise OptionError(

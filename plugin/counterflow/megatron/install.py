@@ -16,7 +16,6 @@ from counterflow.errors import CounterflowError, OptionError
 from counterflow.megatron import seams
 from counterflow.megatron.loop import find_arguments
 from counterflow.options import (
-    UNSPLIT_SCHEDULES,
     Given,
     Options,
     add_flags,
@@ -324,7 +323,7 @@ def read_yaml(parsed: Any) -> Given:
 
 def splits_backward(options: Options) -> bool:
     """Tell whether linears are to leave weight gradients for later: to the W, or, in a pair, to its layer's end."""
-    return options.zero_bubble is not False and (options.overlap or options.schedule not in UNSPLIT_SCHEDULES)
+    return options.zero_bubble is not False and (options.overlap or options.family is None or options.family.splits)
 
 
 def get_data_rank() -> int:

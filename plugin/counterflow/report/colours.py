@@ -5,6 +5,7 @@ A balance replay has a line per method and one scale of loads: blue below the me
 
 SINGLES = ("F", "B", "I", "W")
 KIND_NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
+REDUCTION_NAME = "gradient reduction, beside"
 DIRECTION_NAMES = {"up": "up: rank 0 to last", "down": "down: last rank to 0"}
 
 # Blue and orange stay apart for every common colour blindness; the shades differ in lightness.
@@ -28,6 +29,7 @@ LIGHT = BLOCKS | {
     "hatch": "#d9d9d4",
     "activations": "#2c7a4b",
     "queued": "#a3338c",
+    "reduction": "#0f8577",
     "fixed": "#8b929b",
     "eplb": "#c96a12",
     "counterflow": "#1f5fc4",
@@ -50,6 +52,7 @@ DARK = BLOCKS | {
     "hatch": "#333a43",
     "activations": "#62c58a",
     "queued": "#e383cf",
+    "reduction": "#3fd0bd",
     "fixed": "#8b949f",
     "eplb": "#f09a4a",
     "counterflow": "#6ea8ff",

@@ -1,6 +1,6 @@
 // Draws each picture of the page's data on its canvas. All canvases share one time axis and one highlighted micro-batch.
 (() => {
-  const GUTTER = 60, MARGIN = 100, AXIS = 24, HEADING = 30, FOOT = 6; // pixels around the plots
+  const GUTTER = 60, MARGIN = 100, AXIS = 24, HEADING = 30, FOOT = 6, STRIP = 4; // pixels around the plots
   const PAIR = "X".charCodeAt(0);
   const DIMMED = 0.16;
   const pictures = JSON.parse(document.getElementById("data").textContent).pictures.map(unpackPicture);
@@ -116,7 +116,7 @@
   }
 
   function readColours() {
-    const names = ["ground", "ink", "muted", "grid", "frame", "idle", "hatch", "activations", "queued"];
+    const names = ["ground", "ink", "muted", "grid", "frame", "idle", "hatch", "activations", "queued", "reduction"];
     for (const way of ["up", "down"]) for (const kind of "FBIW") names.push(`${way}-${kind}`);
     colours = findColours(names);
     hatch = makeHatch();
@@ -150,6 +150,7 @@
       const top = AXIS + rank * rowHeight;
       drawIdle(picture, rank, top);
       drawRow(picture, row, top);
+      drawReductions(picture, rank, top);
       drawMemory(picture, rank, picture.memoryTop + rank * stripHeight);
     });
     drawEnd(picture);
@@ -203,6 +204,19 @@
       const left = Math.max(toX(starts[n]), GUTTER);
       const right = Math.min(toX(starts[n] + lengths[n]), width - MARGIN);
       if (right - left > 0.3) pen.fillRect(left, top + 1, right - left, rowHeight - 2);
+    }
+  }
+
+  /** A strip along the bottom of the row: reductions run beside what the rank computes. */
+  function drawReductions(picture, rank, top) {
+    const { starts, lengths } = picture.reductions[rank];
+    const { pen, rowHeight } = picture;
+    pen.globalAlpha = 1;
+    pen.fillStyle = colours.reduction;
+    for (let n = Math.max(0, findLast(starts, view.from)); n < starts.length && starts[n] < view.to; n++) {
+      const left = Math.max(toX(starts[n]), GUTTER);
+      const right = Math.min(toX(starts[n] + lengths[n]), width - MARGIN);
+      if (right > left) pen.fillRect(left, top + rowHeight - STRIP, right - left - (right - left > 4 ? 1 : 0), STRIP);
     }
   }
 
@@ -313,7 +327,10 @@
     const time = toTime(x), ranks = picture.rows.length;
     if (x < GUTTER || x > width - MARGIN || time > picture.makespan) return null;
     const rank = Math.floor((y - AXIS) / picture.rowHeight);
-    if (rank >= 0 && rank < ranks) return findBlock(picture, rank, time, y) ?? findIdle(picture, rank, time);
+    if (rank >= 0 && rank < ranks) {
+      const reduction = (y - AXIS) % picture.rowHeight >= picture.rowHeight - STRIP ? findReduction(picture, rank, time) : null;
+      return reduction ?? findBlock(picture, rank, time, y) ?? findIdle(picture, rank, time);
+    }
     const strip = Math.floor((y - picture.memoryTop) / picture.stripHeight);
     return strip >= 0 && strip < ranks ? { type: "memory", rank: strip, time } : null;
   }
@@ -327,6 +344,12 @@
     return { type: "action", rank, parts, part, start: row.starts[n], length: row.lengths[n] };
   }
 
+  function findReduction({ reductions }, rank, time) {
+    const { starts, lengths, stages } = reductions[rank], n = findLast(starts, time);
+    if (n < 0 || time > starts[n] + lengths[n]) return null;
+    return { type: "reduction", rank, stage: stages[n], start: starts[n], length: lengths[n] };
+  }
+
   function findIdle({ idle }, rank, time) {
     const { starts, lengths, reasons } = idle[rank], n = findLast(starts, time);
     if (n < 0 || time > starts[n] + lengths[n]) return null;
@@ -337,6 +360,7 @@
   function describeTarget(picture, target) {
     if (target.type === "memory") return describeMemory(picture, target);
     const times = `start ${writeNumber(target.start)}, end ${writeNumber(target.start + target.length)}, duration ${writeNumber(target.length)}`;
+    if (target.type === "reduction") return [`gradient reduction of stage ${target.stage}`, `rank ${target.rank}, beside what it computes`, times];
     if (target.type === "idle") return [`rank ${target.rank} is idle`, target.reason, times];
     const names = target.parts.map((part) => part.stage + part.kind + part.microbatch);
     const words = target.parts.map((part) => `${part.kind}: stage ${part.stage}, micro-batch ${part.microbatch}, ${nameDirection(picture, part)}`);

@@ -13,10 +13,12 @@ from counterflow.report.picture import (
     find_idle,
     flows_down,
     have_pairs,
+    have_reductions,
     list_directions,
     list_kinds,
     prepare_pictures,
     split_ranks,
+    split_reductions,
     summarise,
     write_number,
 )
@@ -40,6 +42,7 @@ def render_html(pictures: Sequence[Picture]) -> str:
         directions=[(way, colours.DIRECTION_NAMES[way]) for way in list_directions(pictures)],
         kinds=[(kind, colours.KIND_NAMES[kind], colours.choose_text_colour(kind)) for kind in list_kinds(pictures)],
         paired=have_pairs(pictures),
+        reductions=colours.REDUCTION_NAME if have_reductions(pictures) else None,
     )
 
 
@@ -47,8 +50,8 @@ def encode_picture(picture: Picture) -> dict[str, Any]:
     """Return what the page's script draws of a prepared picture, column by column and rank by rank.
 
     ``rows``: kinds as one string (X for an overlapped pair), starts, lengths, stages, micro-batches; the B's of pairs
-    in order in ``backStages`` and ``backMicrobatches``. ``idle``: starts, lengths, reasons. ``memory``: levels from
-    each time on.
+    in order in ``backStages`` and ``backMicrobatches``. ``idle``: starts, lengths, reasons. ``reductions``: starts, lengths,
+    stages. ``memory``: levels from each time on.
     """
     table, timeline = picture.table, picture.timeline
     # Seven digits of the makespan: far below a pixel at any zoom, a third of the size.
@@ -89,6 +92,14 @@ def encode_picture(picture: Picture) -> dict[str, Any]:
         "stagesDown": [int(flows_down(table, Action("F", stage, 0))) for stage in range(table.layout.last_stage + 1)],
         "rows": rows,
         "idle": idle,
+        "reductions": [
+            {
+                "starts": [trim(span.start) for span in spans],
+                "lengths": [trim(span.end - span.start) for span in spans],
+                "stages": [span.action.stage for span in spans],
+            }
+            for spans in split_reductions(picture)
+        ],
         "memory": [_encode_levels(picture, rank, digits) for rank in range(table.ranks)],
         "peakActivations": _pad(timeline.peak_activations, table.ranks),
         "peakQueued": _pad(timeline.peak_queued, table.ranks),

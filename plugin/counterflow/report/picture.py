@@ -1,7 +1,7 @@
 """What every rendering needs: one schedule with its times, which way its micro-batches go, and why its ranks idle."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from counterflow.errors import CounterflowError
@@ -87,13 +87,23 @@ def _shift_to_zero(picture: Picture) -> Picture:
         return picture
     spans = tuple(replace(span, start=span.start - origin, end=span.end - origin) for span in timeline.spans)
     waits = tuple(replace(wait, start=wait.start - origin, end=wait.end - origin) for wait in timeline.waits)
-    return replace(picture, timeline=replace(timeline, spans=spans, waits=waits))
+    reductions = tuple(replace(span, start=span.start - origin, end=span.end - origin) for span in timeline.reductions)
+    return replace(picture, timeline=replace(timeline, spans=spans, waits=waits, reductions=reductions))
 
 
 def split_ranks(picture: Picture) -> list[list[Span]]:
     """Return the spans of each rank of the table, in order of time."""
+    return _split(picture, picture.timeline.spans)
+
+
+def split_reductions(picture: Picture) -> list[list[Span]]:
+    """Return the reductions of each rank of the table that take any time, in order of time."""
+    return _split(picture, (span for span in picture.timeline.reductions if span.end > span.start))
+
+
+def _split(picture: Picture, spans: Iterable[Span]) -> list[list[Span]]:
     rows: list[list[Span]] = [[] for _ in range(picture.table.ranks)]
-    for span in picture.timeline.spans:
+    for span in spans:
         rows[span.rank].append(span)
     for row in rows:
         row.sort(key=lambda span: (span.start, span.end))
@@ -147,6 +157,11 @@ def list_kinds(pictures: Sequence[Picture]) -> list[str]:
 def have_pairs(pictures: Sequence[Picture]) -> bool:
     """Tell whether an overlapped pair occurs, for the legend."""
     return any(span.action.parts for picture in pictures for span in picture.timeline.spans)
+
+
+def have_reductions(pictures: Sequence[Picture]) -> bool:
+    """Tell whether a reduction takes any time, for the legend."""
+    return any(span.end > span.start for picture in pictures for span in picture.timeline.reductions)
 
 
 def _list_singles(picture: Picture) -> Iterator[Action]:

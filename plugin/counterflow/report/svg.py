@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from counterflow.report.colours import DIRECTION_NAMES, KIND_NAMES, LIGHT, choose_text_colour
+from counterflow.report.colours import DIRECTION_NAMES, KIND_NAMES, LIGHT, REDUCTION_NAME, choose_text_colour
 from counterflow.report.picture import (
     Picture,
     choose_step,
@@ -12,10 +12,12 @@ from counterflow.report.picture import (
     find_idle,
     flows_down,
     have_pairs,
+    have_reductions,
     list_directions,
     list_kinds,
     prepare_pictures,
     split_ranks,
+    split_reductions,
     summarise,
     write_number,
 )
@@ -28,6 +30,7 @@ MAX_SVG_SPANS = 200_000
 
 # Pixels at the default size.
 GUTTER, MARGIN, ROW, HEAD, AXIS, LEGEND = 56.0, 14.0, 24.0, 44.0, 30.0, 30.0
+STRIP = 4.0
 LEAST_WIDTH, MOST_WIDTH, BLOCK = 760.0, 1800.0, 20.0
 LEAST_FONT, CHARACTER = 5.0, 0.6
 
@@ -101,7 +104,7 @@ def _draw_plot(plot: _Plot) -> Iterator[str]:
     yield "<g>"
     yield draw_text(GUTTER, plot.top + 18, clean_title(picture), LIGHT["ink"], "start", ' font-size="13" font-weight="bold"')
     yield draw_text(GUTTER, plot.top + 34, figures, LIGHT["muted"], "start")
-    idle = find_idle(picture)
+    idle, reductions = find_idle(picture), split_reductions(picture)
     for rank, row in enumerate(split_ranks(picture)):
         top = plot.top + HEAD + rank * ROW
         yield draw_text(GUTTER - 8, top + ROW / 2 + 3.5, f"rank {rank}", LIGHT["ink"], "end")
@@ -110,6 +113,10 @@ def _draw_plot(plot: _Plot) -> Iterator[str]:
             yield draw_rectangle("idle", left, top + 1, right - left, ROW - 2, "url(#idle)", f"rank {rank} is idle: {gap.reason}")
         for span in row:
             yield from _draw_block(plot, span, top)
+        for span in reductions[rank]:
+            left, right = plot.place(span.start), plot.place(span.end)
+            words = f"{span.action}, {write_number(span.start)} to {write_number(span.end)}"
+            yield draw_rectangle("reduction", left, top + ROW - STRIP, right - left, STRIP, LIGHT["reduction"], words)
     yield "</g>"
 
 
@@ -166,6 +173,9 @@ def _draw_legend(pictures: Sequence[Picture], top: float) -> Iterator[str]:
         x += 126
     yield _legend_box(x, top, "url(#idle)", LIGHT["hatch"])
     yield draw_text(x + 21, top + 12, "idle", LIGHT["ink"], "start")
+    if have_reductions(pictures):
+        yield draw_rectangle("reduction", x + 46, top + 8, 16, STRIP, LIGHT["reduction"], REDUCTION_NAME)
+        yield draw_text(x + 67, top + 12, REDUCTION_NAME, LIGHT["ink"], "start")
 
 
 def _legend_box(x: float, top: float, fill: str, stroke: str) -> str:

@@ -3,6 +3,7 @@
 import bisect
 import io
 import itertools
+import math
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -17,10 +18,12 @@ from counterflow.report.picture import (
     clean_title,
     flows_down,
     have_pairs,
+    have_reductions,
     list_directions,
     list_kinds,
     prepare_pictures,
     split_ranks,
+    split_reductions,
     summarise,
     write_number,
 )
@@ -28,7 +31,7 @@ from counterflow.schedule.actions import Action
 from counterflow.schedule.timeline import Span
 
 LEAST_WIDTH, MOST_WIDTH = 40, 1000
-IDLE, PAIR = "·", "X"
+IDLE, PAIR, REDUCTION = "·", "X", "="
 
 Cell = tuple[str, str]  # a character and its style
 
@@ -45,11 +48,12 @@ def render_text(picture: Picture, width: int = 100, colour: bool = False) -> str
         raise CounterflowError(f"width {width} given; allowed are {LEAST_WIDTH} to {MOST_WIDTH} characters")
     margin = len(f"rank {picture.table.ranks - 1} ")
     cells = width - margin
-    rows = split_ranks(picture)
+    rows, reductions = split_ranks(picture), split_reductions(picture)
     numbered = all(_fits(picture, span, cells) for row in rows for span in row)
     lines = [Text(clean_title(picture), style="bold"), Text(_write_figures(picture))]
     for rank, row in enumerate(rows):
         drawn = _draw_numbered(picture, row, cells) if numbered else _draw_letters(picture, row, cells)
+        _draw_reductions(picture, reductions[rank], drawn)
         lines.append(Text(f"rank {rank}".ljust(margin)) + _join(drawn))
     lines.append(Text(" " * margin + _draw_axis(picture.timeline.makespan, cells), style="dim"))
     lines.append(Text(_write_legend(picture, numbered), style="dim"))
@@ -97,6 +101,15 @@ def _draw_letters(picture: Picture, row: list[Span], cells: int) -> list[Cell]:
     return drawn
 
 
+def _draw_reductions(picture: Picture, row: list[Span], drawn: list[Cell]) -> None:
+    """Mark the idle cells in whose middle a reduction runs."""
+    step = picture.timeline.makespan / len(drawn)
+    for span in row:
+        for cell in range(math.ceil(span.start / step - 0.5), min(math.ceil(span.end / step - 0.5), len(drawn))):
+            if drawn[cell][0] == IDLE:
+                drawn[cell] = (REDUCTION, LIGHT["reduction"])
+
+
 def _letter(picture: Picture, action: Action) -> Cell:
     first = next(action.singles())
     letter = PAIR if action.parts else action.kind
@@ -138,6 +151,8 @@ def _write_legend(picture: Picture, numbered: bool) -> str:
     if have_pairs([picture]):
         words.append("F and B together: overlapped" if numbered else f"{PAIR} overlapped F and B")
     words.append(f"{IDLE} idle")
+    if have_reductions([picture]):
+        words.append(f"{REDUCTION} idle, a gradient reduction runs")
     if "down" in list_directions([picture]):
         words.append("upper case: up (rank 0 to last), lower case: down")
     return ", ".join(words)

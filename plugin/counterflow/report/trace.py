@@ -15,6 +15,7 @@ from counterflow.report.picture import (
     flows_down,
     prepare_pictures,
     split_ranks,
+    split_reductions,
     summarise,
 )
 from counterflow.schedule.actions import Action
@@ -28,8 +29,9 @@ def render_trace(pictures: Sequence[Picture]) -> str:
     """Return the trace as JSON: a process per picture, a thread per rank, one unit of the timeline shown as 1 ms.
 
     An overlapped pair is one slice with its F and its B, of the same length, nested in it. Idle spans are slices of category
-    ``idle`` with their reason. Counters per rank hold live activations and queued weight gradients, in micro-batches of
-    1/P of the model. Raises `CounterflowError` for no picture, one without spans, or more than 2,000,000 spans in all.
+    ``idle`` with their reason; a rank's reductions have a thread of their own, below the ranks. Counters per rank hold live
+    activations and queued weight gradients, in micro-batches of 1/P of the model. Raises `CounterflowError` for no picture, one
+    without spans, or more than 2,000,000 spans in all.
     """
     pictures = prepare_pictures(pictures, MAX_SPANS, "a trace")
     head = {
@@ -56,6 +58,7 @@ def _list_events(process: int, picture: Picture) -> Iterator[Event]:
         yield _describe("thread_name", process, rank, name=f"rank {rank}")
         yield _describe("thread_sort_index", process, rank, sort_index=rank)
     yield from _list_actions(process, picture)
+    yield from _list_reductions(process, picture)
     yield from _list_idle(process, picture)
     yield from _list_counters(process, picture)
 
@@ -70,6 +73,18 @@ def _list_actions(process: int, picture: Picture) -> Iterator[Event]:
                 yield _slice(process, rank, name, "pair", times, {"action": str(span.action)})
             for part in parts:
                 yield _slice(process, rank, _name(part), part.kind, times, _explain(picture.table, part))
+
+
+def _list_reductions(process: int, picture: Picture) -> Iterator[Event]:
+    """They run beside the actions, so each rank's have a thread of their own."""
+    for rank, row in enumerate(split_reductions(picture)):
+        thread = picture.table.ranks + rank
+        if row:
+            yield _describe("thread_name", process, thread, name=f"reductions of rank {rank}")
+            yield _describe("thread_sort_index", process, thread, sort_index=thread)
+        for span in row:
+            args = {"action": str(span.action), "stage": span.action.stage}
+            yield _slice(process, thread, f"R stage {span.action.stage}", "R", _time(span.start, span.end), args)
 
 
 def _list_idle(process: int, picture: Picture) -> Iterator[Event]:

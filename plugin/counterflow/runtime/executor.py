@@ -15,7 +15,7 @@ from counterflow.runtime.messages import Message, share
 from counterflow.runtime.recorder import Recorder
 from counterflow.runtime.watch import Watch
 from counterflow.runtime.weight_grads import hold_weight_grads
-from counterflow.schedule.actions import PAIR, Action
+from counterflow.schedule.actions import PAIR, REDUCTION, Action
 from counterflow.schedule.dependencies import Result
 
 
@@ -39,6 +39,10 @@ class Work(Protocol):
         """Is called when all weight gradients of this (stage, micro-batch) are computed; does nothing where left out."""
         return
 
+    def reduce(self, stage: int) -> None:
+        """Start the reduction of the stage's gradients, which runs beside what follows; does nothing where left out."""
+        return
+
     def release_output(self, stage: int, microbatch: int) -> None:
         """Is called when the output has been passed on; its data may be freed. Does nothing where left out."""
         return
@@ -55,20 +59,14 @@ class PairWork(Protocol):
 
 
 def run_program(
-    program: Program,
-    work: Work,
-    mailbox: Mailbox,
-    *,
-    zero_bubble: bool = True,
-    recorder: Recorder | None = None,
-    watch: Watch | None = None,
+    program: Program, work: Work, mailbox: Mailbox, *, recorder: Recorder | None = None, watch: Watch | None = None
 ) -> None:
     """Run the program's instructions in order.
 
-    Without ``zero_bubble`` an I runs as a whole B and its W does nothing. The parts of a pair run one after the other
-    unless the work is a `PairWork`. An error is told to the other ranks (``watch``) and raised with the action it came from.
+    The parts of a pair run one after the other unless the work is a `PairWork`. An error is told to the other ranks (``watch``)
+    and raised with the action it came from.
     """
-    run = _Run(work, mailbox, zero_bubble, recorder)
+    run = _Run(work, mailbox, recorder)
     if watch is not None:
         watch.mailbox = mailbox
     try:
@@ -87,10 +85,9 @@ def run_program(
 class _Run:
     """One run of a program: what is held between its actions."""
 
-    def __init__(self, work: Work, mailbox: Mailbox, zero_bubble: bool, recorder: Recorder | None) -> None:
+    def __init__(self, work: Work, mailbox: Mailbox, recorder: Recorder | None) -> None:
         self._work, self._mailbox, self._recorder = work, mailbox, recorder
         self._pair_work = work if isinstance(work, PairWork) else None
-        self._zero_bubble = zero_bubble
         self._kept: dict[Result, Message] = {}
         self._queues: dict[tuple[int, int], list[Callable[[], None]]] = {}
 
@@ -109,14 +106,15 @@ class _Run:
 
     def _run_part(self, part: Part) -> None:
         kind, stage, microbatch = part.single.kind, part.single.stage, part.single.microbatch
-        if kind == "W" and not self._zero_bubble:
+        if kind == REDUCTION:
+            self._work.reduce(stage)
             return
         received = self._fetch(part)
         self._begin_compute()
         if kind == "F":
             self._hand_on(part, self._work.forward(stage, microbatch, received))
             self._work.release_output(stage, microbatch)
-        elif kind == "I" and self._zero_bubble:
+        elif kind == "I":
             with hold_weight_grads() as queue:
                 gradient = self._work.backward(stage, microbatch, received)
             self._queues[stage, microbatch] = queue

@@ -48,7 +48,7 @@ class Recorder:
             self._begin = self._now()
 
     def stop(self) -> None:
-        """The action has run; a W that does nothing (no zero bubble) leaves no span."""
+        """The action has run; an R, which runs beside what follows, leaves no span."""
         if self._action is not None and self._begin is not None:
             self._marks.append((self._action, self._begin, self._now()))
         self._action = None

@@ -6,9 +6,10 @@
 from counterflow.errors import ScheduleError
 from counterflow.schedule.actions import Action, pair, parse_action
 from counterflow.schedule.costs import Costs
-from counterflow.schedule.families import FAMILIES, build, build_forward_only
+from counterflow.schedule.families import FAMILIES, Family, build, build_forward_only
 from counterflow.schedule.files import from_csv, read_csv, to_csv
 from counterflow.schedule.layouts import Layout, lay_bidirectional, lay_looped, lay_passes, lay_straight, lay_v
+from counterflow.schedule.reductions import add_reductions
 from counterflow.schedule.simulation import simulate
 from counterflow.schedule.table import ScheduleTable
 from counterflow.schedule.timeline import Memory, Span, Timeline, Wait, dump_record, load_record
@@ -18,6 +19,7 @@ __all__ = [
     "FAMILIES",
     "Action",
     "Costs",
+    "Family",
     "Layout",
     "Memory",
     "ScheduleError",
@@ -25,6 +27,7 @@ __all__ = [
     "Span",
     "Timeline",
     "Wait",
+    "add_reductions",
     "build",
     "build_forward_only",
     "dump_record",

@@ -34,9 +34,12 @@ def bound_makespan(layout: Layout, microbatches: int, costs: Costs, max_activati
     # the shortest on, until one holds.
     short_of_time = sorted(ranks, key=lambda rank: -rank.both_ends)
     ends = [math.inf, *(rank.both_ends for rank in short_of_time), 0.0]
-    # One micro-batch takes its way there and back, and the last weight gradient; a rank takes all its work.
-    obvious = float(way.end_of_f[-1] + way.end_of_i[0] + np.asarray(costs.w)[0])
-    obvious = max(obvious, *(rank.head_start + min(1.0, costs.overlap) * (rank.f_work + rank.b_work) for rank in ranks))
+    # One micro-batch takes its way there and back, the last weight gradient and its reduction; a rank takes all its work.
+    reduce = np.asarray(costs.reduce)
+    obvious = float(way.end_of_f[-1] + way.end_of_i[0] + np.asarray(costs.w)[0] + reduce[0])
+    # After all its work, a rank has one of its chunks to reduce yet.
+    shares = (min(1.0, costs.overlap) * (rank.f_work + rank.b_work) + min(reduce[rank.held]) for rank in ranks)
+    obvious = max(obvious, *(rank.head_start + float(share) for rank, share in zip(ranks, shares, strict=True)))
     for count in range(len(ranks), -1, -1):
         longest, shortest = ends[count], ends[count + 1]
         if longest > obvious and longest > shortest:

@@ -10,15 +10,16 @@ up to at least what the step took longer than simulated.
 """
 
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from counterflow.errors import ScheduleError
-from counterflow.schedule.actions import PAIR, Action
+from counterflow.schedule.actions import PAIR, Action, make_whole
 from counterflow.schedule.costs import LEAST_OVERLAP, MOST_OVERLAP, Costs, PerStage
 from counterflow.schedule.dependencies import find_input, find_result
+from counterflow.schedule.reductions import drop_reductions
 from counterflow.schedule.table import ScheduleTable
 from counterflow.schedule.timeline import Span, Timeline
 
@@ -83,12 +84,14 @@ class Comparison:
 def fit_record(table: ScheduleTable, measured: Timeline) -> tuple[ScheduleTable, Timeline]:
     """Return table and record with the same actions in the same order on each rank.
 
-    Where whole backwards ran in place of split ones, the record has I's alone: both come back with B's. Raises `ScheduleError`
-    that names the first rank and action that differ.
+    Where whole backwards ran in place of split ones, the record has no W: both come back with B's. Reductions run beside the
+    actions and are not recorded: the table comes back without them. Raises `ScheduleError` that names the first rank and action
+    that differ.
     """
+    table = drop_reductions(table)
     if not any(span.action.kind == "W" for span in measured.spans):
-        table = replace(table, actions=tuple(tuple(_make_whole(row)) for row in table.actions))
-        wholes = (_make_whole([span.action]) for span in measured.spans)
+        table = replace(table, actions=tuple(tuple(make_whole(row)) for row in table.actions))
+        wholes = (make_whole([span.action]) for span in measured.spans)
         measured = replace(
             measured,
             spans=tuple(replace(span, action=next(whole)) for span, whole in zip(measured.spans, wholes, strict=True)),
@@ -104,12 +107,6 @@ def fit_record(table: ScheduleTable, measured: Timeline) -> tuple[ScheduleTable,
         if len(recorded) != len(row):
             raise _misfit(f"rank {rank}: {len(recorded)} actions are recorded, the table has {len(row)}")
     return table, measured
-
-
-def _make_whole(actions: Iterable[Action]) -> Iterator[Action]:
-    for action in actions:
-        if action.kind != "W":
-            yield replace(action, kind="B") if action.kind == "I" else action
 
 
 def _misfit(what: str) -> ScheduleError:
@@ -206,7 +203,7 @@ class _Both:
             for rank, row in enumerate(self._table.actions)
             for position, action in enumerate(row)
             for single in action.singles()
-            if single.kind != "W"
+            if find_result(single) is not None
         }
 
     def _find_last_input(self, place: Place) -> tuple[float, Place, Action] | None:

@@ -23,8 +23,8 @@ class Costs:
     of an action until its result is on a neighbouring rank. ``overlap`` is the time of an overlapped pair over the sum of
     its parts (1: nothing gained). With ``p2p_overlaps`` off, a transfer holds both its ranks, between two actions; those of
     one stop move in one batch, as with Megatron's fused send and receive. ``activation_bytes`` of a chunk's forward live until
-    its input gradient, ``queued_bytes`` from then until its weight gradient. Each is 0 or from 1e-30 to 1e30. Raises
-    `ScheduleError` for what is not a number or out of range.
+    its input gradient, ``queued_bytes`` from then until its weight gradient. ``reduce`` is the time of a chunk's gradient
+    reduction, once a step. Each is 0 or from 1e-30 to 1e30. Raises `ScheduleError` for what is not a number or out of range.
     """
 
     f: PerStage = 1.0
@@ -35,13 +35,14 @@ class Costs:
     p2p_overlaps: bool = True
     activation_bytes: PerStage | None = None
     queued_bytes: PerStage | None = None
+    reduce: PerStage = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("f", "i", "w", "p2p", "activation_bytes", "queued_bytes"):
+        for name in ("f", "i", "w", "p2p", "reduce", "activation_bytes", "queued_bytes"):
             given = getattr(self, name)
             if hasattr(given, "tolist"):  # an array or a number of numpy's
                 object.__setattr__(self, name, given := given.tolist())
-            if given is not None or name in ("f", "i", "w", "p2p"):
+            if given is not None or not name.endswith("bytes"):
                 _check_cost(name, given)
         take_number(self.overlap, "overlap", LEAST_OVERLAP, MOST_OVERLAP, ScheduleError)
 
@@ -49,7 +50,7 @@ class Costs:
         """Return the same costs with one number per stage; raises `ScheduleError` where the count differs."""
         spread: dict[str, Any] = {
             name: spread_over(getattr(self, name), stages, name)
-            for name in ("f", "i", "w", "activation_bytes", "queued_bytes")
+            for name in ("f", "i", "w", "reduce", "activation_bytes", "queued_bytes")
             if getattr(self, name) is not None
         }
         return replace(self, **spread)

@@ -18,8 +18,8 @@ class Result(NamedTuple):
 
 
 def find_result(single: Action) -> Result | None:
-    """Return what a single action makes for others; a W makes nothing."""
-    return None if single.kind == "W" else Result("F" if single.kind == "F" else "B", single.stage, single.microbatch)
+    """Return what a single action makes for others; a W and an R make nothing."""
+    return None if single.kind in "WR" else Result("F" if single.kind == "F" else "B", single.stage, single.microbatch)
 
 
 def find_input(single: Action, last_stage: int) -> Result | None:

@@ -50,13 +50,15 @@ class Problem(NamedTuple):
     """What a table is built for.
 
     ``stages[rank, chunk]``, ``rank_of[stage]``, ``entry[micro-batch]`` the slot of its stage 0 in the regular order, ``slot`` its
-    length, ``costs[F/I/W, stage]``, and the cap in chunks: on a rank's live activations, and on its queued weight gradients.
+    length, ``costs[F/I/W, stage]``, ``reduce[stage]`` of a chunk's gradient reduction, and the cap in chunks: on a rank's live
+    activations, and on its queued weight gradients.
     """
 
     stages: Array
     rank_of: Array
     entry: Array
     costs: Array
+    reduce: Array
     slot: float
     p2p: float
     overlap: float
@@ -80,7 +82,7 @@ def build_greedily(policy: Array, shift: Array, problem: Problem, given: Rows, s
     stopped table still allows, and a little of the ranks' mean; `NEVER` where the cap is too small.
     """
     # One long function on purpose: taken apart, with its state handed over, it ran four to ten times slower.
-    stages, rank_of, entry, costs, slot, p2p, overlap, cap = problem
+    stages, rank_of, entry, costs, reduce, slot, p2p, overlap, cap = problem
     f, i, w = costs[0], costs[1], costs[2]
     given_tokens, given_lengths, given_chunks = given
     tokens, lengths, chunks = rows
@@ -98,6 +100,9 @@ def build_greedily(policy: Array, shift: Array, problem: Problem, given: Rows, s
     lone_f = np.zeros(ranks, np.int64)
     lone_b = np.zeros(ranks, np.int64)
     clock = np.zeros(ranks)
+    # Of each stage, the micro-batches whose weight gradient is there; of each rank, when its last reduction ends.
+    weighted = np.zeros(total, np.int64)
+    reduced = np.zeros(ranks)
     worked = np.zeros(ranks)
     allowed = np.full(ranks, -1.0)
     queue = np.zeros((ranks, goal), np.int64)
@@ -220,7 +225,7 @@ def build_greedily(policy: Array, shift: Array, problem: Problem, given: Rows, s
         kind = choice[rank]
         tokens[rank, lengths[rank]] = kind
         lengths[rank] += 1
-        f_stage = b_stage = -1
+        f_stage = b_stage = w_stage = -1
         f_m = b_m = 0
         if kind in (F, PAIR):
             chunk = f_choice[rank]
@@ -247,7 +252,8 @@ def build_greedily(policy: Array, shift: Array, problem: Problem, given: Rows, s
             lone_b[rank] += 1
             held[rank] -= 1
         elif kind == W:
-            work = w[queue[rank, head[rank]]]
+            w_stage = queue[rank, head[rank]]
+            work = w[w_stage]
             head[rank] += 1
         else:
             work = f[f_stage] + i[b_stage] + w[b_stage]
@@ -255,6 +261,12 @@ def build_greedily(policy: Array, shift: Array, problem: Problem, given: Rows, s
         clock[rank] = end
         worked[rank] += work
         changed[rank] = True
+        if kind == PAIR:
+            w_stage = b_stage
+        if w_stage >= 0:
+            weighted[w_stage] += 1
+            if weighted[w_stage] == microbatches:
+                reduced[rank] = max(reduced[rank], end) + reduce[w_stage]
         if f_stage >= 0:
             f_end[f_stage, f_m] = end
             if f_stage < total - 1:
@@ -280,7 +292,8 @@ def build_greedily(policy: Array, shift: Array, problem: Problem, given: Rows, s
             changed[rank] = False
     if stop < goal:
         return float(allowed.max() + MEAN_WEIGHT * allowed.mean())
-    return float(clock.max() + MEAN_WEIGHT * clock.mean())
+    ends = np.maximum(clock, reduced)
+    return float(ends.max() + MEAN_WEIGHT * ends.mean())
 
 
 @compile_fast

@@ -111,6 +111,14 @@ def lay_bidirectional(ranks: int) -> Layout:
     return Layout(BIDIRECTIONAL, tuple(half + half[::-1]))
 
 
+def lay_named(name: str, ranks: int, chunks: int) -> Layout:
+    """Return the layout of a name on ``ranks`` ranks; ``chunks`` per rank (2 or more) count where the name leaves them open."""
+    if name == BIDIRECTIONAL:
+        return lay_bidirectional(ranks)
+    passes = {STRAIGHT: "u", V: "ud", LOOPED: "u" * max(chunks, 2), ZIGZAG: ("ud" * max(chunks, 3))[: max(chunks, 3)]}
+    return lay_passes(ranks, passes[name])
+
+
 def find_layout(stages: tuple[tuple[int, ...], ...]) -> Layout | None:
     """Return the layout that has these stages (each rank's in rising order), if one has."""
     ranks, chunks = len(stages), len(stages[0]) if stages else 0

@@ -26,10 +26,11 @@ from counterflow.errors import ScheduleError
 from counterflow.schedule import greedy
 from counterflow.schedule.bound import bound_makespan
 from counterflow.schedule.costs import SMALLEST_COST, Costs, PerStage
-from counterflow.schedule.families import build, require_size
+from counterflow.schedule.families import FAMILIES, build, require_size
 from counterflow.schedule.families.rows import Row
 from counterflow.schedule.greedy import Problem, Rows
 from counterflow.schedule.layouts import Layout, lay_passes
+from counterflow.schedule.reductions import add_reductions
 from counterflow.schedule.simulation import simulate
 from counterflow.schedule.table import ScheduleTable
 from counterflow.schedule.timeline import Timeline
@@ -135,13 +136,14 @@ def _change_unit(costs: Costs) -> tuple[Costs, float]:
 
     The unit is a power of two, so that no cost is rounded. Raises `ScheduleError` where nothing takes any time.
     """
-    times = np.array([costs.f, costs.i, costs.w])
-    if not times.any():
+    times = np.array([costs.f, costs.i, costs.w, costs.reduce])
+    if not times[:3].any():
         raise ScheduleError("search: costs f, i and w of 0 given; allowed: one or more above 0, else all orders are as fast")
     unit = 2.0 ** math.frexp(max(float(times.max()), costs.p2p))[1]
     scaled = np.where(times / unit < SMALLEST_COST, 0.0, times / unit).tolist()
     p2p = costs.p2p / unit if costs.p2p / unit >= SMALLEST_COST else 0.0
-    return replace(costs, f=tuple(scaled[0]), i=tuple(scaled[1]), w=tuple(scaled[2]), p2p=p2p), unit
+    f, i, w, reduce = map(tuple, scaled)
+    return replace(costs, f=f, i=i, w=w, reduce=reduce, p2p=p2p), unit
 
 
 def _compile() -> None:
@@ -157,20 +159,25 @@ def list_families(
 
     ``costs`` are spread over the finest cut. Full DualPipe is not among them: it holds every parameter twice.
     """
-    options: list[tuple[str, dict[str, Any]]] = [("gpipe", {}), ("1f1b", {}), ("zb-h1", {})]
-    if max_chunks % 2 == 0:
-        options += [("zbv", {}), ("dualpipev", {})]
-    for vpp in range(2, max_chunks + 1):
-        if max_chunks % vpp == 0:
-            options += [("interleaved", {"vpp": vpp, "ep_overlap": overlap}) for overlap in (False, True)]
-    for name, sizes in options:
+    for name, options in _list_variants(max_chunks):
         try:
-            table = build(name, ranks, microbatches, **sizes)
+            table = _reduce_at_cost(build(name, ranks, microbatches, **options), costs)
         except ScheduleError:
             continue  # not for this number of micro-batches
+        if max_chunks % table.layout.chunks:
+            continue
         timeline = _simulate_merged(table, costs)
         if max(timeline.peak_activations) <= cap + 1e-9:
             yield table, timeline
+
+
+def _list_variants(max_chunks: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the names of families that hold parameters once, with the options to try: first those of one number of chunks."""
+    single = sorted((family for family in FAMILIES.values() if family.replicas == 1), key=lambda family: "vpp" in family.options)
+    for family in single:
+        chunks = [{"vpp": vpp} for vpp in range(2, max_chunks + 1)] if "vpp" in family.options else [{}]
+        overlaps = [{"ep_overlap": on} for on in (False, True)] if "ep_overlap" in family.options else [{}]
+        yield from ((family.name, {**vpp, **overlap}) for vpp in chunks for overlap in overlaps)
 
 
 def merge_costs(costs: Costs, stages: int) -> Costs:
@@ -191,7 +198,7 @@ def merge_costs(costs: Costs, stages: int) -> Costs:
         each = len(given) // stages
         return tuple(sum(given[stage * each : (stage + 1) * each]) for stage in range(stages))
 
-    names = ("f", "i", "w", "activation_bytes", "queued_bytes")
+    names = ("f", "i", "w", "reduce", "activation_bytes", "queued_bytes")
     merged: dict[str, Any] = {name: merge(getattr(costs, name)) for name in names}
     return replace(costs, **merged)
 
@@ -299,6 +306,7 @@ class _Bench:
             rank_of=np.asarray([layout.rank_of[stage] for stage in range(stages)]),
             entry=(number // group * group * layout.chunks + number % group * spacing).astype(float),
             costs=each,
+            reduce=np.asarray(costs.reduce, dtype=float),
             slot=max(costs.overlap * float(each.sum()) / stages, 1e-9),
             p2p=float(costs.p2p),
             overlap=float(costs.overlap),
@@ -347,7 +355,7 @@ class _Bench:
         return max(1e-6, (time.monotonic() - begun) / (PACE_BUILDS + 2))
 
     def measure(self, built: Rows, candidate: _Candidate) -> float:
-        return simulate(_make_table(candidate.layout, self.microbatches, built), candidate.costs).makespan
+        return simulate(_make_table(candidate.layout, self.microbatches, built, candidate.costs), candidate.costs).makespan
 
 
 def _search_tables(
@@ -447,7 +455,7 @@ class _Stretched:
         return spread
 
     def _keep(self, built: Rows) -> None:
-        self.table = _make_table(self._candidate.layout, self._bench.microbatches, built)
+        self.table = _make_table(self._candidate.layout, self._bench.microbatches, built, self._candidate.costs)
         complete = all(sum(1 for _ in self.table.singles(rank)) >= 2 * self._bench.goal for rank in range(self.table.ranks))
         self.makespan = simulate(self.table, self._candidate.costs).makespan if complete else math.inf
 
@@ -462,8 +470,8 @@ class _Stretched:
                 self._keep(built)
 
 
-def _make_table(layout: Layout, microbatches: int, built: Rows) -> ScheduleTable:
-    """Write the greedy's tokens as actions."""
+def _make_table(layout: Layout, microbatches: int, built: Rows, costs: Costs) -> ScheduleTable:
+    """Write the greedy's tokens as actions, with reductions where these cost anything."""
     rows = []
     for held, tokens, count, f_chunks, b_chunks in zip(layout.stages, built.tokens, built.lengths, *built.chunks, strict=True):
         row = Row()
@@ -479,4 +487,8 @@ def _make_table(layout: Layout, microbatches: int, built: Rows) -> ScheduleTable
                 case _:
                     row.backward(held[next(backwards)], split=True)
         rows.append(tuple(row.actions))
-    return ScheduleTable("searched", layout, microbatches, tuple(rows))
+    return _reduce_at_cost(ScheduleTable("searched", layout, microbatches, tuple(rows)), costs)
+
+
+def _reduce_at_cost(table: ScheduleTable, costs: Costs) -> ScheduleTable:
+    return add_reductions(table) if any(np.atleast_1d(costs.reduce)) else table

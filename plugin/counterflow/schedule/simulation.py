@@ -9,9 +9,10 @@ from collections import deque
 from dataclasses import dataclass
 
 from counterflow.errors import ScheduleError
-from counterflow.schedule.actions import Action
+from counterflow.schedule.actions import REDUCTION, Action
 from counterflow.schedule.costs import Costs, spread_over
 from counterflow.schedule.dependencies import Result, find_input, find_receiver, find_result
+from counterflow.schedule.reductions import run_reductions
 from counterflow.schedule.table import ScheduleTable
 from counterflow.schedule.timeline import HELD_AFTER, Span, Timeline, Wait
 
@@ -32,16 +33,20 @@ def simulate(table: ScheduleTable, costs: Costs) -> Timeline:
     """
     costs = costs.spread(table.layout.last_stage + 1)
     run = _Run(table, costs) if costs.p2p_overlaps else _StoppingRun(table, costs)
-    ready = deque(range(table.ranks))
-    while ready:
-        ready.extend(run.advance(ready.popleft()))
-    run.require_finished()
-    makespan = max(run.clock)
+    run.finish()
+    reductions = run_reductions(table, run.reductions, spread_over(costs.reduce, table.layout.last_stage + 1, "reduce"))
+    makespan = max(*run.clock, *(row[-1].end for row in reductions if row), 0.0)
     for rank, end in enumerate(run.clock):
+        last = reductions[rank][-1] if reductions[rank] else None
+        if last is not None and last.end > end:
+            run.waits.append(Wait(rank, end, last.end, None, last.action, rank))
+            end = last.end
         if end < makespan:
             run.waits.append(Wait(rank, end, makespan))
-    spans = tuple(span for row in run.spans for span in row)
-    return Timeline(spans, tuple(sorted(run.waits, key=lambda w: (w.rank, w.start))), measure_bytes(table, costs))
+    return Timeline(
+        tuple(span for row in run.spans for span in row), tuple(sorted(run.waits, key=lambda w: (w.rank, w.start))),
+        measure_bytes(table, costs), tuple(span for row in reductions for span in row),
+    )  # fmt: skip
 
 
 class _Run:
@@ -52,10 +57,19 @@ class _Run:
         self.clock = [0.0] * table.ranks
         self.position = [0] * table.ranks
         self.spans: list[list[Span]] = [[] for _ in range(table.ranks)]
+        # Of each rank, when it came to its R's.
+        self.reductions: list[list[Span]] = [[] for _ in range(table.ranks)]
         self.waits: list[Wait] = []
         self._made: dict[Result, Made] = {}
         self._waiting: dict[Result, list[int]] = {}
         self._last_stage = table.layout.last_stage
+
+    def finish(self) -> None:
+        """Run all ranks to their end; raises `ScheduleError` where they wait for each other for ever."""
+        ready = deque(range(self.table.ranks))
+        while ready:
+            ready.extend(self.advance(ready.popleft()))
+        self._require_finished()
 
     def advance(self, rank: int) -> list[int]:
         """Run the rank's actions until one lacks an input; return the ranks whose input was made."""
@@ -85,10 +99,19 @@ class _Run:
                 start, late, on_way = made.end + transfer, made, transfer
         if start > begin:
             self.waits.append(Wait(rank, begin, start, action, late.action, late.rank, min(on_way, start - begin)))
-        self.clock[rank] = start + self.costs.time(action)
+        self.clock[rank] = start
+        self._run_action(rank, action)
+
+    def _run_action(self, rank: int, action: Action) -> None:
+        """An R takes the rank no time."""
+        start = self.clock[rank]
+        if action.kind == REDUCTION:
+            self.reductions[rank].append(Span(rank, action, start, start))
+            return
+        self.clock[rank] += self.costs.time(action)
         self.spans[rank].append(Span(rank, action, start, self.clock[rank]))
 
-    def require_finished(self) -> None:
+    def _require_finished(self) -> None:
         """Raise `ScheduleError` for the first rank that could not run its whole row."""
         for rank, row in enumerate(self.table.actions):
             if self.position[rank] < len(row):
@@ -161,8 +184,7 @@ class _StoppingRun(_Run):
             self.waits.append(Wait(rank, begin, start, action, last.source, other, self.costs.p2p, incoming))
         self.clock[rank] = start
         if action is not None:
-            self.clock[rank] += self.costs.time(action)
-            self.spans[rank].append(Span(rank, action, start, self.clock[rank]))
+            self._run_action(rank, action)
 
 
 def place_transfers(table: ScheduleTable) -> list[list[list[_Transfer]]]:
@@ -171,12 +193,11 @@ def place_transfers(table: ScheduleTable) -> list[list[list[_Transfer]]]:
     A result is sent right after its action. Its receiver stops for it where it stands when, with actions of one
     length and transfers of none, the sender does. So all stops follow one order and ranks never wait in a circle.
     """
-    timeline = simulate(table, Costs())
-    starts: list[list[float]] = [[] for _ in range(table.ranks)]
-    for span in timeline.spans:
-        starts[span.rank].append(span.start)
+    run = _Run(table, Costs().spread(table.layout.last_stage + 1))
+    run.finish()
+    starts = [sorted(span.start for span in run.spans[rank] + run.reductions[rank]) for rank in range(table.ranks)]
     stops: list[list[list[_Transfer]]] = [[[] for _ in range(len(row) + 1)] for row in table.actions]
-    for span in timeline.spans:
+    for span in (span for row in run.spans for span in row):
         for single in span.action.singles():
             receiver = find_receiver(table, single)
             if receiver is None or receiver == span.rank:

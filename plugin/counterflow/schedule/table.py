@@ -43,7 +43,7 @@ class ScheduleTable:
         return all(single.kind == "F" for rank in range(self.ranks) for single in self.singles(rank))
 
     def singles(self, rank: int) -> Iterator[Action]:
-        """Yield the rank's F, I, W and B actions in order, overlapped pairs taken apart."""
+        """Yield the rank's F, I, W, B and R actions in order, overlapped pairs taken apart."""
         for action in self.actions[rank]:
             yield from action.singles()
 

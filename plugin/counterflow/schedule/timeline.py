@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from counterflow.errors import ScheduleError
-from counterflow.schedule.actions import Action, parse_action
+from counterflow.schedule.actions import REDUCTION, Action, parse_action
 
 MAX_RECORD_BYTES = 2**30
 MAX_LINE_BYTES = 64 * 2**20
 # Seconds; beyond, sums of them are no numbers any more.
 LARGEST_TIME = 1e30
 # How an action changes its rank's (live activations, queued weight gradients); an F as it starts, the others as they end.
-HELD_AFTER = {"F": (1, 0), "B": (-1, 0), "I": (-1, 1), "W": (0, -1)}
+HELD_AFTER = {"F": (1, 0), "B": (-1, 0), "I": (-1, 1), "W": (0, -1), "R": (0, 0)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +75,14 @@ class Memory:
 class Timeline:
     """The spans of one step of a schedule, each rank's in order; ``waits`` where simulated.
 
-    ``peak_bytes`` per rank where sizes were given.
+    ``peak_bytes`` per rank where sizes were given. ``reductions``, where simulated, run beside the spans: they keep no rank from
+    computing, and count for the makespan only.
     """
 
     spans: tuple[Span, ...]
     waits: tuple[Wait, ...] = ()
     peak_bytes: tuple[float, ...] | None = None
+    reductions: tuple[Span, ...] = ()
 
     @cached_property
     def ranks(self) -> int:
@@ -92,7 +94,7 @@ class Timeline:
         """Time from the first start to the last end."""
         if not self.spans:
             return 0.0
-        return max(span.end for span in self.spans) - min(span.start for span in self.spans)
+        return max(span.end for span in self.spans + self.reductions) - min(span.start for span in self.spans)
 
     @property
     def bubble(self) -> float:
@@ -219,6 +221,8 @@ def _parse_spans(record: dict[str, Any], where: str) -> tuple[int, list[Span]]:
     try:
         spans = [Span(rank, parse_action(action), float(start), float(end)) for action, start, end in record["spans"]]
         for span in spans:
+            if span.action.kind == REDUCTION:
+                raise ValueError(f"{span.action}, and reductions are not recorded")
             if not -LARGEST_TIME <= span.start <= span.end <= LARGEST_TIME:
                 raise ValueError(f"{span.action} from {span.start} to {span.end}, which is no time")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:

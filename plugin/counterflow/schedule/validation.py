@@ -1,9 +1,10 @@
 """Does a table compute everything exactly once, in order, without waiting for ever, and within its memory?"""
 
 from counterflow.errors import ScheduleError
-from counterflow.schedule.actions import Action
+from counterflow.schedule.actions import REDUCTION, Action
 from counterflow.schedule.costs import Costs
 from counterflow.schedule.layouts import BIDIRECTIONAL
+from counterflow.schedule.reductions import find_peer
 from counterflow.schedule.simulation import simulate
 from counterflow.schedule.table import ScheduleTable
 from counterflow.schedule.timeline import HELD_AFTER
@@ -27,7 +28,8 @@ def validate(
     """Raise `ScheduleError`, naming rank, position and action, unless the table can run.
 
     A table has each (stage, micro-batch) forward once and then its backward once, whole (B) or split
-    (I, then W), or has forwards alone, which train nothing: with ``training`` they are not enough. Without ``transport``, sends
+    (I, then W), or has forwards alone, which train nothing: with ``training`` they are not enough. Gradients are reduced (R) once
+    for every chunk of every rank, after its last B or W there, or nowhere. Without ``transport``, sends
     never wait, as in this project's runtime; ``blocking`` and ``batched`` are checked with ``receives_ahead`` as in `transport`.
     ``max_activations`` and ``max_queued`` bound the live activations and queued weight gradients of a rank, in micro-batches of
     1/P of the model.
@@ -38,6 +40,7 @@ def validate(
     for rank in range(table.ranks):
         _check_row(table, rank, forward_only)
         _check_memory(table, rank, max_activations, max_queued)
+    _check_reductions(table)
     simulate(table, Costs())  # raises where ranks wait for each other for ever
     if transport is not None:
         require_transport(table, transport, receives_ahead)
@@ -51,6 +54,13 @@ def _check_row(table: ScheduleTable, rank: int, forward_only: bool) -> None:
             stage, m = single.stage, single.microbatch
             if stage not in held:
                 raise _error(rank, position, action, f"stage {stage} is not on this rank, which holds {list(held)}")
+            if single.kind in "BWR" and (REDUCTION, stage, 0) in seen:
+                raise _error(
+                    rank, position, action, f"{single} comes after {Action(REDUCTION, stage)}, which is the last of its chunk"
+                )
+            if single.kind == REDUCTION:
+                seen.add((REDUCTION, stage, 0))
+                continue
             if not 0 <= m < table.microbatches:
                 raise _error(rank, position, action, f"micro-batches are 0 to {table.microbatches - 1}")
             if table.rank_of(stage, m) != rank:
@@ -71,6 +81,25 @@ def _check_row(table: ScheduleTable, rank: int, forward_only: bool) -> None:
     for kind, stage, m in sorted(seen):
         if kind == "I" and ("W", stage, m) not in seen:
             raise ScheduleError(f"rank {rank}: {stage}I{m} has no {stage}W{m}{rule}", (rank, None))
+
+
+def _check_reductions(table: ScheduleTable) -> None:
+    """A table reduces the gradients of every chunk or of none; two ranks that reduce together do it in one order."""
+    rows = [[action.stage for action in row if action.kind == REDUCTION] for row in table.actions]
+    for rank, stages in enumerate(rows):
+        if missing := sorted(set(table.layout.stages[rank]) - set(stages)) if any(rows) else []:
+            raise ScheduleError(
+                f"rank {rank}: {Action(REDUCTION, missing[0])} is missing; a table reduces every chunk, or none and leaves "
+                "it to the trainer",
+                (rank, None),
+            )
+        peer = find_peer(table, rank)
+        if stages != rows[peer]:
+            raise ScheduleError(
+                f"rank {rank}: reduces the gradients of stages {stages}, and rank {peer}, which holds the same stages, those of "
+                f"{rows[peer]}: the two would wait for each other for ever; give both the same order",
+                (rank, None),
+            )
 
 
 def _check_memory(table: ScheduleTable, rank: int, max_activations: float | None, max_queued: float | None) -> None:

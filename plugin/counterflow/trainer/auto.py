@@ -22,10 +22,11 @@ from counterflow.errors import ScheduleError
 from counterflow.schedule import Costs, ScheduleTable, Span, Timeline, build, from_csv, to_csv
 from counterflow.schedule.comparison import estimate_costs
 from counterflow.schedule.search_process import Answer, SearchProcess, Task
+from counterflow.trainer.tables import AUTO_FAMILY, AUTO_FAMILY_WITH_PAIRS, prepare_table
 
-# What the first steps run: ZB-V has F, I and W apart; the first of them warms up. DualPipeV has pairs, whose overlap counts.
-MEASURED = ("zbv", "zbv", "zbv")
-MEASURED_PAIRS = ("dualpipev", "dualpipev")
+# What the first steps run; the first of them warms up.
+MEASURED = (AUTO_FAMILY.name,) * 3
+MEASURED_PAIRS = (AUTO_FAMILY_WITH_PAIRS.name,) * 2
 SEARCH_SECONDS = 10.0
 # How much shorter than the family's a step must be for another table to be worth it.
 LEAST_GAIN = 0.001
@@ -75,7 +76,7 @@ class AutoTable:
         There is one search for each number of micro-batches, one at a time, begun in a step that has that many.
         """
         if self.is_measuring:
-            return build(self._plan[len(self._steps)], self._ranks, microbatches)
+            return self._build(self._plan[len(self._steps)], microbatches)
         if self._search is not None:
             self._hear(self._search, step)
         if self._search is None and microbatches not in self._searched:
@@ -90,8 +91,11 @@ class AutoTable:
 
     def _use(self, microbatches: int) -> ScheduleTable:
         if microbatches not in self._tables:
-            self._tables[microbatches] = build(self._plan[-1], self._ranks, microbatches)
+            self._tables[microbatches] = self._build(self._plan[-1], microbatches)
         return self._tables[microbatches]
+
+    def _build(self, family: str, microbatches: int) -> ScheduleTable:
+        return prepare_table(build(family, self._ranks, microbatches), splits=self._splits)
 
     def _open(self, microbatches: int) -> None:
         """Begin a search, on global rank 0; the first time, measured costs are gathered there."""
@@ -107,7 +111,7 @@ class AutoTable:
         try:
             if self._costs is None:
                 measured = Timeline(tuple(span for row in rows for span in row))
-                known = build("zbv", self._ranks, microbatches)
+                known = build(MEASURED[0], self._ranks, microbatches)
                 self._costs = estimate_costs(known, measured, w=None if self._splits else 0.0)
             # As much as DualPipeV takes: P + 1/2 micro-batches of 1/P of the model.
             cap = min(self._ranks + 0.5, microbatches)
@@ -159,7 +163,7 @@ class AutoTable:
             self._say_found(search.microbatches, self._answer, step)
             self._answer = None
         dist.broadcast_object_list(said, src=0)
-        self._tables[search.microbatches] = from_csv(said[0], name="auto")
+        self._tables[search.microbatches] = prepare_table(from_csv(said[0], name="auto"), splits=self._splits)
 
     def _say_found(self, microbatches: int, answer: Answer, step: int) -> None:
         say(

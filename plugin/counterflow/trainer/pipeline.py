@@ -33,7 +33,6 @@ class Pipeline:
         self, options: Options, group: dist.ProcessGroup, chunks: int, device: torch.device, link: Link | None = None
     ) -> None:
         self._options, self._group, self._chunks, self._device = options, group, chunks, device
-        self._zero_bubble = options.zero_bubble is not False
         self._tables: dict[tuple[int, bool], ScheduleTable] = {}
         self._programs: dict[tuple[int, bool], Program] = {}
         # New groups wait for half an hour by default; these are to wait as long as the trainer's own.
@@ -50,7 +49,7 @@ class Pipeline:
         self._watch = Watch(find_store(), ranks, rank, timeout.total_seconds())
         self._auto: AutoTable | None = None
         if options.schedule == AUTO:
-            self._auto = AutoTable(group, device, has_pairs=options.overlap, splits=self._zero_bubble)
+            self._auto = AutoTable(group, device, has_pairs=options.overlap, splits=options.zero_bubble is not False)
 
     def choose_table(
         self, microbatches: int, step: int, *, forward_only: bool = False, group: int | None = None
@@ -89,7 +88,7 @@ class Pipeline:
         is_recorded = is_measured or self._options.record is not None
         recorder = Recorder(self.rank, self._device.type == "cuda") if is_recorded else None
         mailbox = Mailbox(self._channels, form, self._device)
-        run_program(program, work, mailbox, zero_bubble=self._zero_bubble, recorder=recorder, watch=self._watch)
+        run_program(program, work, mailbox, recorder=recorder, watch=self._watch)
         spans = recorder.take_spans() if recorder is not None else []
         if self._auto is not None and is_measured:
             self._auto.note(spans)

@@ -6,20 +6,30 @@ a V model.
 """
 
 import weakref
+from dataclasses import replace
+from typing import Any
 
 from counterflow.errors import OptionError, ScheduleError
 from counterflow.options import AUTO, Options
 from counterflow.schedule import (
+    Family,
     ScheduleTable,
+    add_reductions,
     build,
-    lay_bidirectional,
     lay_looped,
     lay_straight,
-    lay_v,
     read_csv,
     validate,
 )
-from counterflow.schedule.layouts import BIDIRECTIONAL, LOOPED, STRAIGHT, Layout, V
+from counterflow.schedule.actions import make_whole
+from counterflow.schedule.families import list_names
+from counterflow.schedule.families.dualpipev import DUALPIPEV
+from counterflow.schedule.families.zbv import ZBV
+from counterflow.schedule.layouts import BIDIRECTIONAL, LOOPED, STRAIGHT, Layout, V, lay_named
+
+# What ``auto`` runs until it has found a table, and lays the model out for: ZB-V has F, I and W apart, so that each can be
+# measured; with ``--cf-overlap`` DualPipeV follows, whose pairs are measured too.
+AUTO_FAMILY, AUTO_FAMILY_WITH_PAIRS = ZBV, DUALPIPEV
 
 # By the identity of the options: equal ones of a later start read anew.
 _tables: dict[int, ScheduleTable] = {}
@@ -40,20 +50,30 @@ def read_table(options: Options) -> ScheduleTable:
 
 
 def choose_layout(options: Options, ranks: int, chunks: int) -> Layout:
-    """Return the layout of the table that the named schedule, or the file, means on ``ranks`` pipeline ranks."""
-    if options.schedule_file is not None:
+    """Return the layout of the table that the named schedule, or the file, means on ``ranks`` pipeline ranks.
+
+    ``chunks`` per rank count where that leaves them open. Without a schedule it is Megatron's own layout.
+    """
+    family = find_family(options)
+    if family is not None:
+        layout = lay_named(family.layout, family.replicas * ranks, chunks)
+    elif options.schedule_file is not None:
         layout = read_table(options).layout
-        if layout.name not in (STRAIGHT, LOOPED, V, BIDIRECTIONAL):
-            raise OptionError(
-                f"--cf-schedule {options.schedule_file} is a table on the {layout.name} layout; this version builds Megatron "
-                f"models for {STRAIGHT}, {LOOPED}, {V} and {BIDIRECTIONAL} layouts: give a table on one of them"
-            )
-        return layout
-    if options.schedule in ("dualpipev", "zbv", AUTO):
-        return lay_v(ranks)
-    if options.schedule == "dualpipe":
-        return lay_bidirectional(2 * ranks)
-    return lay_looped(ranks, chunks) if chunks > 1 else lay_straight(ranks)
+    else:
+        return lay_looped(ranks, chunks) if chunks > 1 else lay_straight(ranks)
+    if layout.name not in (STRAIGHT, LOOPED, V, BIDIRECTIONAL):
+        raise OptionError(
+            f"--cf-schedule {options.schedule} is a table on the {layout.name} layout; this version builds Megatron "
+            f"models for {STRAIGHT}, {LOOPED}, {V} and {BIDIRECTIONAL} layouts: give a table on one of them"
+        )
+    return layout
+
+
+def find_family(options: Options) -> Family | None:
+    """Return the family that a run begins with: the one that is named, or what ``auto`` runs first; None for a file."""
+    if options.schedule == AUTO:
+        return AUTO_FAMILY_WITH_PAIRS if options.overlap else AUTO_FAMILY
+    return options.family
 
 
 def name_model_layout(layout: Layout) -> str:
@@ -67,7 +87,10 @@ def count_replicas(layout: Layout) -> int:
 
 
 def build_table(options: Options, ranks: int, microbatches: int, chunks: int, group: int | None = None) -> ScheduleTable:
-    """Build and validate the training table for these sizes, each of one replica; a file's table must have them."""
+    """Build and validate the training table for these sizes, each of one replica, as it runs (`prepare_table`).
+
+    A file's table must have these sizes.
+    """
     if options.schedule_file is not None:
         table = read_table(options)
         replicas = count_replicas(table.layout)
@@ -81,28 +104,41 @@ def build_table(options: Options, ranks: int, microbatches: int, chunks: int, gr
             )
         _require_rising_forwards(table)
         _require_mirrored_rows(table)
-    elif options.schedule == "dualpipe":
-        if microbatches < 2 * ranks:
-            raise ScheduleError(
-                f"dualpipe: {microbatches} micro-batches per replica on {ranks} pipeline ranks given; "
-                f"it needs at least {2 * ranks} (two per pipeline rank)"
-            )
-        table = build("dualpipe", 2 * ranks, 2 * microbatches)
     else:
-        sizes = {"vpp": chunks, "group": group, "ep_overlap": options.overlap} if options.schedule == "interleaved" else {}
-        assert options.schedule is not None
-        # What auto finds later has the sizes of what it runs first.
-        measured = "dualpipev" if options.overlap else "zbv"
-        name = measured if options.schedule == AUTO else options.schedule
-        table = build(name, ranks, microbatches, **{k: v for k, v in sizes.items() if v is not None})
+        table = _build_named(options, ranks, microbatches, {"vpp": chunks, "group": group, "ep_overlap": options.overlap})
     _require_training(table, options)
     if options.overlap and not any(action.parts for row in table.actions for action in row):
         raise OptionError(
             f"--cf-overlap runs overlapped pairs F&B and {options.schedule} has none with {microbatches} micro-batches on "
-            f"{ranks} ranks: choose interleaved, dualpipev, dualpipe or auto, give a table with OVERLAP_F_B cells, or drop "
+            f"{ranks} ranks: choose {', '.join(list_names(pairs=True))} or {AUTO}, give a table with OVERLAP_F_B cells, or drop "
             "--cf-overlap"
         )
-    return table
+    return prepare_table(table, splits=options.zero_bubble is not False)
+
+
+def prepare_table(table: ScheduleTable, *, splits: bool) -> ScheduleTable:
+    """Return a training table as it runs: with a reduction after each chunk's last gradients where it has none of its own.
+
+    Without ``splits``, backwards run whole: a B in place of each I, and no W.
+    """
+    if not splits:
+        table = replace(table, actions=tuple(tuple(make_whole(row)) for row in table.actions))
+    return add_reductions(table)
+
+
+def _build_named(options: Options, ranks: int, microbatches: int, offered: dict[str, Any]) -> ScheduleTable:
+    """Build the table of the run's family, with those of the offered options that it takes; sizes are of one replica."""
+    family = find_family(options)
+    assert family is not None
+    taken = {name: offered[name] for name in family.options if offered.get(name) is not None}
+    try:
+        return build(family.name, family.replicas * ranks, family.replicas * microbatches, **taken)
+    except ScheduleError as error:
+        if family.replicas == 1:
+            raise
+        raise ScheduleError(
+            f"{error}; it spans {family.replicas} replicas, each of {ranks} pipeline ranks and {microbatches} micro-batches"
+        ) from None
 
 
 def _require_training(table: ScheduleTable, options: Options) -> None:

@@ -1,28 +1,30 @@
 """When gradients and parameters are synchronised between data-parallel ranks, as upstream's schedules do it."""
 
 import contextlib
+from itertools import pairwise
 from typing import Any
 
 from counterflow.megatron.state import of_chunk
 from counterflow.schedule import ScheduleTable
+from counterflow.schedule.actions import REDUCTION
 
 
 class GradientSync:
-    """When gradients and parameters are synchronised: from a chunk's last weight gradients, and to its first forward.
+    """When gradients and parameters are synchronised: from a chunk's R in the table, and to its first forward."""
 
-    ``zero_bubble`` says whether weight gradients come with the table's W or, the I run as a whole B, before.
-    """
-
-    def __init__(
-        self, config: Any, chunks: list[Any], table: ScheduleTable, rank: int, *, zero_bubble: bool, forward_only: bool
-    ) -> None:
+    def __init__(self, config: Any, chunks: list[Any], table: ScheduleTable, rank: int, *, forward_only: bool) -> None:
         self._config, self._chunks = config, chunks
         self._layout = table.layout
         self._no_sync: contextlib.ExitStack | None = None
         self._synced: set[int] = set()
         singles = list(table.singles(rank))
         self._first_forward = {s.stage: s.microbatch for s in reversed(singles) if s.kind == "F"}
-        self._last_gradients = {s.stage: s for s in singles if s.kind in ("BW" if zero_bubble else "BI")}
+        # The B's whose chunk is reduced right after them.
+        self._completing = {
+            (s.stage, s.microbatch)
+            for s, following in pairwise(singles)
+            if s.kind == "B" and following.kind == REDUCTION and following.stage == s.stage
+        }
         started = dict.fromkeys(s.stage for s in singles if s.kind == "F")
         self._parameters_due = [] if forward_only else list(started)
 
@@ -54,30 +56,22 @@ class GradientSync:
         return is_first
 
     def before_backward(self, stage: int, microbatch: int) -> None:
-        """In a backward that completes a chunk's gradients, bucket reductions start from the gradient hooks themselves."""
-        last = self._last_gradients[stage]
-        if self._config.grad_sync_func is None and last.microbatch == microbatch and last.kind != "W":
+        """In a B that its chunk's R follows, bucket reductions start from the gradient hooks themselves."""
+        if self._config.grad_sync_func is None and (stage, microbatch) in self._completing:
             self.resume()
             self._synced.add(stage)
 
-    def finish_backward(self, stage: int, microbatch: int) -> None:
-        """Once a chunk's weight gradients are all there, start its reduction; keep the others from starting theirs."""
-        if self._last_gradients[stage].microbatch == microbatch:
-            if stage not in self._synced:
-                self._start_gradients(stage)
-            # Clones (--cf-eplb) send theirs home now; expert gradients are reduced after that.
-            if (clones := of_chunk(self._chunks[self._layout.chunk_of(stage)]).clones) is not None:
-                clones.start_homecoming()
+    def reduce(self, stage: int) -> None:
+        """Start the reduction of a chunk's gradients, which are all there; keep the others from starting theirs."""
+        self.resume()
+        if stage not in self._synced:
+            self._start_gradients(stage)
+        # Clones (--cf-eplb) send theirs home now; expert gradients are reduced after that.
+        if (clones := of_chunk(self._chunks[self._layout.chunk_of(stage)]).clones) is not None:
+            clones.start_homecoming()
         self.pause()
 
-    def finish(self) -> None:
-        """Let reductions start, and start those of chunks that had no backward."""
-        self.resume()
-        for stage in set(self._last_gradients) - self._synced:
-            self._start_gradients(stage)
-
     def _start_gradients(self, stage: int) -> None:
-        self.resume()
         chunk = self._layout.chunk_of(stage)
         if self._config.grad_sync_func is not None:
             _call_for_chunk(self._config.grad_sync_func, chunk, self._chunks)

@@ -62,7 +62,7 @@ class OverlapWork(MegatronWork):
         """Run the pair's F and B overlapped; returns the F's output and the B's input gradient.
 
         Deferred weight gradients come after the gradient hooks of their layer, so no hook may start a reduction here: where this
-        is the chunk's last backward, `finish_backward` starts them all.
+        is the chunk's last backward, its R starts them all.
         """
         given = take_tensor(received)
         is_first = self._prepare_forward(forward.stage, forward.microbatch, given)

@@ -36,7 +36,6 @@ class PipelineSchedule:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._zero_bubble = options.zero_bubble is not False
         self._pipeline: Pipeline | None = None
         self._training_steps = 0
 
@@ -117,7 +116,7 @@ class PipelineSchedule:
         sync.pause()
         sync.start_parameters(1)
         pipeline.train(program, work, form, iteration)
-        sync.finish()
+        sync.resume()
         self._training_steps += 1
 
     def _make_work(self, step: Step, sync: GradientSync) -> MegatronWork:
@@ -129,6 +128,4 @@ class PipelineSchedule:
         return OverlapWork(step, sync)
 
     def _make_sync(self, step: Step, pipeline: Pipeline) -> GradientSync:
-        return GradientSync(
-            step.config, step.chunks, step.table, pipeline.rank, zero_bubble=self._zero_bubble, forward_only=step.forward_only
-        )
+        return GradientSync(step.config, step.chunks, step.table, pipeline.rank, forward_only=step.forward_only)

@@ -137,8 +137,12 @@ class MegatronWork:
         return gradient
 
     def finish_backward(self, stage: int, microbatch: int) -> None:
-        """Start the chunk's gradient reduction where these were its last weight gradients."""
-        self._sync.finish_backward(stage, microbatch)
+        """Keep other backwards from starting a reduction; the chunk's own begins with its R."""
+        self._sync.pause()
+
+    def reduce(self, stage: int) -> None:
+        """Start the reduction of the chunk's gradients."""
+        self._sync.reduce(stage)
 
 
 def take_tensor(message: Message) -> torch.Tensor | None:

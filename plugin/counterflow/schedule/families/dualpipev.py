@@ -2,20 +2,16 @@
 beside the backward of the other.
 
 Source: DeepSeek-V3, arXiv 2412.19437, section 3.2.1, cut in half; deepseek-ai/DualPipe. P ranks, two stages a rank (V),
-M >= 2P micro-batches, F, B and W per chunk, F&B an overlapped pair.
+M >= 2P micro-batches, F, B and W per chunk, F&B an overlapped pair. The DualPipe README counts PP = 2P
+stages and writes the bubble (PP/2-1)(F&B + B - 3W).
 
-- bubble per rank: (P-1)(F&B + B - 3W); the DualPipe README counts PP = 2P stages and writes (PP/2-1)(F&B + B - 3W)
-- live activations: P + 1/2 micro-batches
-
-In the steps below ``there`` and ``back`` are the rank's two stages::
-
-    rank 0: 0F0 0F1 0F2 3F0 3I0 3W0 3F1 (0F3;3B1) (3F2;0B0) ...
-    rank 1:     1F0 2F0 1F1 2F1 1F2 2B0 (2F2;1B0) ...
+In the steps below ``there`` and ``back`` are the rank's two stages.
 """
 
 from counterflow.schedule.actions import Action
+from counterflow.schedule.families.family import Family
 from counterflow.schedule.families.rows import Row, require
-from counterflow.schedule.layouts import lay_v
+from counterflow.schedule.layouts import V, lay_v
 from counterflow.schedule.table import ScheduleTable
 
 
@@ -68,3 +64,20 @@ def fill_row(row: Row, rank: int, ranks: int, microbatches: int, there: int, bac
     for _ in range(rank + 1):
         row.weight()
     return tuple(row.actions)
+
+
+DUALPIPEV = Family(
+    "dualpipev",
+    build_dualpipev,
+    V,
+    splits=True,
+    pairs=True,
+    sizes="M >= 2P",
+    bubble="(P-1)(F&B+B-3W)",
+    activations="P + 1/2",
+    source="arXiv 2412.19437",
+    picture="""
+rank 0: 0F0 0F1 0F2 3F0 3I0 3W0 3F1 (0F3;3B1) (3F2;0B0) ...
+rank 1:     1F0 2F0 1F1 2F1 1F2 2B0 (2F2;1B0) ...
+""",
+)

@@ -1,25 +1,19 @@
 """Interleaved 1F1B: v stages a rank, so that the pipeline fills in smaller steps; Megatron's schedule.
 
 Source: Megatron-LM, arXiv 2104.04473, section 2.2.2. P ranks, v chunks a rank (looped), M micro-batches, F and B per chunk.
-
-- bubble per rank: (P-1)(F+B), v times smaller than 1F1B's since a chunk is
-- live activations: ((v+1)P - 2r - 1) / v micro-batches on rank r
+Rank r has ((v+1)P - 2r - 1) / v live activations.
 
 With ``ep_overlap``, Megatron's ``--overlap-moe-expert-parallel-comm``: one more chunk of warm-up makes each forward independent
 of the backward beside it, and the two run as an overlapped pair; 1/v micro-batches more live.
-
-::
-
-    rank 0: 0F0 0F1 2F0 2F1     2B0 2B1 0B0 0B1
-    rank 1:     1F0 1F1 3F0 3B0 3F1 3B1 1B0 1B1
 """
 
 from counterflow.bounds import take_whole
 from counterflow.errors import ScheduleError
 from counterflow.schedule.actions import Action, pair
+from counterflow.schedule.families.family import Family
 from counterflow.schedule.families.one_f_one_b import alternate
 from counterflow.schedule.families.rows import require
-from counterflow.schedule.layouts import lay_looped
+from counterflow.schedule.layouts import LOOPED, lay_looped
 from counterflow.schedule.table import ScheduleTable
 
 
@@ -63,3 +57,20 @@ def _overlap(forwards: list[Action], backwards: list[Action], warmup: int) -> tu
     """Return ``warmup`` forwards, then overlapped pairs, then the remaining backwards."""
     pairs = [pair(forward, backward) for forward, backward in zip(forwards[warmup:], backwards, strict=False)]
     return tuple(forwards[:warmup] + pairs + backwards[len(forwards) - warmup :])
+
+
+INTERLEAVED = Family(
+    "interleaved",
+    build_interleaved,
+    LOOPED,
+    splits=False,
+    pairs=True,
+    sizes="M a multiple of P",
+    bubble="(P-1)(F+B)",
+    activations="P + (P-1)/v, with `ep_overlap` P + P/v",
+    source="arXiv 2104.04473, Megatron-Core",
+    picture="""
+rank 0: 0F0 0F1 2F0 2F1     2B0 2B1 0B0 0B1
+rank 1:     1F0 1F1 3F0 3B0 3F1 3B1 1B0 1B1
+""",
+)

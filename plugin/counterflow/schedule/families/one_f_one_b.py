@@ -2,19 +2,12 @@
 
 Source: PipeDream-Flush, Narayanan et al., arXiv 2006.09503; Megatron-LM, arXiv 2104.04473, section 2.2.1.
 P ranks, M micro-batches, F and B per stage.
-
-- bubble per rank: (P-1)(F+B), as GPipe's
-- live activations: P-r on rank r (M at most)
-
-::
-
-    rank 0: F0 F1       B0 F2 B1    B2
-    rank 1:    F0 B0 F1 B1 F2 B2
 """
 
 from counterflow.schedule.actions import Action
+from counterflow.schedule.families.family import Family
 from counterflow.schedule.families.rows import require
-from counterflow.schedule.layouts import lay_straight
+from counterflow.schedule.layouts import STRAIGHT, lay_straight
 from counterflow.schedule.table import ScheduleTable
 
 
@@ -34,3 +27,20 @@ def alternate(forwards: list[Action], backwards: list[Action], warmup: int) -> t
     """Return ``warmup`` forwards, then one forward and one backward in turn, then the remaining backwards."""
     steady = [action for both in zip(forwards[warmup:], backwards, strict=False) for action in both]
     return tuple(forwards[:warmup] + steady + backwards[len(forwards) - warmup :])
+
+
+ONE_F_ONE_B = Family(
+    "1f1b",
+    build_1f1b,
+    STRAIGHT,
+    splits=False,
+    pairs=False,
+    sizes="any",
+    bubble="(P-1)(F+B)",
+    activations="P",
+    source="arXiv 2104.04473",
+    picture="""
+rank 0: F0 F1       B0 F2 B1    B2
+rank 1:    F0 B0 F1 B1 F2 B2
+""",
+)

@@ -1,19 +1,12 @@
 """ZB-H1: 1F1B whose backwards are split, so that weight gradients fill the bubble.
 
 Source: Qi et al., Zero Bubble Pipeline Parallelism, arXiv 2401.10241, section 2.1. P ranks, M >= P micro-batches, F, I and
-W per stage.
-
-- bubble per rank: (P-1)(F+I-W), a third of 1F1B's where F = I = W
-- live activations: P-r on rank r; with the r weight gradients it keeps back that makes P, 1F1B's peak
-
-::
-
-    rank 0: F0 F1       I0 W0 F2 I1 W1 I2 W2
-    rank 1:    F0 I0 F1 I1 W0 F2 I2 W1 W2
+W per stage. Rank r has P-r live activations; the r weight gradients that it keeps back make that P, 1F1B's peak.
 """
 
+from counterflow.schedule.families.family import Family
 from counterflow.schedule.families.rows import Row, require
-from counterflow.schedule.layouts import lay_straight
+from counterflow.schedule.layouts import STRAIGHT, lay_straight
 from counterflow.schedule.table import ScheduleTable
 
 
@@ -38,3 +31,20 @@ def build_zb_h1(ranks: int, microbatches: int) -> ScheduleTable:
             row.weight()
         rows.append(tuple(row.actions))
     return ScheduleTable("zb-h1", lay_straight(ranks), microbatches, tuple(rows))
+
+
+ZB_H1 = Family(
+    "zb-h1",
+    build_zb_h1,
+    STRAIGHT,
+    splits=True,
+    pairs=False,
+    sizes="M >= P",
+    bubble="(P-1)(F+I-W)",
+    activations="P, with queued W's",
+    source="arXiv 2401.10241",
+    picture="""
+rank 0: F0 F1       I0 W0 F2 I1 W1 I2 W2
+rank 1:    F0 I0 F1 I1 W0 F2 I2 W1 W2
+""",
+)

@@ -2,19 +2,12 @@
 
 Source: Qi et al., Pipeline Parallelism with Controllable Memory, arXiv 2405.15362, section 4.2 (V-ZB); zero bubble from arXiv
 2401.10241. P ranks, two stages a rank (V), F, I and W per chunk.
-
-- bubble per rank: (P-1)F where F = I = W: the time until the last rank has its first input
-- live activations: P micro-batches on every rank
-
-::
-
-    rank 0: 0F0 0F1 0F2 3F0 3I0 3W0 3F1 3I1 3W1 0F3 0I0 0W0 ...
-    rank 1:     1F0 2F0 1F1 2F1 2I0 2W0 1F2 1I0 1W0 2F2 2I1 ...
 """
 
 from counterflow.schedule.actions import Action
+from counterflow.schedule.families.family import Family
 from counterflow.schedule.families.rows import require
-from counterflow.schedule.layouts import lay_v
+from counterflow.schedule.layouts import V, lay_v
 from counterflow.schedule.table import ScheduleTable
 
 
@@ -55,3 +48,20 @@ def _fill_row(rank: int, ranks: int, microbatches: int, there: int, back: int) -
     for stage in (back, there):
         place(placed["I", stage] - placed["W", stage], ("W", stage))
     return row
+
+
+ZBV = Family(
+    "zbv",
+    build_zbv,
+    V,
+    splits=True,
+    pairs=False,
+    sizes="any",
+    bubble="(P-1)F where F = I = W",
+    activations="P",
+    source="arXiv 2405.15362",
+    picture="""
+rank 0: 0F0 0F1 0F2 3F0 3I0 3W0 3F1 3I1 3W1 0F3 0I0 0W0 ...
+rank 1:     1F0 2F0 1F1 2F1 2I0 2W0 1F2 1I0 1W0 2F2 2I1 ...
+""",
+)

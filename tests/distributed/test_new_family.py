@@ -1,0 +1,71 @@
+"""A family is one file and its name in a list: made as the docs say, in a copy of the plugin, it trains like the others."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cases import SHARDED, SMALL
+from start_cases import run_cases
+from train import read_flags
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def copied_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The plugin with one file and one name more, first on Python's path."""
+    plugin = tmp_path / "plugin"
+    shutil.copytree(ROOT / "plugin" / "counterflow", plugin / "counterflow", ignore=shutil.ignore_patterns("__pycache__"))
+    families = plugin / "counterflow" / "schedule" / "families"
+    first, value = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "add-a-schedule.md").read_text(), flags=re.DOTALL)
+    function = first[: first.index("\n\ntable = ")].replace(
+        "from counterflow.schedule import Action, Costs, ScheduleTable, build, lay_straight, simulate, to_csv, validate",
+        "from counterflow.schedule.actions import Action\n"
+        "from counterflow.schedule.layouts import lay_straight\n"
+        "from counterflow.schedule.table import ScheduleTable",
+    )
+    (families / "gpipe_lifo.py").write_text(f"{function}\n\n{value}")
+    register = families / "__init__.py"
+    text = register.read_text()
+    text = text.replace(", DUALPIPE)}", ", DUALPIPE, GPIPE_LIFO)}", 1)
+    text = text.replace(
+        "from counterflow.schedule.table",
+        "from counterflow.schedule.families.gpipe_lifo import GPIPE_LIFO\nfrom counterflow.schedule.table",
+    )
+    register.write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(plugin))
+    return plugin
+
+
+def test_a_family_made_as_the_docs_say_is_known_and_trains(copied_plugin: Path, text: Path, tmp_path: Path) -> None:
+    flags = [flag for flag in read_flags("deepseek-v3-small.args") + read_flags("cpu.args") if flag not in SHARDED]
+    flags += [
+        *SMALL,
+        "--pipeline-model-parallel-size",
+        "2",
+        "--data-path",
+        str(text),
+        "--data-cache-path",
+        str(tmp_path / "cache"),
+        "--train-iters",
+        "2",
+    ]
+    cases = [{"name": name, "plugin": True, "flags": [*flags, "--cf-schedule", name]} for name in ("1f1b", "gpipe-lifo")]
+    runs = run_cases("worker.py", cases, tmp_path, ranks=2)
+    expected, steps = (runs[name]["steps"] for name in ("1f1b", "gpipe-lifo"))
+    assert [step["iteration"] for step in steps] == [1, 2]
+    for step, other in zip(steps, expected, strict=True):
+        assert step["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+
+    command = [sys.executable, "-m", "counterflow.commands.main", "schedule", "compare", "--ranks", "2", "--microbatches", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "gpipe-lifo" in done.stdout
+    code = "import counterflow.options as o; print(o.describe_options()); o.read_flags(['--cf-schedule', 'none'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "dualpipe, gpipe-lifo, auto" in done.stdout, "the flag's help does not name it"
+    assert "allowed: gpipe, 1f1b, interleaved, zb-h1, zbv, dualpipev, dualpipe, gpipe-lifo, auto" in done.stderr
