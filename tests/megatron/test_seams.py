@@ -17,6 +17,8 @@ from counterflow.errors import OptionError, SeamError
 from counterflow.megatron import install, seams
 from counterflow.megatron.seams import SEAMS, Seam
 
+pytestmark = pytest.mark.slow
+
 PATCH = Path(__file__).resolve().parents[2] / "patches" / "megatron-lm" / "0.17-0.20" / "enable.patch"
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from counterflow.arrays import Array
 from counterflow.bounds import show, take_number, take_whole
 from counterflow.errors import ScheduleError
 from counterflow.schedule import greedy
@@ -27,7 +28,7 @@ from counterflow.schedule.bound import bound_makespan
 from counterflow.schedule.costs import SMALLEST_COST, Costs, PerStage
 from counterflow.schedule.families import build, require_size
 from counterflow.schedule.families.rows import Row
-from counterflow.schedule.greedy import Array, Problem, Rows
+from counterflow.schedule.greedy import Problem, Rows
 from counterflow.schedule.layouts import Layout, lay_passes
 from counterflow.schedule.simulation import simulate
 from counterflow.schedule.table import ScheduleTable
