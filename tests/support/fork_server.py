@@ -5,15 +5,19 @@ time. A job is {"worker", "argument", "ranks", "port", "logs", "alone", "timeout
 `run(argument)`; ``port`` is that of the store at which they meet; unless they are ``alone``, a rank that fails ends the others.
 """
 
+import argparse
 import importlib
 import json
 import os
+import pkgutil
 import signal
 import sys
 import time
 import traceback
 from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # How long the others may go on, to say what they found, when a rank has failed.
@@ -22,6 +26,9 @@ POLL_SECONDS = 0.01
 
 
 def main() -> None:
+    # Whoever asks ends this process by going away; a signal to all would leave the ranks behind.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import_megatron()
@@ -31,13 +38,29 @@ def main() -> None:
 
 
 def import_megatron() -> None:
-    """Import what ranks need, without a thread: forks have only the one that forks."""
+    """Do once what every rank would do alike, without starting a thread: forks have only the one that forks."""
+    import counterflow
     from counterflow.platform import install_cpu
 
     patches = install_cpu()
-    for name in ("megatron.training.training", "numba", "torch.distributed.checkpoint", "tensorboard"):
+    for name in ("pretrain_moe", "torch.distributed.checkpoint", "tensorboard", "torch._dynamo.trace_rules"):
         importlib.import_module(name)
+    for module in pkgutil.walk_packages(counterflow.__path__, "counterflow."):
+        if module.name.split(".")[1] in ("balance", "fp8", "megatron", "moe", "runtime", "trainer"):
+            importlib.import_module(module.name)
+    read_arguments_once()
     patches.undo()
+
+
+def read_arguments_once() -> None:
+    """Keep what Megatron reads of its own source for its arguments' help: a third of what a rank computes before it trains."""
+    from megatron.training import argument_utils, arguments
+
+    # Megatron 0.17 has written its help out.
+    if (factory := getattr(argument_utils, "ArgumentGroupFactory", None)) is not None:
+        read = cache(partial(factory._get_field_docstrings, SimpleNamespace(_get_field_docstrings=lambda owner: read(owner))))
+        factory._get_field_docstrings = lambda self, owner: read(owner)
+        arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 
 
 def run_job(job: dict[str, Any]) -> list[int | None]:
@@ -79,6 +102,8 @@ def be_rank(job: dict[str, Any], rank: int) -> None:
     status = 1
     try:
         os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         folder = Path(job["logs"]) / str(rank)
         folder.mkdir(parents=True)
         for descriptor, path in enumerate((Path(os.devnull), folder / "stdout.log", folder / "stderr.log")):

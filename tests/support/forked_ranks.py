@@ -47,7 +47,5 @@ def _start_server(first: str) -> "subprocess.Popen[str]":
         text=True,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )
-    # It ends when nothing can be asked of it any more.
-    assert server.stdin is not None
-    atexit.register(server.stdin.close)
+    atexit.register(server.communicate)  # it ends when nothing can be asked of it any more
     return server
