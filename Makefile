@@ -1,5 +1,6 @@
-# Two commands do everything, each from nothing: make train, make test.
-.PHONY: help setup train test lint docs doctor bench-runtime bench-auto bench-balance bench-eplb clean
+# make train and make test do everything, each from nothing; make check is the loop while editing (docs/testing.md).
+.PHONY: help setup train test check test-unit test-ranks nightly lint docs doctor
+.PHONY: bench-runtime bench-auto bench-balance bench-eplb clean
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 
@@ -10,7 +11,11 @@ TRAIN := $(if $(SCHEDULE),--schedule $(SCHEDULE)) $(if $(EPLB),--eplb) $(if $(IT
 
 help:
 	@echo "make train   train a real Megatron-Core MoE model under DualPipeV on this machine (SCHEDULE= EPLB=1 ITERS= FRESH=1 ...)"
-	@echo "make test    lint, type check and run all tests"
+	@echo "make check   while editing: lint, types and the fast unit tests, in a minute (TESTS=\"tests/unit/test_eplb.py\" ...)"
+	@echo "make test-unit   all tests that start no ranks"
+	@echo "make test-ranks  the tests that train, on four ranks of the CPU"
+	@echo "make test    all of it: lint, types, test-unit and test-ranks"
+	@echo "make nightly the long sweeps: 2,000 examples a property, 2,000 drawn command lines, every schedule with every feature"
 	@echo "make bench-runtime  time the runtime beside its simulator, torch's schedules and Megatron's (ARGS=\"--steps 10\")"
 	@echo "make bench-auto  train under --cf-schedule auto on stages that sleep and look at every step (ARGS=\"--ranks 4\")"
 	@echo "make bench-balance  measure the balancer: balancedness, traffic, speed, growth (ARGS=\"speed --eplb FILE\")"
@@ -27,9 +32,30 @@ setup: .venv/.installed
 train: setup
 	@$(BIN)/python examples/pretrain_moe/train.py $(TRAIN)
 
+# PYTEST="further options of pytest"
+RUN_TESTS := $(BIN)/python -m pytest $(PYTEST)
+WITHOUT_RANKS := tests/unit tests/megatron tests/browser
+
+# Lint and types run beside the tests.
+check: setup
+	@$(MAKE) --no-print-directory lint & lint=$$!; \
+	$(RUN_TESTS) -q -m "not slow" $(or $(TESTS),tests/unit tests/megatron); tests=$$?; wait $$lint && exit $$tests
+
+test-unit: setup
+	@bash scripts/find-browser.sh >/dev/null || true
+	@$(RUN_TESTS) $(WITHOUT_RANKS)
+
+test-ranks: setup
+	@$(RUN_TESTS) tests/distributed tests/gpu
+
 test: lint
 	@bash scripts/find-browser.sh >/dev/null || true
-	@$(BIN)/python -m pytest
+	@$(RUN_TESTS)
+
+nightly: setup
+	@HOSTILE_DRAWS=2000 $(RUN_TESTS) $(WITHOUT_RANKS) --hypothesis-profile=nightly
+	@$(BIN)/python -m benchmarks.equality
+	@$(BIN)/python -m benchmarks.works_with
 
 lint: setup
 	@$(BIN)/ruff check .
@@ -44,16 +70,16 @@ doctor: setup
 	@$(BIN)/counterflow doctor
 
 bench-runtime: setup
-	@$(BIN)/python benchmarks/runtime.py $(ARGS)
+	@$(BIN)/python -m benchmarks.runtime $(ARGS)
 
 bench-auto: setup
-	@$(BIN)/python benchmarks/auto.py $(ARGS)
+	@$(BIN)/python -m benchmarks.auto $(ARGS)
 
 bench-balance: setup
-	@$(BIN)/python benchmarks/balance.py $(ARGS)
+	@$(BIN)/python -m benchmarks.balance $(ARGS)
 
 bench-eplb: setup
-	@$(BIN)/python benchmarks/expert_balancing.py $(ARGS)
+	@$(BIN)/python -m benchmarks.expert_balancing $(ARGS)
 
 clean:
 	rm -rf .venv runs site .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -16,11 +16,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples" / "pretrain_moe"))
-
-from ranks import RankError, start_ranks  # noqa: E402
-from runtime import PIPED_WIDTH, Figure, print_figures  # noqa: E402
+from benchmarks.runtime import PIPED_WIDTH, Figure, print_figures
+from ranks import RankError, start_ranks
+from tests.support import ROOT
 
 MOST_OVER_MEDIAN = 1.5
 # Steps in which ranks connect to each other.
@@ -95,7 +93,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("auto_rank.py"))]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.auto_rank"]
     for name in ("microbatches", "milliseconds", "seconds", "after", "out"):
         command += [f"--{name}", str(getattr(given, name))]
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from contestants import TIMEOUT, Size, SleepingStage, SleepLog, make_adapter, on_cpu_platform
+from benchmarks.contestants import TIMEOUT, Size, SleepingStage, SleepLog, make_adapter, on_cpu_platform
 from counterflow.trainer import auto
 
 # What F, I and W sleep: backwards of a Transformer with attention. For equal ones ZB-V is as good as a table gets here.

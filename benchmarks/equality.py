@@ -1,4 +1,4 @@
-"""Does every schedule train like Megatron? ``python benchmarks/equality.py [--seeds 1234 4321]``.
+"""Does every schedule train like Megatron? ``python -m benchmarks.equality [--seeds 1234 4321]``.
 
 Ten steps of the example's MoE model, made small, on four CPU ranks: plain Megatron 1F1B, then every family and twenty
 searched tables (layouts, micro-batch costs and memory caps of their own) from the same weights. Prints by how much losses and
@@ -6,26 +6,21 @@ gradient norms differ at most.
 """
 
 import argparse
-import json
-import math
 import random
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "examples" / "pretrain_moe"), str(ROOT / "tests" / "distributed")]
+from cases import SMALL, TWO_STAGES
+from counterflow.schedule import Costs, Layout, lay_looped, lay_straight, lay_v, to_csv
+from counterflow.schedule.search import search
+from data import prepare_text
+from tests.support.comparing import TOLERANCE, find_difference
+from tests.support.run_cases import Runs
+from train import read_flags
 
-from cases import SMALL, TWO_STAGES  # noqa: E402
-from counterflow.schedule import Costs, Layout, lay_looped, lay_straight, lay_v, to_csv  # noqa: E402
-from counterflow.schedule.search import search  # noqa: E402
-from data import prepare_text  # noqa: E402
-from ranks import start_ranks  # noqa: E402
-from train import read_flags  # noqa: E402
-
-STEPS, MICROBATCHES, TOLERANCE = 10, 6, 1e-5
-CASES_PER_START = 12
+STEPS, MICROBATCHES = 10, 6
 REFERENCE = "megatron 1f1b"
 FAMILIES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev", "dualpipe", "auto")
 CHUNKS = ["--num-virtual-stages-per-pipeline-rank", "2"]
@@ -70,26 +65,6 @@ def list_cases(directory: Path, seed: int, tables: int) -> list[dict[str, Any]]:
     return cases + [{"name": name, "plugin": True, "flags": [*base, *start, *flags]} for name, flags in chosen.items()]
 
 
-def run_cases(cases: list[dict[str, Any]], directory: Path) -> dict[str, list[dict[str, float]]]:
-    """Run the cases on four ranks; return the steps of each."""
-    worker = str(ROOT / "tests" / "distributed" / "worker.py")
-    steps: dict[str, list[dict[str, float]]] = {}
-    for first in range(0, len(cases), CASES_PER_START):
-        given, results = directory / f"cases-{first}.json", directory / f"results-{first}.json"
-        given.write_text(json.dumps(cases[first : first + CASES_PER_START]))
-        start_ranks(4, [sys.executable, "-W", "ignore", worker, str(given), str(results)], directory / "logs")
-        steps |= {run["name"]: run["steps"] for run in json.loads(results.read_text())}
-    return steps
-
-
-def find_difference(steps: list[dict[str, float]], expected: list[dict[str, float]]) -> float:
-    """Return the largest relative difference of losses and gradient norms; infinity where a step is missing."""
-    if len(steps) != len(expected):
-        return math.inf
-    pairs = [(mine[key], other[key]) for mine, other in zip(steps, expected, strict=True) for key in ("loss", "grad_norm")]
-    return max(abs(mine - other) / abs(other) if math.isfinite(mine) else math.inf for mine, other in pairs)
-
-
 def main() -> None:
     """Run, print a line per schedule, end with status 1 where one differs."""
     parser = argparse.ArgumentParser(description="Compare every schedule's losses and gradient norms with plain Megatron's.")
@@ -99,12 +74,11 @@ def main() -> None:
     worst = 0.0
     for seed in given.seeds:
         with tempfile.TemporaryDirectory() as folder:
-            steps = run_cases(list_cases(Path(folder), seed, given.tables), Path(folder))
-        for name, found in steps.items():
-            if name not in ("initial", REFERENCE):
-                difference = find_difference(found, steps[REFERENCE])
+            runs = Runs("worker", list_cases(Path(folder), seed, given.tables), Path(folder))
+            for name in [name for name in runs if name not in ("initial", REFERENCE)]:
+                difference = find_difference(runs[name], runs[REFERENCE])
                 worst = max(worst, difference)
-                print(f"seed {seed}  {name:34} {len(found)} steps, differs by {difference:.1e} at most", flush=True)
+                print(f"seed {seed}  {name:34} {len(runs[name]['steps'])} steps, differs by {difference:.1e} at most", flush=True)
     print(f"largest difference {worst:.1e}, allowed {TOLERANCE:g}: {'PASS' if worst <= TOLERANCE else 'NOT REACHED'}")
     sys.exit(worst > TOLERANCE)
 

@@ -13,20 +13,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "examples" / "pretrain_moe"), str(ROOT / "tests" / "distributed")]
+from cases import OVERLAPPED, SCHEDULES, SHARDED, TWO_STAGES
+from data import prepare_text
+from eplb_cases import list_base_flags, list_start_flags
+from ranks import start_ranks
+from tests.support import ROOT
+from tests.support.checkpoints import measure_difference, read_tensors
+from tests.support.comparing import TOLERANCE, find_difference
+from tests.support.run_cases import Runs
+from train import STEP, read_flags
 
-from cases import OVERLAPPED, SCHEDULES, SHARDED, TWO_STAGES  # noqa: E402
-from checkpoints import measure_difference, read_tensors  # noqa: E402
-from data import prepare_text  # noqa: E402
-from eplb_cases import list_base_flags, list_start_flags  # noqa: E402
-from ranks import start_ranks  # noqa: E402
-from start_cases import run_cases  # noqa: E402
-from train import STEP, read_flags  # noqa: E402
-
-Runs = dict[str, dict[str, Any]]
-
-TOLERANCE = 1e-5
 # Micro-batches of 4 ranks: 8, of 8 ranks with two replicas of every expert: 4, the fewest that a V of two ranks takes.
 EXACT = """
     --num-experts 8 --moe-router-num-groups 4 --moe-router-group-topk 2 --moe-router-topk 3 --global-batch-size 16
@@ -68,7 +64,7 @@ def measure_exactness(given: argparse.Namespace, directory: Path) -> float:
             folder.mkdir()
             # Group by group, so that a run that is stopped has printed what it found.
             for group in group_exact_cases(folder, seed, steps):
-                reference, *others = run_cases("eplb_worker.py", group, folder, 4 * replicas).values()
+                reference, *others = Runs("eplb_worker", group, folder, 4 * replicas).values()
                 for run in others:
                     found = compare(run, reference, steps)
                     if reference["name"] != "bf16":
@@ -105,10 +101,9 @@ def group_exact_cases(directory: Path, seed: int, steps: int) -> list[list[dict[
 
 def compare(run: dict[str, Any], reference: dict[str, Any], steps: int) -> tuple[float, float, float]:
     """Return the largest relative differences of losses, of gradient norms, and of weights and optimizer state at the end."""
-    if len(run["steps"]) != len(reference["steps"]):
-        return math.inf, math.inf, math.inf
-    pairs = list(zip(run["steps"], reference["steps"], strict=True))
-    loss, norm = (max(abs(one[key] - two[key]) / abs(two[key]) for one, two in pairs) for key in ("loss", "grad_norm"))
+    loss, norm = (find_difference(run, reference, name) for name in ("loss", "grad_norm"))
+    if math.isinf(loss):
+        return loss, norm, math.inf
     found, expected = (read_tensors(one["directory"] / one["name"], steps) for one in (run, reference))
     if found.keys() != expected.keys():
         return loss, norm, math.inf
@@ -140,7 +135,7 @@ def measure_balance(given: argparse.Namespace, directory: Path) -> float:
                 cases.append(
                     {"name": name, "plugin": True, "plans": "made", "flags": [*list_example_flags(text, directory), *flags, *on]}
                 )
-        for name, run in run_cases("eplb_worker.py", cases, directory).items():
+        for name, run in Runs("eplb_worker", cases, directory).items():
             # The first step has homes alone.
             said = run["clones"]["said"][1:]
             before, after = ([step[key] for step in said] for key in ("balancedness before", "balancedness"))

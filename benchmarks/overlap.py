@@ -1,4 +1,4 @@
-"""How much of the expert all-to-all an overlapped pair hides: `python benchmarks/overlap.py [--ranks 2]`.
+"""How much of the expert all-to-all an overlapped pair hides: `python -m benchmarks.overlap [--ranks 2]`.
 
 Real Megatron MoE layers, expert parallel over gloo, on the CPU platform. Attention and experts sleep in their forward, in
 their input gradient and in their weight gradient; each all-to-all sleeps before it exchanges its tokens, so long that a

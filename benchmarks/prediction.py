@@ -1,4 +1,4 @@
-"""How far each predictor of loads errs: `python benchmarks/prediction.py TRACE.npz [--warmup 50]`.
+"""How far each predictor of loads errs: `python -m benchmarks.prediction TRACE.npz [--warmup 50]`.
 
 The error of each over persistence's, per layer, for plans made every so many micro-batches; the last line is the choice among
 them.

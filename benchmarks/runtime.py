@@ -19,11 +19,8 @@ from rich.table import Table
 
 from counterflow.report import Picture, render_html, render_svg
 from counterflow.schedule import Costs, build, load_record, simulate
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples" / "pretrain_moe"))
-
-from ranks import RankError, start_ranks  # noqa: E402
+from ranks import RankError, start_ranks
+from tests.support import ROOT
 
 OURS, ADAPTER = "counterflow", "adapter"
 # Of the simulated makespan, the best of all steps, per milliseconds that an F sleeps.
@@ -189,7 +186,7 @@ def draw_bars(results: list[Result]) -> str:
 
 def measure(given: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Start the ranks and return what rank 0 wrote."""
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("runtime_rank.py")), "--out", str(given.out)]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.runtime_rank", "--out", str(given.out)]
     command += ["--microbatches", str(given.microbatches), "--rounds", str(given.steps)]
     command += ["--milliseconds", *(f"{milliseconds:g}" for milliseconds in given.milliseconds)]
     for stale in given.out.glob("record-*/*/timeline-rank*.jsonl"):

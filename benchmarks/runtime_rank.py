@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from contestants import CPU, FORM, SHAPE, TIMEOUT, Contestant, Size, SleepLog, enter_platform, list_contestants
+from benchmarks.contestants import CPU, FORM, SHAPE, TIMEOUT, Contestant, Size, SleepLog, enter_platform, list_contestants
 from counterflow.runtime.executor import run_program
 from counterflow.runtime.lowering import lower
 from counterflow.runtime.mailbox import Channels, Mailbox

@@ -1,4 +1,4 @@
-"""The figures of the schedules: `python benchmarks/schedules.py [--seconds 60]`.
+"""The figures of the schedules: `python -m benchmarks.schedules [--seconds 60]`.
 
 Bubbles and makespans of the families, what the search finds under a cap, and how long a simulation takes.
 """

@@ -1,4 +1,4 @@
-"""The search against every family that fits the cap, case by case: `python benchmarks/search_grid.py`.
+"""The search against every family that fits the cap, case by case: `python -m benchmarks.search_grid`.
 
 Each case has its ranks, micro-batches, stage costs, P2P time, overlap and memory cap; a rank's F = I = W = 1 where stages
 are equal. A case counts as lost where the search is slower than the best family, Megatron's interleaved

@@ -1,4 +1,4 @@
-"""Whether versions of Megatron train alike: `python benchmarks/versions.py TREE… [--only WORD] [--seeds 1234 4321]`.
+"""Whether versions of Megatron train alike: `python -m benchmarks.versions TREE… [--only WORD] [--seeds 1234 4321]`.
 
 A tree is a checkout of Megatron-LM. Its own ``pretrain_gpt.py`` trains a small model of experts for a few steps on four CPU
 ranks, under plain Megatron 1F1B and under the plugin, from one checkpoint; the table says by how much losses and gradient
@@ -12,7 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from works_with import CHUNKS, INITIAL, REFERENCE, ROOT, SHARDED, compare, run_cases
+from benchmarks.works_with import CHUNKS, INITIAL, REFERENCE, SHARDED, compare, run_cases
+from cases import SMALL, TWO_STAGES, drop_flags
+from tests.support import ROOT
+from train import read_flags
 
 BF16 = "megatron 1f1b, bf16"
 VPP = f"--cf-schedule interleaved {CHUNKS} 2"
@@ -42,9 +45,6 @@ STEPS = 3
 
 def list_flags(seed: int, directory: Path) -> list[str]:
     """Return what all runs of a tree share."""
-    from cases import SMALL, TWO_STAGES, drop_flags
-    from train import read_flags
-
     flags = [*read_flags("deepseek-v3-small.args"), *read_flags("cpu.args"), *SMALL, *TWO_STAGES, "--mock-data"]
     flags += ["--data-cache-path", str(directory / "cache"), "--train-iters", str(STEPS), "--global-batch-size", "8"]
     return [*drop_flags(flags, (SHARDED,)), "--seed", str(seed)]

@@ -1,27 +1,25 @@
-"""What each schedule works with: `python benchmarks/works_with.py [--only WORD] [--schedules dualpipev]`.
+"""What each schedule works with: `python -m benchmarks.works_with [--only WORD] [--schedules dualpipev]`.
 
 Trains a small model for a few steps on four CPU ranks under plain Megatron 1F1B and under each schedule, from one
 checkpoint, with each combination of flags in turn, and says by how much losses and gradient norms differ.
 """
 
 import argparse
-import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import inf
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "examples" / "pretrain_moe"), str(ROOT / "tests" / "distributed")]
+from cases import SMALL, TWO_STAGES, drop_flags
+from data import prepare_text
+from tests.support.comparing import TOLERANCE, find_difference
+from tests.support.run_cases import CaseError, Runs
+from train import read_flags
 
 STEPS = 3
-TOLERANCE = 1e-5
 REFERENCE = "megatron 1f1b"
 INITIAL = "initial weights"
-CASES_PER_START = 10
 
 
 @dataclass(frozen=True)
@@ -113,9 +111,6 @@ FAMILIES = {"1f1b": "", "zb-h1": "", "interleaved": f"{CHUNKS} 2", "dualpipev": 
 
 def list_flags(model: Model, variant: Variant, schedule: str, text: Path, directory: Path) -> list[str]:
     """Return the whole command line of one run; the reference takes no layout."""
-    from cases import SMALL, TWO_STAGES, drop_flags
-    from train import read_flags
-
     flags = [*read_flags("deepseek-v3-small.args"), *read_flags("cpu.args"), *SMALL, *TWO_STAGES]
     flags += ["--data-path", str(text), "--data-cache-path", str(directory / "cache"), "--train-iters", str(STEPS)]
     flags += ["--global-batch-size", "8"]
@@ -144,49 +139,27 @@ def list_cases(model: Model, variants: list[Variant], schedules: list[str], text
 
 
 def run_cases(cases: list[dict[str, Any]], directory: Path) -> Iterator[dict[str, Any]]:
-    """Run the cases in turn, many in a start; one that ends its start badly is left out of the next."""
-    from ranks import RankError, start_ranks
-
-    given, results = directory / "cases.json", directory / "results.json"
-    worker = str(ROOT / "tests" / "distributed" / "worker.py")
-    while cases:
-        started = cases[:CASES_PER_START]
-        given.write_text(json.dumps(started))
-        results.write_text("[]")
-        error = "ended without a word"
+    """Run the cases in turn; where the first weights or the reference fail, there is nothing to compare the others with."""
+    runs = Runs("worker", cases, directory)
+    for name in runs:
         try:
-            start_ranks(4, [sys.executable, "-W", "ignore", worker, str(given), str(results)], directory / "logs")
-        except RankError as caught:
-            error = str(caught)
-        done = json.loads(results.read_text())
-        yield from done
-        if len(done) < len(started):
-            ended = started[len(done)]["name"]
-            yield {"name": ended, "steps": [], "evaluations": [], "error": error}
-            if ended in (INITIAL, REFERENCE):
+            yield runs[name]
+        except CaseError as error:
+            yield {"name": name, "steps": [], "evaluations": [], "error": str(error)}
+            if name in (INITIAL, REFERENCE):
                 return
-            done.append({})
-        cases = cases[len(done) :]
 
 
 def compare(run: dict[str, Any], reference: dict[str, Any]) -> str:
     """Say how far a run's losses and gradient norms are from the reference's."""
     if run["error"] is not None:
         return str(run["error"]).splitlines()[0]
-    pairs = [
-        (own[name], other[name])
-        for own, other in zip(run["steps"], reference["steps"], strict=True)
-        for name in ("loss", "grad_norm", "mtp_loss")
-        if other[name] is not None
-    ]
-    worst = max(abs(own - other) / abs(other) if own is not None else inf for own, other in pairs)
+    worst = find_difference(run, reference, "loss", "grad_norm", "mtp_loss")
     return f"{'agrees' if worst <= TOLERANCE else 'DIFFERS'} ({worst:.1e})"
 
 
 def main() -> None:
     """Run the chosen part of the matrix and print a line for each run."""
-    from data import prepare_text
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=[model.name for model in MODELS])
     parser.add_argument("--variants", nargs="+", help="the names of some variants (default: all)")

@@ -9,6 +9,8 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # The machine's pace is not under test; the same examples on every run.
 settings.register_profile("counterflow", deadline=None, derandomize=True)
+# Other examples every time, for `make nightly`.
+settings.register_profile("nightly", deadline=None, max_examples=2000)
 settings.load_profile("counterflow")
 
 

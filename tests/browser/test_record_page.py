@@ -12,7 +12,7 @@ from counterflow.report import render_record_html
 from counterflow.report.balance_figures import choose_root, place_loads
 from counterflow.report.colours import DARK, LIGHT, choose_load_colour
 from counterflow.report.record_figures import choose_clone_colour
-from made_record import make_record
+from tests.support.made_record import make_record
 
 # Steps 5 to 24, layers 1, 2 and 6.
 STEPS, LAYERS = range(5, 25), [1, 2, 6]

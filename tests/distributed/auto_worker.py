@@ -1,6 +1,6 @@
 """One rank of the tests of ``--cf-schedule auto`` without a model: which table is in use at which step.
 
-Usage: auto_worker.py RESULTS_FOLDER. Every rank writes, for each scenario, the micro-batches and the table of each step.
+Every rank writes, for each scenario, the micro-batches and the table of each step.
 """
 
 import json
@@ -81,15 +81,11 @@ def list_scenarios() -> dict[str, Callable[[], list[tuple[int, str]]]]:
     }
 
 
-def main() -> None:
+def run(results: str) -> None:
     dist.init_process_group("gloo")
     auto.SEARCH_SECONDS = 0.5
     search_process.LOWEST_PRIORITY = 0  # beside other tests the lowest may not run at all
-    chosen = {name: run() for name, run in list_scenarios().items()}
-    (Path(sys.argv[1]) / f"chosen-{dist.get_rank()}.json").write_text(json.dumps(chosen))
+    chosen = {name: choose() for name, choose in list_scenarios().items()}
+    (Path(results) / f"chosen-{dist.get_rank()}.json").write_text(json.dumps(chosen))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

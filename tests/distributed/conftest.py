@@ -1,7 +1,6 @@
-"""Runs every training case of this folder once per test session, many in each start of four CPU ranks."""
+"""The training cases of this folder; each runs when a test first asks for it."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -9,7 +8,7 @@ import eplb_cases
 from cases import list_cases
 from counterflow.schedule import build, to_csv
 from data import prepare_text
-from start_cases import run_cases
+from tests.support.run_cases import Runs
 
 
 @pytest.fixture(scope="session")
@@ -19,16 +18,16 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """What each training case logged, by its name."""
     directory = tmp_path_factory.mktemp("training")
     # A table as a user would write it to a file; 2 pipeline ranks, 6 micro-batches.
     (directory / "table.csv").write_text(to_csv(build("dualpipev", 2, 6)))
-    return run_cases("worker.py", list_cases(text, directory), directory)
+    return Runs("worker", list_cases(text, directory), directory)
 
 
 @pytest.fixture(scope="session")
-def balanced_runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def balanced_runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """What each balancing case logged, by its name."""
     directory = tmp_path_factory.mktemp("balancing")
-    return run_cases("eplb_worker.py", eplb_cases.list_cases(text, directory), directory)
+    return Runs("eplb_worker", eplb_cases.list_cases(text, directory), directory)

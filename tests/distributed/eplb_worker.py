@@ -1,6 +1,6 @@
 """One rank of the balancing tests: `worker.py` with clones that change at every step and are compared with their homes.
 
-Usage: eplb_worker.py CASES.json RESULTS.json. A case may have "plans": "drawn" (the default: placements drawn anew for every
+A case may have "plans": "drawn" (the default: placements drawn anew for every
 step, homes too where they may move) or "made" (the planner's), the "seed" of what is drawn, and "kill": {"rank", "method",
 "step"}, where that rank kills itself behind its call of a method of `Clones` or `BalancedModel`. A result has "clones": what
 `Watch` saw on all ranks, summed up.
@@ -203,20 +203,11 @@ def surround(function: Callable[..., Any], before: Callable[..., None] | None, a
     return run
 
 
-def run_watched(run_case: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Wrap `worker.run_case`: clones are watched, and what was seen on all ranks is in the result."""
-
-    @wraps(run_case)
-    def run(case: dict[str, Any]) -> dict[str, Any]:
-        with watch_case(case) as watch:
-            result = run_case(case)
-        watches: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(watches, watch)
-        return {**result, "clones": sum_up(watches)}
-
-    return run
-
-
-if __name__ == "__main__":
-    worker.run_case = run_watched(worker.run_case)
-    worker.main()
+def run(job: dict[str, Any]) -> None:
+    """Run the job's case; what was seen of clones on all ranks is in the result."""
+    worker.prepare_writer(job["case"])
+    with watch_case(job["case"]) as watch:
+        result = worker.run_case(job["case"])
+    watches: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(watches, watch)
+    worker.write_result(job, {**result, "clones": sum_up(watches)})

@@ -1,11 +1,10 @@
-"""One rank of the tests of a loop over megatron-core without its trainer: runs examples/core_loop/train.py many times.
+"""One rank of the tests of a loop over megatron-core without its trainer: runs examples/core_loop/train.py.
 
-Usage: loop_worker.py CASES.json RESULTS.json. A case is {"name", "flags", "wrong"}; ``wrong`` names what the loop does wrongly.
+A case is {"name", "flags", "wrong"}; ``wrong`` names what the loop does wrongly.
 """
 
 import contextlib
 import io
-import json
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from megatron.core.pipeline_parallel import schedules
 
 import counterflow
 from counterflow.errors import OptionError
+from worker import write_result
 
 loop = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "core_loop" / "train.py")))
 
@@ -47,7 +47,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     given = loop.read_arguments(sys.argv[1:])
     wrong = case.get("wrong")
     own = schedules.get_forward_backward_func
-    patches = counterflow.enable({} if given.plain else loop.OPTIONS)
+    counterflow.enable({} if given.plain else loop.OPTIONS)
     said, printed = None, io.StringIO()
     with contextlib.ExitStack() as stack:
         if wrong == "schedule taken too early":
@@ -59,9 +59,6 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
             loop.train(given)
         except OptionError as error:
             said = str(error)
-    parallel_state.destroy_model_parallel()
-    torch.distributed.barrier()
-    patches.undo()
     return {"name": case["name"], "steps": list(read_steps(printed.getvalue())), "error": said}
 
 
@@ -73,19 +70,9 @@ def read_steps(text: str) -> Iterator[dict[str, float]]:
             yield {"iteration": int(words[1]), "loss": float(words[3]), "grad_norm": float(words[6]), "skipped": 0}
 
 
-def main() -> None:
-    cases, results = Path(sys.argv[1]), Path(sys.argv[2])
+def run(job: dict[str, Any]) -> None:
+    """Run the job's case; the last rank writes what it logged."""
     first = counterflow.enable()
     torch.distributed.init_process_group("gloo")
     first.undo()
-    done = []
-    for case in json.loads(cases.read_text()):
-        done.append(run_case(case))
-        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            results.write_text(json.dumps(done))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    write_result(job, run_case(job["case"]))

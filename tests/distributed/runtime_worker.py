@@ -4,9 +4,7 @@ Each stage computes tanh(w_s * x); the loss is the sum of the last stage's outpu
 weight gradients with those of the whole model run in one piece, and its live activations with the simulation's.
 """
 
-import os
 import random
-import sys
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
@@ -153,7 +151,7 @@ def vary_shape(microbatch: int) -> tuple[int, ...]:
     return (1 + microbatch % 3, 2)
 
 
-def run(
+def run_table(
     channels: Channels,
     table: ScheduleTable,
     train: bool = True,
@@ -171,7 +169,7 @@ def run(
 
 
 def check_gradients(channels: Channels, table: ScheduleTable, **how: Any) -> None:
-    work = run(channels, table, **how)
+    work = run_table(channels, table, **how)
     expected = compute_reference(table.layout.last_stage + 1, table.microbatches, how.get("shape_of", keep_shape))
     for stage, weight in work.weights.items():
         assert weight.grad is not None
@@ -185,7 +183,7 @@ def check_gradients(channels: Channels, table: ScheduleTable, **how: Any) -> Non
 
 
 def check_bidirectional(channels: Channels, table: ScheduleTable) -> None:
-    work = run(channels, table)
+    work = run_table(channels, table)
     expected = compute_reference(table.layout.last_stage + 1, table.microbatches, keep_shape)
     for stage in range(table.layout.last_stage + 1):
         mine = work.weights.get(stage)
@@ -213,7 +211,7 @@ def list_tables(ranks: int) -> list[ScheduleTable]:
     return tables
 
 
-def main() -> None:
+def run(_: None) -> None:
     dist.init_process_group("gloo", timeout=TIMEOUT)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     channels = Channels(list(range(ranks)), rank, TIMEOUT)
@@ -227,7 +225,7 @@ def main() -> None:
     check_bidirectional(channels, build("dualpipe", ranks, 4 * ranks))
     for layout in (lay_v(ranks), lay_looped(ranks, 2), lay_bidirectional(ranks)):
         with torch.no_grad():
-            work = run(channels, build_forward_only(layout, 6), train=False)
+            work = run_table(channels, build_forward_only(layout, 6), train=False)
         total = torch.tensor(work.outputs)
         dist.all_reduce(total)
         serial = sum(float(serial_output(layout.last_stage + 1, m).sum()) for m in range(6))
@@ -238,7 +236,6 @@ def main() -> None:
         check_gradients(channels, make_random_table(rng, ranks))
     print(f"ran {RANDOM_TABLES} random tables", flush=True)
     check_another_table_is_refused(channels)
-    os._exit(0)  # a refused table leaves transfers open that a clean end would wait for
 
 
 def serial_output(stages: int, microbatch: int) -> torch.Tensor:
@@ -246,7 +243,3 @@ def serial_output(stages: int, microbatch: int) -> torch.Tensor:
     for stage in range(stages):
         x = torch.tanh(make_weight(stage).detach() * x)
     return x
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""One rank of the stall tests: ``stall_worker.py CASE``. Rank 2 misbehaves at a place of the table; the others are to say so."""
+"""One rank of the stall tests. Rank 2 misbehaves at a place of the table; the others are to say so."""
 
 import os
 import signal
@@ -59,8 +59,8 @@ class Work:
         pass
 
 
-def main() -> None:
-    how, at = CASES[sys.argv[1]]
+def run(case: str) -> None:
+    how, at = CASES[case]
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, timeout = dist.get_rank(), timedelta(seconds=LIMIT)
     channels = Channels(list(range(RANKS)), rank, timeout)
@@ -73,7 +73,3 @@ def main() -> None:
     except CounterflowError as error:
         print(f"said: {error}", file=sys.stderr, flush=True)
         raise
-
-
-if __name__ == "__main__":
-    main()

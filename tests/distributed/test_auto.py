@@ -2,15 +2,12 @@
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
 from auto_worker import grow
-from ranks import start_ranks
+from tests.support.forked_ranks import fork_ranks
 
-WORKER = Path(__file__).with_name("auto_worker.py")
 Chosen = list[tuple[int, str]]
 
 
@@ -18,7 +15,8 @@ Chosen = list[tuple[int, str]]
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Chosen]], str]:
     """What each rank chose at each step, by scenario, and what rank 0 printed."""
     directory = tmp_path_factory.mktemp("auto")
-    logs = start_ranks(2, [sys.executable, "-W", "ignore", str(WORKER), str(directory)], directory / "logs")
+    logs = directory / "logs"
+    assert fork_ranks("auto_worker", str(directory), 2, logs) == [0, 0], (logs / "0" / "stderr.log").read_text()[-3000:]
     chosen = [json.loads((directory / f"chosen-{rank}.json").read_text()) for rank in range(2)]
     scenarios = [{name: [(m, table) for m, table in steps] for name, steps in of.items()} for of in chosen]
     return scenarios, (logs / "0" / "stdout.log").read_text()

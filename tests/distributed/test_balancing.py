@@ -1,6 +1,5 @@
 """Real training runs with clones that change at every step, against plain Megatron, from one checkpoint."""
 
-import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -8,18 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from bare_ranks import HUNG, run_bare
 from cases import SHARDED, TWO_STAGES
-from checkpoints import list_entries, measure_difference, read_tensors
-from comparing import HALF_TOLERANCE, TOLERANCE, assert_same_steps
 from eplb_cases import CLONES, MOVING, PLAIN, RESUMED, SAVED, SHARDED_RUNS, STEPS, list_base_flags, list_start_flags
-from start_cases import RANKS, run_cases
+from tests.support.checkpoints import list_entries, measure_difference, read_tensors
+from tests.support.comparing import HALF_TOLERANCE, TOLERANCE, assert_same_steps
+from tests.support.forked_ranks import fork_ranks
+from tests.support.run_cases import RANKS, Runs, run_case
 
-# The fixture behind these runs every case; the first test waits for them all.
-pytestmark = pytest.mark.timeout(1800)
-
-Runs = dict[str, dict[str, Any]]
-WORKER = Path(__file__).with_name("eplb_worker.py")
 REFERENCES = dict.fromkeys(PLAIN, "megatron, plain") | dict.fromkeys(SHARDED_RUNS, "megatron, sharded")
 # A step in which one of the ranks dies, after the checkpoint of the step before.
 KILLED = 5
@@ -134,14 +128,14 @@ def test_a_rank_killed_in_a_transfer_ends_all_and_the_last_checkpoint_resumes(
     start = list_start_flags(balanced_runs["initial"]["directory"] / "initial")
     save = ["--save", str(tmp_path / "saved"), "--save-interval", str(KILLED - 1)]
     kill = {"rank": rank, "method": method, "step": KILLED}
-    (tmp_path / "killed.json").write_text(
-        json.dumps([{"name": "killed", "plugin": True, "flags": [*flags, *start, *save], "kill": kill}])
-    )
-    command = ["-W", "ignore", str(WORKER), str(tmp_path / "killed.json"), str(tmp_path / "none.json")]
-    for index, (status, said) in enumerate(run_bare(command, RANKS, timeout=120)):
-        assert said != HUNG, f"rank {index} waits for ever for rank {rank}"
-        assert status == -signal.SIGKILL if index == rank else status > 0, f"rank {index}: {status}, {said[-500:]}"
+    case = {"name": "killed", "plugin": True, "flags": [*flags, *start, *save], "kill": kill}
+    job = {"case": case, "results": str(tmp_path / "none.json")}
+    statuses = fork_ranks("eplb_worker", job, RANKS, tmp_path / "killed", alone=True, timeout=120)
+    for index, status in enumerate(statuses):
+        said = (tmp_path / "killed" / str(index) / "stderr.log").read_text()[-500:]
+        assert status is not None, f"rank {index} waits for ever for rank {rank}"
+        assert status == -signal.SIGKILL if index == rank else status > 0, f"rank {index}: {status}, {said}"
     resumed = {"name": "resumed", "plugin": True, "flags": [*flags, "--load", str(tmp_path / "saved")], "seed": 7}
-    run = run_cases("eplb_worker.py", [resumed], tmp_path)["resumed"]
+    run = run_case("eplb_worker", resumed, tmp_path)
     assert [step["iteration"] for step in run["steps"]] == list(range(KILLED, STEPS + 1))
     assert_same_steps(run, balanced_runs["megatron, sharded"])

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from comparing import assert_same_steps
-from start_cases import run_cases
+from tests.support.comparing import assert_same_steps
+from tests.support.run_cases import Runs
 
 STEPS = 4
 # The seed, and the flags beside the loop's own options.
@@ -40,19 +40,19 @@ def list_cases(directory: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def loops(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def loops(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     directory = tmp_path_factory.mktemp("loop")
-    return run_cases("loop_worker.py", list_cases(directory), directory, per_start=40)
+    return Runs("loop_worker", list_cases(directory), directory)
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_loop_without_megatrons_trainer_trains_alike(loops: dict[str, dict[str, Any]], name: str) -> None:
+def test_a_loop_without_megatrons_trainer_trains_alike(loops: Runs, name: str) -> None:
     assert len(loops[name]["steps"]) == STEPS
     assert_same_steps(loops[name], loops[f"plain {RUNS[name][0]}"])
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_a_loop_lacks_is_said(loops: dict[str, dict[str, Any]], name: str) -> None:
+def test_what_a_loop_lacks_is_said(loops: Runs, name: str) -> None:
     error = loops[name]["error"]
     assert error is not None and WRONG[name][1] in error, f"{name}: {error}"
     assert not loops[name]["steps"], "it trained on another schedule than the one in force"

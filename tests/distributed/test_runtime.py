@@ -1,17 +1,16 @@
 """The executor over gloo, without Megatron: every family gives the gradients of the model in one piece."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from ranks import start_ranks
+from tests.support.forked_ranks import fork_ranks
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_family_gives_the_gradients_of_one_piece(tmp_path: Path, ranks: int) -> None:
-    worker = str(Path(__file__).with_name("runtime_worker.py"))
-    logs = start_ranks(ranks, [sys.executable, worker], tmp_path)
-    said = [(logs / str(rank) / "stdout.log").read_text() for rank in range(ranks)]
+    statuses = fork_ranks("runtime_worker", None, ranks, tmp_path)
+    assert statuses == [0] * ranks, [(tmp_path / str(rank) / "stderr.log").read_text()[-2000:] for rank in range(ranks)]
+    said = [(tmp_path / str(rank) / "stdout.log").read_text() for rank in range(ranks)]
     assert all("ran 16 tables" in text and "ran 300 random tables" in text for text in said)
     assert all("refused another table" in text for text in said), "a table that differs between ranks was not noticed"

@@ -5,27 +5,24 @@ from pathlib import Path
 
 import pytest
 
-from bare_ranks import HUNG, run_bare
 from stall_cases import CASES, RANKS
+from tests.support.forked_ranks import fork_ranks
 
-WORKER = Path(__file__).with_name("stall_worker.py")
 
-
-def run_ranks(case: str) -> tuple[list[int], list[str]]:
+def run_ranks(case: str, logs: Path) -> tuple[list[int | None], list[str]]:
     """Return each rank's exit status and what it said."""
-    # Importing torch takes a minute on a busy machine; what is bounded here is a hang.
-    ended = run_bare([str(WORKER), case], RANKS, timeout=240)
-    said = [next((line for line in text.splitlines() if line.startswith("said: ")), text[-2000:]) for _, text in ended]
-    return [status for status, _ in ended], said
+    statuses = fork_ranks("stall_worker", case, RANKS, logs, alone=True, timeout=120)
+    texts = [(logs / str(rank) / "stderr.log").read_text() for rank in range(RANKS)]
+    return statuses, [next((line for line in text.splitlines() if line.startswith("said: ")), text[-2000:]) for text in texts]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_rank_says_where_it_stood(case: str) -> None:
+def test_every_rank_says_where_it_stood(case: str, tmp_path: Path) -> None:
     how, at = CASES[case]
-    statuses, said = run_ranks(case)
+    statuses, said = run_ranks(case, tmp_path)
     # In the cool-down rank 3 needs nobody any more: it may be done.
     assert all(status != 0 for status in statuses[:3]), said
-    assert HUNG not in said, f"{case}: a rank waits for ever: {said}"
+    assert None not in statuses, f"{case}: a rank waits for ever: {said}"
     survivors = [rank for rank in range(RANKS) if statuses[rank] != 0 and (how not in ("killed", "late") or rank != 2)]
     if how == "table":
         assert all("ranks 2 have another table than rank 0" in text for text in said), said

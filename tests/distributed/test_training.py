@@ -2,20 +2,15 @@
 
 import json
 from statistics import median
-from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cases import FAMILIES, GROWN, OWN_REFERENCE, RESUMED, SAVED, SCHEDULES, SEARCHED, STEPS, VARIANTS
-from comparing import TOLERANCE, assert_same_steps
 from counterflow.schedule import load_record
 from counterflow.schedule.timeline import find_last_step
-
-# The fixture behind these runs every case; the first test waits for them all.
-pytestmark = pytest.mark.timeout(1800)
-
-Runs = dict[str, dict[str, Any]]
+from tests.support.comparing import TOLERANCE, assert_same_steps
+from tests.support.run_cases import Runs
 
 
 @pytest.mark.parametrize("optimizer", ["plain", "sharded"])

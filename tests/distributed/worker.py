@@ -1,11 +1,8 @@
-"""One rank of the training tests: runs many training cases in one process group.
+"""One rank of a training case: runs the example's unmodified Megatron script and collects what it logged per step.
 
-Usage: worker.py CASES.json RESULTS.json. A case is {"name", "flags", "plugin"}; each runs the example's
-unmodified Megatron script (or its "script"), with what it logged per step collected by the last rank.
-Its "files" are written first.
+A case is {"name", "flags", "plugin"}, and may have a "script" of its own and "files" that are written first.
 """
 
-import gc
 import json
 import os
 import runpy
@@ -64,12 +61,6 @@ class Log:
 
         training.training_log, training.evaluate = training_log, logged_evaluate
         training.setup_model_and_optimizer = checked_setup
-        self._originals = (log, evaluate, set_up)
-
-    def detach(self) -> None:
-        from megatron.training import training
-
-        training.training_log, training.evaluate, training.setup_model_and_optimizer = self._originals
 
 
 def find_sharing(model: list[Any], optimizer: Any) -> list[str]:
@@ -102,7 +93,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     sys.argv = [script, *case["flags"]]
     for path, text in case.get("files", {}).items():
         write_at_once(Path(path), text)
-    patches = counterflow.enable() if case["plugin"] else install_cpu()
+    counterflow.enable() if case["plugin"] else install_cpu()
     log = Log()
     log.attach()
     error, begin = None, time.perf_counter()
@@ -114,9 +105,6 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         # Ranks may fail differently; the one that writes the results knows only its own.
         traceback.print_exc()
         error = f"{type(caught).__name__}: {caught}"
-    log.detach()
-    forget_megatron()
-    patches.undo()
     seconds = round(time.perf_counter() - begin, 1)
     return {
         "name": case["name"],
@@ -135,33 +123,28 @@ def write_at_once(path: Path, text: str) -> None:
     made.replace(path)
 
 
-def forget_megatron() -> None:
-    """Put Megatron's process-wide state back to what it is after import; keep the world group."""
-    from megatron.core import parallel_state
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-    from megatron.training.training import destroy_global_state
-    from torch.distributed import distributed_c10d as c10d
-
-    destroy_global_state()
-    MTPLossLoggingHelper.tracker.clear()
-    parallel_state.set_pipeline_model_parallel_rank(None)
-    torch.distributed.barrier()
-    for group in list(c10d._world.pg_map):
-        if group is not torch.distributed.group.WORLD:
-            torch.distributed.destroy_process_group(group)
-    gc.collect()
+def run(job: dict[str, Any]) -> None:
+    """Run the job's case; the last rank writes what it logged."""
+    prepare_writer(job["case"])
+    write_result(job, run_case(job["case"]))
 
 
-def main() -> None:
-    cases, results = Path(sys.argv[1]), Path(sys.argv[2])
-    done = []
-    for case in json.loads(cases.read_text()):
-        done.append(run_case(case))
-        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            results.write_text(json.dumps(done))
+def prepare_writer(case: dict[str, Any]) -> None:
+    """Let the manager of Megatron's checkpoint writer be a fork, before a socket is open that it would hold open.
+
+    A new process would import the training script once more, on every rank.
+    """
+    if "--save" in case["flags"]:
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+        # Megatron 0.17 has it under another name.
+        if (get_queue := getattr(filesystem_async, "get_write_results_queue", None)) is not None:
+            get_queue(mp_mode="fork")
+
+
+def write_result(job: dict[str, Any], result: dict[str, Any]) -> None:
+    """Write a case's result on the last rank, and end together."""
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        Path(job["results"]).write_text(json.dumps(result))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from counterflow.megatron.pipeline.gradient_sync import GradientSync
+from counterflow.megatron.state import of_chunk
 from counterflow.options import Options
 from counterflow.schedule import ScheduleTable, add_reductions, build, from_csv
 from counterflow.trainer.tables import build_table
@@ -18,7 +19,7 @@ class Chunk:
 
     def __init__(self, said: list[str], number: int) -> None:
         self.start_grad_sync = lambda: said.append(f"start {number}")
-        self.cf_send_gradients_home = lambda: said.append(f"home {number}")
+        of_chunk(self).clones = SimpleNamespace(start_homecoming=lambda: said.append(f"home {number}"))  # type: ignore[assignment]
 
 
 def run_row(table: ScheduleTable, grad_sync_func: Any = None) -> list[str]:

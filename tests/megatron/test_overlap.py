@@ -7,7 +7,7 @@ import pytest
 
 from counterflow.errors import OptionError
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
 PAIR = """
 import tempfile, threading

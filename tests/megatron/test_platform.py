@@ -11,6 +11,8 @@ import pytest
 from counterflow.errors import OptionError
 from counterflow.platform import needs_cpu
 
+pytestmark = pytest.mark.slow
+
 CHECKS = """
 import torch
 from counterflow.platform import cpu

@@ -19,6 +19,8 @@ from counterflow.megatron.seams import KNOWN, SEAMS, list_seams
 from counterflow.megatron.v_layout.model import wrap_first
 from counterflow.trainer.seam import Seam
 
+pytestmark = pytest.mark.slow
+
 PATCH = Path(__file__).resolve().parents[2] / "patches" / "megatron-lm" / "0.17-0.20" / "enable.patch"
 
 

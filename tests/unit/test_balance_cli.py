@@ -16,7 +16,7 @@ from counterflow.balance.planning import POLICIES, Plan
 from counterflow.balance.replay import Replay
 from counterflow.commands.balance import describe_plan, describe_replay
 from counterflow.commands.main import main
-from made_record import make_record
+from tests.support.made_record import make_record
 
 
 def run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:

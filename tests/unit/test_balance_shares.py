@@ -43,6 +43,7 @@ def count_staying(shares: Array, of_source: Array, of_slot: Array) -> int:
 
 @given(draw_cases())
 @settings(max_examples=300, deadline=None)
+@pytest.mark.slow
 def test_shares_make_up_the_split_and_all_that_sources_have(case: Case) -> None:
     counts, placement, rank_of_source = case
     shares = share_tokens(counts, placement, rank_of_source)
@@ -91,6 +92,7 @@ def test_without_clones_every_token_goes_home() -> None:
     assert (share_tokens(counts, placement, np.arange(8) // 2) == counts[:, placement.experts[0]]).all()
 
 
+@pytest.mark.slow
 def test_another_process_finds_the_same_shares() -> None:
     code = (
         "import numpy as np, hashlib; from counterflow.balance import make_home_placement, share_tokens; "

@@ -80,6 +80,7 @@ def test_layers_are_split_as_if_alone() -> None:
         assert (split_tokens(counts[layer : layer + 1], alone)[0] == together[layer]).all()
 
 
+@pytest.mark.slow
 def test_another_process_finds_the_same_split() -> None:
     code = (
         "import numpy as np, hashlib; from counterflow.balance.placement import make_home_placement; "

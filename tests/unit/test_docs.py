@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from made_record import make_record
+from tests.support.made_record import make_record
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(

@@ -71,6 +71,7 @@ def draw_cases(draw: st.DrawFn) -> tuple[Array, Placement]:
 
 @given(draw_cases(), st.sampled_from([1, 10, FREE]), st.sampled_from([0.0, 0.7]))
 @settings(max_examples=150, deadline=None)
+@pytest.mark.slow
 def test_layers_change_within_columns_and_only_where_it_pays(case: tuple[Array, Placement], horizon: int, price: float) -> None:
     loads, old = case
     plan = plan_homes(loads, old, horizon, price)
@@ -156,6 +157,7 @@ def test_homes_stay_where_clones_do_as_well() -> None:
     assert (plan.placement.homes == spare.homes).all() and (plan.before < 1.02).all()
 
 
+@pytest.mark.slow
 def test_another_process_finds_the_same_homes() -> None:
     code = (
         "import numpy as np, hashlib; from counterflow.balance import make_home_placement, plan_homes; "

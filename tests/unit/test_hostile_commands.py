@@ -16,7 +16,9 @@ from counterflow.commands.main import build_parser, main
 from counterflow.errors import OptionError
 from counterflow.options import Options, add_flags, merge_options, read_flags, read_given
 from counterflow.schedule import Costs
-from hostile import LIMIT_SECONDS, Files, draw_flags, draw_line, draw_mapping, find_fault, make_files, run_line
+from tests.support.hostile import LIMIT_SECONDS, Files, draw_flags, draw_line, draw_mapping, find_fault, make_files, run_line
+
+pytestmark = pytest.mark.slow
 
 SEED = int(os.environ.get("HOSTILE_SEED", "0"))
 DRAWS = int(os.environ.get("HOSTILE_DRAWS", "200"))
@@ -31,17 +33,23 @@ def files(tmp_path: Path) -> Files:
     return make_files(tmp_path)
 
 
-def load_compiled() -> None:
-    """Load what is compiled once, for all children."""
+def load_compiled(folder: Path) -> None:
+    """Compile all inner loops, and load here what a fork can take over: a child's seconds are then those of its command."""
     from counterflow.schedule.search import search
 
     search(2, 4, Costs(overlap=0.9), seconds=0.01)
     rebalance_experts(np.ones((1, 8)), 12, 2, 2, 4)
+    np.save(folder / "counts.npy", np.random.default_rng(0).integers(0, 50, (6, 2, 8)))
+    np.save(folder / "loads.npy", np.arange(16.0).reshape(2, 8))
+    replay = f"balance replay {folder}/counts.npy --ranks 2 --nodes 2"
+    plan = f"balance plan {folder}/loads.npy --slots 12 --ranks 2 --policy"
+    for line in (replay, f"{plan} auto", f"{plan} global", f"{plan} deepseek"):
+        assert (ended := run_line(main, line.split(), folder)).code == 0, ended
 
 
 @pytest.mark.timeout(60 * 60)
 def test_a_command_line_gives_a_result_or_one_line(tmp_path: Path) -> None:
-    load_compiled()
+    load_compiled(tmp_path)
     random, parser = Random(SEED), build_parser()
     faults, codes, slowest = [], [], 0.0
     for number in range(DRAWS):

@@ -24,7 +24,7 @@ from counterflow.report.record_figures import (
     place_clones,
     write_short,
 )
-from made_record import make_record
+from tests.support.made_record import make_record
 
 EVIL = """</script><script>alert(1)</script><b>"double" 'single' & ]]> --> \x1b[31m \x00"""
 SHOWN = EVIL.replace("\x1b", "\ufffd").replace("\x00", "\ufffd")

@@ -14,7 +14,7 @@ from counterflow.balance.files.loads import read_trace
 from counterflow.balance.files.recorded import append_loads, append_step, read_record, record_step
 from counterflow.balance.placement import count_copies
 from counterflow.errors import BalanceError
-from made_record import make_record
+from tests.support.made_record import make_record
 
 Counts = np.ndarray[Any, Any]
 

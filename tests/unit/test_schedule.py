@@ -109,6 +109,7 @@ def can_run(table: ScheduleTable) -> bool:
 
 @settings(max_examples=2000)
 @given(any_table(), st.data())
+@pytest.mark.slow
 def test_a_mutated_table_is_accepted_and_simulates_just_when_it_can_run(table: ScheduleTable, data: st.DataObject) -> None:
     rank = data.draw(st.integers(0, table.ranks - 1))
     row = list(table.actions[rank])
@@ -310,6 +311,7 @@ def test_families_need_few_receives_ahead() -> None:
 
 @settings(max_examples=200)
 @given(any_table(), st.sampled_from(TRANSPORTS))
+@pytest.mark.slow
 def test_more_receives_ahead_never_hurt(table: ScheduleTable, transport: str) -> None:
     ahead = count_receives_ahead(table, transport)
     for more in range(3):

@@ -16,6 +16,8 @@ from counterflow.schedule import Costs, ScheduleError, build, lay_v, simulate, t
 from counterflow.schedule import search_process as module
 from counterflow.schedule.search_process import LOWEST_PRIORITY, SearchProcess, Task
 
+pytestmark = pytest.mark.slow
+
 # Shorter than ZB-V by 2.6 %.
 COSTS = Costs(1.0, 1.5, 0.5)
 QUICK = Task("zbv", 2, 6, COSTS, 2.5, 0.5)

@@ -1,4 +1,4 @@
-"""A made-up record of expert balancing, as a training run writes it: ``python tests/helpers/made_record.py DIR [STEPS]``."""
+"""A made-up record of expert balancing, as a training run writes it: ``python -m tests.support.made_record DIR [STEPS]``."""
 
 import sys
 from pathlib import Path

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from counterflow.schedule import FAMILIES, Costs, build, dump_record, simulate, to_csv
-from made_record import make_record
+from tests.support.made_record import make_record
 
-LIMIT_SECONDS, HANG_SECONDS = 30, 240
+# Seconds of the processor that a command may take, and the most that one gets; a command that sleeps gets the last, of the wall.
+LIMIT_SECONDS, HANG_SECONDS, SLEEP_SECONDS = 30, 120, 600
 LIMIT_BYTES = 8 * 2**30
 NUMBERS = (
     "0", "-1", "-0.0", "1e-320", "1e-30", "0.5", "1.5", "2.5", "3", "7", "1000", "65536", "100000", "1e5", "1e18", "1e300",
@@ -228,6 +229,7 @@ def _run_child(main: Callable[[list[str]], Any], argv: list[str], folder: Path, 
             for number, errors in ((1, "strict"), (2, "backslashreplace"))
         )
         resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
+        resource.setrlimit(resource.RLIMIT_CPU, (HANG_SECONDS, HANG_SECONDS))
         main(argv)
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 1 if ended.code else 0
@@ -246,10 +248,10 @@ def _wait(child: int) -> tuple[int, float]:
         ended, status, usage = os.wait4(child, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
-        if time.monotonic() - begun > HANG_SECONDS:
+        if time.monotonic() - begun > SLEEP_SECONDS:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return -signal.SIGKILL, HANG_SECONDS
+            return -signal.SIGKILL, SLEEP_SECONDS
         time.sleep(0.002)
 
 

@@ -1,0 +1,51 @@
+"""Ranks on this machine, forked from one process that has imported Megatron once (`fork_server.py`)."""
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tests.support import ROOT
+
+SECONDS = 300.0
+
+
+def fork_ranks(
+    worker: str, argument: Any, ranks: int, logs: Path, *, alone: bool = False, timeout: float = SECONDS
+) -> list[int | None]:
+    """Have every rank call ``run(argument)`` of a worker module; return exit statuses, None for a rank that did not end in time.
+
+    Each writes ``<rank>/stdout.log`` and ``stderr.log`` under ``logs``. One that fails ends the others unless they are ``alone``.
+    """
+    from torch._C._distributed_c10d import TCPStore
+
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    job = {"worker": worker, "argument": argument, "ranks": ranks, "port": store.port, "logs": str(logs)}
+    server = _start_server(os.environ.get("PYTHONPATH", ""))
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(json.dumps({**job, "alone": alone, "timeout": timeout}) + "\n")
+    server.stdin.flush()
+    answer = server.stdout.readline()
+    if not answer:
+        raise RuntimeError(f"the process that forks ranks ended with status {server.wait()}")
+    statuses: list[int | None] = json.loads(answer)
+    return statuses
+
+
+@cache
+def _start_server(first: str) -> "subprocess.Popen[str]":
+    """Start the process that forks ranks, one for each ``PYTHONPATH``: it may name another Megatron."""
+    path = os.pathsep.join(filter(None, [str(ROOT), first, *sys.path]))
+    server = subprocess.Popen(
+        [sys.executable, "-u", "-P", "-W", "ignore", "-m", "tests.support.fork_server"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )
+    atexit.register(server.communicate)  # it ends when nothing can be asked of it any more
+    return server
