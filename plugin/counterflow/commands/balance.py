@@ -347,7 +347,7 @@ def _print_replay(replay: "Replay", figures: dict[str, dict[str, float]]) -> Non
 
 
 def _print_record(record: RecordedBalance, figures: dict[str, Any]) -> None:
-    from counterflow.report.record_figures import describe_run, list_transfers
+    from counterflow.report.record import describe_run, list_transfers
 
     shown = figures["layers"]
     print(f"{describe_run(record)}; balancedness is mean over slowest rank")

@@ -1,123 +1,128 @@
-"""A static picture of a balance replay for papers: balancedness by layer, loads before and after, moves; text as text."""
+"""A static picture of a balance replay or a recorded run for papers: balancedness by layer, heat maps, bars; text as text."""
 
-import numpy as np
+import textwrap
 
-from counterflow.balance.replay import Replay
-from counterflow.report.balance_figures import (
-    METHOD_NAMES,
-    Grouping,
-    check_replay,
-    choose_root,
-    describe_grouping,
-    describe_moves,
-    describe_size,
-    find_worst_layers,
-    group_steps,
-    list_marks,
-    place_loads,
-    summarise_methods,
-    weigh_loads,
-)
-from counterflow.report.colours import LIGHT, choose_load_colour
+from counterflow.report.balance_figures import Balancing, Grouping, group_steps
+from counterflow.report.colours import LIGHT
+from counterflow.report.picture import clean_text
 from counterflow.report.plots import (
     AXIS,
     BARS,
     BOLD,
+    CHART,
+    COLUMNS,
     GAP,
     LEAST_MAP,
     LEFT,
+    LINE,
     MARGIN,
     MOST_MAP,
+    ORDER,
     ROW,
     WIDTH,
     Box,
     Part,
     draw_bars,
-    draw_charts,
-    draw_head,
     draw_legend,
+    draw_levels,
     draw_map,
+    draw_method,
+    draw_row,
     draw_scale,
     draw_steps,
+    draw_stroke,
     stack_parts,
 )
 from counterflow.report.shapes import draw_text
 
-# What bounds the picture: layers drawn, groups of micro-batches in a plot, cells of a heat map.
+# What bounds the picture: layers drawn, groups of micro-batches or steps in a plot, cells of a heat map; characters of a line.
 MAX_LAYERS, MAX_GROUPS, MAX_CELLS = 12, 360, 40_000
+CHARACTERS = 165
 
 
-def render_replay_svg(replay: Replay, title: str) -> str:
-    """Return an SVG document, its size bounded whatever the size of the replay.
-
-    It shows at most the 12 layers that fixed homes serve worst, the loads of the worst, and more than 360 micro-batches, or
-    40,000 loads of a layer, in groups; it says so. Its table counts everything. Raises `BalanceError` for a replay that cannot
-    be drawn.
-    """
-    check_replay(replay)
-    steps = len(replay.moves)
-    grouping, numbers = group_steps(steps, min(MAX_GROUPS, MAX_CELLS // replay.cluster.ranks)), replay.first + np.arange(steps)
-    layers = sorted(find_worst_layers(replay, MAX_LAYERS))
-    values = {name: each[:, layers] for name, each in replay.balancedness.items()}
-    note = _describe_choice(replay, grouping)
+def render_picture(view: Balancing, title: str) -> str:
+    """Return an SVG document, its size bounded; it says what it leaves out. Its tables count everything."""
+    grouping = group_steps(len(view.numbers), min(MAX_GROUPS, MAX_CELLS // view.rows))
+    places = sorted(view.find_lowest(MAX_LAYERS))
     return stack_parts(
         [
-            draw_head(title, describe_size(replay), METHOD_NAMES, summarise_methods(replay), note),
-            draw_charts("Balancedness over micro-batches", layers, values, numbers, grouping),
-            _draw_maps(replay, grouping),
-            _draw_moves(replay, grouping),
+            _draw_head(view, title, view.list_notes(len(places), grouping)),
+            _draw_charts(view, places, grouping),
+            _draw_maps(view, grouping),
+            _draw_bars(view, grouping),
         ]
     )
 
 
-def _describe_choice(replay: Replay, grouping: Grouping) -> str:
-    layers = replay.moves.shape[1]
-    shown = (
-        f"Shown: {MAX_LAYERS} of {layers:,} layers, those with the least balancedness under fixed homes."
-        if layers > MAX_LAYERS
-        else ""
-    )
-    return " ".join(filter(None, (shown, describe_grouping(grouping))))
+def _draw_head(view: Balancing, title: str, notes: list[str]) -> Part:
+    """Title, the tables of figures, the first's rows the legend of the lines, and what is not shown."""
+    yield draw_text(MARGIN, 24, clean_text(title), LIGHT["ink"], "start", f' font-size="14"{BOLD}')
+    yield draw_text(MARGIN, 40, view.size, LIGHT["muted"], "start")
+    yield from draw_row(62, ("balancedness", "mean", "5th percentile", "worst"), (MARGIN, 200, 290, 350), "muted")
+    for n, (name, cells) in enumerate(view.summarise().items(), start=1):
+        yield draw_stroke(f"M{MARGIN:g} {62 + n * LINE - 3.5:g}h24", name)
+        yield from draw_row(62 + n * LINE, cells, (MARGIN + 30, 200, 290, 350), "ink")
+    table = [(f"of each {view.unit}", "mean", "most", "in all"), *view.table] if view.table else []
+    for n, row in enumerate(table):
+        yield from draw_row(62 + n * LINE, row, (470, 680, 760, 850), "ink" if n else "muted")
+    y = 62 + max(len(view.scores), len(view.table)) * LINE + 6
+    for line in (line for note in notes for line in textwrap.wrap(note, CHARACTERS)):
+        y += LINE
+        yield draw_text(MARGIN, y, line, LIGHT["muted"], "start")
+    yield y + 10
 
 
-def _draw_maps(replay: Replay, grouping: Grouping) -> Part:
-    """Loads of the worst layer before and after, on one scale."""
-    steps, layers, ranks = replay.fixed_loads.shape
-    (layer,) = find_worst_layers(replay, 1)
-    maps = [weigh_loads(tokens, layer, grouping) for tokens in (replay.fixed_loads, replay.loads)]
-    both = np.stack(maps)
-    root = choose_root(both)
-    which = f"layer {layer}" + (", the worst under fixed homes" if layers > 1 else "")
-    heading = f"Tokens per rank over the mean rank's, rank by micro-batch: {which}"
-    yield draw_text(MARGIN, 14, heading, LIGHT["ink"], "start", BOLD)
-    marks = [(25.0 * place, label) for place, label in enumerate(list_marks(both, root))]
-    yield from draw_scale(MARGIN + LEFT, 24, marks, choose_share_colour)
-    height = min(max(ROW * ranks, LEAST_MAP), MOST_MAP)
-    share = (WIDTH - 2 * MARGIN + GAP) / 2
-    for n, (words, weighed) in enumerate(zip(("before: fixed homes", "after: counterflow"), maps, strict=True)):
-        box = Box(MARGIN + LEFT + n * share, 76, share - GAP - LEFT, height, replay.first + np.arange(steps))
-        yield draw_text(box.left, 70, words, LIGHT["ink"], "start")
-        yield from draw_map(box, place_loads(weighed, root) / 4, grouping, choose_share_colour)
+def _divide(columns: int) -> tuple[float, float]:
+    """Return from where to where plots beside each other lie, and how wide each is."""
+    share = (WIDTH - 2 * MARGIN + GAP) / columns
+    return share, share - GAP - LEFT
+
+
+def _draw_charts(view: Balancing, places: list[int], grouping: Grouping) -> Part:
+    """A chart a layer, all with the same axes."""
+    floor = view.choose_floor()
+    yield draw_text(MARGIN, 14, f"Balancedness over {view.units}", LIGHT["ink"], "start", BOLD)
+    columns = 2 if len(places) == 4 else min(COLUMNS, len(places))
+    share, width = _divide(columns)
+    for n, place in enumerate(places):
+        row, column = divmod(n, columns)
+        top = 36 + row * (CHART + AXIS + 22)
+        box = Box(MARGIN + LEFT + column * share, top, width, CHART, view.numbers)
+        yield draw_text(box.left, top - 6, f"layer {view.labels[place]}", LIGHT["ink"], "start")
+        yield from draw_levels(box, floor, 1.0, 4)
         yield from draw_steps(box)
-    yield 76 + height + AXIS + 10
+        for name in (name for name in ORDER if name in view.scores):
+            yield from draw_method(box, name, view.scores[name][:, place], grouping, floor)
+    yield 36 + -(-len(places) // columns) * (CHART + AXIS + 22)
 
 
-def choose_share_colour(share: float) -> str:
-    """Return the colour of a share of the scale of loads, from 0 to 1, on white."""
-    return choose_load_colour(4 * share, LIGHT)
+def _draw_maps(view: Balancing, grouping: Grouping) -> Part:
+    """The heat maps of the least balanced layer, side by side."""
+    (place,) = view.find_lowest(1)
+    which = f"layer {view.labels[place]}" + (f", the least balanced {view.where}" if len(view.labels) > 1 else "")
+    yield draw_text(MARGIN, 14, f"{view.row.title()}s by {view.unit}: {which}", LIGHT["ink"], "start", BOLD)
+    height = min(max(ROW * view.rows, LEAST_MAP), MOST_MAP)
+    maps = view.make_maps([place], grouping)
+    share, width = _divide(len(maps))
+    for n, each in enumerate(maps):
+        box = Box(MARGIN + LEFT + n * share, 84, width, height, view.numbers)
+        yield draw_text(box.left, 34, each.caption, LIGHT["ink"], "start")
+        yield from draw_scale(box.left, 42, each.scale)
+        yield from draw_map(box, each.values[0], each.scale, grouping)
+        yield from draw_steps(box)
+    yield 84 + height + AXIS + 10
 
 
-def _draw_moves(replay: Replay, grouping: Grouping) -> Part:
-    """Bars of clones sent per micro-batch, those from another node dark."""
-    yield draw_text(MARGIN, 14, "Moves, all layers", LIGHT["ink"], "start", BOLD)
-    yield draw_text(MARGIN, 30, describe_moves(replay), LIGHT["muted"], "start")
-    if not replay.moves.any():
-        yield 32.0
-        return
-    moves, far = (grouping.average(counts.sum(1)) for counts in (replay.moves, replay.off_node_moves))
-    box = Box(MARGIN + LEFT, 62, WIDTH - 2 * MARGIN - LEFT, BARS, replay.first + np.arange(grouping.steps))
-    within = "clones sent per micro-batch" + (", within the node" if far.any() else "")
-    yield from draw_legend(box.left, 39, [("up-F", within), *([("up-B", "from another node")] if far.any() else [])])
-    series = [("moves", "up-F", "clones per micro-batch", moves), ("far", "up-B", "of them from another node", far)]
-    yield from draw_bars(box, series, grouping)
-    yield box.bottom + AXIS
+def _draw_bars(view: Balancing, grouping: Grouping) -> Part:
+    """Bars of what was sent and of times, side by side."""
+    yield draw_text(MARGIN, 14, view.heading, LIGHT["ink"], "start", BOLD)
+    share, width = _divide(len(view.bars))
+    for n, chart in enumerate(view.bars):
+        box = Box(MARGIN + LEFT + n * share, 83, width, BARS, view.numbers)
+        yield draw_text(box.left, 30, chart.note if chart.drawn else chart.nothing, LIGHT["muted"], "start")
+        if chart.drawn:
+            drawn = [series for series in chart.series if series.colour]
+            for row, series in enumerate(drawn):
+                yield from draw_legend(box.left, 39 + row * LINE, series.colour, series.legend)
+            yield from draw_bars(box, drawn, grouping, f" per {view.unit}" if grouping.size > 1 else "")
+    yield (83 + BARS if any(chart.drawn for chart in view.bars) else 8) + AXIS
