@@ -23,8 +23,8 @@ from counterflow.balance.replay import METHODS, Replay
 from counterflow.errors import BalanceError
 from counterflow.report import balance_page, render_record_html, render_record_svg, render_replay_html, render_replay_svg
 from counterflow.report.balance_figures import SHADES, Scale, group_steps, scale_clones, scale_loads
+from counterflow.report.balance_svg import BARS, Box, draw_steps
 from counterflow.report.colours import DARK, LIGHT, mix_shades
-from counterflow.report.plots import BARS, Box, draw_steps
 from counterflow.report.record import list_transfers, write_short
 from counterflow.report.replay import describe_moves, view_replay, weigh_loads
 from tests.support.made_record import make_record
