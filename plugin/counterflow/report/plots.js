@@ -159,16 +159,7 @@
     for (const name of methods) drawMethod(plot, name, layer, 1);
   }
 
-  /** Which of a scale's colours a value has: as many as there are edges up to it. */
-  function findShade(value, edges) {
-    let low = 0, high = edges.length;
-    while (low < high) {
-      const middle = (low + high) >> 1;
-      if (edges[middle] <= value) low = middle + 1; else high = middle;
-    }
-    return low;
-  }
-
+  /** A map as an image of a pixel a cell; a value has the colour behind the last of the scale's edges that it reaches. */
   function paintMap(map) {
     const tile = document.createElement("canvas");
     tile.width = groups;
@@ -176,7 +167,7 @@
     const pen = tile.getContext("2d"), image = pen.createImageData(groups, rows), shades = map[theme()].map(splitChannels);
     for (let row = 0; row < rows; row++) {
       for (let group = 0; group < groups; group++) {
-        image.data.set(shades[findShade(findCell(map, state.chosen, group, row), map.edges)], 4 * (row * groups + group));
+        image.data.set(shades[findLast(map.edges, findCell(map, state.chosen, group, row)) + 1], 4 * (row * groups + group));
       }
     }
     pen.putImageData(image, 0, 0);
