@@ -23,7 +23,7 @@ FIND_OVERLAPS = """() => {
     const found = [];
     const isLeft = (a, b) => a.right <= b.left + 0.5, isAbove = (a, b) => a.bottom <= b.top + 0.5;
     const isApart = (a, b) => isLeft(a, b) || isLeft(b, a) || isAbove(a, b) || isAbove(b, a);
-    const parents = "header, section, .tables, .tools, .legend, .layers, .layer, .scale, figure";
+    const parents = "header, main, section, .tables, .tools, .legend, .layers, .layer, .scale, .figures, figure";
     for (const parent of document.querySelectorAll(parents)) {
         const boxes = [...parent.children].map((node) => [node.textContent.trim() || node.tagName, node.getBoundingClientRect()]);
         boxes.forEach(([text, box], n) => boxes.slice(n + 1).forEach(([other, next]) => {
@@ -78,5 +78,5 @@ def read_pixel() -> Callable[[Any, int, float, float], str]:
 
 @pytest.fixture
 def find_overlaps() -> Callable[[Any], list[str]]:
-    """Names what lies on each other in a page of plots."""
+    """Names what lies on each other in a page."""
     return lambda page: list(page.evaluate(FIND_OVERLAPS))

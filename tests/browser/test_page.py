@@ -98,22 +98,6 @@ def beside_label(span: Span) -> float:
     return span.start + 0.12 * (span.end - span.start)
 
 
-# Neighbours (parts of the head, of a picture) whose boxes overlap.
-FIND_OVERLAPS = """() => {
-    const found = [];
-    const isLeft = (a, b) => a.right <= b.left + 0.5, isAbove = (a, b) => a.bottom <= b.top + 0.5;
-    const isApart = (a, b) => isLeft(a, b) || isLeft(b, a) || isAbove(a, b) || isAbove(b, a);
-    for (const group of ["header > *", ".tools > *", ".legend > li", ".figures > span", "section > *"]) {
-        const nodes = [...document.querySelectorAll(group)];
-        const boxes = nodes.map((node) => [node.textContent.trim(), node.getBoundingClientRect()]);
-        boxes.forEach(([text, box], n) => boxes.slice(n + 1).forEach(([other, next]) => {
-            if (!isApart(box, next)) found.push(`${group}: "${text}" and "${other}"`);
-        }));
-    }
-    return found;
-}"""
-
-
 # ---- what is drawn
 
 
@@ -357,14 +341,13 @@ def test_large_schedules_draw_in_reasonable_time(open_page: Open) -> None:
     assert page.ask("counterflow.stats.blocks") < 3000
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [380, 700, 1400])
 @pytest.mark.parametrize("names", [["1f1b"], ["1f1b", "interleaved", "dualpipev"]])
-def test_nothing_is_cut_or_covered(open_page: Open, names: list[str], width: int, scheme: str, tmp_path: Path) -> None:
-    page = open_page(*[draw(name, 4, 8) for name in names], width=width, scheme=scheme)
+def test_nothing_is_cut_or_covered(open_page: Open, find_overlaps: Any, names: list[str], width: int, tmp_path: Path) -> None:
+    page = open_page(*[draw(name, 4, 8) for name in names], width=width)
     page.page.screenshot(path=str(tmp_path / "screen.png"), full_page=True)  # pytest keeps it for a look
     assert page.ask("document.documentElement.scrollWidth") <= width
-    assert page.page.evaluate(FIND_OVERLAPS) == []
+    assert find_overlaps(page.page) == []
 
 
 def test_a_recorded_step_is_drawn_from_zero(open_page: Open) -> None:

@@ -80,17 +80,27 @@ def test_layers_are_split_as_if_alone() -> None:
         assert (split_tokens(counts[layer : layer + 1], alone)[0] == together[layer]).all()
 
 
+FOUND = {
+    "split": "split_tokens(random.integers(0, 999, (4, 64)), spread)",
+    "shares": "share_tokens(random.integers(0, 999, (16, 64)), Placement(spread.cluster, spread.experts[:1], spread.homes[:1]), "
+    "np.arange(16) // 2)",
+    "homes": "plan_homes(random.lognormal(0, 1, (4, 2, 64)), make_home_placement(2, 64, 8, 1), 1000).placement.homes",
+}
+
+
 @pytest.mark.slow
-def test_another_process_finds_the_same_split() -> None:
+def test_every_process_finds_the_same() -> None:
     code = (
-        "import numpy as np, hashlib; from counterflow.balance.placement import make_home_placement; "
-        "from counterflow.balance.split import split_tokens; "
-        "random = np.random.default_rng(7); p = make_home_placement(4, 64, 8, 2); "
-        "p.experts[p.experts < 0] = random.integers(0, 64, 64); "
-        "print(hashlib.sha256(split_tokens(random.integers(0, 999, (4, 64)), p).tobytes()).hexdigest())"
+        "import numpy as np, hashlib; from counterflow.balance import *; "
+        "random = np.random.default_rng(7); spread = make_home_placement(4, 64, 8, 2, 2); "
+        "spread.experts[spread.experts < 0] = random.integers(0, 64, 64); "
+        f"found = {{{', '.join(f'{name!r}: {call}' for name, call in FOUND.items())}}}; "
+        "print({name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in found.items()})"
     )
-    digests = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)}
-    assert len(digests) == 1
+    first, second = (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)
+    )
+    assert first == second and all(name in first for name in FOUND)
 
 
 @pytest.mark.parametrize(

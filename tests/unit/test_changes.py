@@ -62,7 +62,7 @@ def test_what_cannot_change_is_refused() -> None:
     fixed, free = make_home_placement(1, 8, 4, 1), Placement(make_cluster(4, 8), np.arange(8)[None])
     with pytest.raises(BalanceError, match="fixed homes"):
         match_ranks(fixed, fixed)
-    with pytest.raises(BalanceError, match="same layers and cluster"):
+    with pytest.raises(BalanceError, match="allowed: two of the same cluster"):
         match_ranks(free, Placement(make_cluster(2, 8), np.arange(8)[None]))
     with pytest.raises(BalanceError, match="horizon 0"):
         take_if_worth(free, free, np.ones((1, 8)), horizon=0)

@@ -25,38 +25,39 @@ print(ask(), sum(ask.stats.cache_hits.values()), known)
 CALLEE = "from counterflow.compiling import compile_fast\n\n@compile_fast\ndef give():\n    return {}\n"
 
 
-def test_a_change_in_a_called_file_is_seen(tmp_path: Path) -> None:
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A package with the compiler and nothing to compile yet."""
     package = tmp_path / "counterflow"
     package.mkdir()
     (package / "__init__.py").touch()
     shutil.copy(PACKAGE / "compiling.py", package)
+    return package
+
+
+def call(package: Path) -> str:
+    """What the caller prints in a process of its own: the value, hits of the cache, whether it was compiled before."""
+    command = [sys.executable, "-c", "import counterflow.caller"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=package.parent).stdout.strip()
+
+
+def test_a_change_in_a_called_file_is_seen(package: Path) -> None:
     (package / "caller.py").write_text(CALLER)
-
-    def run() -> str:
-        command = [sys.executable, "-c", "import counterflow.caller"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.strip()
-
     (package / "callee.py").write_text(CALLEE.format(1))
-    assert run() == "1 0 False", "compiled at first"
-    assert run() == "1 1 True", "kept"
+    assert call(package) == "1 0 False", "compiled at first"
+    assert call(package) == "1 1 True", "kept"
     (package / "callee.py").write_text(CALLEE.format(22))
-    assert run() == "22 0 False", "compiled again after the change"
+    assert call(package) == "22 0 False", "compiled again after the change"
     (package / "other.py").write_text("# holds no kernel\n")
     (package / "callee.py").touch()
-    assert run() == "22 1 True", "kept, whatever else is edited"
+    assert call(package) == "22 1 True", "kept, whatever else is edited"
 
 
-def test_a_change_of_what_a_kernel_reads_is_seen(tmp_path: Path) -> None:
-    package = tmp_path / "counterflow"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    shutil.copy(PACKAGE / "compiling.py", package)
+def test_a_change_of_what_a_kernel_reads_is_seen(package: Path) -> None:
     (package / "caller.py").write_text(CALLER.replace("callee import give", "constants import VALUE").replace("give()", "VALUE"))
-    command = [sys.executable, "-c", "import counterflow.caller"]
     for value in ("3", "4"):
         (package / "constants.py").write_text(f"VALUE = {value}\n")
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-        assert done.stdout.strip() == f"{value} 0 False"
+        assert call(package) == f"{value} 0 False"
 
 
 def test_without_the_compiler_all_runs_as_plain_python() -> None:

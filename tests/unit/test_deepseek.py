@@ -16,9 +16,9 @@ from counterflow.balance.kernels.introsort import sort_descending
 from counterflow.errors import BalanceError
 
 MAPS = ("phy2log", "log2phy", "logcnt")
-# Recorded from deepseek-ai/EPLB under torch 2.14: few distinct loads, equal ones, zeros, loads that rise and fall (so that a heap
-# sorts them), groups whose sums differ by torch's rounding alone (`_sums`: what torch said), and tenths, whose sums per GPU
-# differ by float32's rounding alone.
+# Recorded from deepseek-ai/EPLB under torch 2.14: few distinct loads, equal ones, zeros, loads that rise and fall, groups whose
+# sums differ by torch's rounding alone (`_sums`: what torch said), and tenths, whose sums per GPU differ by float32's rounding
+# alone.
 TIES = Path(__file__).resolve().parents[1] / "data" / "eplb-ties.npz"
 # Whole numbers of few values make ties, fractions make sums that have to be rounded.
 LOADS = st.one_of(st.integers(0, 3), st.integers(0, 20).map(lambda tenths: tenths / 10), st.floats(0, 1000, width=32)).map(

@@ -5,8 +5,10 @@ Other draws: ``HOSTILE_SEED=7 HOSTILE_DRAWS=2000 python -m pytest tests/unit/tes
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,31 +72,27 @@ def test_a_command_line_gives_a_result_or_one_line(tmp_path: Path) -> None:
     assert DRAWS < 100 or 0.1 < share < 0.9, "draws that are all refused, or all good, try little"
 
 
-def test_a_mapping_gives_options_or_one_line() -> None:
-    random, faults = Random(SEED), []
-    for _ in range(5 * DRAWS):
-        given = draw_mapping(random, list(Options.model_fields))
+def check_options(draw: Callable[[], Any], read: Callable[[Any], Any], draws: int) -> None:
+    """Whatever is drawn gives options, or an `OptionError` of one line."""
+    faults = []
+    for _ in range(draws):
+        given = draw()
         try:
-            assert isinstance(merge_options(read_given(given)), Options)
+            assert isinstance(merge_options(read(given)), Options)
         except OptionError as error:
             if "\n" in str(error) or not str(error).strip():
                 faults.append(f"{given!r:.300}: {error}")
         except Exception as error:
             faults.append(f"{given!r:.300}: {type(error).__name__}: {error}")
-    assert not faults, f"{len(faults)} mappings: " + "\n".join(faults[:20])
+    assert not faults, f"{len(faults)} of {draws}: " + "\n".join(faults[:20])
+
+
+def test_a_mapping_gives_options_or_one_line() -> None:
+    random = Random(SEED)
+    check_options(lambda: draw_mapping(random, list(Options.model_fields)), read_given, 5 * DRAWS)
 
 
 def test_flags_give_options_or_one_line(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(files.folder)
-    random, faults = Random(SEED), []
-    parser = add_flags(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
-    for _ in range(2 * DRAWS):
-        argv = draw_flags(random, parser, files)
-        try:
-            assert isinstance(merge_options(read_flags(argv)), Options)
-        except OptionError as error:
-            if "\n" in str(error) or not str(error).strip():
-                faults.append(f"{argv!r:.300}: {error}")
-        except Exception as error:
-            faults.append(f"{argv!r:.300}: {type(error).__name__}: {error}")
-    assert not faults, f"{len(faults)} of {2 * DRAWS} command lines: " + "\n".join(faults[:20])
+    random, parser = Random(SEED), add_flags(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
+    check_options(lambda: draw_flags(random, parser, files), read_flags, 2 * DRAWS)

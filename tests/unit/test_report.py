@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from counterflow.errors import CounterflowError
 from counterflow.report import Picture, render_html, render_svg, render_text, render_trace
-from counterflow.report.picture import find_idle, flows_down, prepare_pictures, write_bytes, write_number
+from counterflow.report.picture import prepare_pictures, write_bytes, write_number
 from counterflow.schedule import Action, ScheduleTable, Span, Timeline, build
 from counterflow.schedule.costs import Costs
 from counterflow.schedule.layouts import lay_bidirectional, lay_looped, lay_passes, lay_v
@@ -321,7 +321,7 @@ def test_recorded_steps_start_at_zero_and_keep_their_gaps() -> None:
     simulated = draw("dualpipev", 4, 10)
     (recorded,) = prepare_pictures([as_recorded(simulated, offset=1e4)], 10_000, "a test")
     assert min(span.start for span in recorded.timeline.spans) == 0
-    for waits, gaps in zip(find_idle(simulated), find_idle(recorded), strict=True):
+    for waits, gaps in zip(simulated.find_idle(), recorded.find_idle(), strict=True):
         gaps = [gap for gap in gaps if gap.end - gap.start > 1e-6]
         assert [(gap.start, gap.end) for gap in gaps] == [pytest.approx((wait.start, wait.end), abs=1e-6) for wait in waits]
         assert all(gap.reason for gap in gaps)
@@ -330,8 +330,8 @@ def test_recorded_steps_start_at_zero_and_keep_their_gaps() -> None:
 # ---- directions
 
 
-def make_table(layout: Any, microbatches: int = 4) -> ScheduleTable:
-    return ScheduleTable("any", layout, microbatches, ((),) * layout.ranks)
+def draw_empty(layout: Any, microbatches: int = 4) -> Picture:
+    return Picture("any", ScheduleTable("any", layout, microbatches, ((),) * layout.ranks), Timeline(()))
 
 
 @pytest.mark.parametrize(
@@ -345,16 +345,16 @@ def make_table(layout: Any, microbatches: int = 4) -> ScheduleTable:
 )
 def test_stages_of_a_pass_towards_rank_0_flow_down(layout: Any, down: str) -> None:
     stages = range(layout.last_stage + 1)
-    found = "".join(str(stage) for stage in stages if flows_down(make_table(layout), Action("F", stage, 0)))
+    found = "".join(str(stage) for stage in stages if draw_empty(layout).find_direction(Action("F", stage, 0)) == "down")
     assert found == down
 
 
 def test_in_two_directions_the_second_half_of_the_microbatches_flows_down() -> None:
-    table = make_table(lay_bidirectional(4), microbatches=6)
-    found = [m for m in range(6) if flows_down(table, Action("F", 0, m))]
+    empty = draw_empty(lay_bidirectional(4), microbatches=6)
+    found = [m for m in range(6) if empty.find_direction(Action("F", 0, m)) == "down"]
     assert found == [3, 4, 5]
     spans = tuple(Span(m // 3, Action("F", 0, m), m % 3, m % 3 + 1) for m in range(6))
-    text = render_html([Picture("both", table, Timeline(spans))])
+    text = render_html([replace(empty, timeline=Timeline(spans))])
     assert Page(text).data()[0]["firstDown"] == 3
 
 

@@ -6,16 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from counterflow.commands.main import main
 from counterflow.schedule import build, read_csv, validate
+from tests.support.running import check_refusal, run_command
 
 
 def run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(["schedule", *argv])
-    said = capsys.readouterr()
-    code = ended.value.code
-    return (code if isinstance(code, int) else 1), said.out, said.err
+    return run_command(["schedule", *argv], capsys)
 
 
 def test_show_draws_and_writes_what_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,64 +87,50 @@ def test_free_actions_have_figures_that_are_numbers(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["show", "dualpipe", "--ranks", "5", "--microbatches", "20"], "needs an even number of ranks"),
-        (["show", "dualpipev", "--ranks", "4", "--microbatches", "7"], "needs at least 8 micro-batches"),
-        (["show", "zigzag", "--ranks", "4", "--microbatches", "8"], "schedule 'zigzag' is not known; allowed: gpipe, 1f1b"),
-        (["show", "1f1b"], "given without its size; add --ranks P and --microbatches M"),
-        (["show", "1f1b", "--ranks", "0", "--microbatches", "8"], "--ranks 0 given; allowed: a whole number from 1 to 256"),
-        (["show", "none.csv"], "none.csv: cannot be read as a schedule table"),
-        (["show", "{bad}"], "{bad}: line 2, cell 1: '1X0' is not an action"),
-        (["show", "{twice}"], "{twice}: line 1, cell 2, rank 0, position 1, action 0F0: 0F0 is computed twice"),
-        (["show", "{good}", "--ranks", "3"], "--ranks 3 given; {good} has 1: drop --ranks"),
+        ("show dualpipe --ranks 5 --microbatches 20", "needs an even number of ranks"),
+        ("show dualpipev --ranks 4 --microbatches 7", "needs at least 8 micro-batches"),
+        ("show zigzag --ranks 4 --microbatches 8", "schedule 'zigzag' is not known; allowed: gpipe, 1f1b"),
+        ("show 1f1b", "given without its size; add --ranks P and --microbatches M"),
+        ("show 1f1b --ranks 0 --microbatches 8", "--ranks 0 given; allowed: a whole number from 1 to 256"),
+        ("show none.csv", "none.csv: cannot be read as a schedule table"),
+        ("show {bad}", "{bad}: line 2, cell 1: '1X0' is not an action"),
+        ("show {twice}", "{twice}: line 1, cell 2, rank 0, position 1, action 0F0: 0F0 is computed twice"),
+        ("show {good} --ranks 3", "--ranks 3 given; {good} has 1: drop --ranks"),
+        ("show 1f1b --ranks 2 --microbatches 2 --f -1", "--f -1.0 given; allowed: a finite number from 0 to 1e+30"),
+        ("show 1f1b --ranks 2 --microbatches 2 --w nan", "--w nan given"),
+        ("show 1f1b --ranks 2 --microbatches 2 --f 1,2,3", "cost f has 3 numbers; the layout has 2 stages"),
+        ("show 1f1b --ranks 2 --microbatches 2 --svg nowhere/x.svg", "there is no folder nowhere"),
+        ("show 1f1b --ranks 2 --microbatches 2 --html /proc/x.html", "--html /proc/x.html cannot be written"),
+        ("compare --ranks 2 --microbatches 8 --max-activations 0.1", "no schedule fits 2 ranks"),
+        ("compare 1f1b zbv --ranks 2 --microbatches 8 --csv x.csv", "takes one table and 2 were compared"),
         (
-            ["show", "1f1b", "--ranks", "2", "--microbatches", "2", "--f", "-1"],
-            "--f -1.0 given; allowed: a finite number from 0 to 1e+30",
-        ),
-        (["show", "1f1b", "--ranks", "2", "--microbatches", "2", "--w", "nan"], "--w nan given"),
-        (
-            ["show", "1f1b", "--ranks", "2", "--microbatches", "2", "--f", "1,2,3"],
-            "cost f has 3 numbers; the layout has 2 stages",
-        ),
-        (["show", "1f1b", "--ranks", "2", "--microbatches", "2", "--svg", "nowhere/x.svg"], "there is no folder nowhere"),
-        (
-            ["show", "1f1b", "--ranks", "2", "--microbatches", "2", "--html", "/proc/x.html"],
-            "--html /proc/x.html cannot be written",
-        ),
-        (["compare", "--ranks", "2", "--microbatches", "8", "--max-activations", "0.1"], "no schedule fits 2 ranks"),
-        (
-            ["compare", "1f1b", "zbv", "--ranks", "2", "--microbatches", "8", "--csv", "x.csv"],
-            "takes one table and 2 were compared",
-        ),
-        (
-            ["compare", "1f1b", "{forwards}", "gpipe", "--ranks", "1", "--microbatches", "2"],
+            "compare 1f1b {forwards} gpipe --ranks 1 --microbatches 2",
             "{forwards} has forwards alone and gpipe backwards too: compare the two kinds apart",
         ),
-        (["search", "--ranks", "2", "--microbatches", "8", "--max-activations", "0.1"], "the smallest cap that does is 1"),
-        (["search", "--ranks", "2", "--microbatches", "8", "--max-chunks", "0"], "--max-chunks 0 given"),
-        (["compare", "--ranks", "2", "--microbatches", "8", "--max-chunks", "0"], "--max-chunks 0 given"),
-        (["search", "--ranks", "2", "--microbatches", "8", "--f", "0", "--i", "0", "--w", "0"], "costs f, i and w of 0 given"),
-        (["search", "--ranks", "2", "--microbatches", "8", "--f", "1e300"], "--f 1e+300 given; allowed: a finite number from 0"),
-        (["search", "--ranks", "2", "--microbatches", "8", "--seconds", "nan"], "--seconds nan given; allowed: a finite number"),
-        (["search", "--ranks", "2", "--microbatches", "8", "--seconds", "1e5"], "--seconds 100000.0 given"),
-        (["search", "--ranks", "2", "--microbatches", "8", "--seed", "-1"], "--seed -1 given; allowed: a whole number from 0"),
-        (["search", "--ranks", "256", "--microbatches", "8"], "256 ranks x 2 chunks given; allowed: 256 stages at most"),
-        (["show", "1f1b", "--ranks", "100000", "--microbatches", "100000"], "--ranks 100000 given; allowed: a whole number"),
-        (["show", "1f1b", "--ranks", "256", "--microbatches", "100000"], "runs of a chunk; allowed: 131,072 at most"),
-        (["compare", "--ranks", "64", "--microbatches", "1024"], "runs of a chunk; allowed: 65,536 at most"),
-        (["show", "1f1b", "--ranks", "2", "--microbatches", "9" * 5000], "given; allowed: a whole number from 1"),
-        (["show", "1f1b", "--ranks"], "--ranks: expected one argument; see counterflow schedule show --help"),
-        (["show"], "the following arguments are required"),
-        (["show", "\ud800.csv"], "cannot be read as a schedule table"),
+        ("search --ranks 2 --microbatches 8 --max-activations 0.1", "the smallest cap that does is 1"),
+        ("search --ranks 2 --microbatches 8 --max-chunks 0", "--max-chunks 0 given"),
+        ("compare --ranks 2 --microbatches 8 --max-chunks 0", "--max-chunks 0 given"),
+        ("search --ranks 2 --microbatches 8 --f 0 --i 0 --w 0", "costs f, i and w of 0 given"),
+        ("search --ranks 2 --microbatches 8 --f 1e300", "--f 1e+300 given; allowed: a finite number from 0"),
+        ("search --ranks 2 --microbatches 8 --seconds nan", "--seconds nan given; allowed: a finite number"),
+        ("search --ranks 2 --microbatches 8 --seconds 1e5", "--seconds 100000.0 given"),
+        ("search --ranks 2 --microbatches 8 --seed -1", "--seed -1 given; allowed: a whole number from 0"),
+        ("search --ranks 256 --microbatches 8", "256 ranks x 2 chunks given; allowed: 256 stages at most"),
+        ("show 1f1b --ranks 100000 --microbatches 100000", "--ranks 100000 given; allowed: a whole number"),
+        ("show 1f1b --ranks 256 --microbatches 100000", "runs of a chunk; allowed: 131,072 at most"),
+        ("compare --ranks 64 --microbatches 1024", "runs of a chunk; allowed: 65,536 at most"),
+        ("show 1f1b --ranks 2 --microbatches " + "9" * 5000, "given; allowed: a whole number from 1"),
+        ("show 1f1b --ranks", "--ranks: expected one argument; see counterflow schedule show --help"),
+        ("show", "the following arguments are required"),
+        ("show \ud800.csv", "cannot be read as a schedule table"),
     ],
 )
-def test_bad_input_gets_one_line(argv: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_gets_one_line(argv: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {"bad": "0F0,0B0\n1X0\n", "twice": "0F0,0F0,0B0\n", "good": "0F0,0B0\n", "forwards": "0F0,0F1\n"}
     for name, text in files.items():
         (tmp_path / f"{name}.csv").write_text(text)
     names = {name: str(tmp_path / f"{name}.csv") for name in files}
-    code, out, err = run([part.format(**names) for part in argv], capsys)
-    assert (code, out) == (2, "")
-    assert said.format(**names) in err and err.startswith("counterflow: ") and err.count("\n") == 1
+    check_refusal(["schedule", *[part.format(**names) for part in argv.split()]], said.format(**names), capsys)
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["show", "--help"], ["compare", "--help"], ["search", "--help"]])

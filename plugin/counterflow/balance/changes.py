@@ -4,7 +4,7 @@ import numpy as np
 
 from counterflow.arrays import Array
 from counterflow.balance.clones import HORIZON, MOVE_PRICE
-from counterflow.balance.moves import keep_slots, plan_moves
+from counterflow.balance.moves import check_pair, keep_slots, plan_moves
 from counterflow.balance.placement import EMPTY, Placement, share_evenly, sum_by_rank
 from counterflow.errors import BalanceError
 
@@ -20,11 +20,7 @@ def match_ranks(old: Placement, new: Placement) -> Placement:
 
     if old.homes is not None or new.homes is not None:
         raise BalanceError("a placement with fixed homes; allowed: free placements, homes cannot change their rank")
-    if old.cluster != new.cluster or old.layers != new.layers:
-        raise BalanceError(
-            f"placements of {old.layers} and {new.layers} layers on {old.cluster.ranks} and {new.cluster.ranks} ranks; "
-            "allowed: two of the same layers and cluster"
-        )
+    check_pair(old, new)
     cluster = new.cluster
     alike: dict[tuple[int, int], list[int]] = {}
     for rank, kind in enumerate(zip(cluster.node_of_rank, cluster.slots_per_rank, strict=True)):

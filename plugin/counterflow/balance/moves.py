@@ -88,7 +88,7 @@ def keep_slots(old: Placement, new: Placement) -> Placement:
     Experts change places within their layer and rank alone, and never where homes are: those slots stay as they are. Raises
     `BalanceError` where the placements differ in their layers or cluster.
     """
-    _check_pair(old, new)
+    check_pair(old, new)
     experts = new.experts.copy()
     changed = old.experts != experts
     if new.homes is not None:
@@ -125,7 +125,7 @@ def plan_moves(old: Placement, new: Placement, most_per_round: int | None = None
     Raises `BalanceError` where the placements differ in their layers or cluster, where ``old`` holds an expert of ``new``
     nowhere, and for a ``most_per_round`` below 1.
     """
-    _check_pair(old, new)
+    check_pair(old, new)
     if most_per_round is not None and most_per_round < 1:
         raise BalanceError(f"{most_per_round} transfers per round; allowed: 1 or more, or None for one round")
     width = _count_experts(old, new)
@@ -148,7 +148,7 @@ def find_copies(old: Placement, new: Placement) -> Copies:
     (after `keep_slots` that is so only where a home slot gives or takes it), or one that a rank holds twice. Raises
     `BalanceError` where the placements differ in their layers or cluster.
     """
-    _check_pair(old, new)
+    check_pair(old, new)
     width = _count_experts(old, new)
     before, after = _list_held(old, width), _list_held(new, width)
     layer, slot = np.nonzero((new.experts != old.experts) & (new.experts != EMPTY))
@@ -161,7 +161,8 @@ def find_copies(old: Placement, new: Placement) -> Copies:
     return Copies(layer[copied], slot[copied], source[copied], ~there[copied])
 
 
-def _check_pair(old: Placement, new: Placement) -> None:
+def check_pair(old: Placement, new: Placement) -> None:
+    """Raise `BalanceError` for placements of two clusters, or of other numbers of layers."""
     if old.cluster != new.cluster:
         raise BalanceError(
             f"placements of {old.cluster.slots} slots on {old.cluster.ranks} ranks and {old.cluster.nodes} nodes, "

@@ -7,14 +7,24 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from counterflow.bounds import take_number, take_whole
 from counterflow.errors import CounterflowError, OptionError
+from counterflow.report.files import check_output, write_output
 
 # What a shell gives a command that Ctrl-C, or a reader that has gone, has ended.
 INTERRUPTED, NO_READER = 130, 141
 MAX_LINE = 1000
+# What files a command may write, by the names of the options that give their paths.
+FILES = {
+    "html": "an interactive page, one self-contained file",
+    "svg": "a picture for papers",
+    "trace": "a trace for Perfetto (ui.perfetto.dev)",
+    "csv": "the table, in the notation of torch.distributed.pipelining",
+    "out": "the placement; .npz writes arrays",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,6 +69,43 @@ def _make_reader(parse: Callable[[str], Any], take: Callable[..., Any], least: A
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return read
+
+
+def add_outputs(parser: argparse.ArgumentParser, *names: str) -> Any:
+    """Add the options of some of `FILES`, and ``--json``; return their group."""
+    group = parser.add_argument_group("output")
+    parser.set_defaults(outputs=names)
+    for name in names:
+        group.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"write {FILES[name]}")
+    group.add_argument("--json", action="store_true", help="print figures as JSON instead of tables and drawings")
+    return group
+
+
+def check_outputs(given: argparse.Namespace) -> None:
+    """Before any work: raise `OptionError` where one of the files cannot be written."""
+    for name in given.outputs:
+        if getattr(given, name) is not None:
+            check_output(f"--{name}", getattr(given, name))
+
+
+def write_outputs(given: argparse.Namespace, forms: dict[str, Callable[[], str | bytes]]) -> None:
+    """Write the files that were asked for, none before all are made."""
+    made = {name: make() for name, make in forms.items() if getattr(given, name) is not None}
+    for name, content in made.items():
+        write_output(f"--{name}", getattr(given, name), content)
+
+
+def print_table(headings: list[str], rows: list[list[str]], left: int = 1) -> None:
+    """Print rows below headings; but for the first ``left`` columns, numbers stand at the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(*headings[:left], box=None, pad_edge=False)
+    for heading in headings[left:]:
+        grid.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        grid.add_row(*row)
+    Console().print(grid)
 
 
 def run_command(run: Callable[[], int]) -> int:

@@ -5,7 +5,6 @@ import io
 import json
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,8 @@ from counterflow.balance.files.recorded import RecordedBalance, read_record
 from counterflow.balance.files.serving import MAX_FIRST_LAYER, render_sglang, render_vllm
 from counterflow.balance.loads import LARGEST_LOAD
 from counterflow.balance.placement import count_copies, divide_loads, measure_balancedness
-from counterflow.commands.arguments import number, whole
+from counterflow.commands.arguments import add_outputs, check_outputs, number, print_table, whole, write_outputs
 from counterflow.errors import OptionError
-from counterflow.report.files import check_output, write_output
 
 if TYPE_CHECKING:
     from counterflow.balance.planning import Plan
@@ -85,15 +83,14 @@ def add_balance_commands(commands: Any) -> None:
     show.add_argument("record", type=Path, metavar="DIR", help="folder that a run with --cf-eplb --cf-record DIR wrote")
     show.set_defaults(run=run_show)
     for parser in (replay, show):
-        _add_pictures(parser)
+        add_outputs(parser, "html", "svg")
     for parser in (plan, replay):
         parser.add_argument("--ranks", type=count, required=True, metavar="R", help="expert-parallel ranks")
         parser.add_argument("--nodes", type=count, default=1, metavar="N", help="nodes that the ranks are on (default: 1)")
 
 
 def _add_plan_outputs(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("output")
-    group.add_argument("--out", type=Path, metavar="FILE", help="write the placement; .npz writes arrays")
+    group = add_outputs(parser, "out")
     group.add_argument(
         "--format", choices=FORMATS, help="of --out: counterflow's own, or what that server reads (default: json, its own)"
     )
@@ -103,14 +100,6 @@ def _add_plan_outputs(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="layers of the model before the first with experts; SGLang counts them",
     )
-    group.add_argument("--json", action="store_true", help="print figures as JSON instead of a table")
-
-
-def _add_pictures(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("output")
-    group.add_argument("--html", type=Path, metavar="FILE", help="write an interactive page, one self-contained file")
-    group.add_argument("--svg", type=Path, metavar="FILE", help="write a picture for papers")
-    group.add_argument("--json", action="store_true", help="print figures as JSON instead of a table")
 
 
 def run_plan(given: argparse.Namespace) -> int:
@@ -124,8 +113,7 @@ def run_plan(given: argparse.Namespace) -> int:
     _announce_compiling(place_layer)
     weight = {} if given.traffic_weight is None else {"traffic_weight": given.traffic_weight}
     plan = plan_placement(loads, cluster, given.groups, given.policy, **weight)
-    if given.out is not None:
-        write_output("--out", given.out, _render_plan(plan, given))
+    write_outputs(given, {"out": lambda: _render_plan(plan, given)})
     figures = describe_plan(plan, loads)
     if given.json:
         print(json.dumps({"policy": given.policy, **figures}, indent=2))
@@ -138,7 +126,7 @@ def run_plan(given: argparse.Namespace) -> int:
 
 def run_replay(given: argparse.Namespace) -> int:
     """Replay a trace, print how balanced each method kept it, and write the pictures asked for."""
-    _check_pictures(given)
+    check_outputs(given)
     counts = read_trace(given.trace, given.key)
     from counterflow.balance.kernels.cloning import plan_layer  # loads a compiler
     from counterflow.balance.replay import replay_trace
@@ -147,7 +135,8 @@ def run_replay(given: argparse.Namespace) -> int:
     done = replay_trace(counts, given.ranks, given.clones_per_rank, given.interval, given.nodes, given.warmup)
     from counterflow.report import render_replay_html, render_replay_svg
 
-    _write_pictures(given, {"html": render_replay_html, "svg": render_replay_svg}, done, given.trace)
+    title = given.trace.resolve().name
+    write_outputs(given, {"html": lambda: render_replay_html(done, title), "svg": lambda: render_replay_svg(done, title)})
     figures = describe_replay(done)
     if given.json:
         print(json.dumps(figures, indent=2))
@@ -158,11 +147,12 @@ def run_replay(given: argparse.Namespace) -> int:
 
 def run_show(given: argparse.Namespace) -> int:
     """Print how balanced a recorded run was and what that cost, and draw it where that is asked for."""
-    _check_pictures(given)
+    check_outputs(given)
     record = read_record(given.record)
     from counterflow.report import render_record_html, render_record_svg
 
-    _write_pictures(given, {"html": render_record_html, "svg": render_record_svg}, record, given.record)
+    title = given.record.resolve().name
+    write_outputs(given, {"html": lambda: render_record_html(record, title), "svg": lambda: render_record_svg(record, title)})
     figures = describe_record(record)
     if given.json:
         print(json.dumps(figures, indent=2))
@@ -267,7 +257,7 @@ def _check_plan_outputs(given: argparse.Namespace) -> None:
         raise OptionError(f"--first-layer {given.first_layer} is of --format sglang alone; drop it, or write that format")
     if given.out is None:
         return
-    check_output("--out", given.out)
+    check_outputs(given)
     allowed = (".json",) if given.format in ("sglang", "vllm") else (".json", ".npz")
     if given.out.suffix not in allowed:
         raise OptionError(
@@ -319,7 +309,7 @@ def _print_plan(figures: dict[str, Any]) -> None:
     if len(shown) < len(layers):
         print(f"the {len(shown)} least balanced layers:")
     cells = [[name, *(_write_figure(column, row[column]) for column in columns)] for name, row in rows]
-    _print_table(["", *(headings[name] for name in columns)], cells)
+    print_table(["", *(headings[name] for name in columns)], cells)
 
 
 def _write_figure(name: str, value: float) -> str:
@@ -343,11 +333,11 @@ def _print_replay(replay: "Replay", figures: dict[str, dict[str, float]]) -> Non
         ]
         for method, row in figures.items()
     ]
-    _print_table(["", "mean", "p5", "worst", "moves", "off node"], rows)
+    print_table(["", "mean", "p5", "worst", "moves", "off node"], rows)
 
 
 def _print_record(record: RecordedBalance, figures: dict[str, Any]) -> None:
-    from counterflow.report.record_figures import describe_run, list_transfers
+    from counterflow.report.record import describe_run, list_transfers
 
     shown = figures["layers"]
     print(f"{describe_run(record)}; balancedness is mean over slowest rank")
@@ -358,29 +348,5 @@ def _print_record(record: RecordedBalance, figures: dict[str, Any]) -> None:
     rows = [[f"layer {layer['layer']}", *(f"{layer[name]:.4f}" for name in names)] for layer in shown]
     every = [figures[kind][name] for kind in ("mean", "worst") for name in ("before", "after")]
     rows.append(["all layers", *(f"{value:.4f}" for value in every)])
-    _print_table(["", "before", "after", "worst before", "worst after"], rows)
-    _print_table(["of each step", "mean", "most", "in all"], [list(row) for row in list_transfers(record)])
-
-
-def _print_table(headings: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    grid = Table(headings[0], box=None, pad_edge=False)
-    for heading in headings[1:]:
-        grid.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        grid.add_row(*row)
-    Console().print(grid)
-
-
-def _check_pictures(given: argparse.Namespace) -> None:
-    for name in ("html", "svg"):
-        if getattr(given, name) is not None:
-            check_output(f"--{name}", getattr(given, name))
-
-
-def _write_pictures(given: argparse.Namespace, forms: dict[str, Callable[[Any, str], str]], drawn: Any, source: Path) -> None:
-    for name, render in forms.items():
-        if getattr(given, name) is not None:
-            write_output(f"--{name}", getattr(given, name), render(drawn, source.resolve().name))
+    print_table(["", "before", "after", "worst before", "worst after"], rows)
+    print_table(["of each step", "mean", "most", "in all"], [list(row) for row in list_transfers(record)])

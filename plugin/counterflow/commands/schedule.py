@@ -6,10 +6,11 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from counterflow.commands.arguments import number, numbers, whole
+from counterflow.commands.arguments import add_outputs, check_outputs, number, numbers, print_table, whole, write_outputs
 from counterflow.errors import OptionError, ScheduleError
 from counterflow.report import (
     Picture,
@@ -20,7 +21,6 @@ from counterflow.report import (
     render_trace,
     write_differences,
 )
-from counterflow.report.files import check_output, write_output
 from counterflow.schedule import FAMILIES, Costs, ScheduleTable, add_reductions, build, load_record, read_csv, simulate, to_csv
 from counterflow.schedule.comparison import compare, estimate_costs, fit_record
 from counterflow.schedule.costs import LARGEST_COST, LEAST_OVERLAP, MOST_OVERLAP
@@ -54,7 +54,7 @@ def add_schedule_commands(commands: Any) -> None:
     for parser in (show, compare, search):
         _add_sizes(parser, parser is show)
         _add_costs(parser, "chunk" if parser is show else "slice of the model (--max-chunks a rank)")
-        _add_outputs(parser)
+        add_outputs(parser, *OUTPUTS, "csv")
     chunked, overlapping = (", ".join(list_names(option=option)) for option in ("vpp", "ep_overlap"))
     for parser in (show, compare):
         parser.add_argument("--vpp", type=whole(2, MAX_RUNS), metavar="N", help=f"chunks per rank of {chunked} (default: 2)")
@@ -134,20 +134,9 @@ def _add_record(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_outputs(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("output")
-    group.add_argument("--html", type=Path, metavar="FILE", help="write an interactive page, one self-contained file")
-    group.add_argument("--svg", type=Path, metavar="FILE", help="write a picture for papers")
-    group.add_argument("--trace", type=Path, metavar="FILE", help="write a trace for Perfetto (ui.perfetto.dev)")
-    group.add_argument(
-        "--csv", type=Path, metavar="FILE", help="write the table, in the notation of torch.distributed.pipelining"
-    )
-    group.add_argument("--json", action="store_true", help="print figures as JSON instead of a drawing")
-
-
 def run_show(given: argparse.Namespace) -> int:
     """Draw one schedule in the terminal and into the files asked for."""
-    _check_outputs(given)
+    check_outputs(given)
     table = _load_table(given.schedule, given)
     if given.record is not None:
         return _show_record(given, table)
@@ -200,7 +189,7 @@ def run_compare(given: argparse.Namespace) -> int:
     """Print a line per schedule, fastest first, and write the files asked for."""
     from counterflow.schedule.search import list_families, merge_costs  # loads a compiler
 
-    _check_outputs(given)
+    check_outputs(given)
     require_size(given.ranks, given.microbatches, given.max_chunks, MAX_COMPARED_RUNS)
     costs = _make_costs(given, 1 / given.max_chunks).spread(given.ranks * given.max_chunks)
     cap = float("inf") if given.max_activations is None else given.max_activations
@@ -230,7 +219,7 @@ def run_search(given: argparse.Namespace) -> int:
     """Search, draw what was found, and say how it compares."""
     from counterflow.schedule.search import search  # loads a compiler
 
-    _check_outputs(given)
+    check_outputs(given)
     require_size(given.ranks, given.microbatches, given.max_chunks, MAX_SEARCHED_RUNS)
     if given.ranks * given.max_chunks > MAX_SEARCHED_STAGES:
         raise ScheduleError(
@@ -278,19 +267,14 @@ def describe(picture: Picture) -> dict[str, Any]:
 
 
 def _print_comparison(pictures: list[Picture]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    grid = Table("schedule", "layout", box=None, pad_edge=False)
-    for heading in ("makespan", "bubble", "activations", "queued W"):
-        grid.add_column(heading, justify="right")
+    rows = []
     for picture in pictures:
         timeline = picture.timeline
-        grid.add_row(
+        rows.append([
             picture.title, picture.table.layout.name, f"{timeline.makespan:.6g}", f"{100 * timeline.bubble:.2f} %",
             f"{max(timeline.peak_activations):g}", f"{max(timeline.peak_queued):g}",
-        )  # fmt: skip
-    Console().print(grid)
+        ])  # fmt: skip
+    print_table(["schedule", "layout", "makespan", "bubble", "activations", "queued W"], rows, left=2)
 
 
 def _title(table: ScheduleTable, name: str) -> str:
@@ -334,18 +318,8 @@ def _find_width() -> int:
     return max(60, min(200, os.get_terminal_size().columns)) if sys.stdout.isatty() else 100
 
 
-def _check_outputs(given: argparse.Namespace) -> None:
-    """Before any work: every output can be written."""
-    for name in (*OUTPUTS, "csv"):
-        if getattr(given, name) is not None:
-            check_output(f"--{name}", getattr(given, name))
-
-
 def _write_outputs(given: argparse.Namespace, pictures: list[Picture]) -> None:
-    texts = {name: render(pictures) for name, render in OUTPUTS.items() if getattr(given, name) is not None}
-    if given.csv is not None:
-        if len({picture.table for picture in pictures}) > 1:
-            raise OptionError(f"--csv {given.csv} takes one table and {len(pictures)} were compared; use schedule show")
-        texts["csv"] = to_csv(pictures[0].table)
-    for name, text in texts.items():
-        write_output(f"--{name}", getattr(given, name), text)
+    if given.csv is not None and len({picture.table for picture in pictures}) > 1:
+        raise OptionError(f"--csv {given.csv} takes one table and {len(pictures)} were compared; use schedule show")
+    forms: dict[str, Callable[[], str | bytes]] = {name: partial(render, pictures) for name, render in OUTPUTS.items()}
+    write_outputs(given, forms | {"csv": lambda: to_csv(pictures[0].table)})

@@ -1,12 +1,10 @@
 """Schedules, balance replays and records drawn: interactive pages, pictures for papers, traces, lines for a terminal."""
 
-from counterflow.report.balance_page import render_replay_html
-from counterflow.report.balance_svg import render_replay_svg
 from counterflow.report.differences import describe_differences, write_differences
 from counterflow.report.page import render_html
 from counterflow.report.picture import Picture
-from counterflow.report.record_page import render_record_html
-from counterflow.report.record_svg import render_record_svg
+from counterflow.report.record import render_record_html, render_record_svg
+from counterflow.report.replay import render_replay_html, render_replay_svg
 from counterflow.report.svg import render_svg
 from counterflow.report.text import render_text
 from counterflow.report.trace import render_trace

@@ -5,6 +5,16 @@ const tooltip = document.getElementById("tooltip");
 function clamp(value, low, high) { return Math.min(Math.max(value, low), high); }
 function writeNumber(value) { return String(Number(value.toPrecision(5))); }
 
+/** Index of the last entry of a rising array that is at most the value; -1 where none is. */
+function findLast(values, value) {
+  let low = 0, high = values.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (values[middle] <= value) low = middle + 1; else high = middle;
+  }
+  return low - 1;
+}
+
 /** The distance of axis ticks, 1, 2 or 5 times a power of ten, so that a length has at most so many of them. */
 function chooseStep(length, most) {
   const least = length / most;

@@ -72,17 +72,12 @@ def choose_text_colour(kind: str) -> str:
     return ON_DARK if kind == "B" else ON_LIGHT
 
 
-def choose_load_colour(place: float, theme: dict[str, str]) -> str:
-    """Return the colour at a place on the scale of loads, from 0 to 4: five shades, mixed between."""
-    lower = min(int(place), 3)
-    share = place - lower
-    return mix_colours(theme[f"load-{lower}"], theme[f"load-{lower + 1}"], share)
-
-
-def mix_colours(one: str, other: str, share: float) -> str:
-    """Return the colour at a share of the way from one to the other."""
-    pairs = zip(_split_channels(one), _split_channels(other), strict=True)
-    return "#" + "".join(f"{int(first + (second - first) * share + 0.5):02x}" for first, second in pairs)
+def mix_shades(share: float, shades: list[str]) -> str:
+    """Return the colour at a share of the way through some shades that lie evenly apart."""
+    place = share * (len(shades) - 1)
+    lower = min(int(place), len(shades) - 2)
+    pairs = zip(_split_channels(shades[lower]), _split_channels(shades[lower + 1]), strict=True)
+    return "#" + "".join(f"{int(one + (other - one) * (place - lower) + 0.5):02x}" for one, other in pairs)
 
 
 def _split_channels(colour: str) -> list[int]:

@@ -52,16 +52,6 @@
     return down ? "down" : "up";
   }
 
-  /** Index of the last entry of a rising array that is at most the value; -1 where none is. */
-  function findLast(values, value) {
-    let low = 0, high = values.length;
-    while (low < high) {
-      const middle = (low + high) >> 1;
-      if (values[middle] <= value) low = middle + 1; else high = middle;
-    }
-    return low - 1;
-  }
-
   // ---- time axis
   function toX(time) { return GUTTER + (time - view.from) / (view.to - view.from) * (width - GUTTER - MARGIN); }
   function toTime(x) { return view.from + (x - GUTTER) / (width - GUTTER - MARGIN) * (view.to - view.from); }

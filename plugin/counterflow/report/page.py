@@ -6,22 +6,7 @@ from typing import Any
 
 from counterflow.report import colours
 from counterflow.report.filling import fill_page
-from counterflow.report.picture import (
-    MAX_SPANS,
-    Picture,
-    clean_title,
-    find_idle,
-    flows_down,
-    have_pairs,
-    have_reductions,
-    list_directions,
-    list_kinds,
-    prepare_pictures,
-    split_ranks,
-    split_reductions,
-    summarise,
-    write_number,
-)
+from counterflow.report.picture import MAX_SPANS, Picture, make_legend, prepare_pictures, write_number
 from counterflow.schedule.actions import PAIR, Action
 from counterflow.schedule.layouts import BIDIRECTIONAL
 
@@ -32,17 +17,18 @@ def render_html(pictures: Sequence[Picture]) -> str:
     Raises `CounterflowError` for no picture, one without spans, or more than 2,000,000 spans in all.
     """
     pictures = prepare_pictures(pictures, MAX_SPANS, "the page")
+    legend = make_legend(pictures)
     return fill_page(
         "page",
         "page",
         {"pictures": [encode_picture(picture) for picture in pictures]},
-        title=" / ".join(map(clean_title, pictures)),
+        title=" / ".join(picture.title for picture in pictures),
         pictures=[_describe(picture) for picture in pictures],
-        figures=list(dict.fromkeys(name for picture in pictures for name in summarise(picture))),
-        directions=[(way, colours.DIRECTION_NAMES[way]) for way in list_directions(pictures)],
-        kinds=[(kind, colours.KIND_NAMES[kind], colours.choose_text_colour(kind)) for kind in list_kinds(pictures)],
-        paired=have_pairs(pictures),
-        reductions=colours.REDUCTION_NAME if have_reductions(pictures) else None,
+        figures=list(dict.fromkeys(name for picture in pictures for name in picture.summarise())),
+        directions=[(way, colours.DIRECTION_NAMES[way]) for way in legend.directions],
+        kinds=[(kind, colours.KIND_NAMES[kind], colours.choose_text_colour(kind)) for kind in legend.kinds],
+        paired=legend.paired,
+        reductions=colours.REDUCTION_NAME if legend.reductions else None,
     )
 
 
@@ -61,7 +47,7 @@ def encode_picture(picture: Picture) -> dict[str, Any]:
         return round(time, digits)
 
     rows = []
-    for row in split_ranks(picture):
+    for row in picture.split_ranks():
         backs = [span.action.parts[1] for span in row if span.action.parts]
         rows.append(
             {
@@ -80,16 +66,17 @@ def encode_picture(picture: Picture) -> dict[str, Any]:
             "lengths": [trim(gap.end - gap.start) for gap in gaps],
             "reasons": [gap.reason for gap in gaps],
         }
-        for gaps in find_idle(picture)
+        for gaps in picture.find_idle()
     ]
     bidirectional = table.layout.name == BIDIRECTIONAL
+    forwards = [Action("F", stage, 0) for stage in range(table.layout.last_stage + 1)]
     return {
-        "title": clean_title(picture),
+        "title": picture.title,
         "microbatches": table.microbatches,
         "makespan": timeline.makespan,
         # The first micro-batch that goes down, where the micro-batch says the direction; else the stage does.
         "firstDown": table.microbatches // 2 if bidirectional else None,
-        "stagesDown": [int(flows_down(table, Action("F", stage, 0))) for stage in range(table.layout.last_stage + 1)],
+        "stagesDown": [int(picture.find_direction(forward) == "down") for forward in forwards],
         "rows": rows,
         "idle": idle,
         "reductions": [
@@ -98,7 +85,7 @@ def encode_picture(picture: Picture) -> dict[str, Any]:
                 "lengths": [trim(span.end - span.start) for span in spans],
                 "stages": [span.action.stage for span in spans],
             }
-            for spans in split_reductions(picture)
+            for spans in picture.split_reductions()
         ],
         "memory": [_encode_levels(picture, rank, digits) for rank in range(table.ranks)],
         "peakActivations": _pad(timeline.peak_activations, table.ranks),
@@ -125,11 +112,11 @@ def _pad(values: Sequence[float], ranks: int) -> list[float]:
 def _describe(picture: Picture) -> dict[str, Any]:
     """Return the words and figures of a picture's part of the page."""
     table, timeline = picture.table, picture.timeline
-    busy = [sum(span.end - span.start for span in row) for row in split_ranks(picture)]
+    busy = [sum(span.end - span.start for span in row) for row in picture.split_ranks()]
     columns = [busy, [timeline.makespan - time for time in busy], timeline.peak_activations, timeline.peak_queued]
     return {
-        "title": clean_title(picture),
+        "title": picture.title,
         "size": f"{table.ranks} ranks, {table.microbatches} micro-batches, {table.layout.name} layout",
-        "summary": summarise(picture),
+        "summary": picture.summarise(),
         "ranks": [[rank, *map(write_number, row)] for rank, row in enumerate(zip(*columns, strict=False))],
     }

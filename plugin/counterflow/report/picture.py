@@ -16,15 +16,6 @@ MAX_TITLE = 200
 NO_REASON = "a recorded step does not say why"
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One schedule to draw: ``timeline`` is a simulation of ``table`` or a recorded step of it."""
-
-    title: str
-    table: ScheduleTable
-    timeline: Timeline
-
-
 @dataclass(frozen=True, slots=True)
 class Idle:
     """A rank without work from ``start`` to ``end``, in the timeline's unit."""
@@ -35,8 +26,89 @@ class Idle:
     reason: str
 
 
+@dataclass(frozen=True)
+class Picture:
+    """One schedule to draw: ``timeline`` is a simulation of ``table`` or a recorded step of it."""
+
+    title: str
+    table: ScheduleTable
+    timeline: Timeline
+
+    def split_ranks(self) -> list[list[Span]]:
+        """Return the spans of each rank of the table, in order of time."""
+        return self._split(self.timeline.spans)
+
+    def split_reductions(self) -> list[list[Span]]:
+        """Return the reductions of each rank of the table that take any time, in order of time."""
+        return self._split(span for span in self.timeline.reductions if span.end > span.start)
+
+    def _split(self, spans: Iterable[Span]) -> list[list[Span]]:
+        rows: list[list[Span]] = [[] for _ in range(self.table.ranks)]
+        for span in spans:
+            rows[span.rank].append(span)
+        for row in rows:
+            row.sort(key=lambda span: (span.start, span.end))
+        return rows
+
+    def find_idle(self) -> list[list[Idle]]:
+        """Return the idle spans of each rank: the simulation's with their reasons, or the gaps of a recorded step."""
+        rows: list[list[Idle]] = [[] for _ in range(self.table.ranks)]
+        for wait in self.timeline.waits:
+            rows[wait.rank].append(Idle(wait.rank, wait.start, wait.end, wait.reason))
+        return rows if self.timeline.waits else [list(self._list_gaps(*row)) for row in enumerate(self.split_ranks())]
+
+    def _list_gaps(self, rank: int, row: list[Span]) -> Iterator[Idle]:
+        free = 0.0
+        for span in row:
+            if span.start > free:
+                yield Idle(rank, free, span.start, f"before {span.action}; {NO_REASON}")
+            free = max(free, span.end)
+        if self.timeline.makespan > free:
+            yield Idle(rank, free, self.timeline.makespan, "nothing left to do")
+
+    def find_direction(self, single: Action) -> str:
+        """Return where the forward pass of a single action goes: ``up`` from rank 0 to P-1, or ``down``."""
+        if self.table.layout.name == BIDIRECTIONAL:
+            return "down" if single.microbatch >= self.table.microbatches // 2 else "up"
+        first_of_pass = single.stage - single.stage % self.table.ranks
+        return "up" if first_of_pass in self.table.layout.stages[0] else "down"
+
+    def summarise(self) -> dict[str, str]:
+        """Return the figures, written for a reader; peaks are those of the rank with the highest."""
+        timeline = self.timeline
+        figures = {
+            "makespan": write_number(timeline.makespan),
+            "bubble": f"{timeline.bubble:.1%}",
+            "peak activations": write_number(max(timeline.peak_activations)),
+            "peak queued": write_number(max(timeline.peak_queued)),
+        }
+        if timeline.peak_bytes:
+            figures["peak bytes"] = write_bytes(max(timeline.peak_bytes))
+        return figures
+
+
+@dataclass(frozen=True)
+class Legend:
+    """What occurs in some pictures: directions (up, down), kinds (F, B, I, W), overlapped pairs, reductions that take time."""
+
+    directions: list[str]
+    kinds: list[str]
+    paired: bool
+    reductions: bool
+
+
+def make_legend(pictures: Sequence[Picture]) -> Legend:
+    """Return what a legend of the pictures has to explain."""
+    actions = [(picture, span.action) for picture in pictures for span in picture.timeline.spans]
+    found = {(picture.find_direction(single), single.kind) for picture, action in actions for single in action.singles()}
+    directions = [way for way in ("up", "down") if any(way == direction for direction, _ in found)]
+    kinds = [kind for kind in SINGLES if any(kind == other for _, other in found)]
+    reductions = any(map(any, (picture.split_reductions() for picture in pictures)))
+    return Legend(directions, kinds, any(action.parts for _, action in actions), reductions)
+
+
 def prepare_pictures(pictures: Sequence[Picture], limit: int, form: str) -> list[Picture]:
-    """Return the pictures with times from 0 on: recorded steps do not start there.
+    """Return the pictures with titles that any rendering can hold, and times from 0 on: recorded steps do not start there.
 
     Raises `CounterflowError` for what ``form`` (in words) cannot show: nothing, too much, or times of another table.
     """
@@ -47,13 +119,14 @@ def prepare_pictures(pictures: Sequence[Picture], limit: int, form: str) -> list
         raise CounterflowError(
             f"{spans:,} spans given; {form} shows at most {limit:,}: draw fewer micro-batches, ranks or schedules at once"
         )
+    pictures = [replace(picture, title=clean_text(picture.title)) for picture in pictures]
     for picture in pictures:
         _check_picture(picture)
     return [_shift_to_zero(picture) for picture in pictures]
 
 
 def _check_picture(picture: Picture) -> None:
-    title, spans, layout = clean_title(picture), picture.timeline.spans, picture.table.layout
+    title, spans, layout = picture.title, picture.timeline.spans, picture.table.layout
     if not spans:
         raise CounterflowError(f"picture {title!r} has no spans; at least one is needed: simulate the table or record a step")
     for span in spans:
@@ -67,11 +140,6 @@ def _check_picture(picture: Picture) -> None:
                 f"picture {title!r}: {span.action} on rank {span.rank} given; the table has {layout.ranks} ranks and stages "
                 f"0 to {layout.last_stage}: pass the table that these times belong to"
             )
-
-
-def clean_title(picture: Picture) -> str:
-    """Return the title in characters that any rendering can hold, shortened."""
-    return clean_text(picture.title)
 
 
 def clean_text(text: str) -> str:
@@ -89,98 +157,6 @@ def _shift_to_zero(picture: Picture) -> Picture:
     waits = tuple(replace(wait, start=wait.start - origin, end=wait.end - origin) for wait in timeline.waits)
     reductions = tuple(replace(span, start=span.start - origin, end=span.end - origin) for span in timeline.reductions)
     return replace(picture, timeline=replace(timeline, spans=spans, waits=waits, reductions=reductions))
-
-
-def split_ranks(picture: Picture) -> list[list[Span]]:
-    """Return the spans of each rank of the table, in order of time."""
-    return _split(picture, picture.timeline.spans)
-
-
-def split_reductions(picture: Picture) -> list[list[Span]]:
-    """Return the reductions of each rank of the table that take any time, in order of time."""
-    return _split(picture, (span for span in picture.timeline.reductions if span.end > span.start))
-
-
-def _split(picture: Picture, spans: Iterable[Span]) -> list[list[Span]]:
-    rows: list[list[Span]] = [[] for _ in range(picture.table.ranks)]
-    for span in spans:
-        rows[span.rank].append(span)
-    for row in rows:
-        row.sort(key=lambda span: (span.start, span.end))
-    return rows
-
-
-def find_idle(picture: Picture) -> list[list[Idle]]:
-    """Return the idle spans of each rank: the simulation's with their reasons, or the gaps of a recorded step."""
-    rows: list[list[Idle]] = [[] for _ in range(picture.table.ranks)]
-    for idle in _list_waits(picture) if picture.timeline.waits else _list_gaps(picture):
-        rows[idle.rank].append(idle)
-    return rows
-
-
-def _list_waits(picture: Picture) -> Iterator[Idle]:
-    for wait in picture.timeline.waits:
-        yield Idle(wait.rank, wait.start, wait.end, wait.reason)
-
-
-def _list_gaps(picture: Picture) -> Iterator[Idle]:
-    for rank, row in enumerate(split_ranks(picture)):
-        free = 0.0
-        for span in row:
-            if span.start > free:
-                yield Idle(rank, free, span.start, f"before {span.action}; {NO_REASON}")
-            free = max(free, span.end)
-        if picture.timeline.makespan > free:
-            yield Idle(rank, free, picture.timeline.makespan, "nothing left to do")
-
-
-def flows_down(table: ScheduleTable, single: Action) -> bool:
-    """Tell whether a single action belongs to a forward pass from rank P-1 to rank 0 (else from 0 to P-1)."""
-    if table.layout.name == BIDIRECTIONAL:
-        return single.microbatch >= table.microbatches // 2
-    first_of_pass = single.stage - single.stage % table.ranks
-    return first_of_pass not in table.layout.stages[0]
-
-
-def list_directions(pictures: Sequence[Picture]) -> list[str]:
-    """Return which of ``up`` and ``down`` occur, for the legend."""
-    found = {flows_down(picture.table, single) for picture in pictures for single in _list_singles(picture)}
-    return [way for way, down in (("up", False), ("down", True)) if down in found]
-
-
-def list_kinds(pictures: Sequence[Picture]) -> list[str]:
-    """Return which of F, B, I and W occur, for the legend."""
-    found = {single.kind for picture in pictures for single in _list_singles(picture)}
-    return [kind for kind in SINGLES if kind in found]
-
-
-def have_pairs(pictures: Sequence[Picture]) -> bool:
-    """Tell whether an overlapped pair occurs, for the legend."""
-    return any(span.action.parts for picture in pictures for span in picture.timeline.spans)
-
-
-def have_reductions(pictures: Sequence[Picture]) -> bool:
-    """Tell whether a reduction takes any time, for the legend."""
-    return any(span.end > span.start for picture in pictures for span in picture.timeline.reductions)
-
-
-def _list_singles(picture: Picture) -> Iterator[Action]:
-    for span in picture.timeline.spans:
-        yield from span.action.singles()
-
-
-def summarise(picture: Picture) -> dict[str, str]:
-    """Return the figures of a picture, written for a reader; peaks are those of the rank with the highest."""
-    timeline = picture.timeline
-    figures = {
-        "makespan": write_number(timeline.makespan),
-        "bubble": f"{timeline.bubble:.1%}",
-        "peak activations": write_number(max(timeline.peak_activations)),
-        "peak queued": write_number(max(timeline.peak_queued)),
-    }
-    if timeline.peak_bytes:
-        figures["peak bytes"] = write_bytes(max(timeline.peak_bytes))
-    return figures
 
 
 def write_number(value: float) -> str:

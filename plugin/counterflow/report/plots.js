@@ -11,7 +11,7 @@
   const state = { chosen: data.chosen, width: 0 };
   const buttons = [...document.querySelectorAll(".layer")];
   const chooser = document.getElementById("layer");
-  const plots = listPlots();
+  const plots = listPlots(), isDark = matchMedia("(prefers-color-scheme: dark)");
   let colours = {};
 
   // ---- data
@@ -159,24 +159,15 @@
     for (const name of methods) drawMethod(plot, name, layer, 1);
   }
 
-  /** Loads: five shades for 0, 1/2, 1, the root and its square. Clones: from neutral to green, even in doublings of copies. */
-  function mixColour(value, { scale, root, most }) {
-    if (scale === "clones") return mix(colours.shades[2], colours.green, Math.log2(1 + value) / Math.log2(1 + most));
-    const place = Math.min(value <= 1 ? 2 * value : 2 + Math.log(value) / Math.log(root), 4);
-    const lower = Math.min(Math.floor(place), 3);
-    return mix(colours.shades[lower], colours.shades[lower + 1], place - lower);
-  }
-
-  function mix(one, other, share) { return one.map((value, n) => Math.floor(value + (other[n] - value) * share + 0.5)); }
-
+  /** A map as an image of a pixel a cell; a value has the colour behind the last of the scale's edges that it reaches. */
   function paintMap(map) {
     const tile = document.createElement("canvas");
     tile.width = groups;
     tile.height = rows;
-    const pen = tile.getContext("2d"), image = pen.createImageData(groups, rows);
+    const pen = tile.getContext("2d"), image = pen.createImageData(groups, rows), shades = map[theme()].map(splitChannels);
     for (let row = 0; row < rows; row++) {
       for (let group = 0; group < groups; group++) {
-        image.data.set([...mixColour(findCell(map, state.chosen, group, row), map), 255], 4 * (row * groups + group));
+        image.data.set(shades[findLast(map.edges, findCell(map, state.chosen, group, row)) + 1], 4 * (row * groups + group));
       }
     }
     pen.putImageData(image, 0, 0);
@@ -238,13 +229,11 @@
   }
 
   function readColours() {
-    const shades = [0, 1, 2, 3, 4].map((shade) => `load-${shade}`);
-    colours = findColours(["ground", "muted", "grid", "up-F", "up-B", "activations", ...ORDER, ...shades]);
-    colours.shades = shades.map((name) => splitChannels(colours[name]));
-    colours.green = splitChannels(colours.activations);
+    colours = findColours(["ground", "muted", "grid", "up-F", "up-B", ...ORDER]);
   }
 
-  function splitChannels(colour) { return [1, 3, 5].map((n) => parseInt(colour.slice(n, n + 2), 16)); }
+  function theme() { return isDark.matches ? "dark" : "light"; }
+  function splitChannels(colour) { return [...[1, 3, 5].map((n) => parseInt(colour.slice(n, n + 2), 16)), 255]; }
 
   function choose(layer) {
     state.chosen = clamp(layer, 0, layers.length - 1);
@@ -271,7 +260,7 @@
     const row = clamp(Math.floor((y - box.top) / (box.bottom - box.top) * rows), 0, rows - 1);
     const lines = maps.map((map) => {
       const value = findCell(map, state.chosen, group, row);
-      return map.scale === "clones" ? `${map.words}: ${Number(writeShare(value))}` : `${map.words}: ${writeShare(value)} × the mean`;
+      return `${map.words}: ${map.suffix ? writeShare(value) + map.suffix : Number(writeShare(value))}`;
     });
     return [`${data.row} ${row}, layer ${layers[state.chosen]}, ${nameGroup(group)}`, ...lines];
   }
@@ -317,7 +306,7 @@
     chooser?.addEventListener("change", () => choose(Number(chooser.value)));
     document.getElementById("previous")?.addEventListener("click", () => choose(state.chosen - 1));
     document.getElementById("next")?.addEventListener("click", () => choose(state.chosen + 1));
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readColours(); drawAll(); });
+    isDark.addEventListener("change", () => { readColours(); drawAll(); });
     const main = document.querySelector("main");
     new ResizeObserver(() => { if (main.clientWidth !== state.width) drawAll(); }).observe(main);
   }

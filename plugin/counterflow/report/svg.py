@@ -5,25 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from counterflow.report.colours import DIRECTION_NAMES, KIND_NAMES, LIGHT, REDUCTION_NAME, choose_text_colour
-from counterflow.report.picture import (
-    Picture,
-    choose_step,
-    clean_title,
-    find_idle,
-    flows_down,
-    have_pairs,
-    have_reductions,
-    list_directions,
-    list_kinds,
-    prepare_pictures,
-    split_ranks,
-    split_reductions,
-    summarise,
-    write_number,
-)
+from counterflow.report.picture import Picture, choose_step, make_legend, prepare_pictures, write_number
 from counterflow.report.shapes import FONT, draw_line, draw_rectangle, draw_text, open_document
 from counterflow.schedule.actions import Action
-from counterflow.schedule.table import ScheduleTable
 from counterflow.schedule.timeline import Span
 
 MAX_SVG_SPANS = 200_000
@@ -100,12 +84,12 @@ def _draw_axis(plots: list[_Plot], total: float, top: float) -> Iterator[str]:
 
 def _draw_plot(plot: _Plot) -> Iterator[str]:
     picture = plot.picture
-    figures = " · ".join(f"{name} {value}" for name, value in summarise(picture).items())
+    figures = " · ".join(f"{name} {value}" for name, value in picture.summarise().items())
     yield "<g>"
-    yield draw_text(GUTTER, plot.top + 18, clean_title(picture), LIGHT["ink"], "start", ' font-size="13" font-weight="bold"')
+    yield draw_text(GUTTER, plot.top + 18, picture.title, LIGHT["ink"], "start", ' font-size="13" font-weight="bold"')
     yield draw_text(GUTTER, plot.top + 34, figures, LIGHT["muted"], "start")
-    idle, reductions = find_idle(picture), split_reductions(picture)
-    for rank, row in enumerate(split_ranks(picture)):
+    idle, reductions = picture.find_idle(), picture.split_reductions()
+    for rank, row in enumerate(picture.split_ranks()):
         top = plot.top + HEAD + rank * ROW
         yield draw_text(GUTTER - 8, top + ROW / 2 + 3.5, f"rank {rank}", LIGHT["ink"], "end")
         for gap in idle[rank]:
@@ -127,7 +111,7 @@ def _draw_block(plot: _Plot, span: Span, top: float) -> Iterator[str]:
     height = (ROW - 2) / len(parts)
     times = f"{write_number(span.start)} to {write_number(span.end)}"
     for n, part in enumerate(parts):
-        yield from _draw_part(plot.picture.table, part, left, right, top + 1 + n * height, height, times)
+        yield from _draw_part(plot.picture, part, left, right, top + 1 + n * height, height, times)
     if len(parts) > 1:
         stroke = min(1.2, (right - left) / 6)
         inset = stroke / 2
@@ -137,10 +121,8 @@ def _draw_block(plot: _Plot, span: Span, top: float) -> Iterator[str]:
         )
 
 
-def _draw_part(
-    table: ScheduleTable, part: Action, left: float, right: float, top: float, height: float, times: str
-) -> Iterator[str]:
-    way = "down" if flows_down(table, part) else "up"
+def _draw_part(picture: Picture, part: Action, left: float, right: float, top: float, height: float, times: str) -> Iterator[str]:
+    way = picture.find_direction(part)
     gap = 0.6 if right - left > 4 else 0.0
     yield draw_rectangle(
         f"{part.kind} {way}", left, top, right - left - gap, height, LIGHT[f"{way}-{part.kind}"], f"{part}, {times}"
@@ -155,25 +137,25 @@ def _draw_part(
 
 
 def _draw_legend(pictures: Sequence[Picture], top: float) -> Iterator[str]:
-    x = GUTTER
-    for way in list_directions(pictures):
-        for kind in list_kinds(pictures):
+    x, legend = GUTTER, make_legend(pictures)
+    for way in legend.directions:
+        for kind in legend.kinds:
             yield _legend_box(x, top, LIGHT[f"{way}-{kind}"], LIGHT[f"{way}-{kind}"])
             yield draw_text(x + 8, top + 12, kind, choose_text_colour(kind), "middle")
             x += 17
         yield draw_text(x + 4, top + 12, DIRECTION_NAMES[way], LIGHT["ink"], "start")
         x += 4 + len(DIRECTION_NAMES[way]) * 5.2 + 14
-    words = ", ".join(f"{kind} {KIND_NAMES[kind]}" for kind in list_kinds(pictures))
+    words = ", ".join(f"{kind} {KIND_NAMES[kind]}" for kind in legend.kinds)
     yield draw_text(x, top + 12, words, LIGHT["muted"], "start")
     x += len(words) * 5 + 14
-    if have_pairs(pictures):
+    if legend.paired:
         yield _legend_box(x, top, LIGHT["up-F"], LIGHT["frame"])
         yield f'<path d="M{x + 0.5:.2f} {top + 8:.2f}h15v7.5h-15z" fill="{LIGHT["up-B"]}"/>'
         yield draw_text(x + 21, top + 12, "F and B overlapped", LIGHT["ink"], "start")
         x += 126
     yield _legend_box(x, top, "url(#idle)", LIGHT["hatch"])
     yield draw_text(x + 21, top + 12, "idle", LIGHT["ink"], "start")
-    if have_reductions(pictures):
+    if legend.reductions:
         yield draw_rectangle("reduction", x + 46, top + 8, 16, STRIP, LIGHT["reduction"], REDUCTION_NAME)
         yield draw_text(x + 67, top + 12, REDUCTION_NAME, LIGHT["ink"], "start")
 

@@ -11,22 +11,7 @@ from rich.text import Text
 
 from counterflow.errors import CounterflowError
 from counterflow.report.colours import KIND_NAMES, LIGHT, choose_text_colour
-from counterflow.report.picture import (
-    MAX_SPANS,
-    Picture,
-    choose_step,
-    clean_title,
-    flows_down,
-    have_pairs,
-    have_reductions,
-    list_directions,
-    list_kinds,
-    prepare_pictures,
-    split_ranks,
-    split_reductions,
-    summarise,
-    write_number,
-)
+from counterflow.report.picture import MAX_SPANS, Picture, choose_step, make_legend, prepare_pictures, write_number
 from counterflow.schedule.actions import Action
 from counterflow.schedule.timeline import Span
 
@@ -48,9 +33,9 @@ def render_text(picture: Picture, width: int = 100, colour: bool = False) -> str
         raise CounterflowError(f"width {width} given; allowed are {LEAST_WIDTH} to {MOST_WIDTH} characters")
     margin = len(f"rank {picture.table.ranks - 1} ")
     cells = width - margin
-    rows, reductions = split_ranks(picture), split_reductions(picture)
+    rows, reductions = picture.split_ranks(), picture.split_reductions()
     numbered = all(_fits(picture, span, cells) for row in rows for span in row)
-    lines = [Text(clean_title(picture), style="bold"), Text(_write_figures(picture))]
+    lines = [Text(picture.title, style="bold"), Text(_write_figures(picture))]
     for rank, row in enumerate(rows):
         drawn = _draw_numbered(picture, row, cells) if numbered else _draw_letters(picture, row, cells)
         _draw_reductions(picture, reductions[rank], drawn)
@@ -61,7 +46,7 @@ def render_text(picture: Picture, width: int = 100, colour: bool = False) -> str
 
 
 def _write_figures(picture: Picture) -> str:
-    return "  ".join(f"{name} {value}" for name, value in summarise(picture).items())
+    return "  ".join(f"{name} {value}" for name, value in picture.summarise().items())
 
 
 def _locate(picture: Picture, time: float, cells: int) -> int:
@@ -113,18 +98,18 @@ def _draw_reductions(picture: Picture, row: list[Span], drawn: list[Cell]) -> No
 def _letter(picture: Picture, action: Action) -> Cell:
     first = next(action.singles())
     letter = PAIR if action.parts else action.kind
-    if flows_down(picture.table, first):
+    if picture.find_direction(first) == "down":
         letter = letter.lower()
     return letter, _style(picture, first) + (" bold underline" if action.parts else "")
 
 
 def _label(picture: Picture, single: Action) -> str:
-    kind = single.kind.lower() if flows_down(picture.table, single) else single.kind
+    kind = single.kind.lower() if picture.find_direction(single) == "down" else single.kind
     return f"{kind}{single.microbatch}"
 
 
 def _style(picture: Picture, single: Action) -> str:
-    way = "down" if flows_down(picture.table, single) else "up"
+    way = picture.find_direction(single)
     return f"{choose_text_colour(single.kind)} on {LIGHT[f'{way}-{single.kind}']}"
 
 
@@ -147,13 +132,14 @@ def _draw_axis(makespan: float, cells: int) -> str:
 
 
 def _write_legend(picture: Picture, numbered: bool) -> str:
-    words = [f"{kind} {KIND_NAMES[kind]}" for kind in list_kinds([picture])]
-    if have_pairs([picture]):
+    legend = make_legend([picture])
+    words = [f"{kind} {KIND_NAMES[kind]}" for kind in legend.kinds]
+    if legend.paired:
         words.append("F and B together: overlapped" if numbered else f"{PAIR} overlapped F and B")
     words.append(f"{IDLE} idle")
-    if have_reductions([picture]):
+    if legend.reductions:
         words.append(f"{REDUCTION} idle, a gradient reduction runs")
-    if "down" in list_directions([picture]):
+    if "down" in legend.directions:
         words.append("upper case: up (rank 0 to last), lower case: down")
     return ", ".join(words)
 

@@ -7,19 +7,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from counterflow.report.picture import (
-    MAX_SPANS,
-    Picture,
-    clean_title,
-    find_idle,
-    flows_down,
-    prepare_pictures,
-    split_ranks,
-    split_reductions,
-    summarise,
-)
+from counterflow.report.picture import MAX_SPANS, Picture, prepare_pictures
 from counterflow.schedule.actions import Action
-from counterflow.schedule.table import ScheduleTable
 
 MICROSECONDS_PER_UNIT = 1000.0
 Event = dict[str, Any]
@@ -40,7 +29,7 @@ def render_trace(pictures: Sequence[Picture]) -> str:
             "time": "one unit of the timeline (of the costs where simulated, a second where recorded) is shown as 1 ms",
             "memory": "live activations and queued weight gradients in micro-batches of 1/P of the model",
         }
-        | {f"{number}: {clean_title(picture)}": summarise(picture) for number, picture in enumerate(pictures)},
+        | {f"{number}: {picture.title}": picture.summarise() for number, picture in enumerate(pictures)},
     }
     # One event a line: a trace of a million slices stays readable with line tools.
     events = ",\n".join(
@@ -52,7 +41,7 @@ def render_trace(pictures: Sequence[Picture]) -> str:
 
 
 def _list_events(process: int, picture: Picture) -> Iterator[Event]:
-    yield _describe("process_name", process, 0, name=clean_title(picture))
+    yield _describe("process_name", process, 0, name=picture.title)
     yield _describe("process_sort_index", process, 0, sort_index=process)
     for rank in range(picture.table.ranks):
         yield _describe("thread_name", process, rank, name=f"rank {rank}")
@@ -64,7 +53,7 @@ def _list_events(process: int, picture: Picture) -> Iterator[Event]:
 
 
 def _list_actions(process: int, picture: Picture) -> Iterator[Event]:
-    for rank, row in enumerate(split_ranks(picture)):
+    for rank, row in enumerate(picture.split_ranks()):
         for span in row:
             parts = list(span.action.singles())
             times = _time(span.start, span.end)
@@ -72,12 +61,12 @@ def _list_actions(process: int, picture: Picture) -> Iterator[Event]:
                 name = " & ".join(map(_name, parts))
                 yield _slice(process, rank, name, "pair", times, {"action": str(span.action)})
             for part in parts:
-                yield _slice(process, rank, _name(part), part.kind, times, _explain(picture.table, part))
+                yield _slice(process, rank, _name(part), part.kind, times, _explain(picture, part))
 
 
 def _list_reductions(process: int, picture: Picture) -> Iterator[Event]:
     """They run beside the actions, so each rank's have a thread of their own."""
-    for rank, row in enumerate(split_reductions(picture)):
+    for rank, row in enumerate(picture.split_reductions()):
         thread = picture.table.ranks + rank
         if row:
             yield _describe("thread_name", process, thread, name=f"reductions of rank {rank}")
@@ -88,7 +77,7 @@ def _list_reductions(process: int, picture: Picture) -> Iterator[Event]:
 
 
 def _list_idle(process: int, picture: Picture) -> Iterator[Event]:
-    for rank, row in enumerate(find_idle(picture)):
+    for rank, row in enumerate(picture.find_idle()):
         for gap in row:
             yield _slice(process, rank, "idle", "idle", _time(gap.start, gap.end), {"reason": gap.reason})
 
@@ -106,8 +95,8 @@ def _name(single: Action) -> str:
     return f"{single.kind}{single.microbatch}"
 
 
-def _explain(table: ScheduleTable, single: Action) -> dict[str, Any]:
-    direction = "down" if flows_down(table, single) else "up"
+def _explain(picture: Picture, single: Action) -> dict[str, Any]:
+    direction = picture.find_direction(single)
     return {"action": str(single), "stage": single.stage, "micro-batch": single.microbatch, "direction": direction}
 
 
