@@ -110,13 +110,33 @@ def make_jumps(rng: np.random.Generator) -> Array:
     return rng.poisson(np.repeat(rng.uniform(20, 200, (40, 16)), 5, axis=0))
 
 
+@pytest.mark.parametrize("horizon", [1, 5])
+def test_the_trend_wins_where_loads_drift(horizon: int) -> None:
+    counts = make_drift(np.random.default_rng(0))[:, None]
+    predictor = watch(counts[:-horizon], horizon)
+    errors = predictor.errors()
+    assert min(errors, key=lambda name: errors[name][0]) == "trend" and errors["trend"][0] < 0.5
+    np.testing.assert_allclose(predictor.predict(), counts[-1], rtol=0.01)
+    np.testing.assert_allclose(predictor.forecast(8), np.tile(counts[-1], (8, 1, 1)), rtol=0.015)
+
+
+def test_averages_win_where_loads_are_noise() -> None:
+    errors = watch(make_noise(np.random.default_rng(0))[:, None]).errors()
+    assert errors["persistence"][0] == 1 and errors["ema slow"][0] < 0.8 and errors["window"][0] < 0.8
+    assert max(errors["ema slow"][0], errors["window"][0]) < errors["ema fast"][0]
+
+
+def test_the_fast_win_where_loads_jump() -> None:
+    errors = watch(make_jumps(np.random.default_rng(0))[:, None]).errors()
+    assert max(errors["ema fast"][0], 1) < min(errors["ema slow"][0], errors["window"][0])
+
+
 def test_each_layer_has_the_predictor_that_errs_least_there() -> None:
     rng = np.random.default_rng(1)
     predictor = watch(np.stack((make_drift(rng), make_noise(rng), make_jumps(rng)), 1))
     errors = predictor.errors()
     best = [min(PREDICTORS, key=lambda name, layer=layer: errors[name][layer]) for layer in range(3)]
     assert best[0] == "trend" and best[1] in ("ema slow", "window") and best[2] in ("ema fast", "persistence")
-    assert errors["trend"][0] < 0.5 and errors[best[1]][1] < 0.8 and errors["persistence"].tolist() == [1] * 3
     for layer, name in enumerate(best):
         np.testing.assert_array_equal(predictor.predict()[layer], predictor.predict_each()[name][layer])
 
@@ -136,10 +156,21 @@ def test_nothing_seen_is_uniform_and_one_seen_is_repeated() -> None:
 
 def test_what_is_returned_is_the_callers_own() -> None:
     predictor = watch(np.ones((3, 1, 2)))
-    for returned in (predictor.predict(), predictor.forecast(2), predictor.predict_each()["window"]):
+    for returned in (predictor.predict(), predictor.forecast(2), predictor.predict_each()["window"], predictor.state()["fast"]):
         returned[:] = 77
     np.testing.assert_array_equal(predictor.predict(), [[1, 1]])
     np.testing.assert_array_equal(predictor.forecast(2)[0], [[1, 1]])
+
+
+def test_a_saved_state_goes_on_as_if_nothing_had_been() -> None:
+    counts = np.random.default_rng(0).integers(0, 99, (60, 2, 4))
+    predictor = watch(counts[:33], 3)
+    other = LoadPredictor(2, 4, 3)
+    other.load_state(predictor.state())
+    for loads in counts[33:]:
+        predictor.observe(loads)
+        other.observe(loads)
+        np.testing.assert_array_equal(other.forecast(9), predictor.forecast(9))
 
 
 @pytest.mark.parametrize(
@@ -164,9 +195,22 @@ def test_bad_counts_are_refused(counts: Array, said: str) -> None:
         LoadPredictor(1, 2).observe(counts)
 
 
-def test_no_forecasts_are_refused() -> None:
+def test_bad_states_and_forecasts_are_refused() -> None:
+    predictor = watch(np.ones((3, 1, 2)))
+    state = predictor.state()
+    short = {name: array for name, array in state.items() if name != "level"}
+    for changed, said in (
+        (LoadPredictor(1, 3).state(), r"state has float64 of shape \(8, 1, 3\) for loads; allowed: float64 of shape \(8, 1, 2\)"),
+        (LoadPredictor(1, 2, 2).state(), "for predicted"),
+        (short, "state has nothing for level"),
+        (state | {"slow": state["slow"] * np.nan}, "state has numbers for slow that are not finite"),
+        (state | {"seen": np.array(-1)}, "state has -1 for seen; allowed: 0 or more"),
+    ):
+        with pytest.raises(BalanceError, match=said):
+            predictor.load_state(changed)
+    np.testing.assert_array_equal(predictor.predict(), [[1, 1]])
     with pytest.raises(BalanceError, match="0 forecasts asked for; allowed: 1 or more"):
-        LoadPredictor(1, 2).forecast(0)
+        predictor.forecast(0)
 
 
 @pytest.mark.skipif(not TRACE.is_file(), reason="no recorded routing here")

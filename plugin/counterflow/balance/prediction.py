@@ -99,6 +99,32 @@ class LoadPredictor:
         ratios = np.divide(self._errors, base, out=np.ones_like(self._errors), where=base > 0)
         return dict(zip(PREDICTORS, ratios, strict=True))
 
+    def state(self) -> dict[str, Array]:
+        """Return all that was learnt as arrays, to be saved and given to `load_state` of a predictor of these sizes."""
+        arrays = {name[1:]: value.copy() for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return {"seen": np.array(self._seen, np.int64), **arrays}
+
+    def load_state(self, state: dict[str, Array]) -> None:
+        """Go on from what `state` returned.
+
+        Raises `BalanceError` where arrays are missing, of another size, or not finite.
+        """
+        own = self.state()
+        for name, array in own.items():
+            given = state.get(name)
+            if given is None or (given.shape, given.dtype) != (array.shape, array.dtype):
+                found = "nothing" if given is None else f"{given.dtype} of shape {given.shape}"
+                raise BalanceError(
+                    f"state has {found} for {name}; allowed: {array.dtype} of shape {array.shape}, as this size saves it"
+                )
+            if not np.isfinite(given).all():
+                raise BalanceError(f"state has numbers for {name} that are not finite; allowed: what a predictor saved")
+        if state["seen"] < 0:
+            raise BalanceError(f"state has {state['seen']} for seen; allowed: 0 or more")
+        for name in own:
+            setattr(self, f"_{name}", state[name].copy())
+        self._seen = int(state["seen"])
+
     def _score(self, loads: Array) -> None:
         if self._seen:
             self._missed[self._seen % KEPT] = loads - self._next
