@@ -12,6 +12,7 @@ from cases import SHARDED, SMALL
 from tests.support import ROOT
 from tests.support.comparing import assert_same_steps
 from tests.support.run_cases import Runs
+from tests.support.running import run_python
 from train import read_flags
 
 
@@ -50,9 +51,8 @@ def test_a_family_made_as_the_docs_say_is_known_and_trains(copied_plugin: Path, 
     assert [step["iteration"] for step in runs["gpipe-lifo"]["steps"]] == [1, 2]
     assert_same_steps(runs["gpipe-lifo"], runs["1f1b"])
 
-    command = [sys.executable, "-m", "counterflow.commands.main", "schedule", "compare", "--ranks", "2", "--microbatches", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "gpipe-lifo" in done.stdout
+    compare = "-m counterflow.commands.main schedule compare --ranks 2 --microbatches 4"
+    assert "gpipe-lifo" in run_python(*compare.split())
     code = "import counterflow.options as o; print(o.describe_options()); o.read_flags(['--cf-schedule', 'none'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "dualpipe, gpipe-lifo, auto" in done.stdout, "the flag's help does not name it"
