@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cases import SHARDED, SMALL
 from tests.support import ROOT
 from tests.support.comparing import assert_same_steps
 from tests.support.run_cases import Runs
 from tests.support.running import run_python
-from train import read_flags
+from tests.support.training import Cases, list_base_flags
 
 
 @pytest.fixture
@@ -43,10 +42,9 @@ def copied_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_family_made_as_the_docs_say_is_known_and_trains(copied_plugin: Path, text: Path, tmp_path: Path) -> None:
-    flags = [flag for flag in read_flags("deepseek-v3-small.args") + read_flags("cpu.args") if flag not in SHARDED]
-    flags += [*SMALL, *"--pipeline-model-parallel-size 2 --train-iters 2".split()]
-    flags += ["--data-path", str(text), "--data-cache-path", str(tmp_path / "cache")]
-    cases = [{"name": name, "plugin": True, "flags": [*flags, "--cf-schedule", name]} for name in ("1f1b", "gpipe-lifo")]
+    cases = Cases(tmp_path, list_base_flags(text, tmp_path), steps=2)
+    for name in ("1f1b", "gpipe-lifo"):
+        cases.add(name, ["--pipeline-model-parallel-size", "2", "--cf-schedule", name])
     runs = Runs("worker", cases, tmp_path, ranks=2)
     assert [step["iteration"] for step in runs["gpipe-lifo"]["steps"]] == [1, 2]
     assert_same_steps(runs["gpipe-lifo"], runs["1f1b"])

@@ -339,16 +339,21 @@ def test_a_file_fits_one_batch_size(tmp_path: Path, iterations: int) -> None:
         prepare_arguments(args, Options(schedule=str(path)))
 
 
+def nest(name: str, **given: Any) -> Namespace:
+    """Arguments of which one is nested, as Megatron's YAML files have it."""
+    args = make_arguments(**given)
+    args.model_parallel = SimpleNamespace(**{name: args.__dict__.pop(name)})
+    return args
+
+
 def test_nested_yaml_arguments_have_batches_too() -> None:
-    args = make_arguments(global_batch_size=None, step_batch_size_schedule="0:4 160:16", train_iters=50)
-    args.model_parallel = SimpleNamespace(pipeline_model_parallel_size=args.__dict__.pop("pipeline_model_parallel_size"))
+    args = nest("pipeline_model_parallel_size", global_batch_size=None, step_batch_size_schedule="0:4 160:16", train_iters=50)
     with pytest.raises(OptionError, match="batches of 4 samples \\(2 micro-batches\\)"):
         prepare_arguments(args, Options(schedule="dualpipev"))
 
 
 def test_nested_yaml_arguments_are_checked_alike() -> None:
-    args = make_arguments()
-    args.model_parallel = SimpleNamespace(pipeline_model_parallel_size=args.__dict__.pop("pipeline_model_parallel_size"))
+    args = nest("pipeline_model_parallel_size")
     del args.num_virtual_stages_per_pipeline_rank
     prepare_arguments(args, Options(schedule="dualpipev"))
     assert args.model_parallel.num_virtual_stages_per_pipeline_rank == 2
@@ -586,8 +591,7 @@ def test_balancing_alone_may_record(tmp_path: Path) -> None:
 
 
 def test_nested_yaml_arguments_are_balanced_alike() -> None:
-    args = make_arguments(**MODEL)
-    args.model_parallel = SimpleNamespace(expert_model_parallel_size=args.__dict__.pop("expert_model_parallel_size"))
+    args = nest("expert_model_parallel_size", **MODEL)
     options = Options(eplb=True, eplb_clones_per_rank=5)
     with pytest.raises(OptionError, match="so 4 at most can be cloned on it"):
         prepare_arguments(args, options)

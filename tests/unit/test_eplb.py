@@ -15,8 +15,6 @@ from counterflow.balance.eplb import find_doubles, find_slowest
 from counterflow.balance.planning import POLICIES
 from tests.support.running import run_python
 
-RECORDED = Path(__file__).resolve().parents[3] / "shared" / "data" / "eplb_reference.npz"
-
 
 def check_maps(maps: tuple[Array, Array, Array], experts: int) -> None:
     """The three maps say the same, and every expert has a replica."""
@@ -71,10 +69,9 @@ def test_no_layer_is_less_balanced_than_under_deepseek_and_groups_stay_on_nodes(
             rebalance_experts(weight, *sizes, distinct=True)
 
 
-@pytest.mark.skipif(not RECORDED.exists(), reason="the recording lies beside the repository")
-def test_deepseek_equals_the_recording_for_arrays_and_tensors() -> None:
+def test_deepseek_equals_the_recording_for_arrays_and_tensors(shared_data: Path) -> None:
     torch = pytest.importorskip("torch")
-    with np.load(RECORDED) as recorded:
+    with np.load(shared_data / "eplb_reference.npz") as recorded:
         for case in sorted({name.rsplit("_", 1)[0] for name in recorded.files}):
             sizes = [int(number) for number in recorded[f"{case}_args"]]
             expected = [recorded[f"{case}_{name}"] for name in ("phy2log", "log2phy", "logcnt")]
