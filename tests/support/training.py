@@ -83,7 +83,7 @@ class Cases(list[Case]):
         without: tuple[str, ...] = (),
         **more: Any,
     ) -> None:
-        """Add a case: its flags beside those of all, how often it saves, which flags it is ``without``, what it has ``more``."""
+        """Add a case with flags of its own; it saves every ``save`` steps, has no flag of ``without``, and further keys."""
         whole = [*self._base, "--train-iters", str(steps or self._steps), *(flag for some in flags for flag in some)]
         whole += save_to(self._directory / name, save) if save else []
         self.append({"name": name, "plugin": plugin, "flags": drop_flags(whole, *without), **more})
