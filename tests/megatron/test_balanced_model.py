@@ -24,11 +24,9 @@ from counterflow.platform import install_cpu
 
 
 @pytest.fixture
-def group() -> Iterator[Any]:
+def group(alone: dist.ProcessGroup) -> Iterator[Any]:
     patches = install_cpu()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
+    yield alone
     patches.undo()
 
 

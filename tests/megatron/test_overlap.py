@@ -1,11 +1,9 @@
 """An overlapped pair on real Megatron layers, one rank: the same gradients, really at once, errors that come out."""
 
-import subprocess
-import sys
-
 import pytest
 
 from counterflow.errors import OptionError
+from tests.support.running import refuses, run_python
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
@@ -138,11 +136,7 @@ except RuntimeError as error:
 )
 def test_a_pair_through_megatrons_plans(code: str, said: str) -> None:
     pytest.importorskip("megatron.core")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PAIR + code], capture_output=True, text=True, check=False, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert said in done.stdout
+    assert said in run_python("-c", PAIR + code, timeout=240)
 
 
 def test_a_script_that_cannot_return_a_plan_is_refused() -> None:
@@ -155,7 +149,5 @@ def test_a_script_that_cannot_return_a_plan_is_refused() -> None:
 
     require_schedule_plans(with_plan)
     require_schedule_plans(lambda *args, **kwargs: None)
-    with pytest.raises(OptionError) as raised:
+    with refuses("forward_step does not take return_schedule_plan: add it or drop --cf-overlap", OptionError):
         require_schedule_plans(forward_step)
-    assert "forward_step does not take return_schedule_plan: add it or drop --cf-overlap" in str(raised.value)
-    assert "\n" not in str(raised.value)

@@ -16,6 +16,7 @@ from counterflow.options import (
     read_given,
     read_mapping,
 )
+from tests.support.running import refuses
 
 
 def test_flags_among_a_scripts_own_are_read() -> None:
@@ -40,10 +41,7 @@ def test_without_flags_nothing_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (
-            ["--cf-schedule", "zigzag"],
-            f"schedule 'zigzag' is not known; allowed: {', '.join(SCHEDULES)} or a table FILE.csv",
-        ),
+        (["--cf-schedule", "zigzag"], f"schedule 'zigzag' is not known; allowed: {', '.join(SCHEDULES)} or a table FILE.csv"),
         (["--no-cf-overlay"], "--no-cf-overlay is not a flag of this version of counterflow; allowed: "),
         (["--cf-stall-limit", "0"], "--cf-stall-limit: Input should be greater than 0 (given: '0')"),
         (["--cf-stall-limit", "soon"], "--cf-stall-limit: Input should be a valid number"),
@@ -78,10 +76,8 @@ def test_without_flags_nothing_is_asked_for() -> None:
     ],
 )
 def test_what_is_not_allowed_is_refused_in_one_line(argv: list[str], said: str) -> None:
-    with pytest.raises(OptionError) as raised:
+    with refuses(said, OptionError):
         merge_options(read_flags(argv))
-    assert said in str(raised.value)
-    assert "\n" not in str(raised.value)
 
 
 def test_balancing_is_read_with_what_belongs_to_it() -> None:
@@ -117,9 +113,8 @@ def test_a_mapping_is_as_strict() -> None:
     ],
 )
 def test_a_hostile_mapping_is_refused_in_one_line(given: object) -> None:
-    with pytest.raises(OptionError) as raised:
+    with refuses("", OptionError):
         merge_options(read_given(given))  # type: ignore[arg-type]
-    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
