@@ -67,7 +67,7 @@ class ExpertBalancer:
                 self._model.begin_step(number_iteration(self._training_steps))
             result = forward_backward(*args, **kwargs)
             self._training_steps += 1
-            self._figures = end_step(self._model, kwargs["num_microbatches"])
+            self._end_step(kwargs["num_microbatches"])
             return result
 
         return balanced_forward_backward
@@ -144,6 +144,9 @@ class ExpertBalancer:
         result = run()
         self._model.finish_evaluation()
         return result
+
+    def _end_step(self, microbatches: int) -> None:
+        self._figures = end_step(self._model, microbatches)
 
 
 def _find_slots(chunks: list[Any]) -> bool:
