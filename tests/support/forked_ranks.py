@@ -31,9 +31,14 @@ def fork_ranks(
     job = {"worker": worker, "argument": argument, "ranks": ranks, "port": store.port, "logs": str(logs)}
     server = _start_server(os.environ.get("PYTHONPATH", ""))
     assert server.stdin is not None and server.stdout is not None
-    server.stdin.write(json.dumps({**job, "alone": alone, "timeout": timeout}) + "\n")
-    server.stdin.flush()
-    answer = server.stdout.readline()
+    try:
+        server.stdin.write(json.dumps({**job, "alone": alone, "timeout": timeout}) + "\n")
+        server.stdin.flush()
+        answer = server.stdout.readline()
+    except BaseException:
+        # Interrupted: the answer to this job must not be read as that to the next.
+        _start_server.cache_clear()
+        raise
     if not answer:
         raise RuntimeError(f"the process that forks ranks ended with status {server.wait()}")
     statuses: list[int | None] = json.loads(answer)
