@@ -11,6 +11,7 @@ import os
 import socket
 import statistics
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def run_forward(data: Any, model: Any, return_schedule_plan: bool = False) -> tu
     return run(tokens, positions, None, labels=tokens), lambda output: (output.float().mean(), {})
 
 
-def time_pairs(mode: str, model: Any, exchange: SlowExchange, repeats: int) -> list[float]:
+def time_pairs(mode: str, model: Any, nodes: Any, exchange: SlowExchange, repeats: int) -> list[float]:
     """Return the median seconds of a pair, as the executor has it run in this mode: with quick and with slow all-to-alls."""
     from counterflow.megatron.pipeline.gradient_sync import GradientSync
     from counterflow.megatron.pipeline.overlap import OverlapWork
@@ -105,7 +106,7 @@ def time_pairs(mode: str, model: Any, exchange: SlowExchange, repeats: int) -> l
     tokens = torch.zeros([], dtype=torch.int)
     step = Step(run_forward, [None], [model], model.config, table, table.microbatches, 1, False, False, None, [], tokens)
     sync = GradientSync(model.config, [model], table, 0, forward_only=False)
-    work = MegatronWork(step, sync) if mode == MODES[0] else OverlapWork(step, sync)
+    work = MegatronWork(step, sync) if mode == MODES[0] else OverlapWork(step, sync, nodes)
     work.forward(0, 0, ())
     times: dict[float, list[float]] = {0.0: [], EXCHANGE_SECONDS: []}
     for action, exchange.seconds in zip(pairs, repeats * list(times), strict=True):
@@ -136,22 +137,24 @@ def measure(rank: int, ranks: int, port: int, repeats: int) -> None:
 
     from counterflow.megatron import seams
     from counterflow.megatron.install import take_seams
+    from counterflow.megatron.pipeline.overlap import PairNodes
 
     parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
     model_parallel_cuda_manual_seed(1)
     torch.manual_seed(rank)
-    take_seams(patches, [seams.OVERLAP])
+    nodes = PairNodes()
+    take_seams(patches, [seams.OVERLAP], SimpleNamespace(pairs=nodes))
     exchange = SlowExchange()
     patches.set(dist, "all_to_all_single", exchange)
     model = build_model(ranks)
     for mode in MODES:
-        time_pairs(mode, model, exchange, 1)  # warms up
+        time_pairs(mode, model, nodes, exchange, 1)  # warms up
     under_way = 4 * LAYERS * EXCHANGE_SECONDS
     if rank == 0:
         print(f"{ranks} ranks, {LAYERS} MoE layers; a pair computes {1e3 * 6 * LAYERS * SECONDS:.0f} ms, its "
               f"{4 * LAYERS} all-to-alls take {1e3 * under_way:.0f} ms; medians of {repeats}", flush=True)  # fmt: skip
     for mode in MODES:
-        quick, slow = time_pairs(mode, model, exchange, repeats)
+        quick, slow = time_pairs(mode, model, nodes, exchange, repeats)
         if rank == 0:
             hidden = 100 * (1 - (slow - quick) / under_way)
             print(f"  {mode:<34} {1e3 * quick:5.0f} ms, with them {1e3 * slow:5.0f} ms: {hidden:5.1f} % hidden", flush=True)

@@ -1,16 +1,15 @@
 """An overlapped pair on real Megatron layers, one rank: the same gradients, really at once, errors that come out."""
 
-import subprocess
-import sys
-
 import pytest
 
 from counterflow.errors import OptionError
+from tests.support.running import refuses, run_python
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
 PAIR = """
 import tempfile, threading
+from types import SimpleNamespace
 import torch, torch.distributed as dist
 from counterflow.platform import install_cpu
 patches = install_cpu()
@@ -30,7 +29,8 @@ from counterflow.schedule.actions import Action, pair
 
 parallel_state.initialize_model_parallel()
 model_parallel_cuda_manual_seed(1)
-take_seams(patches, [seams.ZERO_BUBBLE, seams.OVERLAP])
+nodes = overlap.PairNodes()
+take_seams(patches, [seams.ZERO_BUBBLE, seams.OVERLAP], SimpleNamespace(pairs=nodes))
 config = TransformerConfig(
     num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=16, num_moe_experts=4, moe_router_topk=2,
     moe_token_dispatcher_type="alltoall", hidden_dropout=0.0, attention_dropout=0.0, use_cpu_initialization=True,
@@ -58,12 +58,12 @@ for parameter in model.parameters():
     parameter.grad_added_to_main_grad = False
     parameter.register_post_accumulate_grad_hook(add_to_main_grad)
 
-def run(kind):
+def run(kind, *more):
     for parameter in model.parameters():
         parameter.main_grad = torch.zeros_like(parameter)
     count = torch.zeros([], dtype=torch.int)
     step = Step(forward_step, [iter(tokens)], [model], config, table, 2, 1, False, False, None, [], count)
-    work = kind(step, GradientSync(config, [model], table, 0, forward_only=False))
+    work = kind(step, GradientSync(config, [model], table, 0, forward_only=False), *more)
     work.forward(0, 0, ())
     if kind is MegatronWork:
         work.forward(0, 1, ()), work.backward(0, 0, ())
@@ -75,7 +75,7 @@ def run(kind):
 """
 
 SAME = """
-expected, found = run(MegatronWork), run(overlap.OverlapWork)
+expected, found = run(MegatronWork), run(overlap.OverlapWork, nodes)
 assert found[0] == expected[0], (found[0], expected[0])
 assert all(g.any() for g in expected[1])
 for name, one, other in zip(dict(model.named_parameters()), expected[1], found[1], strict=True):
@@ -91,18 +91,18 @@ class Meet(torch.autograd.Function):
         return x.view_as(x)
     @staticmethod
     def backward(ctx, grad):
-        if overlap._waiting is not None:
+        if nodes.are_open:
             meeting.wait(timeout=60)  # the B's experts
         return grad
 for layer in model.decoder.layers:
     layer.mlp.experts.register_forward_hook(lambda module, args, output: (Meet.apply(output[0]), output[1]))
     dispatch = layer.mlp.dispatch
     def meet_and_dispatch(*args, dispatch=dispatch):
-        if overlap._waiting is not None:
+        if nodes.are_open:
             meeting.wait(timeout=60)  # the F's all-to-all
         return dispatch(*args)
     layer.mlp.dispatch = meet_and_dispatch
-run(overlap.OverlapWork)
+run(overlap.OverlapWork, nodes)
 print("at once")
 """
 
@@ -111,7 +111,7 @@ def fail(*args):
     raise FloatingPointError("an expert gave up")
 model.decoder.layers[1].mlp.experts.register_forward_hook(fail)
 try:
-    run(overlap.OverlapWork)
+    run(overlap.OverlapWork, nodes)
 except FloatingPointError as error:
     print(error)
 """
@@ -120,7 +120,7 @@ LOST = """
 from megatron.core.models.common.utils import TransformerLayerNode
 patches.set(TransformerLayerNode, "backward_dw", lambda self: None)
 try:
-    run(overlap.OverlapWork)
+    run(overlap.OverlapWork, nodes)
 except RuntimeError as error:
     print(error)
 """
@@ -138,11 +138,7 @@ except RuntimeError as error:
 )
 def test_a_pair_through_megatrons_plans(code: str, said: str) -> None:
     pytest.importorskip("megatron.core")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PAIR + code], capture_output=True, text=True, check=False, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert said in done.stdout
+    assert said in run_python("-c", PAIR + code, timeout=240)
 
 
 def test_a_script_that_cannot_return_a_plan_is_refused() -> None:
@@ -155,7 +151,5 @@ def test_a_script_that_cannot_return_a_plan_is_refused() -> None:
 
     require_schedule_plans(with_plan)
     require_schedule_plans(lambda *args, **kwargs: None)
-    with pytest.raises(OptionError) as raised:
+    with refuses("forward_step does not take return_schedule_plan: add it or drop --cf-overlap", OptionError):
         require_schedule_plans(forward_step)
-    assert "forward_step does not take return_schedule_plan: add it or drop --cf-overlap" in str(raised.value)
-    assert "\n" not in str(raised.value)

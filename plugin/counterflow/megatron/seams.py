@@ -1,8 +1,8 @@
-"""All places in which the plugin touches Megatron: what it replaces, calls and reads, each checked before a feature is in force.
+"""All symbols of Megatron that the plugin replaces, calls or reads; a feature's symbols are checked before it is in force.
 
-What ``wrap`` names is looked for in this package, or, where it begins with a dot, in the run's `Installation`. One symbol is
-wrapped once: where several features change it, the wrapper composes them, in an order that it states.
-docs/seams.md is written from this list; the patch files' anchors are in it.
+``wrap`` is the name of a function of this package, or, with a dot before it, of an attribute of the run's `Installation`. A
+symbol has one wrapper; if several features change it, the wrapper composes them and states the order. docs/seams.md is written
+from this list; the anchors of the patch files are in it too.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ TRAINER = "megatron.training"
 FLAGS, SCHEDULE, V_LAYOUT, CROSSLINK = "flags", "schedule", "V layout", "cross-linked replicas"
 ZERO_BUBBLE, ENGINE, OVERLAP = "zero bubble", "zero bubble of Transformer Engine", "overlapped pairs"
 EPLB, REHOMING = "expert balancing", "homes that move"
-# What to do where a feature cannot be in force. What the checks of all flags import counts as the flags'.
+# What the user can do if a feature's seams do not fit. Symbols that the checks of all flags import belong to FLAGS.
 REMEDIES = {
     FLAGS: "run the script without counterflow",
     SCHEDULE: "drop --cf-schedule",
@@ -188,10 +188,10 @@ PAIRING = (
         for node, versions in NODES.items()
         for seam in (
             Seam(
-                node, "backward_impl", "pipeline.overlap.hold_in_node", (OVERLAP,), versions,
+                node, "backward_impl", ".pairs.hold_in_node", (OVERLAP,), versions,
                 "weight gradients of a pair's nodes wait", ("self", "outputs", "output_grad"),
             ),
-            Seam(node, "backward_dw", "pipeline.overlap.run_held", (OVERLAP,), versions, "and run there", ("self",)),
+            Seam(node, "backward_dw", ".pairs.run_held", (OVERLAP,), versions, "and run there", ("self",)),
             Seam(node, "bwd_dw_callables", None, (OVERLAP,), versions, "which nodes have weight gradients"),
             Seam(node, "delay_wgrad_compute", None, (OVERLAP,), versions, "whose weight gradients are Transformer Engine's"),
         )
@@ -327,16 +327,16 @@ def find_version() -> str:
 
 
 def list_seams() -> list[Seam]:
-    """Return the seams that the Megatron in use should have: those of its version, of ``megatron.training`` where it is there."""
+    """Return the seams of the Megatron version in use; those of ``megatron.training`` only if it is installed."""
     version = find_version()
     due = [seam for seam in SEAMS if version == "not installed" or seam.is_due(version, KNOWN)]
-    # A loop of its own over megatron.core may be without it.
+    # megatron.core can be installed without it.
     has_trainer = version != "not installed" and importlib.util.find_spec(TRAINER) is not None
     return [seam for seam in due if has_trainer or not seam.owner.startswith(TRAINER)]
 
 
 def check_seams(features: Collection[str] = tuple(REMEDIES)) -> None:
-    """Raise `SeamError` that names version, symbol and remedy where a seam of these features does not fit."""
+    """Raise `SeamError`, which names version, symbol and remedy, if a seam of these features does not fit."""
     seams, found, supported = list_seams(), f"megatron-core {find_version()}", f"megatron-core {KNOWN[0]} to {KNOWN[-1]}"
     for feature in features:
         check_all(seams, feature, found, supported, REMEDIES[feature])

@@ -1,12 +1,11 @@
-"""F and B through Megatron's layer schedule plans (``--cf-overlap``): in a pair, one side's expert all-to-all hides behind the
-other's compute.
+"""Run F and B by Megatron's layer schedule plans (``--cf-overlap``): in a pair, all-to-alls of one hide behind the other.
 
-Upstream's ``combined_forward_backward_step`` takes a forward and a backward of independent model chunks and issues their nodes
-(attention, dispatch, experts, combine) alternately to a compute and a communication stream. What an F leaves for its B is then a
-plan, not an autograd graph of the whole chunk, so a lone F and a lone B go through plans as well.
+Upstream's ``combined_forward_backward_step`` takes a forward and a backward of two model chunks and issues their nodes
+(attention, dispatch, experts, combine) alternately to a compute and a communication stream. An F then leaves a plan for its B,
+instead of an autograd graph of the whole chunk. So an F or a B outside a pair is run by a plan too.
 
-In a pair, the weight gradients of a layer's experts and attention (`defer_weight_grad`) run where upstream places
-``backward_dw``: behind the input gradients, so that the next all-to-all need not wait for them.
+In a pair, the deferred weight gradients of a layer's experts and attention (`defer_weight_grad`) run in upstream's
+``backward_dw``. It comes after the input gradients, so the next all-to-all need not wait for them.
 """
 
 import inspect
@@ -30,7 +29,7 @@ from counterflow.schedule.actions import Action
 
 
 class _Forward(NamedTuple):
-    """An F, what it starts from, and whether it is the chunk's first of the step."""
+    """An F, its input, and whether it is the chunk's first F of the step."""
 
     stage: int
     microbatch: int
@@ -46,11 +45,76 @@ class _Backward(NamedTuple):
     received: torch.Tensor | None
 
 
-class OverlapWork(MegatronWork):
-    """One F, one B, or an overlapped pair of both, through upstream's schedule plans."""
+class PairNodes:
+    """The layer nodes of the pair that runs now, each with its deferred weight gradients."""
 
-    def __init__(self, step: Step, sync: GradientSync) -> None:
+    def __init__(self) -> None:
+        self._waiting: dict[Any, list[Callable[[], None]]] | None = None
+
+    @property
+    def are_open(self) -> bool:
+        """Whether a pair runs now."""
+        return self._waiting is not None
+
+    @contextmanager
+    def defer(self) -> Iterator[None]:
+        """Let nodes defer weight gradients to their ``backward_dw`` inside the block; raises if upstream omits a call of it."""
+        self._waiting = {}
+        try:
+            yield
+            if self._waiting:
+                names = ", ".join(node.name for node in self._waiting)
+                raise RuntimeError(f"upstream did not call backward_dw on {names}: their weight gradients would be lost")
+        finally:
+            self._waiting = None
+
+    def hold_in_node(self, backward_impl: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a layer node's backward: in a pair, the weight gradients that it defers wait for the node's ``backward_dw``."""
+
+        @wraps(backward_impl)
+        def run_and_hold(node: Any, *args: Any) -> Any:
+            # Upstream calls `backward_dw` only on nodes that have modules for it.
+            if self._waiting is None or not node.bwd_dw_callables:
+                return backward_impl(node, *args)
+            with hold_weight_grads() as held:
+                result = backward_impl(node, *args)
+            self._waiting[node] = held
+            return result
+
+        return run_and_hold
+
+    def run_held(self, backward_dw: Callable[[Any], None]) -> Callable[[Any], None]:
+        """Wrap a layer node's ``backward_dw``: in a pair, the node's deferred weight gradients run there, on its stream."""
+
+        @wraps(backward_dw)
+        def run_both(node: Any) -> None:
+            if self._waiting is None:
+                # Weight gradients of Transformer Engine's modules (untested on GPU): at once in a B, at the W in an I.
+                if node.delay_wgrad_compute:
+                    defer_weight_grad(partial(backward_dw, node))
+                return
+            if node.bwd_dw_callables:
+                # A node with an event of its own runs on the stream, after all that was issued to the stream before.
+                event = make_event()
+                compute = partial(self._compute, node)
+                ScheduleNode(compute, node.stream, event, name=f"{node.name} weight gradients").forward()
+            backward_dw(node)
+
+        return run_both
+
+    def _compute(self, node: Any) -> tuple[()]:
+        assert self._waiting is not None
+        for fn in self._waiting.pop(node):
+            fn()
+        return ()
+
+
+class OverlapWork(MegatronWork):
+    """One F, one B, or an overlapped pair of both, by upstream's schedule plans."""
+
+    def __init__(self, step: Step, sync: GradientSync, nodes: PairNodes) -> None:
         super().__init__(step, sync)
+        self._nodes = nodes
         require_schedule_plans(step.forward_step_func)
         # Before 0.18 the communication stream has no priority.
         priority = {"high_priority": getattr(step.config, "high_priority_a2a_comm_stream", False)}
@@ -59,22 +123,22 @@ class OverlapWork(MegatronWork):
     def forward_backward(
         self, forward: Action, received: Message, backward: Action, gradient: Message
     ) -> tuple[Message, Message]:
-        """Run the pair's F and B overlapped; returns the F's output and the B's input gradient.
+        """Run the pair's F and B overlapped; return the F's output and the B's input gradient.
 
-        Deferred weight gradients come after the gradient hooks of their layer, so no hook may start a reduction here: where this
-        is the chunk's last backward, its R starts them all.
+        Deferred weight gradients run after the gradient hooks of their layer, so no hook may start a reduction here. After the
+        chunk's last backward, the R of the chunk starts all of them.
         """
-        given = take_tensor(received)
-        is_first = self._prepare_forward(forward.stage, forward.microbatch, given)
-        f = _Forward(forward.stage, forward.microbatch, given, is_first)
+        tensor = take_tensor(received)
+        is_first = self._prepare_forward(forward.stage, forward.microbatch, tensor)
+        f = _Forward(forward.stage, forward.microbatch, tensor, is_first)
         b = _Backward(backward.stage, backward.microbatch, take_tensor(gradient))
-        with _defer_in_nodes():
+        with self._nodes.defer():
             output, num_tokens, input_gradient = self._run_plans(f, b)
         self._keep(*f[:3], output, num_tokens)
         return (output,), (input_gradient,)
 
     def release_output(self, stage: int, microbatch: int) -> None:
-        """Free the output's data; a loss is one number, and the plan's backward starts from it as it is."""
+        """Free the output's data, unless it is a loss: the plan's backward still needs that one number."""
         if stage != self._layout.last_stage:
             super().release_output(stage, microbatch)
 
@@ -88,7 +152,7 @@ class OverlapWork(MegatronWork):
         return self._run_plans(None, _Backward(stage, microbatch, received))[2]
 
     def _run_plans(self, f: _Forward | None, b: _Backward | None) -> tuple[Any, Any, torch.Tensor | None]:
-        """Return the F's output and token count and the B's input gradient; None for what is not asked for."""
+        """Return the F's output and token count and the B's input gradient; None for those of an F or B that is None."""
         # An F's nodes and its loss may ask where in the pipeline they are; a B's nodes do not.
         with hold_mirrored_rank() if f is not None and self._is_mirrored(f.stage) else nullcontext():
             result = combined_1f1b.combined_forward_backward_step(**self._describe_plans(f, b))
@@ -101,7 +165,7 @@ class OverlapWork(MegatronWork):
         return output, num_tokens, gradient
 
     def _describe_plans(self, f: _Forward | None, b: _Backward | None) -> dict[str, Any]:
-        """Return upstream's arguments by name (`seams.COMBINED_STEP`): newer versions have more, in another order."""
+        """Return upstream's arguments by name: newer versions have more of them, in another order."""
         step, layout = self._step, self._layout
         f_chunk = layout.chunk_of(f.stage) if f is not None else None
         key = (b.stage, b.microbatch) if b is not None else None
@@ -133,63 +197,3 @@ def require_schedule_plans(forward_step_func: Callable[..., Any]) -> None:
             "model.build_schedule_plan(…) in place of the output when asked, as Megatron's pretrain_gpt.py does; the script's "
             f"{name} does not take return_schedule_plan: add it or drop --cf-overlap"
         )
-
-
-# In a pair, the nodes whose weight gradients wait for their `backward_dw`, with these; elsewhere None. One of the process, as
-# `runtime.weight_grads` has it.
-_waiting: dict[Any, list[Callable[[], None]]] | None = None
-
-
-@contextmanager
-def _defer_in_nodes() -> Iterator[None]:
-    """Let nodes defer their weight gradients to their ``backward_dw`` inside the block; raises where one is never called."""
-    global _waiting
-    _waiting = {}
-    try:
-        yield
-        if _waiting:
-            names = ", ".join(node.name for node in _waiting)
-            raise RuntimeError(f"upstream did not call backward_dw on {names}: their weight gradients would be lost")
-    finally:
-        _waiting = None
-
-
-def hold_in_node(backward_impl: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a layer node's backward: in a pair, the weight gradients that it defers wait for the node's ``backward_dw``."""
-
-    @wraps(backward_impl)
-    def run_and_hold(self: Any, *args: Any) -> Any:
-        # The nodes on which upstream calls `backward_dw` are those that were given modules for it.
-        if _waiting is None or not self.bwd_dw_callables:
-            return backward_impl(self, *args)
-        with hold_weight_grads() as held:
-            result = backward_impl(self, *args)
-        _waiting[self] = held
-        return result
-
-    return run_and_hold
-
-
-def run_held(backward_dw: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Wrap a layer node's ``backward_dw``: what the node held runs there, on its stream; in an I, at the W."""
-
-    def compute(node: Any) -> tuple[()]:
-        assert _waiting is not None
-        for fn in _waiting.pop(node):
-            fn()
-        return ()
-
-    @wraps(backward_dw)
-    def run_both(self: Any) -> None:
-        if _waiting is None:
-            # Transformer Engine's modules (untested on GPU): at once in a B, at the W in an I.
-            if self.delay_wgrad_compute:
-                defer_weight_grad(partial(backward_dw, self))
-            return
-        if self.bwd_dw_callables:
-            # A node of its own runs on the stream, wherever that may be; its place in the stream's order is enough.
-            event = make_event()
-            ScheduleNode(partial(compute, self), self.stream, event, name=f"{self.name} weight gradients").forward()
-        backward_dw(self)
-
-    return run_both
