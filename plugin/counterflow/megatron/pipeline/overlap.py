@@ -1,195 +1,100 @@
-"""F and B through Megatron's layer schedule plans (``--cf-overlap``): in a pair, one side's expert all-to-all hides behind the
-other's compute.
+"""Overlapped pairs (``--cf-overlap``): Megatron's expert communications hand the rank over, and its global state goes along.
 
-Upstream's ``combined_forward_backward_step`` takes a forward and a backward of independent model chunks and issues their nodes
-(attention, dispatch, experts, combine) alternately to a compute and a communication stream. What an F leaves for its B is then a
-plan, not an autograd graph of the whole chunk, so a lone F and a lone B go through plans as well.
-
-In a pair, the weight gradients of a layer's experts and attention (`defer_weight_grad`) run where upstream places
-``backward_dw``: behind the input gradients, so that the next all-to-all need not wait for them.
+A MoE layer's dispatch and combine, whichever dispatcher carries them out, are marked as communications, and so are their
+backwards (`counterflow.runtime.communication`). Upstream's functions stay as they are: inside them its collectives do not wait.
 """
 
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+import sys
+from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from megatron.core.pipeline_parallel import combined_1f1b
-from megatron.core.pipeline_parallel.utils import ScheduleNode, set_streams
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import random
+from megatron.core.utils import GlobalMemoryBuffer
 
-from counterflow.devices import make_event
-from counterflow.errors import OptionError, SeamError
-from counterflow.megatron.pipeline.gradient_sync import GradientSync
-from counterflow.megatron.pipeline.work import MegatronWork, Step, take_tensor
-from counterflow.megatron.v_layout.mirror import hold_mirrored_rank
-from counterflow.runtime.messages import Message
-from counterflow.runtime.weight_grads import defer_weight_grad, hold_weight_grads
-from counterflow.schedule.actions import Action
+from counterflow.runtime.communication import Mark, defer, run_marked
+from counterflow.runtime.handover import Carried, find_flow
+
+# Dispatchers whose `token_dispatch` returns what its collectives write, tokens and probabilities: one hand-over for all.
+TOGETHER = ("alltoall", "allgather")
 
 
-class _Forward(NamedTuple):
-    """An F, what it starts from, and whether it is the chunk's first of the step."""
+def mark_dispatch(dispatch: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``MoELayer.dispatch``: it is a communication."""
 
-    stage: int
-    microbatch: int
-    received: torch.Tensor | None
-    is_first: bool
+    @wraps(dispatch)
+    def run_dispatch(layer: Any, *args: Any) -> Any:
+        mark = Mark(f"dispatch of layer {layer.layer_number}", layer.config.moe_token_dispatcher_type in TOGETHER)
+        return run_marked(partial(dispatch, layer), *args, mark=mark, state=_list_state(layer))
 
-
-class _Backward(NamedTuple):
-    """A B or I, and the gradient of its output."""
-
-    stage: int
-    microbatch: int
-    received: torch.Tensor | None
+    return run_dispatch
 
 
-class OverlapWork(MegatronWork):
-    """One F, one B, or an overlapped pair of both, through upstream's schedule plans."""
+def mark_combine(combine: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``MoELayer.combine``: it is a communication. The allgather dispatcher reads what it brings at once."""
 
-    def __init__(self, step: Step, sync: GradientSync) -> None:
-        super().__init__(step, sync)
-        require_schedule_plans(step.forward_step_func)
-        # Before 0.18 the communication stream has no priority.
-        priority = {"high_priority": getattr(step.config, "high_priority_a2a_comm_stream", False)}
-        set_streams(**(priority if "high_priority" in inspect.signature(set_streams).parameters else {}))
+    @wraps(combine)
+    def run_combine(layer: Any, *args: Any) -> Any:
+        mark = Mark(f"combine of layer {layer.layer_number}", together=False)
+        return run_marked(partial(combine, layer), *args, mark=mark, state=_list_state(layer))
 
-    def forward_backward(
-        self, forward: Action, received: Message, backward: Action, gradient: Message
-    ) -> tuple[Message, Message]:
-        """Run the pair's F and B overlapped; returns the F's output and the B's input gradient.
-
-        Deferred weight gradients come after the gradient hooks of their layer, so no hook may start a reduction here: where this
-        is the chunk's last backward, its R starts them all.
-        """
-        given = take_tensor(received)
-        is_first = self._prepare_forward(forward.stage, forward.microbatch, given)
-        f = _Forward(forward.stage, forward.microbatch, given, is_first)
-        b = _Backward(backward.stage, backward.microbatch, take_tensor(gradient))
-        with _defer_in_nodes():
-            output, num_tokens, input_gradient = self._run_plans(f, b)
-        self._keep(*f[:3], output, num_tokens)
-        return (output,), (input_gradient,)
-
-    def release_output(self, stage: int, microbatch: int) -> None:
-        """Free the output's data; a loss is one number, and the plan's backward starts from it as it is."""
-        if stage != self._layout.last_stage:
-            super().release_output(stage, microbatch)
-
-    def _forward_step(
-        self, stage: int, microbatch: int, received: torch.Tensor | None, is_first: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        output, num_tokens, _ = self._run_plans(_Forward(stage, microbatch, received, is_first), None)
-        return output, num_tokens
-
-    def _backward_step(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor | None:
-        return self._run_plans(None, _Backward(stage, microbatch, received))[2]
-
-    def _run_plans(self, f: _Forward | None, b: _Backward | None) -> tuple[Any, Any, torch.Tensor | None]:
-        """Return the F's output and token count and the B's input gradient; None for what is not asked for."""
-        # An F's nodes and its loss may ask where in the pipeline they are; a B's nodes do not.
-        with hold_mirrored_rank() if f is not None and self._is_mirrored(f.stage) else nullcontext():
-            result = combined_1f1b.combined_forward_backward_step(**self._describe_plans(f, b))
-        if not isinstance(result, tuple) or len(result) != 3:
-            raise SeamError(
-                f"{combined_1f1b.__name__}.combined_forward_backward_step of this megatron-core does not return the F's output, "
-                "its token count and the B's input gradient: drop --cf-overlap"
-            )
-        output, num_tokens, gradient = result
-        return output, num_tokens, gradient
-
-    def _describe_plans(self, f: _Forward | None, b: _Backward | None) -> dict[str, Any]:
-        """Return upstream's arguments by name (`seams.COMBINED_STEP`): newer versions have more, in another order."""
-        step, layout = self._step, self._layout
-        f_chunk = layout.chunk_of(f.stage) if f is not None else None
-        key = (b.stage, b.microbatch) if b is not None else None
-        return {
-            "forward_step_func": step.forward_step_func,
-            "data_iterator": step.data_iterators[f_chunk] if f_chunk is not None else None,
-            "f_model": step.chunks[f_chunk] if f_chunk is not None else None,
-            "num_microbatches": step.microbatches,
-            "input_tensor": f.received if f is not None else None,
-            "forward_data_store": step.losses,
-            "b_model": step.chunks[layout.chunk_of(b.stage)] if b is not None else None,
-            "b_input_tensor": self._inputs.pop(key) if key is not None else None,
-            "b_output_tensor": self._outputs.pop(key) if key is not None else None,
-            "b_output_tensor_grad": b.received if b is not None else None,
-            "config": step.config,
-            "f_model_chunk_id": f_chunk if layout.chunks > 1 else None,
-            "is_first_microbatch": f is not None and f.is_first,
-            "current_microbatch": f.microbatch % step.microbatches if f is not None else None,
-        }
+    return run_combine
 
 
-def require_schedule_plans(forward_step_func: Callable[..., Any]) -> None:
-    """Raise `OptionError` unless the script's ``forward_step`` can return a schedule plan."""
-    parameters = inspect.signature(forward_step_func).parameters.values()
-    if not any(p.name == "return_schedule_plan" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        name = getattr(forward_step_func, "__name__", "forward_step")
-        raise OptionError(
-            f"--cf-overlap needs a {name}(data_iterator, model, return_schedule_plan=False) that returns "
-            "model.build_schedule_plan(…) in place of the output when asked, as Megatron's pretrain_gpt.py does; the script's "
-            f"{name} does not take return_schedule_plan: add it or drop --cf-overlap"
-        )
+def hand_over_in(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a collective of ``torch.distributed``: inside a marked function it does not wait."""
+    return defer(collective)
 
 
-# In a pair, the nodes whose weight gradients wait for their `backward_dw`, with these; elsewhere None. One of the process, as
-# `runtime.weight_grads` has it.
-_waiting: dict[Any, list[Callable[[], None]]] | None = None
+def hand_over_before(current_stream_wait: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the wait for a transfer of DeepEP: inside a marked function the rank is handed over before it (untested on GPU)."""
+
+    @wraps(current_stream_wait)
+    def wait(event: Any) -> None:
+        flow = find_flow()
+        if flow is None or flow.region is None:
+            current_stream_wait(event)
+        else:
+            flow.region.wait_for(partial(current_stream_wait, event))
+
+    return wait
 
 
-@contextmanager
-def _defer_in_nodes() -> Iterator[None]:
-    """Let nodes defer their weight gradients to their ``backward_dw`` inside the block; raises where one is never called."""
-    global _waiting
-    _waiting = {}
-    try:
-        yield
-        if _waiting:
-            names = ", ".join(node.name for node in _waiting)
-            raise RuntimeError(f"upstream did not call backward_dw on {names}: their weight gradients would be lost")
-    finally:
-        _waiting = None
+def _list_state(layer: Any) -> list[dict[str, Any]]:
+    """Return the attributes in which a layer keeps what it has dispatched until it is combined.
+
+    In a pair the other part may run the same layer, in a forward that is recomputed.
+    """
+    dispatcher = layer.token_dispatcher
+    keepers = (dispatcher, getattr(dispatcher, "_comm_manager", None), dispatcher.shared_experts)
+    return [vars(one) for one in keepers if one is not None]
 
 
-def hold_in_node(backward_impl: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a layer node's backward: in a pair, the weight gradients that it defers wait for the node's ``backward_dw``."""
+def list_carried() -> list[Carried]:
+    """Return Megatron's global state that goes with each part of a pair."""
+    spare = GlobalMemoryBuffer()
+    return [
+        _carry_variable("_MPU_PIPELINE_MODEL_PARALLEL_RANK"),
+        # What one part gathers into the buffer would be overwritten by the other.
+        _carry_variable("_GLOBAL_MEMORY_BUFFER", lambda: spare),
+        Carried(
+            lambda: random.get_cuda_rng_tracker().get_states(),
+            lambda states: random.get_cuda_rng_tracker().set_states(states),
+        ),
+        *_list_engine_state(),
+    ]
 
-    @wraps(backward_impl)
-    def run_and_hold(self: Any, *args: Any) -> Any:
-        # The nodes on which upstream calls `backward_dw` are those that were given modules for it.
-        if _waiting is None or not self.bwd_dw_callables:
-            return backward_impl(self, *args)
-        with hold_weight_grads() as held:
-            result = backward_impl(self, *args)
-        _waiting[self] = held
-        return result
 
-    return run_and_hold
+def _carry_variable(name: str, begin: Callable[[], Any] | None = None) -> Carried:
+    return Carried(lambda: getattr(parallel_state, name), partial(setattr, parallel_state, name), begin)
 
 
-def run_held(backward_dw: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Wrap a layer node's ``backward_dw``: what the node held runs there, on its stream; in an I, at the W."""
-
-    def compute(node: Any) -> tuple[()]:
-        assert _waiting is not None
-        for fn in _waiting.pop(node):
-            fn()
-        return ()
-
-    @wraps(backward_dw)
-    def run_both(self: Any) -> None:
-        if _waiting is None:
-            # Transformer Engine's modules (untested on GPU): at once in a B, at the W in an I.
-            if self.delay_wgrad_compute:
-                defer_weight_grad(partial(backward_dw, self))
-            return
-        if self.bwd_dw_callables:
-            # A node of its own runs on the stream, wherever that may be; its place in the stream's order is enough.
-            event = make_event()
-            ScheduleNode(partial(compute, self), self.stream, event, name=f"{self.name} weight gradients").forward()
-        backward_dw(self)
-
-    return run_both
+def _list_engine_state() -> list[Carried]:
+    """Return what Transformer Engine knows of the FP8 context that it is in (untested on GPU)."""
+    home = sys.modules.get("transformer_engine.pytorch.quantization") or sys.modules.get("transformer_engine.pytorch.fp8")
+    manager = getattr(home, "FP8GlobalStateManager", None)
+    for name in ("autocast_state", "fp8_autocast_state"):
+        if hasattr(manager, f"get_{name}"):
+            return [Carried(getattr(manager, f"get_{name}"), getattr(manager, f"set_{name}"))]
+    return []
