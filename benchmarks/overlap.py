@@ -12,6 +12,7 @@ import os
 import socket
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,11 +58,11 @@ class Link:
         self._free = 0.0
         self._exchange = dist.all_to_all_single
 
-    def __call__(self, output: torch.Tensor, tokens: torch.Tensor, *args: Any, async_op: bool = False, **kwargs: Any) -> Any:
+    def __call__(self, output: torch.Tensor, tokens: torch.Tensor, async_op: bool = False, **kwargs: Any) -> Any:
         """Exchange; the small tensors beside the tokens take no time."""
         if tokens.dim() == 2:
             self._free = max(self._free, time.perf_counter()) + self.seconds
-        transfer = _Transfer(self._exchange(output, tokens, *args, async_op=True, **kwargs), self._free)
+        transfer = _Transfer(self._exchange(output, tokens, async_op=True, **kwargs), self._free)
         return transfer if async_op else transfer.wait()
 
 
@@ -139,7 +140,7 @@ class Pairs:
             if backward is not None:
                 self._work.backward(0, backward, ())
         else:
-            run_f, run_b = (lambda: self._work.forward(0, forward, ())), (lambda: self._work.backward(0, backward, ()))
+            run_f, run_b = partial(self._work.forward, 0, forward, ()), partial(self._work.backward, 0, backward, ())
             self._handover.run_pair(f, run_f, b, run_b)
 
 

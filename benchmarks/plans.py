@@ -78,5 +78,3 @@ def hold_weight_grads_in_nodes(patches: Patches) -> None:
 
     patches.set(Node, "backward_impl", run_and_hold)
     patches.set(Node, "backward_dw", run_held)
-
-

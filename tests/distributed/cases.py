@@ -73,6 +73,13 @@ VARIANTS = {
     "bf16, overlapped pairs": ["--bf16", "--cf-overlap", *OVERLAPPED],
     "selective recompute": ["--recompute-granularity", "selective", "--recompute-modules", "core_attn", "moe"],
 }
+# In fp32: what Megatron's own pairs refuse.
+WHOLE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+PAIRS = {
+    "overlapped pairs": [],
+    "overlapped pairs, recomputed, shared experts in overlap": [*WHOLE, "--moe-shared-expert-overlap"],
+    "overlapped pairs, allgather": ["--moe-token-dispatcher-type", "allgather", *WHOLE],
+}
 # These change the numbers, and to whose; the others must leave plain Megatron's as they are.
 OWN_REFERENCE = {"fp16, dynamic loss scale": "fp16, dynamic loss scale", "bf16": "bf16", "bf16, overlapped pairs": "bf16"}
 
@@ -151,6 +158,9 @@ def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
         if variant == OWN_REFERENCE.get(variant):
             add(f"megatron 1f1b, {variant}", TWO_STAGES, start, flags, plugin=False, steps=3)
         add(f"dualpipev, {variant}", TWO_STAGES, start, flags, SCHEDULES["dualpipev"], steps=3)
+    for name, flags in PAIRS.items():
+        add(f"dualpipev, {name}", TWO_STAGES, start, ["--cf-overlap"], flags, SCHEDULES["dualpipev"], steps=3)
+    add("dualpipe, overlapped pairs", TWO_STAGES, start, ["--cf-overlap"], SHARDED, DUALPIPE, steps=3)
     add("interleaved, overlapped pairs", TWO_STAGES, start, ["--bf16", "--cf-overlap"], SCHEDULES["interleaved"], steps=3)
     varying = str(Path(__file__).with_name("pretrain_varying.py"))
     add("megatron 1f1b, varying lengths", TWO_STAGES, start, plugin=False, steps=3, script=varying)

@@ -45,9 +45,7 @@ def run_with_delays() -> None:
                 exchange(first + number)
 
         f, b = counts.randrange(7), counts.randrange(7)
-        handover.run_pair(
-            Action("F", f, 1), lambda f=f: run_part(100, f), Action("B", b, 0), lambda b=b: run_part(200, b)
-        )
+        handover.run_pair(Action("F", f, 1), lambda f=f: run_part(100, f), Action("B", b, 0), lambda b=b: run_part(200, b))
     dist.barrier()
 
 

@@ -172,7 +172,7 @@ PAIRING = (
     Seam(MOE_LAYER, "combine", "pipeline.overlap.mark_combine", (OVERLAP,), KNOWN, "communicates", ("self", "output")),
     Seam(
         "torch.distributed", "all_to_all_single", "pipeline.overlap.hand_over_in", (OVERLAP,), KNOWN,
-        "does not wait inside a communication", ("output", "input"),
+        "does not wait inside a communication", ("output", "input"), alone=True,
     ),
     *(
         Seam(

@@ -196,9 +196,9 @@ class HandOver:
     def run_pair(
         self,
         forward: Action,
-        run_forward: Callable[[], None],
+        run_forward: Callable[[], object],
         backward: Action,
-        run_backward: Callable[[], None],
+        run_backward: Callable[[], object],
         leave: Callable[[], None] | None = None,
     ) -> None:
         """Run both parts of a pair in turn, the F on this thread; returns when both have ended.
@@ -243,7 +243,7 @@ class HandOver:
             self.counts.setdefault((flow.action.kind, flow.action.stage), flow.count)
         self._flows = ()
 
-    def _start(self, b: Flow, run_backward: Callable[[], None], done: "_Done") -> None:
+    def _start(self, b: Flow, run_backward: Callable[[], object], done: "_Done") -> None:
         """Give the rank to the B, on its thread."""
         if self._helper is None:
             self._helper = _Helper()
@@ -271,7 +271,7 @@ class _Done:
         self.error: BaseException | None = None
 
 
-def _run_backward(b: Flow, run: Callable[[], None], inherited: AbstractContextManager[Any], done: _Done) -> None:
+def _run_backward(b: Flow, run: Callable[[], object], inherited: AbstractContextManager[Any], done: _Done) -> None:
     """Run the B of a pair; what it has deferred at its end waits for the F's next communication."""
     f = b.other
     assert f is not None

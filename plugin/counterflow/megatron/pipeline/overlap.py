@@ -9,10 +9,12 @@ from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random
 from megatron.core.utils import GlobalMemoryBuffer
 
+from counterflow.devices import find_device
 from counterflow.runtime.communication import Mark, defer, run_marked
 from counterflow.runtime.handover import Carried, find_flow
 
@@ -26,9 +28,27 @@ def mark_dispatch(dispatch: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(dispatch)
     def run_dispatch(layer: Any, *args: Any) -> Any:
         mark = Mark(f"dispatch of layer {layer.layer_number}", layer.config.moe_token_dispatcher_type in TOGETHER)
-        return run_marked(partial(dispatch, layer), *args, mark=mark, state=_list_state(layer))
+        return run_marked(partial(_run_without_buffer, dispatch, layer), *args, mark=mark, state=_list_state(layer))
 
     return run_dispatch
+
+
+def _run_without_buffer(function: Callable[..., Any], *args: Any) -> Any:
+    """Run what upstream would let gather into its global buffer: what is still to arrive gets memory of its own."""
+    buffer = parallel_state._GLOBAL_MEMORY_BUFFER
+    parallel_state._GLOBAL_MEMORY_BUFFER = _NoBuffer()
+    try:
+        return function(*args)
+    finally:
+        parallel_state._GLOBAL_MEMORY_BUFFER = buffer
+
+
+class _NoBuffer:
+    """Stands for Megatron's global buffer and keeps nothing."""
+
+    def get_tensor(self, shape: Any, dtype: torch.dtype, name: str, mem_alloc_context: Any = None) -> torch.Tensor:
+        """Return a new tensor."""
+        return torch.empty(shape, dtype=dtype, device=find_device())
 
 
 def mark_combine(combine: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,16 +98,19 @@ def list_carried() -> list[Carried]:
         _carry_variable("_MPU_PIPELINE_MODEL_PARALLEL_RANK"),
         # What one part gathers into the buffer would be overwritten by the other.
         _carry_variable("_GLOBAL_MEMORY_BUFFER", lambda: spare),
-        Carried(
-            lambda: random.get_cuda_rng_tracker().get_states(),
-            lambda states: random.get_cuda_rng_tracker().set_states(states),
-        ),
+        Carried(_capture_tracker, lambda attributes: vars(random.get_cuda_rng_tracker()).update(attributes)),
         *_list_engine_state(),
     ]
 
 
 def _carry_variable(name: str, begin: Callable[[], Any] | None = None) -> Carried:
     return Carried(lambda: getattr(parallel_state, name), partial(setattr, parallel_state, name), begin)
+
+
+def _capture_tracker() -> dict[str, Any]:
+    """Return what the tracker of random numbers knows: its states, and in newer versions which of them is in force."""
+    attributes = vars(random.get_cuda_rng_tracker())
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in attributes.items()}
 
 
 def _list_engine_state() -> list[Carried]:
