@@ -432,3 +432,43 @@ def test_what_an_object_keeps_between_dispatch_and_combine_is_its_parts() -> Non
 
     run_pair(HandOver(), partial(run, 1), partial(run, 2))
     assert len(found) == 6 and all(expected == seen for expected, seen in found)
+
+
+class Clock:
+    """A rank and its link in a time of their own: one computes at a time, and one transfer travels at a time."""
+
+    def __init__(self) -> None:
+        self.now = self.link = 0.0
+
+    def compute(self) -> None:
+        self.now += 1.0
+
+    def travel(self, length: float) -> None:
+        def start() -> float:
+            self.link = max(self.link, self.now) + length
+            return self.link
+
+        communicate(start, lambda arrival: setattr(self, "now", max(self.now, arrival)))
+
+
+@pytest.mark.parametrize("layers", [2, 4, 8])
+@pytest.mark.parametrize("length", [0.8, 1.2, 1.5, 1.6, 2.4])
+def test_a_pair_hides_what_a_perfect_interleaving_could(layers: int, length: float) -> None:
+    """Attention and experts take 1 each in F, I and W, a transfer ``length``: 0.8 of a layer's share of a pair is 1.2."""
+    clock, handover = Clock(), HandOver()
+
+    def run_forward() -> None:
+        for _ in range(2 * layers):
+            clock.compute()
+            clock.travel(length)
+
+    def run_backward() -> None:
+        for _ in range(2 * layers):
+            clock.travel(length)
+            clock.compute()
+            defer_weight_grad(clock.compute)
+
+    handover.run_pair(F, run_forward, B, run_backward)
+    computes, travels = 6.0 * layers, 4 * layers * length
+    hidden, possible = (1 - (time - computes) / travels for time in (clock.now, max(computes, travels)))
+    assert hidden >= 0.95 * possible, f"{hidden:.3f} of {possible:.3f}"
