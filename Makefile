@@ -36,25 +36,27 @@ train: setup
 # PYTEST="further options of pytest"
 RUN_TESTS := $(BIN)/python -m pytest $(PYTEST)
 WITHOUT_RANKS := tests/unit tests/megatron tests/browser
+# A file's tests stay together: they share what they compile and import.
+BESIDE := -n auto --maxprocesses 4 --dist loadfile
 
 # Lint and types run beside the tests.
 check: setup
 	@$(MAKE) --no-print-directory lint & lint=$$!; \
-	$(RUN_TESTS) -q -m "not slow" $(or $(TESTS),tests/unit tests/megatron); tests=$$?; wait $$lint && exit $$tests
+	$(RUN_TESTS) $(BESIDE) -q -m "not slow" $(or $(TESTS),tests/unit tests/megatron); tests=$$?; wait $$lint && exit $$tests
 
 test-unit: setup
 	@bash scripts/find-browser.sh >/dev/null || true
-	@$(RUN_TESTS) $(WITHOUT_RANKS)
+	@$(RUN_TESTS) $(BESIDE) $(WITHOUT_RANKS)
 
 test-ranks: setup
 	@$(RUN_TESTS) tests/distributed tests/gpu
 
+# Both, whatever the first finds.
 test: lint
-	@bash scripts/find-browser.sh >/dev/null || true
-	@$(RUN_TESTS)
+	@$(MAKE) --no-print-directory --keep-going test-unit test-ranks
 
 nightly: setup
-	@HOSTILE_DRAWS=2000 $(RUN_TESTS) $(WITHOUT_RANKS) --hypothesis-profile=nightly
+	@HOSTILE_DRAWS=2000 $(RUN_TESTS) $(BESIDE) $(WITHOUT_RANKS) --hypothesis-profile=nightly
 	@$(BIN)/python -m benchmarks.equality
 	@$(BIN)/python -m benchmarks.works_with
 

@@ -8,6 +8,7 @@ written down with its times; what a contestant's step took is read from there, t
 import csv
 import io
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,24 +68,21 @@ class SleepLog:
         self.entries.append((kind, begin, end))
 
 
-class _InputPath(torch.autograd.Function):
+class _SleepingPath(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, sleep: Callable[[], None]) -> torch.Tensor:
+    def forward(ctx: Any, tensor: torch.Tensor, sleep: Callable[[], None]) -> torch.Tensor:
         ctx.sleep = sleep
-        return x.clone()
+        return tensor.clone()
 
+
+class _InputPath(_SleepingPath):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         ctx.sleep()
         return gradient.contiguous(), None  # a sum's gradient is one number seen many times
 
 
-class _WeightPath(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, sleep: Callable[[], None]) -> torch.Tensor:
-        ctx.sleep = sleep
-        return weight.clone()
-
+class _WeightPath(_SleepingPath):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         # At once, unless this project's executor holds it for the W; torch does not come here in an I at all.
@@ -112,20 +110,34 @@ def make_input() -> torch.Tensor:
     return torch.zeros(SHAPE, requires_grad=True)
 
 
-class Contestant(Protocol):
+class Contestant(ABC):
     """One who can run a training step; ``table`` is what it runs, for the simulator."""
 
     name: str
     table: ScheduleTable
 
+    @abstractmethod
     def step(self) -> None:
         """Run one step on this rank."""
 
-    def finish_step(self, number: int) -> None:
-        """Do what is not part of the step."""
+    def finish_step(self, number: int) -> None:  # noqa: B027
+        """Do what is not part of the step: nothing, for most."""
 
 
-class StageWork:
+class BareWork:
+    """A rank's work for the runtime, with nobody to tell, to reduce with or to free for."""
+
+    def finish_backward(self, stage: int, microbatch: int) -> None:
+        """There is nobody to tell."""
+
+    def reduce(self, stage: int) -> None:
+        """There is nobody to reduce with."""
+
+    def release_output(self, stage: int, microbatch: int) -> None:
+        """Nothing is worth freeing."""
+
+
+class StageWork(BareWork):
     """Forwards and backwards of this rank's stages, as a trainer does them for this project's runtime."""
 
     def __init__(self, stages: dict[int, SleepingStage], last_stage: int) -> None:
@@ -144,17 +156,8 @@ class StageWork:
         """Return the input's gradient."""
         return run_backward(*self._saved.pop((stage, microbatch)), received)
 
-    def finish_backward(self, stage: int, microbatch: int) -> None:
-        """There is nobody to tell."""
 
-    def reduce(self, stage: int) -> None:
-        """There is nobody to reduce with."""
-
-    def release_output(self, stage: int, microbatch: int) -> None:
-        """Nothing is worth freeing."""
-
-
-class OursContestant:
+class OursContestant(Contestant):
     """This project's runtime; records its steps under ``records``."""
 
     def __init__(self, schedule: str, size: Size, log: SleepLog, channels: Channels, records: Path, **options: Any) -> None:
@@ -178,7 +181,7 @@ class OursContestant:
         append_record(self._records, channels.pipeline_ranks, channels.rank, number, self.table.name, spans)
 
 
-class TorchContestant:
+class TorchContestant(Contestant):
     """A schedule of torch.distributed.pipelining; backwards are split by torch itself."""
 
     def __init__(self, schedule: str, size: Size, log: SleepLog, layout: Layout) -> None:
@@ -204,9 +207,6 @@ class TorchContestant:
     def step(self) -> None:
         """Run one step on this rank."""
         self._schedule.step(arg_mbs=self._inputs, target_mbs=self._targets, return_outputs=False)
-
-    def finish_step(self, number: int) -> None:
-        """Nothing is left to do."""
 
 
 def _read_torch_table(name: str, order: dict[int, list[Any]]) -> ScheduleTable:
@@ -247,7 +247,17 @@ class MegatronChunk(torch.nn.Module):
         return result
 
 
-class AdapterContestant:
+class PlatformContestant(Contestant):
+    """One who runs on the CPU platform, as Megatron's schedules ask for CUDA."""
+
+    _step: Callable[[], object]
+
+    def step(self) -> None:
+        """Run one step on this rank."""
+        self._step()
+
+
+class AdapterContestant(PlatformContestant):
     """This project's schedule under Megatron's forward-backward contract, as a training with ``--cf-schedule`` calls it."""
 
     def __init__(self, schedule: str, size: Size, log: SleepLog) -> None:
@@ -257,13 +267,6 @@ class AdapterContestant:
         with on_cpu_platform():
             stages = [SleepingStage(log, size.find_sleep(chunks)) for _ in range(chunks)]
             _, self._step = make_adapter(schedule, stages, size, is_v=is_v)
-
-    def step(self) -> None:
-        """Run one step on this rank."""
-        self._step()
-
-    def finish_step(self, number: int) -> None:
-        """Nothing is left to do."""
 
 
 def make_adapter(schedule: str, stages: list[SleepingStage], size: Size, *, is_v: bool) -> tuple[Any, Callable[[], list[Any]]]:
@@ -288,7 +291,7 @@ def make_adapter(schedule: str, stages: list[SleepingStage], size: Size, *, is_v
     return run, partial(run.forward_backward, **describe_step(model, size), pg_collection=groups)
 
 
-class MegatronContestant:
+class MegatronContestant(PlatformContestant):
     """Megatron-Core's own 1F1B, or its interleaved schedule with P2P beside the computation where it has that."""
 
     def __init__(self, chunks: int, size: Size, log: SleepLog) -> None:
@@ -310,13 +313,6 @@ class MegatronContestant:
             run = schedules.forward_backward_pipelining_with_interleaving
         communicator = P2PCommunicator(groups.pp, config)
         return partial(run, **describe_step(model, self._size), p2p_communicator=communicator, pg_collection=groups)
-
-    def step(self) -> None:
-        """Run one step on this rank."""
-        self._step()
-
-    def finish_step(self, number: int) -> None:
-        """Nothing is left to do."""
 
 
 def _vpp(chunks: int) -> dict[str, int]:
@@ -384,7 +380,7 @@ class on_cpu_platform:  # noqa: N801
 
 def enter_platform(contestant: Contestant) -> AbstractContextManager[None]:
     """Return the context that a contestant's step runs in."""
-    return on_cpu_platform() if isinstance(contestant, (MegatronContestant, AdapterContestant)) else nullcontext()
+    return on_cpu_platform() if isinstance(contestant, PlatformContestant) else nullcontext()
 
 
 def list_contestants(size: Size, log: SleepLog, channels: Channels, records: Path) -> list[Contestant]:

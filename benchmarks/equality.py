@@ -10,20 +10,16 @@ import random
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from cases import SMALL, TWO_STAGES
-from counterflow.schedule import Costs, Layout, lay_looped, lay_straight, lay_v, to_csv
+from benchmarks.works_with import INITIAL, REFERENCE
+from counterflow.schedule import FAMILIES, Costs, Layout, lay_looped, lay_straight, lay_v, to_csv
 from counterflow.schedule.search import search
 from data import prepare_text
 from tests.support.comparing import TOLERANCE, find_difference
-from tests.support.run_cases import Runs
-from train import read_flags
+from tests.support.run_cases import Case, Runs
+from tests.support.training import CHUNKS, SHARDED, TWO_STAGES, Cases, list_base_flags
 
 STEPS, MICROBATCHES = 10, 6
-REFERENCE = "megatron 1f1b"
-FAMILIES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev", "dualpipe", "auto")
-CHUNKS = ["--num-virtual-stages-per-pipeline-rank", "2"]
 
 
 def write_searched_tables(directory: Path, count: int) -> dict[str, list[str]]:
@@ -51,18 +47,17 @@ def write_searched_tables(directory: Path, count: int) -> dict[str, list[str]]:
     return found
 
 
-def list_cases(directory: Path, seed: int, tables: int) -> list[dict[str, Any]]:
+def list_cases(directory: Path, seed: int, tables: int) -> list[Case]:
     """Return the cases: initial weights, the reference, then what is compared with it."""
     text = prepare_text(directory / "text", max_bytes=2**21)
-    base = [*read_flags("deepseek-v3-small.args"), *read_flags("cpu.args"), *SMALL, *TWO_STAGES, "--seed", str(seed)]
-    base += ["--data-path", str(text), "--data-cache-path", str(directory / "cache")]
-    start = ["--load", str(directory / "initial"), "--finetune", "--no-load-optim", "--no-load-rng", "--train-iters", str(STEPS)]
-    save = ["--save", str(directory / "initial"), "--save-interval", "1", "--train-iters", "1"]
-    cases = [{"name": "initial", "plugin": False, "flags": [*base, *save]}]
-    cases.append({"name": REFERENCE, "plugin": False, "flags": [*base, *start]})
-    chosen = {name: ["--cf-schedule", name, *(CHUNKS if name == "interleaved" else [])] for name in FAMILIES}
-    chosen |= write_searched_tables(directory, tables)
-    return cases + [{"name": name, "plugin": True, "flags": [*base, *start, *flags]} for name, flags in chosen.items()]
+    cases = Cases(directory, [*list_base_flags(text, directory), *SHARDED, *TWO_STAGES, "--seed", str(seed)], STEPS)
+    cases.add(INITIAL, plugin=False, steps=1, save=1)
+    start = cases.start_from(INITIAL)
+    cases.add(REFERENCE, start, plugin=False)
+    chosen = {name: ["--cf-schedule", name, *(CHUNKS if name == "interleaved" else [])] for name in (*FAMILIES, "auto")}
+    for name, flags in (chosen | write_searched_tables(directory, tables)).items():
+        cases.add(name, start, flags)
+    return cases
 
 
 def main() -> None:
@@ -75,7 +70,7 @@ def main() -> None:
     for seed in given.seeds:
         with tempfile.TemporaryDirectory() as folder:
             runs = Runs("worker", list_cases(Path(folder), seed, given.tables), Path(folder))
-            for name in [name for name in runs if name not in ("initial", REFERENCE)]:
+            for name in [name for name in runs if name not in (INITIAL, REFERENCE)]:
                 difference = find_difference(runs[name], runs[REFERENCE])
                 worst = max(worst, difference)
                 print(f"seed {seed}  {name:34} {len(runs[name]['steps'])} steps, differs by {difference:.1e} at most", flush=True)

@@ -10,17 +10,17 @@ import math
 import statistics
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from cases import OVERLAPPED, SCHEDULES, SHARDED, TWO_STAGES
 from data import prepare_text
-from eplb_cases import list_base_flags, list_start_flags
 from ranks import start_ranks
 from tests.support import ROOT
 from tests.support.checkpoints import measure_difference, read_tensors
 from tests.support.comparing import TOLERANCE, find_difference
-from tests.support.run_cases import Runs
+from tests.support.run_cases import Case, Run, Runs
+from tests.support.training import OVERLAPPED, SCHEDULES, SHARDED, TWO_STAGES, Cases, list_base_flags
 from train import STEP, read_flags
 
 # Micro-batches of 4 ranks: 8, of 8 ranks with two replicas of every expert: 4, the fewest that a V of two ranks takes.
@@ -76,30 +76,22 @@ def measure_exactness(given: argparse.Namespace, directory: Path) -> float:
     return largest
 
 
-def group_exact_cases(directory: Path, seed: int, steps: int) -> list[list[dict[str, Any]]]:
+def group_exact_cases(directory: Path, seed: int, steps: int) -> list[list[Case]]:
     """Return groups of cases, in each the reference first: the weights that all start from, then each optimizer, and bf16."""
     text = prepare_text(directory.parent / "text", max_bytes=2**21)
     base = [*list_base_flags(text, directory.parent), *EXACT, *TWO_STAGES, "--seed", str(seed)]
-    start = list_start_flags(directory / "initial")
-
-    def make_case(name: str, flags: list[str], iterations: int = steps, *, plugin: bool = True) -> dict[str, Any]:
-        save = ["--save", str(directory / name), "--save-interval", str(iterations), "--train-iters", str(iterations)]
-        return {"name": name, "plugin": plugin, "flags": [*base, *flags, *save], "seed": seed}
-
-    groups = [[make_case("initial", [], 1, plugin=False)]]
-    for kind, chosen in KINDS.items():
-        group = [make_case(kind, [*start, *chosen], plugin=False)]
-        for clones in (1, 2):
+    groups = [Cases(directory, base, steps) for _ in ("initial", *KINDS)]
+    groups[0].add("initial", plugin=False, steps=1, save=1, seed=seed)
+    start = groups[0].start_from("initial")
+    for group, (kind, chosen) in zip(groups[1:], KINDS.items(), strict=True):
+        group.add(kind, start, chosen, plugin=False, save=steps, seed=seed)
+        for clones, (schedule, flags) in product((1, 2), SCHEDULES.items()):
             on = ["--cf-eplb", "--cf-eplb-clones-per-rank", str(clones)]
-            group += [
-                make_case(f"{schedule}, clones {clones}, {kind}", [*start, *chosen, *flags, *on])
-                for schedule, flags in SCHEDULES.items()
-            ]
-        groups.append(group)
-    return groups
+            group.add(f"{schedule}, clones {clones}, {kind}", start, chosen, flags, on, save=steps, seed=seed)
+    return list(groups)
 
 
-def compare(run: dict[str, Any], reference: dict[str, Any], steps: int) -> tuple[float, float, float]:
+def compare(run: Run, reference: Run, steps: int) -> tuple[float, float, float]:
     """Return the largest relative differences of losses, of gradient norms, and of weights and optimizer state at the end."""
     loss, norm = (find_difference(run, reference, name) for name in ("loss", "grad_norm"))
     if math.isinf(loss):
@@ -127,14 +119,10 @@ def measure_balance(given: argparse.Namespace, directory: Path) -> float:
     steps = given.steps or 100
     text = prepare_text(directory / "text")
     for seed in given.seeds:
-        cases = []
-        for layout, flags in LAYOUTS.items():
-            for clones in (1, 2):
-                on = ["--cf-eplb", "--cf-eplb-clones-per-rank", str(clones), "--seed", str(seed), "--train-iters", str(steps)]
-                name = f"{layout}, clones {clones}"
-                cases.append(
-                    {"name": name, "plugin": True, "plans": "made", "flags": [*list_example_flags(text, directory), *flags, *on]}
-                )
+        cases = Cases(directory, [*list_example_flags(text, directory), "--seed", str(seed)], steps)
+        for (layout, flags), clones in product(LAYOUTS.items(), (1, 2)):
+            on = ["--cf-eplb", "--cf-eplb-clones-per-rank", str(clones)]
+            cases.add(f"{layout}, clones {clones}", flags, on, plans="made")
         for name, run in Runs("eplb_worker", cases, directory).items():
             # The first step has homes alone.
             said = run["clones"]["said"][1:]

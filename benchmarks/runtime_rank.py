@@ -13,7 +13,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.contestants import CPU, FORM, SHAPE, TIMEOUT, Contestant, Size, SleepLog, enter_platform, list_contestants
+from benchmarks.contestants import (
+    CPU,
+    FORM,
+    SHAPE,
+    TIMEOUT,
+    BareWork,
+    Contestant,
+    Size,
+    SleepLog,
+    enter_platform,
+    list_contestants,
+)
 from counterflow.runtime.executor import run_program
 from counterflow.runtime.lowering import lower
 from counterflow.runtime.mailbox import Channels, Mailbox
@@ -93,7 +104,7 @@ def _describe(contestant: Contestant, size: Size, steps: list[dict[str, float]])
     }
 
 
-class EmptyWork:
+class EmptyWork(BareWork):
     """Stages that do nothing: what is left is the executor."""
 
     def __init__(self) -> None:
@@ -106,15 +117,6 @@ class EmptyWork:
     def backward(self, stage: int, microbatch: int, received: Message) -> Message:
         """Return the same message each time."""
         return self._message
-
-    def finish_backward(self, stage: int, microbatch: int) -> None:
-        """Nothing is to be done."""
-
-    def reduce(self, stage: int) -> None:
-        """There is nobody to reduce with."""
-
-    def release_output(self, stage: int, microbatch: int) -> None:
-        """Nothing is to be freed."""
 
 
 def measure_executor(schedule: str, size: Size, channels: Channels) -> dict[str, Any]:

@@ -10,12 +10,11 @@ import os
 import runpy
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from benchmarks.works_with import CHUNKS, INITIAL, REFERENCE, SHARDED, compare, run_cases
-from cases import SMALL, TWO_STAGES, drop_flags
 from tests.support import ROOT
-from train import read_flags
+from tests.support.run_cases import Case, Run
+from tests.support.training import TWO_STAGES, Cases, list_base_flags
 
 BF16 = "megatron 1f1b, bf16"
 VPP = f"--cf-schedule interleaved {CHUNKS} 2"
@@ -43,26 +42,19 @@ RUNS = {
 STEPS = 3
 
 
-def list_flags(seed: int, directory: Path) -> list[str]:
-    """Return what all runs of a tree share."""
-    flags = [*read_flags("deepseek-v3-small.args"), *read_flags("cpu.args"), *SMALL, *TWO_STAGES, "--mock-data"]
-    flags += ["--data-cache-path", str(directory / "cache"), "--train-iters", str(STEPS), "--global-batch-size", "8"]
-    return [*drop_flags(flags, (SHARDED,)), "--seed", str(seed)]
-
-
-def list_cases(tree: Path, seed: int, only: str, directory: Path) -> list[dict[str, Any]]:
+def list_cases(tree: Path, seed: int, only: str, directory: Path) -> list[Case]:
     """Return the runs: the weights that all start from, plain Megatron's, the plugin's."""
-    base, script = list_flags(seed, directory), str(tree / "pretrain_gpt.py")
-    first = [*base, "--train-iters", "1", "--save", str(directory), "--save-interval", "1"]
-    start = [*base, "--load", str(directory), "--finetune", "--no-load-optim", "--no-load-rng"]
-    cases: list[dict[str, Any]] = [{"name": INITIAL, "plugin": False, "flags": first}]
+    base = [*list_base_flags(None, directory), *TWO_STAGES, "--global-batch-size", "8", "--seed", str(seed)]
+    cases = Cases(directory, base, STEPS)
+    cases.add(INITIAL, plugin=False, steps=1, save=1)
+    start = cases.start_from(INITIAL)
     for reference, runs in RUNS.items():
         chosen = {name: flags for name, flags in runs.items() if only in name}
-        precision = ["--bf16"] if reference == BF16 else []
         if chosen:
-            cases.append({"name": reference, "plugin": False, "flags": start + precision})
-        cases += [{"name": name, "plugin": True, "flags": start + flags.split()} for name, flags in chosen.items()]
-    return [{**case, "script": script, "may_fail": True} for case in cases]
+            cases.add(reference, start, ["--bf16"] if reference == BF16 else [], plugin=False)
+        for name, flags in chosen.items():
+            cases.add(name, start, flags.split())
+    return [{**case, "script": str(tree / "pretrain_gpt.py"), "may_fail": True} for case in cases]
 
 
 def find_version(tree: Path) -> str:
@@ -83,7 +75,7 @@ def main() -> None:
         os.environ["PYTHONPATH"] = f"{tree}{os.pathsep}{own_path}"
         for seed in options.seeds:
             with tempfile.TemporaryDirectory() as folder:
-                logged: dict[str, dict[str, Any]] = {}
+                logged: dict[str, Run] = {}
                 for run in run_cases(list_cases(tree, seed, options.only, Path(folder)), Path(folder)):
                     logged[run["name"]] = run
                     reference = next((name for name, runs in RUNS.items() if run["name"] in runs), None)

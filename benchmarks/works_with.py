@@ -9,13 +9,12 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from cases import SMALL, TWO_STAGES, drop_flags
 from data import prepare_text
 from tests.support.comparing import TOLERANCE, find_difference
-from tests.support.run_cases import CaseError, Runs
-from train import read_flags
+from tests.support.forked_ranks import RanksError
+from tests.support.run_cases import Case, Run, Runs
+from tests.support.training import TWO_STAGES, UNTIE, Cases, drop_flags, list_base_flags
 
 STEPS = 3
 REFERENCE = "megatron 1f1b"
@@ -26,18 +25,17 @@ INITIAL = "initial weights"
 class Variant:
     """Flags that change how a model trains and leave its numbers as they are.
 
-    A flag in ``drop`` goes with its values. ``layouts`` replaces the chunks that a schedule is given by default.
+    ``layouts`` replaces the chunks that a schedule is given by default.
     """
 
     name: str
     add: str = ""
-    drop: tuple[str, ...] = ()
     layouts: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Model:
-    """Flags that change the numbers, so that plain Megatron 1F1B runs with them too; then the variants."""
+    """Flags that change the numbers, so that plain Megatron 1F1B runs with them too; a flag in ``drop`` goes with its values."""
 
     name: str
     add: str = ""
@@ -48,7 +46,6 @@ class Model:
 SHARDED = "--use-distributed-optimizer"
 OVERLAPPED = f"{SHARDED} --overlap-grad-reduce --overlap-param-gather"
 BATCH = "--global-batch-size"
-UNTIE = "--untie-embeddings-and-output-weights"
 CHUNKS = "--num-virtual-stages-per-pipeline-rank"
 SELECTIVE = "--recompute-granularity selective --recompute-modules"
 FULL = "--recompute-granularity full --recompute-num-layers 1 --recompute-method"
@@ -115,49 +112,43 @@ PAIRED = ", overlapped pairs"
 FAMILIES |= {f"{name}{PAIRED}": FAMILIES[name] for name in ("interleaved", "dualpipev")}
 
 
-def list_flags(model: Model, variant: Variant, schedule: str, text: Path, directory: Path) -> list[str]:
-    """Return the whole command line of one run; the reference takes no layout."""
-    flags = [*read_flags("deepseek-v3-small.args"), *read_flags("cpu.args"), *SMALL, *TWO_STAGES]
-    flags += ["--data-path", str(text), "--data-cache-path", str(directory / "cache"), "--train-iters", str(STEPS)]
-    flags += ["--global-batch-size", "8"]
-    flags = [*drop_flags(flags, (SHARDED, *model.drop, *variant.drop)), *model.add.split(), *variant.add.split()]
-    if schedule != REFERENCE:
-        straight = schedule in ("1f1b", "zb-h1")
-        layout = variant.layouts.get("straight" if straight else "two chunks", FAMILIES[schedule])
-        flags += ["--cf-schedule", schedule.removesuffix(PAIRED), *layout.split()]
-        flags += ["--cf-overlap"] if schedule.endswith(PAIRED) else []
-    return flags
+def list_layout(variant: Variant, schedule: str) -> list[str]:
+    """Return the flags of a schedule and of its chunks; plain Megatron takes none."""
+    if schedule == REFERENCE:
+        return []
+    straight = schedule in ("1f1b", "zb-h1")
+    layout = variant.layouts.get("straight" if straight else "two chunks", FAMILIES[schedule])
+    pairs = ["--cf-overlap"] if schedule.endswith(PAIRED) else []
+    return ["--cf-schedule", schedule.removesuffix(PAIRED), *layout.split(), *pairs]
 
 
-def list_cases(model: Model, variants: list[Variant], schedules: list[str], text: Path, directory: Path) -> list[dict[str, Any]]:
+def list_cases(model: Model, variants: list[Variant], schedules: list[str], text: Path, directory: Path) -> list[Case]:
     """Return the runs of one model: the weights that all start from, the reference, each variant under each schedule."""
-    own = Variant("")
-    first = [*list_flags(model, own, REFERENCE, text, directory), "--train-iters", "1"]
-    first += ["--save", str(directory), "--save-interval", "1"]
-    start = ["--load", str(directory), "--finetune", "--no-load-optim", "--no-load-rng"]
-    reference = list_flags(model, own, REFERENCE, text, directory) + start
-    cases = [{"name": INITIAL, "plugin": False, "flags": first}, {"name": REFERENCE, "plugin": False, "flags": reference}]
+    base = drop_flags([*list_base_flags(text, directory), *TWO_STAGES, BATCH, "8"], *model.drop)
+    cases = Cases(directory, [*base, *model.add.split()], STEPS)
+    cases.add(INITIAL, plugin=False, steps=1, save=1)
+    start = cases.start_from(INITIAL)
+    cases.add(REFERENCE, start, plugin=False)
     for variant in variants:
         for schedule in schedules:
-            flags = list_flags(model, variant, schedule, text, directory) + start
-            name, plugin = f"{variant.name:<20} {schedule}", schedule != REFERENCE
-            cases.append({"name": name, "plugin": plugin, "flags": flags, "may_fail": True})
+            flags = [*variant.add.split(), *list_layout(variant, schedule)]
+            cases.add(f"{variant.name:<20} {schedule}", flags, start, plugin=schedule != REFERENCE, may_fail=True)
     return cases
 
 
-def run_cases(cases: list[dict[str, Any]], directory: Path) -> Iterator[dict[str, Any]]:
+def run_cases(cases: list[Case], directory: Path) -> Iterator[Run]:
     """Run the cases in turn; where the first weights or the reference fail, there is nothing to compare the others with."""
     runs = Runs("worker", cases, directory)
     for name in runs:
         try:
             yield runs[name]
-        except CaseError as error:
+        except RanksError as error:
             yield {"name": name, "steps": [], "evaluations": [], "error": str(error)}
             if name in (INITIAL, REFERENCE):
                 return
 
 
-def compare(run: dict[str, Any], reference: dict[str, Any]) -> str:
+def compare(run: Run, reference: Run) -> str:
     """Say how far a run's losses and gradient norms are from the reference's."""
     if run["error"] is not None:
         return str(run["error"]).splitlines()[0]
@@ -182,7 +173,7 @@ def main() -> None:
                 continue
             directory = Path(folder) / model.name.replace(" ", "-")
             directory.mkdir()
-            reference: dict[str, Any] = {}
+            reference: Run = {}
             for run in run_cases(list_cases(model, variants, options.schedules, text, directory), directory):
                 if run["name"] == REFERENCE:
                     reference = run

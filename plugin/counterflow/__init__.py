@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from counterflow.options import Options, read_flags, read_given
+from counterflow.options import Options, read_flags, read_values
 from counterflow.patching import Patches
 from counterflow.version import __version__
 
@@ -26,23 +26,23 @@ def enable(options: Options | Mapping[str, Any] | None = None) -> Patches:
     the command line are added to it and win, whatever their value. A loop of your own builds its model chunks by
     `lay_out_chunks`. Returns the undo log.
 
-    Raises `OptionError` for bad options, and in a second call for others than those in force; `SeamError` where Megatron is
-    not as expected.
+    Raises `OptionError` for bad options, and in a second call for options that differ from those in force. Raises `SeamError` if
+    Megatron is not as expected.
     """
     global _installation
-    given = read_given(options) if options is not None else {}
+    values = read_values(options) if options is not None else {}
     flags = read_flags(sys.argv[1:])
     if (installation := _find_installation()) is not None:
-        installation.require_same(given | flags)
+        installation.require_same(values | flags)
         return installation.patches
 
     from counterflow.platform import install_cpu, needs_cpu
 
-    patches = install_cpu() if needs_cpu((given | flags).get("platform", "auto")) else Patches()
+    patches = install_cpu() if needs_cpu((values | flags).get("platform", "auto")) else Patches()
     from counterflow.megatron.install import install
 
     try:
-        _installation = install(patches, given, flags)
+        _installation = install(patches, values, flags)
     except BaseException:
         patches.undo()
         raise
@@ -78,5 +78,5 @@ def find_data_rank(vp_stage: int) -> int:
 
 
 def _find_installation() -> "Installation | None":
-    """Return what is in force; None before `enable`, and once it has been undone."""
+    """Return the installation in force; None before `enable` and after its undo."""
     return _installation if _installation is not None and _installation.patches else None

@@ -1,4 +1,4 @@
-"""Numbers that are given: whole or not, from where to where. The one place that says what is allowed instead."""
+"""Check numbers from users against bounds, with one form of error message for all of them."""
 
 import math
 import operator
@@ -10,28 +10,28 @@ MAX_SHOWN = 60
 
 
 def take_whole(
-    given: Any, name: str, least: int = 0, most: int | None = None, error: type[CounterflowError] = OptionError
+    value: Any, name: str, least: int = 0, most: int | None = None, error: type[CounterflowError] = OptionError
 ) -> int:
-    """Return a whole number within bounds, numpy's too; raises ``error`` that names it for anything else."""
+    """Return ``value`` as an int if it is a whole number within bounds, numpy's included; else raise ``error`` with ``name``."""
     try:
-        number = operator.index(given)
+        number = operator.index(value)
     except TypeError:
         number = None
     if number is None or number < least or (most is not None and number > most):
-        raise error(f"{name} {show(given)} given; allowed: {describe('a whole number', least, most)}".lstrip())
+        raise error(f"{name} {show(value)} given; allowed: {describe('a whole number', least, most)}".lstrip())
     return number
 
 
 def take_number(
-    given: Any, name: str, least: float = 0.0, most: float | None = None, error: type[CounterflowError] = OptionError
+    value: Any, name: str, least: float = 0.0, most: float | None = None, error: type[CounterflowError] = OptionError
 ) -> float:
-    """Return a finite number within bounds; raises ``error`` that names it for anything else, text included."""
+    """Return ``value`` as a float if it is a finite number within bounds, and no text; else raise ``error`` with ``name``."""
     try:
-        number = math.nan if isinstance(given, str | bytes) else float(given)
+        number = math.nan if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number) or number < least or (most is not None and number > most):
-        raise error(f"{name} {show(given)} given; allowed: {describe('a finite number', least, most)}".lstrip())
+        raise error(f"{name} {show(value)} given; allowed: {describe('a finite number', least, most)}".lstrip())
     return number
 
 
@@ -41,11 +41,11 @@ def describe(kind: str, least: float, most: float | None) -> str:
     return f"{kind} from {' to '.join(words)}" + (" up" if most is None else "")
 
 
-def show(given: Any) -> str:
-    """Return what was given on one line, shortened."""
+def show(value: Any) -> str:
+    """Return a value on one line, shortened, for error messages."""
     try:
-        text = given if isinstance(given, str) else repr(given)
+        text = value if isinstance(value, str) else repr(value)
     except ValueError:  # a whole number with more digits than Python writes
-        text = f"<a number of {given.bit_length()} bits>"
+        text = f"<a number of {value.bit_length()} bits>"
     text = text if text and text.isprintable() else ascii(text)
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"

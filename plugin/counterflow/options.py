@@ -1,7 +1,7 @@
 """The plugin's options: one validated object, filled from flags, YAML or a mapping.
 
 Each option is described once, by its field of `Options`. Its flag, help text, YAML key and row in docs/options.md are made
-from that field. `read_flags` and `read_given` read one source and check each value by itself. `merge_options` merges the
+from that field. `read_flags` and `read_values` read one source and check each value by itself. `merge_options` merges the
 sources, where later ones win, and checks the values together.
 """
 
@@ -10,6 +10,7 @@ import difflib
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin
 
@@ -17,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from counterflow.errors import CounterflowError, OptionError
 from counterflow.schedule.families import FAMILIES, Family, list_names
+from counterflow.schedule.files import read_csv
+from counterflow.schedule.table import ScheduleTable
 
 AUTO = "auto"
 SCHEDULES = (*FAMILIES, AUTO)
@@ -26,8 +29,8 @@ SPEAKING_SECONDS = 20
 MOST = 1_000_000
 BALANCING = "eplb_"
 
-# The options that one source names, with their values, each checked by itself.
-Given = dict[str, Any]
+# The values of the options that one source sets, by name, each checked by itself.
+Values = dict[str, Any]
 
 
 def _describe(words: str, default: Any = None, metavar: str | None = None, **limits: Any) -> Any:
@@ -143,13 +146,23 @@ class Options(_Fields):
 
     @property
     def family(self) -> Family | None:
-        """The family where the schedule is named; None for a file, for ``auto`` and without a schedule."""
+        """The family that the schedule names; None for a file, for ``auto`` and without a schedule."""
         return FAMILIES.get(self.schedule or "")
 
     @property
     def schedule_file(self) -> Path | None:
-        """The table's path where the schedule is a file."""
+        """The path of the table if the schedule is a file, else None."""
         return Path(self.schedule) if self.schedule is not None and self.schedule not in SCHEDULES else None
+
+    @cached_property
+    def file_table(self) -> ScheduleTable:
+        """The table in `schedule_file`, read once for these options.
+
+        The model's layout, the table of every step and a checkpoint's stamp have to agree, even if the file changes during the
+        run.
+        """
+        assert self.schedule_file is not None
+        return read_csv(self.schedule_file)
 
 
 def name_flag(name: str) -> str:
@@ -213,7 +226,7 @@ def _write_allowed(field: Any) -> str:
     return f"`{_find_metavar(field)}`"
 
 
-def read_flags(argv: Sequence[str]) -> Given:
+def read_flags(argv: Sequence[str]) -> Values:
     """Return the options that the ``--cf-*`` flags of a command line set, each value checked by itself.
 
     Raises `OptionError` for an unknown ``--cf-*`` flag and for a value that is not allowed.
@@ -228,49 +241,46 @@ def read_flags(argv: Sequence[str]) -> Given:
             close = difflib.get_close_matches(flag, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise OptionError(f"{flag} is not a flag of this version of counterflow; allowed: {', '.join(known)}{hint}")
-    return read_given({name.removeprefix("cf_"): value for name, value in vars(found).items()})
+    return read_values({name.removeprefix("cf_"): value for name, value in vars(found).items()})
 
 
-def read_given(given: Options | Mapping[str, Any]) -> Given:
-    """Return the options that a mapping, or an `Options`, sets, each value checked by itself.
-
-    Raises `OptionError` with one line.
-    """
-    if isinstance(given, Options):
-        return given.model_dump(exclude_unset=True)
-    if not isinstance(given, Mapping):
-        raise OptionError(f"options are a mapping of names to values, {type(given).__name__} given; names: {_list_names()}")
-    return _validate(_Fields, given).model_dump(exclude_unset=True)
+def read_values(options: Options | Mapping[str, Any]) -> Values:
+    """Return the values that a mapping, or an `Options`, sets, each checked by itself. Raises `OptionError` with one line."""
+    if isinstance(options, Options):
+        return options.model_dump(exclude_unset=True)
+    if not isinstance(options, Mapping):
+        raise OptionError(f"options are a mapping of names to values, {type(options).__name__} given; names: {_list_names()}")
+    return _validate(_Fields, options).model_dump(exclude_unset=True)
 
 
-def merge_options(*sources: Given) -> Options:
+def merge_options(*sources: Values) -> Options:
     """Merge sources into options: a later source wins, whatever its value.
 
     Raises `OptionError` if the merged values do not fit together.
     """
-    merged: Given = {}
+    merged: Values = {}
     for source in sources:
         merged |= source
     return _validate(Options, merged)
 
 
-def read_mapping(given: Mapping[str, Any]) -> Options:
+def read_mapping(mapping: Mapping[str, Any]) -> Options:
     """Return the options of one mapping from names to values. Raises `OptionError` with one line."""
-    return merge_options(read_given(given))
+    return merge_options(read_values(mapping))
 
 
 def _list_names() -> str:
     return ", ".join(Options.model_fields)
 
 
-def _validate[Model: BaseModel](model: type[Model], given: Mapping[str, Any]) -> Model:
-    for name in given:
+def _validate[Model: BaseModel](model: type[Model], values: Mapping[str, Any]) -> Model:
+    for name in values:
         if name not in model.model_fields:
             close = difflib.get_close_matches(str(name), model.model_fields, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise OptionError(f"counterflow has no option {name!r}; allowed: {_list_names()}{hint}")
     try:
-        return model.model_validate(dict(given))
+        return model.model_validate(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
     message = first["msg"].removeprefix("Value error, ")

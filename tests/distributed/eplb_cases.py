@@ -1,20 +1,20 @@
 """The balancing cases: clones drawn anew for every step, with what a training may have, and plain Megatron's runs beside them."""
 
 from pathlib import Path
-from typing import Any
 
-from cases import (
+from tests.support.run_cases import Case
+from tests.support.training import (
     DUALPIPE,
     MTP,
     OVERLAPPED,
     SCHEDULES,
     SHARDED,
-    SMALL,
     TENSOR_PARALLEL,
     TWO_STAGES,
     UNALIGNED,
+    Cases,
+    list_base_flags,
 )
-from train import read_flags
 
 STEPS = 6
 SAVED = 3
@@ -67,50 +67,34 @@ RESUMED = {
 }
 
 
-def list_cases(text: Path, directory: Path) -> list[dict[str, Any]]:
+def list_cases(text: Path, directory: Path) -> list[Case]:
     """Return the cases in an order in which each finds the checkpoint it starts from."""
-    base = list_base_flags(text, directory)
-    cases: list[dict[str, Any]] = []
-
-    def add(name: str, *flags: list[str], plugin: bool = True, steps: int = STEPS, save: int = 0, plans: str = "drawn") -> None:
-        flat = [*base, "--train-iters", str(steps), *(flag for some in flags for flag in some)]
-        flat += ["--save", str(directory / name), "--save-interval", str(save)] if save else []
-        cases.append({"name": name, "plugin": plugin, "flags": flat, "plans": plans, "seed": len(cases)})
-
-    add("initial", TWO_STAGES, plugin=False, steps=1, save=1)
-    start = list_start_flags(directory / "initial")
-    add("megatron, plain", TWO_STAGES, start, plugin=False, save=SAVED)
-    add("megatron, sharded", TWO_STAGES, start, SHARDED, plugin=False, save=SAVED)
+    cases = Cases(directory, list_base_flags(text, directory), STEPS)
+    cases.add("initial", TWO_STAGES, plugin=False, steps=1, save=1)
+    weights = cases.start_from("initial")
+    start = [*TWO_STAGES, *weights]
+    cases.add("megatron, plain", start, plugin=False, save=SAVED)
+    cases.add("megatron, sharded", start, SHARDED, plugin=False, save=SAVED)
     for name, flags in (PLAIN | SHARDED_RUNS).items():
-        add(name, start, *flags, save=SAVED if name in RESUMED else STEPS)
+        cases.add(name, weights, *flags, save=SAVED if name in RESUMED else STEPS)
     for saved, (loaded, flags) in RESUMED.items():
-        resume = ["--load", str(directory / saved), "--ckpt-step", str(SAVED)]
-        add(f"{saved} -> {loaded}", TWO_STAGES, resume, *flags, plugin=not loaded.startswith("megatron"))
+        resumed = cases.resume_from(saved, SAVED)
+        cases.add(f"{saved} -> {loaded}", TWO_STAGES, resumed, *flags, plugin=not loaded.startswith("megatron"))
     beside = ["--cf-eplb-interval", "2", "--moe-shared-expert-overlap"]
-    add("planned, every second step", TWO_STAGES, start, ON, beside, plans="made")
-    add("homes move, no clones", TWO_STAGES, start, CLONES[0], MOVING)
+    cases.add("planned, every second step", start, ON, beside, plans="made")
+    cases.add("homes move, no clones", start, CLONES[0], MOVING)
     # Megatron wraps no data parallelism around a model that it only evaluates.
-    add("megatron, evaluated alone", TWO_STAGES, start, ["--skip-train"], plugin=False)
-    add("evaluated alone", TWO_STAGES, start, ["--skip-train"], ON, SCHEDULES["dualpipev"])
+    cases.add("megatron, evaluated alone", start, ["--skip-train"], plugin=False)
+    cases.add("evaluated alone", start, ["--skip-train"], ON, SCHEDULES["dualpipev"])
 
     for kind, numbers in {"bf16": ["--bf16"], "fp16": FP16}.items():
-        add(f"megatron, {kind}", TWO_STAGES, start, numbers, plugin=False)
-        add(kind, TWO_STAGES, start, numbers, CLONES[2])
-    add("bf16, homes move", TWO_STAGES, start, ["--bf16"], ON, MOVING)
-    add("bf16, overlapped pairs", TWO_STAGES, start, ["--bf16", "--cf-overlap"], OVERLAPPED, CLONES[2], SCHEDULES["dualpipev"])
+        cases.add(f"megatron, {kind}", start, numbers, plugin=False)
+        cases.add(kind, start, numbers, CLONES[2])
+    cases.add("bf16, homes move", start, ["--bf16"], ON, MOVING)
+    cases.add("bf16, overlapped pairs", start, ["--bf16", "--cf-overlap"], OVERLAPPED, CLONES[2], SCHEDULES["dualpipev"])
     # From their own random weights: clones are to draw no random number. The first stage has no experts.
     dense_first = ["--moe-layer-freq", "([0]*2+[1]*2)"]
-    add("megatron, MTP", TWO_STAGES, MTP, dense_first, plugin=False)
-    add("MTP", TWO_STAGES, MTP, dense_first, ON)
-    return cases
-
-
-def list_base_flags(text: Path, directory: Path) -> list[str]:
-    """Return the flags of the small model on this text, which all cases have."""
-    base = [flag for flag in read_flags("deepseek-v3-small.args") + read_flags("cpu.args") if flag not in SHARDED]
-    return [*base, *SMALL, "--data-path", str(text), "--data-cache-path", str(directory / "cache")]
-
-
-def list_start_flags(weights: Path) -> list[str]:
-    """Return the flags that start a training from the weights of a checkpoint."""
-    return ["--load", str(weights), "--finetune", "--no-load-optim", "--no-load-rng"]
+    cases.add("megatron, MTP", TWO_STAGES, MTP, dense_first, plugin=False)
+    cases.add("MTP", TWO_STAGES, MTP, dense_first, ON)
+    # Each draws placements of its own.
+    return [{**case, "seed": seed} for seed, case in enumerate(cases)]

@@ -172,7 +172,7 @@ def watch_case(case: dict[str, Any]) -> Iterator[Watch]:
     note(BalancedModel, "begin_step", begin_step, end_planning)
     note(BalancedModel, "refresh", count_refresh, None)
     note(BalancedModel, "_place", note_placement, None)
-    note(ExpertBalancer, "_end_step", None, lambda balancer, *_: watch.said.append(balancer._said))
+    note(ExpertBalancer, "_end_step", None, lambda balancer, *_: watch.said.append(balancer._figures))
     # Weights do not change inside a forward; behind it, gathers of parameters have ended too.
     note(
         MegatronSlots,

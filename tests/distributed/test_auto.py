@@ -6,7 +6,7 @@ import re
 import pytest
 
 from auto_worker import grow
-from tests.support.forked_ranks import fork_ranks
+from tests.support.forked_ranks import run_ranks
 
 Chosen = list[tuple[int, str]]
 
@@ -15,11 +15,10 @@ Chosen = list[tuple[int, str]]
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Chosen]], str]:
     """What each rank chose at each step, by scenario, and what rank 0 printed."""
     directory = tmp_path_factory.mktemp("auto")
-    logs = directory / "logs"
-    assert fork_ranks("auto_worker", str(directory), 2, logs) == [0, 0], (logs / "0" / "stderr.log").read_text()[-3000:]
+    said = run_ranks("auto_worker", str(directory), 2, directory / "logs")
     chosen = [json.loads((directory / f"chosen-{rank}.json").read_text()) for rank in range(2)]
     scenarios = [{name: [(m, table) for m, table in steps] for name, steps in of.items()} for of in chosen]
-    return scenarios, (logs / "0" / "stdout.log").read_text()
+    return scenarios, said[0]
 
 
 Run = tuple[list[dict[str, Chosen]], str]
@@ -48,10 +47,7 @@ def test_what_was_found_and_gained_is_said(run: Run) -> None:
 @pytest.mark.parametrize(
     ("scenario", "line"),
     [
-        (
-            "nothing better",
-            r"no table found for 6 micro-batches that takes less time than zbv .*: zbv stays in use",
-        ),
+        ("nothing better", r"no table found for 6 micro-batches that takes less time than zbv .*: zbv stays in use"),
         ("killed", r"the search for 6 micro-batches failed \(exit status -9 after \d+ s, no word\): zbv stays in use"),
         ("no process", r"the search for 6 micro-batches failed \(.*/nowhere/python.*\): zbv stays in use"),
     ],

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from cases import SHARDED, TWO_STAGES
-from eplb_cases import CLONES, MOVING, PLAIN, RESUMED, SAVED, SHARDED_RUNS, STEPS, list_base_flags, list_start_flags
+from eplb_cases import CLONES, MOVING, PLAIN, RESUMED, SAVED, SHARDED_RUNS, STEPS
 from tests.support.checkpoints import list_entries, measure_difference, read_tensors
 from tests.support.comparing import HALF_TOLERANCE, TOLERANCE, assert_same_steps
 from tests.support.forked_ranks import fork_ranks
 from tests.support.run_cases import RANKS, Runs, run_case
+from tests.support.training import SHARDED, TWO_STAGES, list_base_flags, save_to, start_from
 
 REFERENCES = dict.fromkeys(PLAIN, "megatron, plain") | dict.fromkeys(SHARDED_RUNS, "megatron, sharded")
 # A step in which one of the ranks dies, after the checkpoint of the step before.
@@ -125,8 +125,8 @@ def test_a_rank_killed_in_a_transfer_ends_all_and_the_last_checkpoint_resumes(
     balanced_runs: Runs, text: Path, tmp_path: Path, rank: int, method: str
 ) -> None:
     flags = [*list_base_flags(text, tmp_path), *TWO_STAGES, *SHARDED, *CLONES[2], *MOVING, "--train-iters", str(STEPS)]
-    start = list_start_flags(balanced_runs["initial"]["directory"] / "initial")
-    save = ["--save", str(tmp_path / "saved"), "--save-interval", str(KILLED - 1)]
+    start = start_from(balanced_runs["initial"]["directory"] / "initial")
+    save = save_to(tmp_path / "saved", KILLED - 1)
     kill = {"rank": rank, "method": method, "step": KILLED}
     case = {"name": "killed", "plugin": True, "flags": [*flags, *start, *save], "kill": kill}
     job = {"case": case, "results": str(tmp_path / "none.json")}

@@ -12,18 +12,16 @@ import pytest
 
 from counterflow.balance.files.recorded import read_record
 from ranks import RankError, start_ranks
-from train import TRACKER, read_flags
+from tests.support import ROOT
+from tests.support.training import SHARDED, SMALL, TWO_STAGES, list_base_flags
+from train import TRACKER
 
-TRAIN = Path(__file__).resolve().parents[2] / "examples" / "pretrain_moe" / "train.py"
-SMALL = (
-    "--hidden-size 32 --num-attention-heads 2 --seq-length 32 --max-position-embeddings 32 --ffn-hidden-size 64 "
-    "--moe-ffn-hidden-size 16 --moe-shared-expert-intermediate-size 16 --num-experts 4 --moe-router-num-groups 2 "
-    "--moe-router-group-topk 1 --moe-router-topk 2 --micro-batch-size 1 --global-batch-size 8 --eval-iters 1"
-).split()
+TRAIN = ROOT / "examples" / "pretrain_moe" / "train.py"
+BATCH = ["--global-batch-size", "8"]
 
 
 def start_example(directory: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(TRAIN), "--dir", str(directory), "--platform", "cpu", *SMALL, *more]
+    command = [sys.executable, str(TRAIN), "--dir", str(directory), "--platform", "cpu", *SMALL, *BATCH, *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -42,18 +40,20 @@ def find_rank(driver: int, rank: int) -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds its ranks in /proc")
 def test_a_killed_rank_ends_all_in_one_line_and_the_last_checkpoint_resumes(tmp_path: Path) -> None:
-    run = start_example(tmp_path, "--iters", "400", "--save-interval", "2", "--eval-interval", "400")
+    # Two ranks: what they compute before the first step is to import Megatron.
+    flags = "--ranks 2 --save-interval 2 --eval-interval 400".split()
+    run = start_example(tmp_path, *flags, "--iters", "400")
     assert run.stdout is not None
     for line in run.stdout:
         if re.match(r"step +[3-9]/", line):
             break
-    os.kill(find_rank(run.pid, 2), signal.SIGKILL)
+    os.kill(find_rank(run.pid, 1), signal.SIGKILL)
     killed = time.monotonic()
     _, errors = run.communicate(timeout=120)
     assert time.monotonic() - killed < 60, "the others hung"
     assert run.returncode == 1
     (said,) = [line for line in errors.splitlines() if line.strip()]
-    match = re.search(r"train: rank 2 was killed \(SIGKILL\).*the checkpoint of step (\d+) is whole, run again to resume", said)
+    match = re.search(r"train: rank 1 was killed \(SIGKILL\).*the checkpoint of step (\d+) is whole, run again to resume", said)
     assert match, said
 
     # What a save left half-written when it was interrupted is no checkpoint: only the tracker makes it one.
@@ -61,7 +61,7 @@ def test_a_killed_rank_ends_all_in_one_line_and_the_last_checkpoint_resumes(tmp_
     (checkpoints / "iter_0000399").mkdir()
     (checkpoints / "iter_0000399" / "__0_0.distcp").write_bytes(b"half")
     step = int(match[1])
-    again = start_example(tmp_path, "--iters", str(step + 2), "--save-interval", "2", "--eval-interval", "400")
+    again = start_example(tmp_path, *flags, "--iters", str(step + 2))
     output, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     assert f"resuming from the checkpoint of step {step}, on to step {step + 2}" in output
@@ -90,10 +90,8 @@ def test_what_cannot_work_ends_in_one_line(tmp_path: Path, flags: list[str], sai
 @pytest.mark.skipif("MEGATRON_LM_PATH" not in os.environ, reason="set MEGATRON_LM_PATH to a Megatron-LM core_v0.19.0 checkout")
 def test_megatrons_own_pretrain_gpt_trains_under_dualpipev_with_clones(tmp_path: Path) -> None:
     script = Path(os.environ["MEGATRON_LM_PATH"]) / "pretrain_gpt.py"
-    flags = [*read_flags("deepseek-v3-small.args"), *read_flags("cpu.args"), *SMALL]
-    flags += ["--mock-data", "--train-iters", "4", "--eval-interval", "4"]
-    flags += ["--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2", "--cf-schedule", "dualpipev"]
-    flags += ["--cf-eplb", "--cf-record", str(tmp_path / "record")]
+    flags = [*list_base_flags(None, tmp_path), *SHARDED, *BATCH, *TWO_STAGES, *"--train-iters 4 --eval-interval 4".split()]
+    flags += ["--cf-schedule", "dualpipev", "--cf-eplb", "--cf-record", str(tmp_path / "record")]
     lines: list[str] = []
     command = [sys.executable, "-W", "ignore", "-m", "counterflow.launch", str(script), *flags]
     start_ranks(4, command, tmp_path, lines.append)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cases import SHARDED, SMALL
 from tests.support import ROOT
 from tests.support.comparing import assert_same_steps
 from tests.support.run_cases import Runs
-from train import read_flags
+from tests.support.running import run_python
+from tests.support.training import Cases, list_base_flags
 
 
 @pytest.fixture
@@ -42,17 +42,15 @@ def copied_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_family_made_as_the_docs_say_is_known_and_trains(copied_plugin: Path, text: Path, tmp_path: Path) -> None:
-    flags = [flag for flag in read_flags("deepseek-v3-small.args") + read_flags("cpu.args") if flag not in SHARDED]
-    flags += [*SMALL, *"--pipeline-model-parallel-size 2 --train-iters 2".split()]
-    flags += ["--data-path", str(text), "--data-cache-path", str(tmp_path / "cache")]
-    cases = [{"name": name, "plugin": True, "flags": [*flags, "--cf-schedule", name]} for name in ("1f1b", "gpipe-lifo")]
+    cases = Cases(tmp_path, list_base_flags(text, tmp_path), steps=2)
+    for name in ("1f1b", "gpipe-lifo"):
+        cases.add(name, ["--pipeline-model-parallel-size", "2", "--cf-schedule", name])
     runs = Runs("worker", cases, tmp_path, ranks=2)
     assert [step["iteration"] for step in runs["gpipe-lifo"]["steps"]] == [1, 2]
     assert_same_steps(runs["gpipe-lifo"], runs["1f1b"])
 
-    command = [sys.executable, "-m", "counterflow.commands.main", "schedule", "compare", "--ranks", "2", "--microbatches", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "gpipe-lifo" in done.stdout
+    compare = "-m counterflow.commands.main schedule compare --ranks 2 --microbatches 4"
+    assert "gpipe-lifo" in run_python(*compare.split())
     code = "import counterflow.options as o; print(o.describe_options()); o.read_flags(['--cf-schedule', 'none'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "dualpipe, gpipe-lifo, auto" in done.stdout, "the flag's help does not name it"

@@ -1,16 +1,16 @@
 """A second trainer: plain torch modules under DualPipeV with cloned experts, by the options that Megatron takes."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ranks import start_ranks
+from tests.support import ROOT
+from tests.support.running import load_module
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "stub_trainer"
+FOLDER = ROOT / "examples" / "stub_trainer"
 STEPS, SEEDS = 6, (11, 1234)
 
 
@@ -24,17 +24,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return result
 
 
-def load_trainer() -> Any:
-    spec = importlib.util.spec_from_file_location("stub_trainer", FOLDER / "trainer.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("seed", SEEDS)
 def test_losses_are_those_without_schedule_and_clones(trained: dict[str, Any], seed: int) -> None:
-    expected = load_trainer().train_plain(seed, STEPS)
+    expected = load_module(FOLDER / "trainer.py").train_plain(seed, STEPS)
     assert trained[str(seed)]["losses"] == pytest.approx(expected, abs=1e-6)
     assert expected[-1] < expected[0] - 0.1, "the model learns nothing: equal losses say nothing"
 

@@ -24,11 +24,9 @@ from counterflow.platform import install_cpu
 
 
 @pytest.fixture
-def group() -> Iterator[Any]:
+def group(alone: dist.ProcessGroup) -> Iterator[Any]:
     patches = install_cpu()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
+    yield alone
     patches.undo()
 
 
@@ -138,6 +136,7 @@ def test_what_is_kept_for_a_layer_goes_with_it(monkeypatch: pytest.MonkeyPatch, 
     model, slots = make_model(monkeypatch, group, Options(eplb=True, eplb_clones_per_rank=0, eplb_rehome_interval=1))
     run_step(model, slots, 1)
     layer = weakref.ref(slots.layer)
+    gc.collect()  # the models of other tests
     before = len(state.layer_slots)
     del model, slots
     gc.collect()

@@ -24,11 +24,6 @@ LAYOUTS = {"v": "v 2", "looped": "looped 2", "straight": "straight 1", "bidirect
 CHUNKS = {"v": 2, "looped": 2, "straight": None, "bidirectional": 2}
 
 
-@pytest.fixture(autouse=True)
-def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-
-
 def parse(chunks: int | None = 2, **given: Any) -> Namespace:
     """Return arguments as Megatron parses them, of two replicas of two pipeline ranks."""
     sizes = {"world_size": 4, "pipeline_model_parallel_size": 2, "micro_batch_size": 1, "global_batch_size": 16, "num_layers": 16}

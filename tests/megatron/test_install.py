@@ -17,6 +17,7 @@ from counterflow.errors import OptionError
 from counterflow.megatron import install, seams
 from counterflow.patching import Patches
 from counterflow.trainer.seam import Seam
+from tests.support.running import refuses
 
 
 @pytest.fixture(autouse=True)
@@ -45,9 +46,8 @@ def give_flags(monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
 )
 def test_other_options_than_those_in_force_are_an_error(first: Any, asked: dict[str, Any], said: str) -> None:
     counterflow.enable(first)
-    with pytest.raises(OptionError) as raised:
+    with refuses(said, OptionError):
         counterflow.enable(asked)
-    assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_the_same_options_again_change_nothing() -> None:

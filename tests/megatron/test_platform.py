@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from counterflow.errors import OptionError
 from counterflow.platform import needs_cpu
+from tests.support.running import run_python
 
 pytestmark = pytest.mark.slow
 
@@ -81,9 +80,7 @@ except (RuntimeError, AssertionError):
 
 
 def test_cuda_calls_mean_the_cpu_and_can_be_taken_back() -> None:
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", CHECKS], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "itself again"
+    assert run_python("-c", CHECKS).strip() == "itself again"
 
 
 # Types, exceptions, decorators and modules that are the same without a GPU.
@@ -123,9 +120,7 @@ def test_all_that_megatron_asks_of_cuda_is_answered_or_refused(variable: str) ->
     if variable and variable not in os.environ:
         pytest.skip(f"set {variable} to a Megatron-LM checkout")
     trees = [f"{os.environ[variable]}/megatron"] if variable else []
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SWEEP, *trees], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    count, untouched = json.loads(done.stdout)
+    count, untouched = json.loads(run_python("-c", SWEEP, *trees))
     assert count > 40
     assert {name: path for name, path in untouched.items() if name not in SAME} == {}
 

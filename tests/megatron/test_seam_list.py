@@ -18,8 +18,9 @@ from counterflow.megatron import install, seams
 from counterflow.megatron.seams import KNOWN, REMEDIES, SEAMS, list_seams
 from counterflow.patching import Patches
 from counterflow.platform import install_cpu
+from tests.support import ROOT
+from tests.support.running import load_module
 
-ROOT = Path(__file__).resolve().parents[2]
 ADAPTER = ROOT / "plugin" / "counterflow" / "megatron"
 # Apex's extension, which Megatron imports where it is installed; what a module is called.
 NOT_MEGATRONS = {"megatron.core.tensor_parallel.layers.fused_weight_gradient_mlp_cuda"}
@@ -157,10 +158,7 @@ def test_no_symbol_is_wrapped_twice() -> None:
 
 
 def test_the_page_of_seams_is_what_the_list_says() -> None:
-    scripts = importlib.util.spec_from_file_location("write_seams", ROOT / "scripts" / "write_seams.py")
-    assert scripts is not None and scripts.loader is not None
-    module = importlib.util.module_from_spec(scripts)
-    scripts.loader.exec_module(module)
+    module = load_module(ROOT / "scripts" / "write_seams.py")
     assert module.PAGE.read_text() == module.write_page(), "run python scripts/write_seams.py"
 
 

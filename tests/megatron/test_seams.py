@@ -18,10 +18,12 @@ from counterflow.megatron import install, seams
 from counterflow.megatron.seams import KNOWN, SEAMS, list_seams
 from counterflow.megatron.v_layout.model import wrap_first
 from counterflow.trainer.seam import Seam
+from tests.support import ROOT
+from tests.support.running import run_python
 
 pytestmark = pytest.mark.slow
 
-PATCH = Path(__file__).resolve().parents[2] / "patches" / "megatron-lm" / "0.17-0.20" / "enable.patch"
+PATCH = ROOT / "patches" / "megatron-lm" / "0.17-0.20" / "enable.patch"
 
 
 def make_seam(owner: str, symbol: str, *parameters: str) -> Seam:
@@ -90,13 +92,6 @@ def test_a_symbol_of_newer_versions_may_be_absent_from_older_ones(version: str, 
     assert seam.is_due(version, KNOWN) is is_due
 
 
-def run_python(code: str, *argv: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(path)} if path else dict(os.environ)
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *argv], capture_output=True, text=True, env=env, check=False
-    )
-
-
 STATE = """
 import json, torch
 from megatron.core.pipeline_parallel import schedules
@@ -119,26 +114,18 @@ enabled = state() != before and torch.zeros(1, device="cuda").device.type == "cp
 patches.undo()
 print(json.dumps([imported, enabled, state() == before, torch.cuda.is_available()]))
 """
-    done = run_python(code)
-    assert done.returncode == 0, done.stderr
-    imported, enabled, undone, _ = json.loads(done.stdout)
+    imported, enabled, undone, _ = json.loads(run_python("-c", code))
     assert imported, "importing patched something"
     assert enabled, "enabling did nothing"
     assert undone, "undo left something behind"
 
 
 def test_doctor_says_that_all_fits() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "counterflow.commands.main", "doctor", "--json"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    report = json.loads(run_python("-m", "counterflow.commands.main", "doctor", "--json"))
     assert report["fits"] is True
     assert [seam["symbol"] for seam in report["seams"]] == [seam.path for seam in SEAMS]
     assert not {feature for seam in SEAMS for feature in seam.features} ^ set(report["remedies"])
-    text = subprocess.run(
-        [sys.executable, "-m", "counterflow.commands.main", "doctor"], capture_output=True, text=True, check=True
-    ).stdout
+    text = run_python("-m", "counterflow.commands.main", "doctor")
     assert "every seam fits" in text
     assert report["packages"]["megatron-core"] in text
 
@@ -146,13 +133,11 @@ def test_doctor_says_that_all_fits() -> None:
 def test_the_flags_stand_in_the_scripts_help_under_one_heading(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("from megatron.training.arguments import parse_args\nparse_args()\n")
-    command = [sys.executable, "-W", "ignore", "-m", "counterflow.launch", str(script), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    heading = done.stdout.index("\ncounterflow:")
+    shown = run_python("-m", "counterflow.launch", script, "--help")
+    heading = shown.index("\ncounterflow:")
     for flag in ("--cf-schedule", "--cf-platform", "--cf-record"):
-        assert done.stdout.index(f"  {flag}", heading) > heading
-    assert "--num-layers" in done.stdout
+        assert shown.index(f"  {flag}", heading) > heading
+    assert "--num-layers" in shown
 
 
 def test_the_patch_activates_a_vendored_megatron(tmp_path: Path) -> None:
@@ -163,9 +148,8 @@ def test_the_patch_activates_a_vendored_megatron(tmp_path: Path) -> None:
     shutil.copytree(installed, tmp_path / "megatron", ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(["patch", "-p1", "--no-backup-if-mismatch", "-i", str(PATCH)], cwd=tmp_path, check=True, capture_output=True)
     code = "import megatron.training as t; args = t.arguments.parse_args(); print(t.__file__, args.cf_platform)"
-    done = run_python(code, "--cf-platform", "auto", path=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(tmp_path / "megatron" / "training" / "__init__.py"), "auto"]
+    said = run_python("-c", code, "--cf-platform", "auto", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert said.split() == [str(tmp_path / "megatron" / "training" / "__init__.py"), "auto"]
 
 
 @pytest.mark.parametrize(

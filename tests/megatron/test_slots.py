@@ -1,6 +1,5 @@
 """Tokens on slots: each routed pair once, in its slot's share, with the probabilities and gradients of the logical map."""
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -119,15 +118,6 @@ def test_homes_alone_leave_the_logical_map() -> None:
     for slot_map, slot_probs in (place_exactly(routed, probs, table, shares[0]), place_evenly(routed, probs, table)):
         assert torch.equal(slot_map[:, [0, 1, 3, 4]], routed) and not slot_map[:, [2, 5]].any()
         assert torch.equal(slot_probs[:, [0, 1, 3, 4]], probs * routed)
-
-
-@pytest.fixture
-def alone() -> Iterator[dist.ProcessGroup]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    assert dist.group.WORLD is not None
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 def test_loads_come_by_micro_batch_and_layer_and_are_forgotten(alone: dist.ProcessGroup) -> None:

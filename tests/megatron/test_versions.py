@@ -2,18 +2,22 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-PATCH = Path(__file__).resolve().parents[2] / "patches" / "megatron-lm" / "0.17-0.20" / "enable.patch"
+from tests.support import ROOT
+from tests.support.running import run_python
+
+PATCH = ROOT / "patches" / "megatron-lm" / "0.17-0.20" / "enable.patch"
 CHECKOUTS = ("MEGATRON_LM_0_17", "MEGATRON_LM_0_18", "MEGATRON_LM_0_20", "MEGATRON_LM_PATH")
 CHECK = """
+from types import SimpleNamespace
 from counterflow.megatron import install, seams
+from counterflow.megatron.pipeline.overlap import PairNodes
 from counterflow.patching import Patches
 seams.check_seams()
-install.take_seams(Patches(), [seams.OVERLAP])
+install.take_seams(Patches(), [seams.OVERLAP], SimpleNamespace(pairs=PairNodes()))
 """
 
 
@@ -28,10 +32,8 @@ def test_seams_fit(variable: str) -> None:
     tree = find_checkout(variable)
     path = os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])])
     code = f"{CHECK}\nimport megatron.core; print(megatron.core.__file__)"
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
-    assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.splitlines()[-1]).is_relative_to(tree), "another Megatron was looked at"
+    said = run_python("-c", code, env={**os.environ, "PYTHONPATH": path})
+    assert Path(said.splitlines()[-1]).is_relative_to(tree), "another Megatron was looked at"
 
 
 @pytest.mark.parametrize("variable", CHECKOUTS)

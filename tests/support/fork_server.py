@@ -6,6 +6,7 @@ time. A job is {"worker", "argument", "ranks", "port", "logs", "alone", "timeout
 """
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -50,6 +51,9 @@ def import_megatron() -> None:
             importlib.import_module(module.name)
     read_arguments_once()
     patches.undo()
+    # A rank's garbage collections leave out what was imported here: they would copy its memory and take a second per checkpoint.
+    gc.collect()
+    gc.freeze()
 
 
 def read_arguments_once() -> None:

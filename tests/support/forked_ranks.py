@@ -14,6 +14,10 @@ from tests.support import ROOT
 SECONDS = 300.0
 
 
+class RanksError(RuntimeError):
+    """A rank ended badly; the message says which and what it wrote last."""
+
+
 def fork_ranks(
     worker: str, argument: Any, ranks: int, logs: Path, *, alone: bool = False, timeout: float = SECONDS
 ) -> list[int | None]:
@@ -27,13 +31,29 @@ def fork_ranks(
     job = {"worker": worker, "argument": argument, "ranks": ranks, "port": store.port, "logs": str(logs)}
     server = _start_server(os.environ.get("PYTHONPATH", ""))
     assert server.stdin is not None and server.stdout is not None
-    server.stdin.write(json.dumps({**job, "alone": alone, "timeout": timeout}) + "\n")
-    server.stdin.flush()
-    answer = server.stdout.readline()
+    try:
+        server.stdin.write(json.dumps({**job, "alone": alone, "timeout": timeout}) + "\n")
+        server.stdin.flush()
+        answer = server.stdout.readline()
+    except BaseException:
+        # Interrupted: the answer to this job must not be read as that to the next.
+        _start_server.cache_clear()
+        raise
     if not answer:
         raise RuntimeError(f"the process that forks ranks ended with status {server.wait()}")
     statuses: list[int | None] = json.loads(answer)
     return statuses
+
+
+def run_ranks(worker: str, argument: Any, ranks: int, logs: Path) -> list[str]:
+    """Have every rank call ``run(argument)`` of a worker module; return what each printed. All have to end well."""
+    statuses = fork_ranks(worker, argument, ranks, logs)
+    # Those that were ended because of another have less to say.
+    bad = sorted((rank for rank, status in enumerate(statuses) if status != 0), key=lambda rank: statuses[rank] is None)
+    if bad:
+        written = (logs / str(bad[0]) / "stderr.log").read_text()[-3000:]
+        raise RanksError(f"{logs.name}: rank {bad[0]} of {statuses} ended badly; it wrote last: {written}")
+    return [(logs / str(rank) / "stdout.log").read_text() for rank in range(ranks)]
 
 
 @cache

@@ -53,19 +53,10 @@ def test_what_ends_a_command_is_said_in_one_line(
     assert capsys.readouterr().err == said
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_leaves_no_traceback() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "counterflow.commands.main",
-        "schedule",
-        "show",
-        "1f1b",
-        "--ranks",
-        "64",
-        "--microbatches",
-        "64",
-    ]
+    show = "-m counterflow.commands.main schedule show 1f1b --ranks 64 --microbatches 64"
+    command = [sys.executable, *show.split()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()

@@ -2,6 +2,7 @@
 
 import json
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,9 @@ from counterflow.balance.planning import POLICIES, Plan
 from counterflow.balance.replay import Replay
 from counterflow.commands.balance import describe_plan, describe_replay
 from tests.support.made_record import make_record
-from tests.support.running import check_refusal, run_command
+from tests.support.running import check_refusal
 
-
-def run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    return run_command(["balance", *argv], capsys)
+Command = Callable[..., str]
 
 
 @pytest.fixture
@@ -54,11 +53,10 @@ def measure(experts: Any, loads: Array, ranks: int) -> list[float]:
     return list(measure_balancedness(sum_by_rank(share_evenly(loads, placement), placement.cluster)))
 
 
-def test_plan_prints_what_it_writes(loads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_what_it_writes(loads: Path, tmp_path: Path, command: Command) -> None:
     out = tmp_path / "placement.json"
-    code, text, err = run(["plan", str(loads), *PLAN, "--json", "--out", str(out)], capsys)
-    figures, written = json.loads(text), json.loads(out.read_text())
-    assert (code, err) == (0, "")
+    figures = json.loads(command("balance plan", loads, *PLAN, "--json", "--out", out))
+    written = json.loads(out.read_text())
     assert written["cluster"] == {"slots_per_rank": [6] * 4, "node_of_rank": [0] * 4}
     after = measure(written["experts"], np.load(loads), 4)
     assert after == pytest.approx(written["balancedness"])
@@ -72,11 +70,9 @@ def test_plan_prints_what_it_writes(loads: Path, tmp_path: Path, capsys: pytest.
     assert "off_node" not in figures["mean"]
 
 
-def test_plan_writes_arrays_and_prints_a_table(loads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_writes_arrays_and_prints_a_table(loads: Path, tmp_path: Path, command: Command) -> None:
     out = tmp_path / "placement.npz"
-    argv = ["plan", str(loads), *PLAN, "--nodes", "2", "--groups", "2", "--traffic-weight", "0.5", "--out", str(out)]
-    code, text, err = run(argv, capsys)
-    assert (code, err) == (0, "")
+    text = command("balance plan", loads, *PLAN, *"--nodes 2 --groups 2 --traffic-weight 0.5 --out".split(), out)
     arrays = np.load(out)
     assert list(arrays["node_of_rank"]) == [0, 0, 1, 1] and list(arrays["slots_per_rank"]) == [6] * 4
     assert measure(arrays["experts"], np.load(loads), 4) == pytest.approx(list(arrays["balancedness"]))
@@ -84,22 +80,21 @@ def test_plan_writes_arrays_and_prints_a_table(loads: Path, tmp_path: Path, caps
     assert "off node" in text and "layer 2" in text and f"{arrays['balancedness'][2]:.4f}" in text
 
 
-def test_plan_prints_the_worst_of_many_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_the_worst_of_many_layers(tmp_path: Path, command: Command) -> None:
     values = np.ones((20, 8))
     values[7, 3] = 1000
     np.save(tmp_path / "loads.npy", values)
-    code, text, _ = run(["plan", str(tmp_path / "loads.npy"), "--slots", "8", "--ranks", "4"], capsys)
-    lines = text.splitlines()
-    assert code == 0 and "the 5 least balanced layers" in lines[1]
+    lines = command("balance plan --slots 8 --ranks 4", tmp_path / "loads.npy").splitlines()
+    assert "the 5 least balanced layers" in lines[1]
     assert lines[3].startswith("layer 7 ") and sum(line.startswith("layer ") for line in lines) == 5
 
 
-def test_plan_writes_what_servers_read(loads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_writes_what_servers_read(loads: Path, tmp_path: Path, command: Command) -> None:
     own, sglang, vllm = (tmp_path / f"{name}.json" for name in ("own", "sglang", "vllm"))
-    run(["plan", str(loads), *PLAN, "--out", str(own)], capsys)
-    argv = ["plan", str(loads), *PLAN, "--format", "sglang", "--first-layer", "2", "--out", str(sglang)]
-    assert f"--init-expert-location {sglang} --ep-num-redundant-experts 8 --ep-size 4" in run(argv, capsys)[1]
-    assert '"expert_map_path"' in run(["plan", str(loads), *PLAN, "--format", "vllm", "--out", str(vllm)], capsys)[1]
+    command("balance plan", loads, *PLAN, "--out", own)
+    said = command("balance plan --format sglang --first-layer 2", loads, *PLAN, "--out", sglang)
+    assert f"--init-expert-location {sglang} --ep-num-redundant-experts 8 --ep-size 4" in said
+    assert '"expert_map_path"' in command("balance plan --format vllm", loads, *PLAN, "--out", vllm)
     experts = json.loads(own.read_text())["experts"]
     assert json.loads(sglang.read_text())["physical_to_logical_map"][2:] == experts
     devices = json.loads(vllm.read_text())["layer_list"][1]["device_list"]
@@ -116,10 +111,8 @@ def test_figures_of_a_plan_by_hand() -> None:
     assert (figures["experts"], figures["slots"], figures["ranks"], figures["nodes"]) == (3, 4, 2, 2)
 
 
-def test_replay_prints_figures_for_each_method(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, text, err = run(["replay", str(trace), *REPLAY, "--json"], capsys)
-    figures = json.loads(text)
-    assert (code, err) == (0, "")
+def test_replay_prints_figures_for_each_method(trace: Path, command: Command) -> None:
+    figures = json.loads(command("balance replay", trace, *REPLAY, "--json"))
     assert list(figures) == ["fixed", "eplb", "counterflow", "oracle"]
     homes = np.load(trace)["counts"][4:].reshape(8, 2, 4, 2).sum(3)
     scores = homes.mean(2) / homes.max(2)
@@ -128,37 +121,30 @@ def test_replay_prints_figures_for_each_method(trace: Path, capsys: pytest.Captu
     assert {"mean", "p5", "worst", "moves", "off_node_moves"} == set(figures["counterflow"])
 
 
-def test_replay_prints_a_table_and_draws(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_replay_prints_a_table_and_draws(trace: Path, tmp_path: Path, command: Command) -> None:
     html, svg = tmp_path / "replay.html", tmp_path / "replay.svg"
-    code, text, err = run(["replay", str(trace), *REPLAY, "--nodes", "2", "--html", str(html), "--svg", str(svg)], capsys)
-    assert (code, err) == (0, "")
+    text = command("balance replay --nodes 2", trace, *REPLAY, "--html", html, "--svg", svg)
     assert "micro-batches 4 to 11, 2 layers, 4 ranks, 12 slots, 2 nodes" in text
     assert all(word in text for word in ("fixed", "eplb", "counterflow", "oracle", "p5", "worst", "moves"))
     assert html.read_text().lstrip().startswith("<!DOCTYPE html>")
     assert ElementTree.parse(svg).getroot().tag.endswith("svg")
 
 
-def test_replay_takes_half_of_a_short_trace_as_its_past_and_an_interval_beyond_it(
-    trace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = ["replay", str(trace), "--ranks", "4", "--clones-per-rank", "1", "--interval", str(10**400)]
-    code, text, err = run(argv, capsys)
-    assert (code, err) == (0, "") and "micro-batches 6 to 11" in text
+def test_replay_takes_half_of_a_short_trace_as_its_past_and_an_interval_beyond_it(trace: Path, command: Command) -> None:
+    text = command("balance replay --ranks 4 --clones-per-rank 1", trace, "--interval", 10**400)
+    assert "micro-batches 6 to 11" in text
 
 
-def test_a_recorded_run_is_replayed(record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, text, err = run(["replay", str(record), *REPLAY, "--json"], capsys)
-    assert (code, err) == (0, "")
+def test_a_recorded_run_is_replayed(record: Path, tmp_path: Path, command: Command) -> None:
+    text = command("balance replay", record, *REPLAY, "--json")
     np.save(tmp_path / "trace.npy", read_record(record).counts)
-    assert text == run(["replay", str(tmp_path / "trace.npy"), *REPLAY, "--json"], capsys)[1]
+    assert text == command("balance replay", tmp_path / "trace.npy", *REPLAY, "--json")
     assert json.loads(text)["counterflow"]["mean"] > json.loads(text)["fixed"]["mean"]
 
 
-def test_show_prints_figures(record: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_prints_figures(record: Path, command: Command) -> None:
     read = read_record(record)
-    code, text, err = run(["show", str(record), "--json"], capsys)
-    figures = json.loads(text)
-    assert (code, err) == (0, "")
+    figures = json.loads(command("balance show", record, "--json"))
     sizes = ("steps", "first_step", "last_step", "microbatches", "experts", "slots", "ranks")
     assert [figures[name] for name in sizes] == [20, 1, 20, 40, 16, 20, 4]
     assert [row["layer"] for row in figures["layers"]] == [2, 5, 9]
@@ -169,10 +155,9 @@ def test_show_prints_figures(record: Path, capsys: pytest.CaptureFixture[str]) -
     assert figures["per_step"]["bytes"] == {"mean": sent.mean(), "most": sent.max(), "sum": sent.sum()}
 
 
-def test_show_prints_tables_and_draws(record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_prints_tables_and_draws(record: Path, tmp_path: Path, command: Command) -> None:
     html, svg = tmp_path / "show.html", tmp_path / "show.svg"
-    code, text, err = run(["show", str(record), "--html", str(html), "--svg", str(svg)], capsys)
-    assert (code, err) == (0, "")
+    text = command("balance show", record, "--html", html, "--svg", svg)
     assert text.startswith("steps 1 to 20 · 40 micro-batches · 3 layers · 16 experts · 20 slots on 4 ranks; balancedness")
     after = read_record(record).after
     lines = [line.split() for line in text.splitlines()]
@@ -182,11 +167,10 @@ def test_show_prints_tables_and_draws(record: Path, tmp_path: Path, capsys: pyte
     assert "<h1>record</h1>" in html.read_text() and ElementTree.parse(svg).getroot().tag.endswith("svg")
 
 
-def test_show_prints_the_worst_of_many_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_prints_the_worst_of_many_layers(tmp_path: Path, command: Command) -> None:
     make_record(tmp_path, {0: list(range(30, 50))}, range(2), experts=8)
-    code, text, _ = run(["show", str(tmp_path)], capsys)
-    lines = text.splitlines()
-    assert code == 0 and lines[1] == "the 5 layers of 20 that are least balanced on homes alone:"
+    lines = command("balance show", tmp_path).splitlines()
+    assert lines[1] == "the 5 layers of 20 that are least balanced on homes alone:"
     worst = 30 + int(read_record(tmp_path).before.mean(0).argmin())
     assert lines[3].startswith(f"layer {worst} ") and sum(line.startswith("layer ") for line in lines) == 5
 
@@ -202,19 +186,18 @@ def test_replay_counts_moves() -> None:
     assert figures["counterflow"] == pytest.approx(wanted | {"moves": 6, "off_node_moves": 3})
 
 
-def test_layers_without_load_are_planned_and_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_layers_without_load_are_planned_and_replayed(tmp_path: Path, command: Command) -> None:
     counts = np.random.default_rng(0).integers(1, 100, (12, 2, 8)) * [[[0], [1]]]
     for name, array in (("zero", counts[0, :1]), ("some", counts[0]), ("trace", counts), ("still", counts * 0)):
         np.save(tmp_path / f"{name}.npy", array)
     for policy in POLICIES:
         for name in ("zero", "some", "still"):
-            sizes = ["--slots", "12", "--ranks", "4", "--nodes", "2", "--groups", "2", "--policy", policy, "--json"]
-            code, out, err = run(["plan", str(tmp_path / f"{name}.npy"), *sizes], capsys)
+            sizes = f"--slots 12 --ranks 4 --nodes 2 --groups 2 --policy {policy} --json"
+            out = command(f"balance plan {sizes}", tmp_path / f"{name}.npy")
             layer = json.loads(out, parse_constant=pytest.fail)["layers"][0]
-            assert (code, err, layer["after"], layer["bound"], layer["gap"], layer["off_node"]) == (0, "", 1, 1, 0, 0)
+            assert (layer["after"], layer["bound"], layer["gap"], layer["off_node"]) == (1, 1, 0, 0)
     for name in ("trace", "still"):
-        code, out, err = run(["replay", str(tmp_path / f"{name}.npy"), "--ranks", "4", "--json"], capsys)
-        assert (code, err) == (0, "")
+        out = command("balance replay --ranks 4 --json", tmp_path / f"{name}.npy")
         assert json.loads(out, parse_constant=pytest.fail)["counterflow"]["mean"] <= 1
 
 
@@ -275,7 +258,7 @@ def test_bad_input_gets_one_line(argv: str, said: str, tmp_path: Path, trace: Pa
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["plan", "--help"], ["replay", "--help"], ["show", "--help"]])
-def test_help_is_there(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(argv, capsys)
-    assert code == 0 and "usage: counterflow balance" in out
+def test_help_is_there(argv: list[str], command: Command) -> None:
+    out = command("balance", *argv)
+    assert "usage: counterflow balance" in out
     assert "plan" not in argv or all(policy in out for policy in POLICIES)

@@ -17,6 +17,7 @@ from counterflow.balance.files.serving import render_sglang, render_vllm
 from counterflow.balance.loads import check_counts, check_loads
 from counterflow.balance.placement import Placement
 from counterflow.errors import BalanceError
+from tests.support.running import refuses
 
 LOADS = np.array([[4.0, 0.5, 0.0], [1.0, 2.0, 3.0]])
 COUNTS = np.arange(12).reshape(2, 2, 3)
@@ -24,10 +25,8 @@ COUNTS = np.arange(12).reshape(2, 2, 3)
 
 def refuse(said: str, function: Any, *given: Any) -> None:
     """The function raises one line that says so."""
-    with pytest.raises(BalanceError) as raised:
+    with refuses(said, BalanceError):
         function(*given)
-    message = str(raised.value)
-    assert said in message and "\n" not in message and len(message) < 500
 
 
 @pytest.mark.parametrize("loads", [LOADS, LOADS.tolist(), LOADS.astype(np.float16), np.asfortranarray(LOADS)])
@@ -204,10 +203,8 @@ BAD_FILES = [
 @pytest.mark.parametrize(("name", "content", "said"), BAD_FILES, ids=[f"{name}-{said}" for name, _, said in BAD_FILES])
 def test_bad_files_are_refused(name: str, content: str | bytes, said: str, tmp_path: Path) -> None:
     path = write(tmp_path / name, content)
-    with pytest.raises(BalanceError) as raised:
-        read_loads(path)
-    assert said in str(raised.value) and str(path) in str(raised.value)
-    assert "\n" not in str(raised.value)
+    refuse(said, read_loads, path)
+    refuse(str(path), read_loads, path)
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:

@@ -1,8 +1,5 @@
 """The token split: whole, the best there is, and the same everywhere."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,6 +11,7 @@ from counterflow.balance.placement import EMPTY, Placement, make_home_placement,
 from counterflow.balance.reference import bound_split, solve_split
 from counterflow.balance.split import split_tokens
 from counterflow.errors import BalanceError
+from tests.support.running import run_python
 
 
 @st.composite
@@ -97,9 +95,7 @@ def test_every_process_finds_the_same() -> None:
         f"found = {{{', '.join(f'{name!r}: {call}' for name, call in FOUND.items())}}}; "
         "print({name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in found.items()})"
     )
-    first, second = (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)
-    )
+    first, second = (run_python("-c", code) for _ in range(2))
     assert first == second and all(name in first for name in FOUND)
 
 

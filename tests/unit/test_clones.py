@@ -18,8 +18,6 @@ from counterflow.balance.replay import METHODS, replay_trace
 from counterflow.balance.split import split_tokens
 from counterflow.errors import BalanceError
 
-RECORDED = Path(__file__).resolve().parents[3] / "shared" / "data" / "routing_a.npz"
-
 
 def find_slowest(counts: Array, placement: Placement) -> Array:
     return np.asarray(sum_by_rank(split_tokens(counts, placement), placement.cluster).max(1))
@@ -182,9 +180,8 @@ def test_a_replay_that_cannot_be_is_refused(interval: int, warmup: int, said: st
         replay_trace(np.ones((12, 1, 8), np.int64), 4, 1, interval, warmup=warmup)
 
 
-@pytest.mark.skipif(not RECORDED.exists(), reason="the recording lies beside the repository")
-def test_on_recorded_routing() -> None:
-    with np.load(RECORDED) as recorded:
+def test_on_recorded_routing(shared_data: Path) -> None:
+    with np.load(shared_data / "routing_a.npz") as recorded:
         done = replay_trace(recorded["counts"].astype(np.int64), 8, 1)
     mean = {method: float(done.balancedness[method].mean()) for method in METHODS}
     assert mean["fixed"] == pytest.approx(0.58, abs=0.01) and 0.8 < mean["eplb"] < 0.9

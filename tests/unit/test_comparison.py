@@ -7,13 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from counterflow.commands.main import main
 from counterflow.schedule import (
-    Action,
     Costs,
     ScheduleError,
     ScheduleTable,
-    Span,
     Timeline,
     build,
     dump_record,
@@ -22,39 +19,21 @@ from counterflow.schedule import (
     simulate,
 )
 from counterflow.schedule.comparison import BEGAN_LATE, INPUT_LATE, RAN_LONGER, Comparison, compare, estimate_costs, fit_record
-from counterflow.schedule.dependencies import find_input, find_result
+from counterflow.schedule.dependencies import find_input
 from counterflow.schedule.timeline import find_last_step
+from tests.support.running import check_refusal
+from tests.support.slow_schedule import Change, change_nothing, run_slowly
 
 COSTS = Costs(0.02, 0.02, 0.02)
-Change = Callable[[int, Action], float]
 
 
-def nothing(rank: int, action: Action) -> float:
-    return 0.0
-
-
-def run_on_paper(table: ScheduleTable, longer: Change = nothing, later: Change = nothing, began: float = 1000.0) -> Timeline:
+def run_on_paper(table: ScheduleTable, longer: Change = change_nothing, later: Change = change_nothing) -> Timeline:
     """A run that costs `COSTS`, some actions taking ``longer`` or beginning ``later`` than they could; starts anywhere."""
-    costs = COSTS.spread(table.layout.last_stage + 1)
-    made: dict[object, float] = {}
-    clock, position = [began] * table.ranks, [0] * table.ranks
-    spans: list[list[Span]] = [[] for _ in range(table.ranks)]
-    while any(position[rank] < len(row) for rank, row in enumerate(table.actions)):
-        for rank, row in enumerate(table.actions):
-            while position[rank] < len(row):
-                action = row[position[rank]]
-                needs = [need for single in action.singles() if (need := find_input(single, table.layout.last_stage))]
-                if any(need not in made for need in needs):
-                    break
-                start = max([clock[rank], *(made[need] for need in needs)]) + later(rank, action)
-                clock[rank] = start + costs.time(action) + longer(rank, action)
-                spans[rank].append(Span(rank, action, start, clock[rank]))
-                made |= {find_result(single): clock[rank] for single in action.singles()}
-                position[rank] += 1
+    spans, _ = run_slowly(table, COSTS, longer, later, began=1000.0)
     return Timeline(tuple(span for row in spans for span in row))
 
 
-def compare_run(table: ScheduleTable, longer: Change = nothing, later: Change = nothing) -> Comparison:
+def compare_run(table: ScheduleTable, longer: Change = change_nothing, later: Change = change_nothing) -> Comparison:
     return compare(table, run_on_paper(table, longer, later), simulate(table, COSTS))
 
 
@@ -187,25 +166,20 @@ def test_the_last_step_of_all_ranks_is_found_and_a_resumed_step_replaces_the_fir
         find_last_step(tmp_path, 7)
 
 
-def test_show_lays_a_record_over_its_simulation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_lays_a_record_over_its_simulation(tmp_path: Path, command: Callable[..., str]) -> None:
     victim = parse_action("3F2")
     table = build("dualpipev", 4, 8)
     write_record(tmp_path, 5, run_on_paper(table, longer=lambda rank, action: 0.0125 if action == victim else 0.0))
     page, picture, trace = (tmp_path / name for name in ("r.html", "r.svg", "r.json"))
-    argv = ["schedule", "show", "dualpipev", "--ranks", "4", "--microbatches", "8", "--record", str(tmp_path)]
-    with pytest.raises(SystemExit) as ended:
-        main([*argv, "--html", str(page), "--svg", str(picture), "--trace", str(trace)])
-    said = capsys.readouterr()
-    assert (ended.value.code, said.err) == (0, "")
-    assert "measured (step 5)" in said.out and "costs per stage in ms: F 20.00; I 20.00; W 20.00" in said.out
-    assert "3F2 ran 12.5 ms longer than its cost" in said.out
-    assert "rank 3 ran longer: 12.5 ms" in said.out
+    show = "schedule show dualpipev --ranks 4 --microbatches 8 --record"
+    out = command(show, tmp_path, "--html", page, "--svg", picture, "--trace", trace)
+    assert "measured (step 5)" in out and "costs per stage in ms: F 20.00; I 20.00; W 20.00" in out
+    assert "3F2 ran 12.5 ms longer than its cost" in out
+    assert "rank 3 ran longer: 12.5 ms" in out
     for path in (page, picture, trace):
         text = path.read_text()
         assert "dualpipev: simulated" in text and "dualpipev: measured (step 5)" in text
-    with pytest.raises(SystemExit):
-        main([*argv, "--json", "--step", "5", "--f", "0.02"])
-    figures = json.loads(capsys.readouterr().out)
+    figures = json.loads(command(show, tmp_path, *"--json --step 5 --f 0.02".split()))
     assert figures["ratio"] > 1.0 and figures["ranks"][3]["partings"][0]["action"] == "3F2"
 
 
@@ -220,8 +194,5 @@ def test_show_lays_a_record_over_its_simulation(tmp_path: Path, capsys: pytest.C
 )
 def test_bad_input_gets_one_line(argv: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_record(tmp_path, 1, run_on_paper(build("dualpipev", 4, 8)))
-    with pytest.raises(SystemExit) as ended:
-        main(["schedule", "show", "1f1b", "--ranks", "4", "--microbatches", "8", *(part.format(tmp=tmp_path) for part in argv)])
-    err = capsys.readouterr().err
-    assert ended.value.code == 2
-    assert said in err and err.startswith("counterflow: ") and err.count("\n") == 1
+    show = "schedule show 1f1b --ranks 4 --microbatches 8".split()
+    check_refusal([*show, *(part.format(tmp=tmp_path) for part in argv)], said, capsys)

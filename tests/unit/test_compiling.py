@@ -2,15 +2,16 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support import ROOT
+from tests.support.running import run_python
+
 pytestmark = pytest.mark.slow
 
-PACKAGE = Path(__file__).resolve().parents[2] / "plugin" / "counterflow"
+PACKAGE = ROOT / "plugin" / "counterflow"
 CALLER = """
 from counterflow.callee import give
 from counterflow.compiling import compile_fast, is_compiled
@@ -37,8 +38,7 @@ def package(tmp_path: Path) -> Path:
 
 def call(package: Path) -> str:
     """What the caller prints in a process of its own: the value, hits of the cache, whether it was compiled before."""
-    command = [sys.executable, "-c", "import counterflow.caller"]
-    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=package.parent).stdout.strip()
+    return run_python("-c", "import counterflow.caller", cwd=package.parent).strip()
 
 
 def test_a_change_in_a_called_file_is_seen(package: Path) -> None:
@@ -65,6 +65,4 @@ def test_without_the_compiler_all_runs_as_plain_python() -> None:
         "import numpy as np; from counterflow.balance import make_home_placement, plan_clones; "
         "print((plan_clones(np.arange(1, 9.0)[None], make_home_placement(1, 8, 4, 1)).after < 1.05).all())"
     )
-    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.strip() == "True"
+    assert run_python("-c", code, env={**os.environ, "NUMBA_DISABLE_JIT": "1"}).strip() == "True"

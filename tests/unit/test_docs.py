@@ -2,18 +2,17 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.support import ROOT
 from tests.support.made_record import make_record
+from tests.support.running import run_python
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
     path.relative_to(ROOT) for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md"))
 )
@@ -24,19 +23,16 @@ def find_blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
 
 
+def run_command(command: str, folder: Path) -> None:
+    run_python("-m", "counterflow.commands.main", *shlex.split(command), cwd=folder)
+
+
 def test_adding_a_schedule_works_as_the_page_says(tmp_path: Path) -> None:
     page = "docs/add-a-schedule.md"
     (code, _), (expected,), (console,) = (find_blocks(page, language) for language in ("python", "text", "console"))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout == expected
+    assert run_python("-c", code, cwd=tmp_path) == expected
     (command,) = re.findall(r"^\$ counterflow (.*)$", console, flags=re.MULTILINE)
-    subprocess.run(
-        [sys.executable, "-m", "counterflow.commands.main", *shlex.split(command)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    run_command(command, tmp_path)
     assert (tmp_path / "gpipe-lifo.html").stat().st_size > 10_000
 
 
@@ -46,13 +42,7 @@ def test_schedule_commands_in_the_docs_are_understood(page: str, tmp_path: Path)
         for command in re.findall(r"^\$ counterflow (schedule .*)$", block, flags=re.MULTILINE):
             if "search" in command:
                 command += " --seconds 0.2"
-            subprocess.run(
-                [sys.executable, "-m", "counterflow.commands.main", *shlex.split(command)],
-                cwd=tmp_path,
-                capture_output=True,
-                text=True,
-                check=True,
-            )
+            run_command(command, tmp_path)
 
 
 def test_balance_commands_in_the_docs_are_understood(tmp_path: Path) -> None:
@@ -70,13 +60,7 @@ def test_balance_commands_in_the_docs_are_understood(tmp_path: Path) -> None:
     ]
     assert len(commands) >= 7
     for command in commands:
-        subprocess.run(
-            [sys.executable, "-m", "counterflow.commands.main", *shlex.split(command)],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        run_command(command, tmp_path)
 
 
 def strip_code(text: str) -> str:
@@ -121,8 +105,7 @@ def test_files_that_pages_name_exist(page: Path) -> None:
 def test_the_picture_of_the_readme_is_what_its_command_draws(tmp_path: Path) -> None:
     (block,) = find_blocks("docs/images/README.md", "console")
     (command,) = re.findall(r"^\$ counterflow (.*)$", block, flags=re.MULTILINE)
-    whole = [sys.executable, "-m", "counterflow.commands.main", *shlex.split(command)]
-    subprocess.run(whole, cwd=tmp_path, capture_output=True, text=True, check=True)
+    run_command(command, tmp_path)
     (drawn,) = tmp_path.glob("*.svg")
     texts = [re.findall(r">([^<>]+)</", path.read_text()) for path in (drawn, ROOT / "docs" / "images" / drawn.name)]
     assert texts[0] == texts[1], f"run this in docs/images: counterflow {command}"

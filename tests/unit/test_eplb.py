@@ -1,7 +1,5 @@
 """`rebalance_experts` in the place of EPLB's: the same maps where asked for, never less balanced elsewhere."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,7 @@ from counterflow.balance import rebalance_experts
 from counterflow.balance.cluster import make_cluster
 from counterflow.balance.eplb import find_doubles, find_slowest
 from counterflow.balance.planning import POLICIES
-
-RECORDED = Path(__file__).resolve().parents[3] / "shared" / "data" / "eplb_reference.npz"
+from tests.support.running import run_python
 
 
 def check_maps(maps: tuple[Array, Array, Array], experts: int) -> None:
@@ -72,10 +69,9 @@ def test_no_layer_is_less_balanced_than_under_deepseek_and_groups_stay_on_nodes(
             rebalance_experts(weight, *sizes, distinct=True)
 
 
-@pytest.mark.skipif(not RECORDED.exists(), reason="the recording lies beside the repository")
-def test_deepseek_equals_the_recording_for_arrays_and_tensors() -> None:
+def test_deepseek_equals_the_recording_for_arrays_and_tensors(shared_data: Path) -> None:
     torch = pytest.importorskip("torch")
-    with np.load(RECORDED) as recorded:
+    with np.load(shared_data / "eplb_reference.npz") as recorded:
         for case in sorted({name.rsplit("_", 1)[0] for name in recorded.files}):
             sizes = [int(number) for number in recorded[f"{case}_args"]]
             expected = [recorded[f"{case}_{name}"] for name in ("phy2log", "log2phy", "logcnt")]
@@ -99,13 +95,14 @@ def test_tensors_bring_tensors_and_arrays_bring_arrays() -> None:
     assert [found.shape[:2] for found in arrays] == [tuple(found.shape[:2]) for found in tensors]
 
 
+@pytest.mark.slow
 def test_arrays_do_not_import_torch() -> None:
     code = (
         "import sys, numpy as np; from counterflow.balance import rebalance_experts; "
         "rebalance_experts(np.ones((1, 8)), 12, 2, 2, 4); rebalance_experts(np.ones((1, 8)), 12, 2, 2, 4, policy='deepseek'); "
         "print('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert run_python("-c", code).strip() == "False"
 
 
 def test_deepseeks_own_plan_cannot_be_asked_for_without_doubles() -> None:

@@ -16,7 +16,7 @@ import pytest
 from counterflow.balance import rebalance_experts
 from counterflow.commands.main import build_parser, main
 from counterflow.errors import OptionError
-from counterflow.options import Options, add_flags, merge_options, read_flags, read_given
+from counterflow.options import Options, add_flags, merge_options, read_flags, read_values
 from counterflow.schedule import Costs
 from tests.support.hostile import LIMIT_SECONDS, Files, draw_flags, draw_line, draw_mapping, find_fault, make_files, run_line
 
@@ -89,7 +89,7 @@ def check_options(draw: Callable[[], Any], read: Callable[[Any], Any], draws: in
 
 def test_a_mapping_gives_options_or_one_line() -> None:
     random = Random(SEED)
-    check_options(lambda: draw_mapping(random, list(Options.model_fields)), read_given, 5 * DRAWS)
+    check_options(lambda: draw_mapping(random, list(Options.model_fields)), read_values, 5 * DRAWS)
 
 
 def test_flags_give_options_or_one_line(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:

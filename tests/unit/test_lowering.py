@@ -4,24 +4,14 @@ import importlib.util
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
-from counterflow.schedule import ScheduleTable, build
+from counterflow.schedule import ScheduleTable
+from tests.support.slow_schedule import any_table
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="the runtime needs torch")
 
-FAMILIES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev", "dualpipe")
 
-
-@st.composite
-def any_table(draw: st.DrawFn) -> ScheduleTable:
-    name = draw(st.sampled_from(FAMILIES))
-    ranks = 2 * draw(st.integers(1, 3))
-    groups = draw(st.integers(2, 5))
-    return build(name, ranks, groups * ranks if name != "dualpipe" else 2 * groups * ranks)
-
-
-@given(any_table())
+@given(any_table)
 def test_every_message_is_posted_before_it_is_received_and_received_once(table: ScheduleTable) -> None:
     from counterflow.runtime.lowering import lower
 
@@ -40,7 +30,7 @@ def test_every_message_is_posted_before_it_is_received_and_received_once(table: 
     assert set(received) == sent
 
 
-@given(any_table())
+@given(any_table)
 def test_what_was_sent_is_let_go_after_it_was_sent_and_few_are_kept(table: ScheduleTable) -> None:
     from counterflow.runtime.lowering import lower
 

@@ -36,6 +36,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "installed"
 
 
+@pytest.mark.slow
 def test_a_wheel_runs_without_the_checkout(installed: Path, tmp_path: Path) -> None:
     where = {"PYTHONPATH": str(installed)}
     code = "import counterflow; print(counterflow.__file__)"
@@ -47,6 +48,7 @@ def test_a_wheel_runs_without_the_checkout(installed: Path, tmp_path: Path) -> N
     assert "--cf-schedule" in usage
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_every_file_of_the_package(installed: Path) -> None:
     def list_files(folder: Path) -> set[Path]:
         return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}

@@ -13,8 +13,6 @@ from counterflow.balance.files.loads import read_trace
 from counterflow.balance.prediction import PREDICTORS, LoadPredictor
 from counterflow.errors import BalanceError
 
-TRACE = Path(__file__).resolve().parents[3] / "shared" / "data" / "routing_a.npz"
-
 
 def watch(counts: Array, horizon: int = 1) -> LoadPredictor:
     """A predictor that has seen them all."""
@@ -213,10 +211,9 @@ def test_bad_states_and_forecasts_are_refused() -> None:
         predictor.forecast(0)
 
 
-@pytest.mark.skipif(not TRACE.is_file(), reason="no recorded routing here")
 @pytest.mark.parametrize(("horizon", "most"), [(1, 0.9), (20, 0.95)])
-def test_real_routing_is_predicted_better_than_by_persistence(horizon: int, most: float) -> None:
-    counts = read_trace(TRACE)
+def test_real_routing_is_predicted_better_than_by_persistence(shared_data: Path, horizon: int, most: float) -> None:
+    counts = read_trace(shared_data / "routing_a.npz")
     predictor = LoadPredictor(*counts.shape[1:], horizon)
     made = []
     for loads in counts:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counterflow.commands.main import main
 from counterflow.report import Picture, render_html, render_svg, render_text, render_trace
 from counterflow.schedule import (
-    FAMILIES,
     Action,
     Costs,
     ScheduleError,
@@ -28,7 +27,8 @@ from counterflow.schedule import (
     to_csv,
     validate,
 )
-from counterflow.schedule.dependencies import find_input, find_result
+from tests.support.running import check_refusal
+from tests.support.slow_schedule import any_table, run_slowly
 
 a_cost = st.sampled_from([0.0, 0.25, 1.0, 1.5, 6.0])
 
@@ -36,45 +36,9 @@ a_cost = st.sampled_from([0.0, 0.25, 1.0, 1.5, 6.0])
 @st.composite
 def any_reducing(draw: st.DrawFn) -> ScheduleTable:
     """A family's table, whose reductions may stand later than they could."""
-    name, ranks = draw(st.sampled_from(sorted(FAMILIES))), 2 * draw(st.integers(1, 3))
-    microbatches = 2 * ranks * draw(st.integers(1, 2))
-    options = {"ep_overlap": True} if name == "interleaved" and draw(st.booleans()) else {}
-    table = add_reductions(build(name, ranks, microbatches, **options))
-    later = draw(st.booleans())
+    table, later = add_reductions(draw(any_table)), draw(st.booleans())
     rows = [sorted(row, key=lambda action: action.kind == "R") if later else list(row) for row in table.actions]
     return replace(table, actions=tuple(map(tuple, rows)))
-
-
-def place_reductions(table: ScheduleTable, costs: Costs) -> tuple[list[list[tuple[float, float]]], float]:
-    """The obvious reference: push every action and reduction behind what it waits for until nothing moves."""
-    costs = costs.spread(table.layout.last_stage + 1)
-    assert not isinstance(costs.reduce, float)
-    ends = [[0.0] * len(row) for row in table.actions]
-    reduced = [[0.0] * len(row) for row in table.actions]
-    made = {find_result(s): (r, n) for r, row in enumerate(table.actions) for n, a in enumerate(row) for s in a.singles()}
-    where = [{action.stage: n for n, action in enumerate(row) if action.kind == "R"} for row in table.actions]
-    moved = True
-    while moved:
-        moved = False
-        for rank, row in enumerate(table.actions):
-            network = 0.0
-            for n, action in enumerate(row):
-                end = ends[rank][n - 1] if n else 0.0
-                if action.kind == "R":
-                    mates = [other for other, held in enumerate(table.layout.stages) if action.stage in held]
-                    begin = max(network, end, *(ends[mate][where[mate][action.stage]] for mate in mates))
-                    network = begin + costs.reduce[action.stage]
-                    moved, reduced[rank][n] = moved or network != reduced[rank][n], network
-                else:
-                    inputs = [made[need] for s in action.singles() if (need := find_input(s, table.layout.last_stage))]
-                    arrivals = [ends[other][place] + (costs.p2p if other != rank else 0.0) for other, place in inputs]
-                    end = max(end, *arrivals, 0.0) + costs.time(action)
-                moved, ends[rank][n] = moved or end != ends[rank][n], end
-    spans = [
-        [(reduced[r][n] - costs.reduce[a.stage], reduced[r][n]) for n, a in enumerate(row) if a.kind == "R"]
-        for r, row in enumerate(table.actions)
-    ]
-    return spans, max(max(row) for row in (*ends, *reduced))
 
 
 @settings(max_examples=150)
@@ -84,15 +48,12 @@ def test_reductions_run_when_the_reference_says_and_hold_up_no_action(table: Sch
     f, i, w, reduce = (data.draw(st.lists(a_cost, min_size=stages, max_size=stages)) for _ in range(4))
     costs = Costs(f, i, w, p2p=data.draw(st.sampled_from([0.0, 0.5])), overlap=0.75, reduce=reduce)
     validate(table)
-    timeline, (expected, end) = simulate(table, costs), place_reductions(table, costs)
-    for rank in range(table.ranks):
+    timeline, (actions, reductions) = simulate(table, costs), run_slowly(table, costs)
+    for rank, expected in enumerate(reductions):
         ran = [(span.start, span.end) for span in timeline.reductions if span.rank == rank]
-        assert len(ran) == len(expected[rank])
-        for mine, theirs in zip(ran, expected[rank], strict=True):
-            assert mine == pytest.approx(theirs)
-    assert timeline.makespan == pytest.approx(end)
-    without = tuple(tuple(action for action in row if action.kind != "R") for row in table.actions)
-    bare = simulate(replace(table, actions=without), costs)
+        assert ran == [pytest.approx((span.start, span.end)) for span in expected]
+    assert timeline.makespan == pytest.approx(max(row[-1].end for row in (*actions, *reductions)))
+    bare = simulate(build_bare(table), costs)
     assert (timeline.spans, timeline.memory) == (bare.spans, bare.memory)
     for overlaps in (True, False):
         timeline = simulate(table, replace(costs, p2p_overlaps=overlaps))
@@ -186,27 +147,23 @@ def test_an_exposed_reduction_is_drawn_and_explained() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="the search compiles")
-def test_commands_take_a_cost_of_reduction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    size = ["--ranks", "2", "--microbatches", "4"]
+def test_commands_take_a_cost_of_reduction(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: Callable[..., str]
+) -> None:
+    size = "--ranks 2 --microbatches 4"
 
-    def run(status: int, *given: str) -> None:
-        with pytest.raises(SystemExit) as ended:
-            main(["schedule", *given, *size])
-        assert ended.value.code == status
-
-    def show(*given: str) -> float:
-        run(0, *given, "--json")
-        found = json.loads(capsys.readouterr().out)
+    def show(line: str, *more: object) -> float:
+        found = json.loads(command(f"schedule {line} {size} --json", *more))
         return float(min(one["makespan"] for one in found) if isinstance(found, list) else found["makespan"])
 
-    assert show("show", "1f1b", "--reduce", "5") == pytest.approx(show("show", "1f1b") + 5)
+    assert show("show 1f1b --reduce 5") == pytest.approx(show("show 1f1b") + 5)
     # Every rank has a chunk to reduce after all its work.
-    assert show("compare", "--reduce", "2") >= show("compare") + 1
+    assert show("compare --reduce 2") >= show("compare") + 1
     out = tmp_path / "found.csv"
-    slow = show("search", "--reduce", "2", "--seconds", "0.2", "--csv", str(out))
-    assert slow >= show("search", "--seconds", "0.2") + 0.9
+    slow = show("search --reduce 2 --seconds 0.2", "--csv", out)
+    assert slow >= show("search --seconds 0.2") + 0.9
     found = from_csv(out.read_text())
     assert all(any(action.kind == "R" for action in row) for row in found.actions)
     validate(found, training=True)
-    run(2, "show", "1f1b", "--record", str(tmp_path), "--reduce", "1")
-    assert "--reduce given with a record" in capsys.readouterr().err
+    refused = f"schedule show 1f1b {size} --reduce 1 --record {tmp_path}".split()
+    check_refusal(refused, "--reduce given with a record", capsys)

@@ -1,13 +1,14 @@
 """Imports point downward only, and importing the plugin does nothing."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[2] / "plugin" / "counterflow"
+from tests.support import ROOT
+from tests.support.running import run_python
+
+PACKAGE = ROOT / "plugin" / "counterflow"
 
 # What each room may import of the project; what it may import of the heavy world. A sub-room's rooms are named in full.
 COMMON = {"arrays", "bounds", "compiling", "errors", "version"}
@@ -88,7 +89,7 @@ def test_rooms_for_every_trainer_do_not_name_what_one_trainer_has(room: str) -> 
 
 @pytest.mark.parametrize("name", ["adapter", "trainer"])
 def test_a_second_trainer_needs_nothing_of_the_first(name: str) -> None:
-    imports = list_imports(PACKAGE.parents[1] / "examples" / "stub_trainer" / f"{name}.py")
+    imports = list_imports(ROOT / "examples" / "stub_trainer" / f"{name}.py")
     assert not {one for one in imports if "megatron" in one or one.startswith("counterflow.platform")}
 
 
@@ -102,11 +103,11 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert not left, f"these import each other in a circle, or need one that does: {sorted(left)}"
 
 
+@pytest.mark.slow
 def test_importing_loads_no_torch_and_no_megatron() -> None:
     code = (
         "import sys, counterflow.options, counterflow.report, counterflow.schedule; "
         "import counterflow.commands.schedule, counterflow.commands.balance; "
         "print([m for m in ('torch', 'megatron', 'numba', 'scipy') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert run_python("-c", code).strip() == "[]"

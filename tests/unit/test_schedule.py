@@ -33,6 +33,7 @@ from counterflow.schedule import (
     validate,
 )
 from counterflow.schedule.transport import TRANSPORTS, count_receives_ahead
+from tests.support.slow_schedule import any_table
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -43,19 +44,7 @@ def read_recorded(row: list[Any]) -> Action:
     return Action(*row)
 
 
-def any_table() -> st.SearchStrategy[ScheduleTable]:
-    def make(name: str, ranks: int, extra: int, vpp: int, ep_overlap: bool) -> ScheduleTable:
-        if name == "interleaved":
-            return build(name, ranks, ranks * (1 + extra % 4), vpp=vpp, ep_overlap=ep_overlap)
-        if name == "dualpipe":
-            return build(name, ranks + ranks % 2, 2 * (ranks + ranks % 2) + 2 * (extra // 2))
-        return build(name, ranks, 2 * ranks + extra)
-
-    families = st.sampled_from(sorted(FAMILIES))
-    return st.builds(make, families, st.integers(2, 6), st.integers(0, 9), st.integers(2, 4), st.booleans())
-
-
-@given(any_table())
+@given(any_table)
 def test_families_build_valid_tables_that_survive_a_file(table: ScheduleTable) -> None:
     validate(table)
     again = from_csv(to_csv(table))
@@ -108,7 +97,7 @@ def can_run(table: ScheduleTable) -> bool:
 
 
 @settings(max_examples=2000)
-@given(any_table(), st.data())
+@given(any_table, st.data())
 @pytest.mark.slow
 def test_a_mutated_table_is_accepted_and_simulates_just_when_it_can_run(table: ScheduleTable, data: st.DataObject) -> None:
     rank = data.draw(st.integers(0, table.ranks - 1))
@@ -310,7 +299,7 @@ def test_families_need_few_receives_ahead() -> None:
 
 
 @settings(max_examples=200)
-@given(any_table(), st.sampled_from(TRANSPORTS))
+@given(any_table, st.sampled_from(TRANSPORTS))
 @pytest.mark.slow
 def test_more_receives_ahead_never_hurt(table: ScheduleTable, transport: str) -> None:
     ahead = count_receives_ahead(table, transport)

@@ -2,23 +2,21 @@
 
 import json
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from counterflow.schedule import build, read_csv, validate
-from tests.support.running import check_refusal, run_command
+from tests.support.running import check_refusal
+
+Command = Callable[..., str]
 
 
-def run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    return run_command(["schedule", *argv], capsys)
-
-
-def test_show_draws_and_writes_what_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_draws_and_writes_what_is_asked_for(tmp_path: Path, command: Command) -> None:
     paths = {kind: tmp_path / f"out.{kind}" for kind in ("html", "svg", "trace", "csv")}
-    files = [part for kind, path in paths.items() for part in (f"--{kind}", str(path))]
-    code, out, err = run(["show", "dualpipev", "--ranks", "4", "--microbatches", "10", "--overlap", "0.8", *files], capsys)
-    assert (code, err) == (0, "")
+    files = [part for kind, path in paths.items() for part in (f"--{kind}", path)]
+    out = command("schedule show dualpipev --ranks 4 --microbatches 10 --overlap 0.8", *files)
     assert "makespan 28.8" in out and "rank 3" in out and "2 under blocking P2P, 1 under batched P2P" in out
     assert read_csv(paths["csv"]).actions == build("dualpipev", 4, 10).actions
     assert paths["html"].read_text().lstrip().startswith("<!DOCTYPE html>")
@@ -26,62 +24,56 @@ def test_show_draws_and_writes_what_is_asked_for(tmp_path: Path, capsys: pytest.
     assert json.loads(paths["trace"].read_text())["traceEvents"]
 
 
-def test_show_reads_a_file_and_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_reads_a_file_and_prints_json(tmp_path: Path, command: Command) -> None:
     path = tmp_path / "table.csv"
-    run(["show", "zbv", "--ranks", "4", "--microbatches", "8", "--csv", str(path)], capsys)
-    code, out, _ = run(["show", str(path), "--json", "--activation-bytes", "10", "--f", "1,1,1,1,1,1,1,2"], capsys)
-    figures = json.loads(out)
-    assert code == 0
+    command("schedule show zbv --ranks 4 --microbatches 8 --csv", path)
+    figures = json.loads(command("schedule show --json --activation-bytes 10 --f 1,1,1,1,1,1,1,2", path))
     assert figures["layout"] == "v" and figures["peak_activations"] == [4.0] * 4 and figures["peak_bytes"] == [80.0] * 4
 
 
-def test_show_says_that_forwards_alone_do_not_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_says_that_forwards_alone_do_not_train(tmp_path: Path, command: Command) -> None:
     path = tmp_path / "forwards.csv"
     path.write_text("0F0,0F1\n1F0,1F1\n")
-    code, out, _ = run(["show", str(path)], capsys)
-    assert code == 0 and "makespan 3" in out and "forwards alone: a step of evaluation, not a table to train with" in out
-    assert "forwards alone" not in run(["show", "1f1b", "--ranks", "2", "--microbatches", "2"], capsys)[1]
-    code, out, _ = run(["compare", str(path), "--ranks", "2", "--microbatches", "2"], capsys)
-    assert code == 0 and "straight" in out and " 3 " in out
+    out = command("schedule show", path)
+    assert "makespan 3" in out and "forwards alone: a step of evaluation, not a table to train with" in out
+    assert "forwards alone" not in command("schedule show 1f1b --ranks 2 --microbatches 2")
+    out = command("schedule compare --ranks 2 --microbatches 2", path)
+    assert "straight" in out and " 3 " in out
 
 
-def test_compare_lists_the_fastest_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--ranks", "8", "--microbatches", "32", "--overlap", "0.8", "--max-chunks", "4"]
-    code, out, _ = run(["compare", *sizes], capsys)
-    lines = out.splitlines()
-    assert code == 0
+def test_compare_lists_the_fastest_first(tmp_path: Path, command: Command) -> None:
+    sizes = "--ranks 8 --microbatches 32 --overlap 0.8 --max-chunks 4"
+    lines = command(f"schedule compare {sizes}").splitlines()
     assert "interleaved vpp 4 ep-overlap" in lines[1] and "85.8" in lines[1]
     assert "dualpipev" in lines[2] and "86.8" in lines[2] and "8.5" in lines[2]
-    stopping = run(["compare", "1f1b", *sizes, "--p2p", "0.1", "--p2p-stops", "--json"], capsys)[1]
-    beside = run(["compare", "1f1b", *sizes, "--p2p", "0.1", "--json"], capsys)[1]
+    stopping = command(f"schedule compare 1f1b {sizes} --p2p 0.1 --p2p-stops --json")
+    beside = command(f"schedule compare 1f1b {sizes} --p2p 0.1 --json")
     assert json.loads(stopping)[0]["makespan"] > json.loads(beside)[0]["makespan"]
     html = tmp_path / "compare.html"
-    code, out, _ = run(["compare", "1f1b", "zbv", *sizes, "--json", "--html", str(html)], capsys)
+    out = command(f"schedule compare 1f1b zbv {sizes} --json --html", html)
     assert [row["schedule"] for row in json.loads(out)] == ["zbv", "1f1b"]
     assert html.stat().st_size > 10_000
 
 
-def test_search_keeps_the_cap_and_says_how_far_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_search_keeps_the_cap_and_says_how_far_it_is(tmp_path: Path, command: Command) -> None:
     path = tmp_path / "found.csv"
-    sizes = ["--ranks", "4", "--microbatches", "8", "--overlap", "0.8", "--max-activations", "4.5", "--seconds", "0.5"]
-    code, out, _ = run(["search", *sizes, "--csv", str(path)], capsys)
-    assert code == 0 and "lower bound" in out and "best family" in out
+    search = "schedule search --ranks 4 --microbatches 8 --overlap 0.8 --max-activations 4.5 --seconds 0.5"
+    out = command(f"{search} --csv", path)
+    assert "lower bound" in out and "best family" in out
     validate(read_csv(path), max_activations=4.5)
-    code, out, _ = run(["search", *sizes, "--json"], capsys)
-    assert json.loads(out)["lower_bound"] <= json.loads(out)["makespan"]
+    figures = json.loads(command(f"{search} --json"))
+    assert figures["lower_bound"] <= figures["makespan"]
 
 
-def test_a_table_with_a_byte_order_mark_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_with_a_byte_order_mark_is_read(tmp_path: Path, command: Command) -> None:
     (tmp_path / "bom.csv").write_text("\ufeff0F0,0B0\n", encoding="utf-8")
-    code, out, err = run(["show", str(tmp_path / "bom.csv"), "--json"], capsys)
-    assert (code, err, json.loads(out)["ranks"]) == (0, "", 1)
+    assert json.loads(command("schedule show --json", tmp_path / "bom.csv"))["ranks"] == 1
 
 
-def test_free_actions_have_figures_that_are_numbers(capsys: pytest.CaptureFixture[str]) -> None:
-    free = ["--ranks", "2", "--microbatches", "8", "--f", "0", "--i", "0", "--w", "0", "--json"]
-    for command in (["show", "zbv"], ["compare"]):
-        code, out, err = run([*command, *free], capsys)
-        assert (code, err) == (0, "") and json.loads(out, parse_constant=pytest.fail)
+def test_free_actions_have_figures_that_are_numbers(command: Command) -> None:
+    for line in ("show zbv", "compare"):
+        out = command(f"schedule {line} --ranks 2 --microbatches 8 --f 0 --i 0 --w 0 --json")
+        assert json.loads(out, parse_constant=pytest.fail)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +126,5 @@ def test_bad_input_gets_one_line(argv: str, said: str, tmp_path: Path, capsys: p
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["show", "--help"], ["compare", "--help"], ["search", "--help"]])
-def test_help_is_there(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(argv, capsys)
-    assert code == 0 and "usage: counterflow schedule" in out
+def test_help_is_there(argv: list[str], command: Command) -> None:
+    assert "usage: counterflow schedule" in command("schedule", *argv)

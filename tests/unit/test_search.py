@@ -121,6 +121,7 @@ def test_the_compiled_times_are_those_of_the_simulation(
     st.integers(1, 5),
     st.integers(0, 8),
 )
+@pytest.mark.slow
 def test_no_family_beats_the_bound(data: st.DataObject, name: str, ranks: int, extra: int) -> None:
     options = {"ep_overlap": True, "vpp": data.draw(st.integers(2, 4))} if name == "interleaved" else {}
     ranks = max(2, ranks) if options else ranks
@@ -158,6 +159,7 @@ def test_what_is_found_is_valid_and_no_worse_than_a_family(
         assert found.timeline.makespan <= timeline.makespan + 1e-9, f"{table.name} is faster"
 
 
+@pytest.mark.slow
 def test_a_search_beats_the_families_where_stages_are_uneven(monkeypatch: pytest.MonkeyPatch) -> None:
     # Two seconds of the processor: on a busy machine two of the wall clock may be hardly any.
     module = import_module("counterflow.schedule.search")

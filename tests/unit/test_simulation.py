@@ -8,31 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counterflow.schedule import (
-    FAMILIES,
-    Action,
-    Costs,
-    ScheduleError,
-    ScheduleTable,
-    build,
-    from_csv,
-    parse_action,
-    simulate,
-)
-from counterflow.schedule.dependencies import find_input, find_result
+from counterflow.schedule import Action, Costs, ScheduleError, ScheduleTable, build, from_csv, parse_action, simulate
+from tests.support.slow_schedule import any_table, run_slowly
 
-
-def make_table(name: str, ranks: int, extra: int, vpp: int, ep_overlap: bool) -> ScheduleTable:
-    if name == "interleaved":
-        return build(name, ranks, ranks * (1 + extra % 4), vpp=vpp, ep_overlap=ep_overlap)
-    if name == "dualpipe":
-        return build(name, ranks + ranks % 2, 2 * (ranks + ranks % 2) + 2 * (extra // 2))
-    return build(name, ranks, 2 * ranks + extra)
-
-
-any_table = st.builds(
-    make_table, st.sampled_from(sorted(FAMILIES)), st.integers(2, 6), st.integers(0, 9), st.integers(2, 4), st.booleans()
-)
 a_cost = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.5, 3.0])
 
 
@@ -42,37 +20,14 @@ def draw_costs(data: st.DataObject, table: ScheduleTable) -> Costs:
     return Costs(f, i, w, p2p=data.draw(st.sampled_from([0.0, 0.25, 2.0])), overlap=data.draw(st.sampled_from([0.5, 0.75, 1.0])))
 
 
-def relax(table: ScheduleTable, costs: Costs) -> list[list[tuple[float, float]]]:
-    """The obvious reference: push every action behind its rank's last one and its inputs until nothing moves."""
-    costs = costs.spread(table.layout.last_stage + 1)
-    times = [[(0.0, 0.0)] * len(row) for row in table.actions]
-    made = {find_result(s): (r, n) for r, row in enumerate(table.actions) for n, a in enumerate(row) for s in a.singles()}
-    moved = True
-    while moved:
-        moved = False
-        for rank, row in enumerate(table.actions):
-            for number, action in enumerate(row):
-                start = times[rank][number - 1][1] if number else 0.0
-                for single in action.singles():
-                    needed = find_input(single, table.layout.last_stage)
-                    if needed is not None:
-                        other, place = made[needed]
-                        start = max(start, times[other][place][1] + (costs.p2p if other != rank else 0.0))
-                after = (start, start + costs.time(action))
-                moved = moved or after != times[rank][number]
-                times[rank][number] = after
-    return times
-
-
 @settings(max_examples=150)
 @given(any_table, st.data())
 def test_every_action_runs_when_the_reference_says(table: ScheduleTable, data: st.DataObject) -> None:
     costs = draw_costs(data, table)
     timeline = simulate(table, costs)
-    expected = relax(table, costs)
-    for rank in range(table.ranks):
-        spans = [(span.start, span.end) for span in timeline.spans if span.rank == rank]
-        assert spans == expected[rank], f"rank {rank} of {table.name} runs at other times than its inputs allow"
+    for rank, expected in enumerate(run_slowly(table, costs)[0]):
+        spans = [span for span in timeline.spans if span.rank == rank]
+        assert spans == expected, f"rank {rank} of {table.name} runs at other times than its inputs allow"
 
 
 @settings(max_examples=150)

@@ -1,4 +1,4 @@
-"""Planning clones where homes are fixed: what each spare slot holds, for loads that are not known yet."""
+"""Plan clones with fixed homes: choose the expert of each clone slot from forecasts of the next loads."""
 
 from dataclasses import dataclass
 
@@ -10,18 +10,18 @@ from counterflow.balance.placement import Placement
 from counterflow.balance.planning import TRAFFIC_WEIGHT
 from counterflow.errors import BalanceError
 
-# What it takes a rank to send one expert, of the time that a micro-batch's experts take it; and how many micro-batches a
-# clone is sent for.
+# The time in which a rank sends one expert, as a share of the time in which it computes the experts of a micro-batch; and the
+# number of micro-batches for which a clone is sent.
 MOVE_PRICE = 0.1
 HORIZON = 8
 
 
 @dataclass(frozen=True)
 class ClonePlan:
-    """A placement, and what each layer's slowest rank is expected to take, off-node traffic included.
+    """A placement, and the time that is expected of each layer's slowest rank, off-node traffic included.
 
-    ``before``, with the placement so far, and ``after``: ``float64[layers]``, in units of the mean rank's load, which nothing
-    can beat: the bound is 1.
+    ``before`` is that time with the old placement, ``after`` with the new one: ``float64[layers]``, in units of the mean rank's
+    load. No placement has less than 1.
     """
 
     placement: Placement
@@ -38,11 +38,11 @@ def plan_clones(
 ) -> ClonePlan:
     """Return which clones each rank should hold next, judged by the token split that will be used with them.
 
-    ``forecasts``: ``[forecasts, layers, experts]``, loads that the next micro-batches may bring, each as likely as the
-    others, or ``[layers, experts]`` for one. ``placement``: homes and the clones so far. A clone that has to be sent costs
-    its rank ``move_price`` of a micro-batch's time, once; so it must save the slowest rank more within ``horizon``
-    micro-batches, and loads that do not change move nothing. A token computed off its home's node costs ``traffic_weight`` of
-    one, once per rank. Homes stay. Raises `BalanceError` for forecasts that do not fit, or a placement without homes.
+    ``forecasts``, ``[forecasts, layers, experts]``, are equally likely loads of the next micro-batches; ``[layers, experts]`` is
+    a single forecast. ``placement`` has the homes, which stay, and the clones so far. A clone that has to be sent costs its rank
+    ``move_price`` of a micro-batch's time, once. It must save the slowest rank more than that within ``horizon`` micro-batches,
+    so nothing moves if loads do not change. A token computed off the node of its expert's home costs ``traffic_weight`` of a
+    token, divided by the number of ranks. Raises `BalanceError` for forecasts that do not fit, or a placement without homes.
     """
     from counterflow.balance.kernels.cloning import Layer, plan_layer
 
@@ -85,7 +85,7 @@ def check_forecasts(forecasts: Array, placement: Placement) -> tuple[Array, Arra
 
 
 def check_prices(horizon: int, move_price: float, traffic_weight: float) -> None:
-    """Raise `BalanceError` for a horizon, a move price or a traffic weight that cannot be."""
+    """Raise `BalanceError` for a horizon, a move price or a traffic weight out of bounds."""
     if not horizon >= 1 or not 0 <= move_price < np.inf or not 0 <= traffic_weight < np.inf:
         raise BalanceError(
             f"horizon {horizon}, move price {move_price}, traffic weight {traffic_weight}; "
@@ -94,7 +94,7 @@ def check_prices(horizon: int, move_price: float, traffic_weight: float) -> None
 
 
 def scale_forecasts(forecasts: Array, ranks: int) -> Array:
-    """Return ``int64[forecasts, layers, experts]``: each layer's loads in proportion, the mean rank's being `cloning.MEAN`."""
+    """Return loads ``int64[forecasts, layers, experts]``, scaled in each layer so that the mean rank has `cloning.MEAN`."""
     from counterflow.balance.kernels.cloning import MEAN
 
     totals = forecasts.sum(2, keepdims=True)

@@ -1,4 +1,4 @@
-"""Where experts can lie: ranks with slots, on nodes."""
+"""A cluster: expert-parallel ranks with slots for experts, on nodes."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,9 +15,9 @@ MAX_SLOTS = 2**20
 
 @dataclass(frozen=True)
 class Cluster:
-    """Expert-parallel ranks: how many slots each has, and the node it sits on.
+    """Expert-parallel ranks: the number of slots and the node of each.
 
-    Slots are numbered rank by rank: those of rank 0 first. Nodes are numbered from 0 without a gap.
+    Slots are numbered rank by rank, beginning with those of rank 0. Nodes are numbered from 0 without a gap.
     """
 
     slots_per_rank: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""DeepSeek's `rebalance_experts`, as its callers know it, with plans at least as balanced."""
+"""DeepSeek's `rebalance_experts`: the same arguments and results, with plans that are at least as balanced."""
 
 import sys
 from typing import Any
@@ -24,47 +24,49 @@ def rebalance_experts(
     policy: str = "auto",
     distinct: bool = False,
 ) -> tuple[Any, Any, Any]:
-    """Plan replicas and where they lie; takes and returns what EPLB's function of this name does (github.com/deepseek-ai/EPLB).
+    """Plan replicas and their slots; arguments and results are those of EPLB's function (github.com/deepseek-ai/EPLB).
 
-    ``weight``: ``[layers, logical experts]``, the load of each; a torch tensor brings torch tensors back, numpy brings numpy.
-    Returns ``[layers, num_replicas]`` the expert of each replica, ``[layers, experts, X]`` the replicas of each expert,
-    padded with -1, and ``[layers, experts]`` how many there are, all int64. As there, groups stay on their nodes where
-    ``num_nodes`` divides ``num_groups``, and are ignored elsewhere. ``policy``: see `plan_placement`; ``deepseek`` equals
-    EPLB element by element, any other is in no layer less balanced. It avoids two replicas of an expert on one GPU, where
-    EPLB's plan with such is not better; with ``distinct`` there are none at all. A layer without any load is EPLB's, but with
-    ``distinct``. Raises `BalanceError`, a ValueError, for loads or numbers that cannot work.
+    ``weight``, ``[layers, logical experts]``, is the load of each expert. The results are torch tensors if it is one, else numpy
+    arrays, all int64: ``[layers, num_replicas]``, the expert of each replica; ``[layers, experts, X]``, the replicas of each
+    expert, padded with -1; ``[layers, experts]``, their number. As in EPLB, groups stay on their nodes if ``num_nodes`` divides
+    ``num_groups``, and are ignored otherwise.
+
+    ``policy`` is that of `plan_placement`. ``deepseek`` equals EPLB element by element; any other policy is at least as balanced
+    in every layer. It puts two replicas of an expert on one GPU only if EPLB's plan does so and is better; with ``distinct``,
+    never. A layer without any load gets EPLB's plan, unless ``distinct``. Raises `BalanceError`, a ValueError, for loads or
+    numbers that cannot work.
     """
     torch = sys.modules.get("torch")
     is_tensor = torch is not None and isinstance(weight, torch.Tensor)
-    given = weight.detach().float().cpu() if is_tensor else weight
-    maps = _rebalance(given, is_tensor, num_replicas, num_groups, num_nodes, num_gpus, policy, distinct)
+    values = weight.detach().float().cpu() if is_tensor else weight
+    maps = _rebalance(values, is_tensor, num_replicas, num_groups, num_nodes, num_gpus, policy, distinct)
     return tuple(map(torch.from_numpy, maps)) if is_tensor and torch is not None else maps
 
 
 def _rebalance(
-    given: Any, is_tensor: bool, replicas: int, groups: int, nodes: int, gpus: int, policy: str, distinct: bool
+    values: Any, is_tensor: bool, replicas: int, groups: int, nodes: int, gpus: int, policy: str, distinct: bool
 ) -> tuple[Array, Array, Array]:
     from counterflow.balance.kernels.deepseek import place_as_deepseek
 
     sizes = {"replicas": replicas, "groups": groups, "nodes": nodes, "GPUs": gpus}
     replicas, groups, nodes, gpus = (take_whole(size, name, 1, MAX_SLOTS, BalanceError) for name, size in sizes.items())
-    loads = check_loads(given, "weight")
-    # EPLB looks at nodes only where they divide the groups; so need they divide the GPUs there alone.
+    loads = check_loads(values, "weight")
+    # EPLB uses nodes only if they divide the groups, so only then they have to divide the GPUs.
     by_node = groups % nodes == 0 or policy in ("hierarchical", "spill")
     cluster = make_cluster(gpus, replicas, nodes if by_node else 1)
     chosen = choose_policy(policy, groups, loads.shape[1], cluster)
     if distinct and chosen == "deepseek":
         raise BalanceError("distinct under policy deepseek, which may put an expert on a GPU twice; allowed: any other policy")
     check_room(loads.shape[1], cluster, "deepseek")
-    # A tensor's group sums are its own, rounding included.
-    sums = given.reshape(len(loads), groups, -1).sum(-1).numpy() if is_tensor and by_node else None
+    # torch rounds the sums of groups in its own way, so they are taken from the tensor.
+    sums = values.reshape(len(loads), groups, -1).sum(-1).numpy() if is_tensor and by_node else None
     reference = place_as_deepseek(loads, replicas, groups, nodes, gpus, sums)
     if chosen == "deepseek":
         return reference
     try:
         experts = plan_placement(loads, cluster, groups, chosen).placement.experts
     except BalanceError:
-        # EPLB fills such slots with second copies.
+        # EPLB fills slots for which there is no other expert with second copies.
         if distinct:
             raise
         return reference

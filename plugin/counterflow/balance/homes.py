@@ -1,4 +1,4 @@
-"""Re-homing: which experts should change their home, weights, masters and moments with them. The rare, slow second tier."""
+"""Re-homing: choose experts that change their home, with weights, masters and moments; rarer and slower than cloning."""
 
 from dataclasses import dataclass
 
@@ -10,16 +10,16 @@ from counterflow.balance.cluster import Cluster
 from counterflow.balance.placement import EMPTY, Placement
 from counterflow.balance.planning import TRAFFIC_WEIGHT
 
-# A home is sent with its 2-byte weights, 4-byte masters and two 4-byte moments: 14 bytes where a clone is 2.
+# A home is sent with 2-byte weights, 4-byte masters and two 4-byte moments: 14 bytes for a weight; a clone has 2.
 HOME_PRICE = 7 * MOVE_PRICE
 
 
 @dataclass(frozen=True)
 class HomePlan:
-    """A placement with new homes, and what each layer's slowest rank is expected to take once clones are planned around them.
+    """A placement with new homes, and the time that is expected of each layer's slowest rank, with clones planned for them.
 
-    ``before``, with the homes so far, and ``after``: ``float64[layers]``, in units of the mean rank's load, off-node traffic
-    included.
+    ``before`` is that time with the old homes, ``after`` with the new ones: ``float64[layers]``, in units of the mean rank's
+    load, off-node traffic included.
     """
 
     placement: Placement
@@ -34,14 +34,14 @@ def plan_homes(
     move_price: float = HOME_PRICE,
     traffic_weight: float = TRAFFIC_WEIGHT,
 ) -> HomePlan:
-    """Return which homes should change places, where that pays within ``horizon`` micro-batches.
+    """Return new homes for the layers in which that pays within ``horizon`` micro-batches.
 
-    ``forecasts``: as for `plan_clones`. An expert keeps its place among the homes of a rank, in the order of slots: experts at
-    one place change ranks among themselves. For each rank to receive 1, 2, 4, ... experts at most, swaps are sought that make
-    the slowest rank faster without clones. Each of these is then judged with clones, planned into empty slots: a layer takes
-    the one that saves most, after ``move_price`` of a micro-batch's time for each expert that the rank which receives most
-    receives, and stays as it is where none saves anything. Layers that change come with their clone slots empty. Raises
-    `BalanceError` as `plan_clones` does.
+    ``forecasts`` are those of `plan_clones`. An expert keeps its place among the homes of a rank, in the order of slots: only
+    experts at the same place of two ranks are swapped. The search makes several candidates for a layer, in which a rank receives
+    at most 1, 2, 4, ... experts; each consists of swaps that make the slowest rank faster without clones. Then clones are planned
+    for every candidate. A layer takes the candidate that saves most time. From this, ``move_price`` of a micro-batch's time is
+    subtracted for each expert that the busiest receiver receives. If no candidate saves time, the layer stays as it is. Layers
+    that change have empty clone slots. Raises `BalanceError` as `plan_clones` does.
     """
     from counterflow.balance.kernels.cloning import MEAN
     from counterflow.balance.kernels.homing import swap_homes
@@ -50,7 +50,7 @@ def plan_homes(
     check_prices(horizon, move_price, traffic_weight)
     cluster = placement.cluster
     scaled = scale_forecasts(forecasts, cluster.ranks)
-    # As a clone's: what it costs the rank that sends, over all ranks.
+    # In the same unit as the price of a clone: the cost of the sending rank, divided by the number of ranks.
     price = move_price / horizon / cluster.ranks * MEAN * len(forecasts)
     slots = [_list_homes(row, cluster) for row in homes]
     start = [np.where(places == EMPTY, EMPTY, held[places]) for places, held in zip(slots, placement.experts, strict=True)]
@@ -90,7 +90,7 @@ def _find_homes(held: Array, slots: Array) -> Array:
 
 
 def _place_homes(homes: Array, cluster: Cluster) -> Array:
-    """Return ``int64[layers, slots]``: the experts in their homes and nothing else."""
+    """Return ``int64[layers, slots]``: experts in their homes, all other slots empty."""
     experts = np.full((len(homes), cluster.slots), EMPTY)
     np.put_along_axis(experts, homes, np.arange(homes.shape[1])[None], 1)
     return experts

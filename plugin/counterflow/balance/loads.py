@@ -1,4 +1,4 @@
-"""Loads and traces: what is allowed in them."""
+"""Check loads and traces."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from counterflow.errors import BalanceError
 
 # Far above any count of tokens, and low enough that sums, squares and sums of squares stay finite.
 LARGEST_LOAD = 1e100
-# Less is taken as 0, so that shares of a load, and their squares, do not vanish.
+# Smaller loads count as 0, so that shares of a load, and their squares, do not underflow.
 SMALLEST_LOAD = 1e-100
 LARGEST_COUNT = 2**40
 
@@ -17,13 +17,13 @@ LARGEST_COUNT = 2**40
 def check_loads(loads: Any, name: str = "loads") -> Array:
     """Return loads as ``float64[layers, experts]``; ``[experts]`` becomes one layer.
 
-    Loads below 1e-100 become 0. Raises `BalanceError` where the shape is another, or a load is negative, not finite or
-    above 1e100.
+    Loads below 1e-100 become 0. Raises `BalanceError` for any other shape, and for a load that is negative, not finite or above
+    1e100.
     """
-    given = _check_numbers(loads, name)
-    values = given[None] if given.ndim == 1 else given
+    numbers = _check_numbers(loads, name)
+    values = numbers[None] if numbers.ndim == 1 else numbers
     if values.ndim != 2 or 0 in values.shape:
-        raise BalanceError(f"{name} of shape {given.shape}; allowed: [layers, experts] or [experts], one or more of each")
+        raise BalanceError(f"{name} of shape {numbers.shape}; allowed: [layers, experts] or [experts], one or more of each")
     values = values.astype(np.float64)
     # Written so that a NaN, which compares as false with anything, is refused.
     _refuse_entry(values, ~((values >= 0) & (values <= LARGEST_LOAD)), ("layer", "expert"), name, f"0 to {LARGEST_LOAD:g}")
@@ -34,7 +34,7 @@ def check_loads(loads: Any, name: str = "loads") -> Array:
 def check_counts(counts: Any, name: str = "counts") -> Array:
     """Return a trace's token counts as ``int64[micro-batches, layers, experts]``.
 
-    Raises `BalanceError` where the shape is another, or a count is no whole number from 0 to 2**40.
+    Raises `BalanceError` for any other shape, and for a count that is no whole number from 0 to 2**40.
     """
     values = _check_numbers(counts, name)
     if values.ndim != 3 or 0 in values.shape:

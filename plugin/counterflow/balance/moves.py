@@ -1,4 +1,4 @@
-"""Moves: the fewest transfers of weights that lead from one placement to another, levelled over the ranks that send."""
+"""Moves: the fewest transfers of weights from one placement to another, spread evenly over the ranks that send."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,11 +14,11 @@ from counterflow.errors import BalanceError
 
 @dataclass(frozen=True)
 class Moves:
-    """Transfers between ranks, ordered by layer and then by the slot they fill: ``int64[transfers]`` each.
+    """Transfers between ranks, ordered by layer and then by destination slot: ``int64[transfers]`` each.
 
-    In ``round`` (from 0), the weights of ``expert`` in ``layer`` go from slot ``source``, which holds them in the old placement,
-    to ``slot``, on another rank. Those of a layer: ``layer_start[layer]`` to ``layer_start[layer + 1]``. Every source is meant as
-    it was before any transfer: a slot that takes something in before it has sent has to keep what it held until then.
+    In ``round`` (from 0), the weights of ``expert`` in ``layer`` go from slot ``source`` of the old placement to ``slot``, on
+    another rank. The transfers of a layer are ``layer_start[layer]`` to ``layer_start[layer + 1]``. A source has its content
+    from before any transfer: a slot that receives before it has sent must keep the old weights until then.
     """
 
     cluster: Cluster
@@ -46,7 +46,7 @@ class Moves:
 
     @cached_property
     def off_node(self) -> Array:
-        """``bool[transfers]``: those that come from another node."""
+        """``bool[transfers]``: whether a transfer comes from another node."""
         nodes = self.cluster.node_of_slot
         away: Array = nodes[self.source] != nodes[self.slot]
         return away
@@ -65,8 +65,8 @@ class Moves:
 class Copies(NamedTuple):
     """Copies within a rank, ordered by layer and slot: ``int64[copies]`` each.
 
-    In ``layer``, ``slot`` takes what slot ``source`` of its rank holds. ``arrives``: ``bool[copies]``. False: ``source`` is meant
-    as it was before any move. True: a transfer fills ``source`` first.
+    In ``layer``, ``slot`` gets a copy of slot ``source`` of the same rank. ``arrives``, ``bool[copies]``, is True if a transfer
+    fills ``source`` first, and False if ``source`` has its content from before any move.
     """
 
     layer: Array
@@ -76,17 +76,17 @@ class Copies(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """What the ranks hold, each (layer, rank, expert) once, in order: its ``key`` and the first ``slot`` that holds it."""
+    """The experts that ranks hold: each (layer, rank, expert) once, in order: a ``key`` and the first ``slot`` that has it."""
 
     key: Array
     slot: Array
 
 
 def keep_slots(old: Placement, new: Placement) -> Placement:
-    """Return ``new`` with the experts of each rank in the slots where ``old`` has them, as far as that goes.
+    """Return ``new`` with the experts of each rank in the same slots as in ``old``, as far as possible.
 
-    Experts change places within their layer and rank alone, and never where homes are: those slots stay as they are. Raises
-    `BalanceError` where the placements differ in their layers or cluster.
+    Experts change slots only within their layer and rank; home slots stay as they are. Raises `BalanceError` if the placements
+    differ in their layers or cluster.
     """
     check_pair(old, new)
     experts = new.experts.copy()
@@ -102,7 +102,7 @@ def keep_slots(old: Placement, new: Placement) -> Placement:
 
 
 def _keep_order(held: list[int], wanted: list[int]) -> list[int]:
-    """Return ``wanted`` in another order: what is in ``held`` too stands where it does there, the rest fills up."""
+    """Return ``wanted`` reordered: experts that are in ``held`` too take the same place as there, the others the free places."""
     rest = wanted.copy()
     kept: list[int | None] = []
     for expert in held:
@@ -115,15 +115,15 @@ def _keep_order(held: list[int], wanted: list[int]) -> list[int]:
 
 
 def plan_moves(old: Placement, new: Placement, most_per_round: int | None = None) -> Moves:
-    """Return the fewest transfers that make ``new`` of ``old``: one for each expert of a layer that comes to a rank.
+    """Return the fewest transfers from ``old`` to ``new``: one for each expert of a layer that is new on a rank.
 
-    What a rank of ``old`` has in any slot already is not sent to it (see `find_copies`); what comes to a rank for several slots
-    is sent for the first. A source is on the rank's own node where that node has one. Beyond that, the rank that sends most, all
-    layers together, sends as little as can be. With ``most_per_round``, no rank sends more in one round, or receives more, and
-    there are as few rounds as can be; else there is one. The same wherever it is computed.
+    An expert that a rank of ``old`` has in any slot is not sent to it (see `find_copies`). An expert for several slots of a rank
+    is sent to the first. A source is on the receiver's node if that node has the expert. Under this condition, the rank with the
+    most sends, over all layers, has as few as possible. With ``most_per_round``, no rank sends or receives more than that in one
+    round, and there are as few rounds as possible; without it there is one. The result is the same on all machines.
 
-    Raises `BalanceError` where the placements differ in their layers or cluster, where ``old`` holds an expert of ``new``
-    nowhere, and for a ``most_per_round`` below 1.
+    Raises `BalanceError` if the placements differ in their layers or cluster, if an expert of ``new`` is nowhere in ``old``, and
+    for a ``most_per_round`` below 1.
     """
     check_pair(old, new)
     if most_per_round is not None and most_per_round < 1:
@@ -144,9 +144,9 @@ def plan_moves(old: Placement, new: Placement, most_per_round: int | None = None
 def find_copies(old: Placement, new: Placement) -> Copies:
     """Return the copies within ranks that complete the transfers of `plan_moves`.
 
-    They fill slots of ``new`` whose expert their rank has, or gets, in another slot. That is an expert that changes its slot
-    (after `keep_slots` that is so only where a home slot gives or takes it), or one that a rank holds twice. Raises
-    `BalanceError` where the placements differ in their layers or cluster.
+    They fill slots of ``new`` whose expert is, or arrives, in another slot of the same rank: an expert that changes its slot
+    (after `keep_slots`, only from or to a home slot), or one that a rank holds twice. Raises `BalanceError` if the placements
+    differ in their layers or cluster.
     """
     check_pair(old, new)
     width = _count_experts(old, new)
@@ -162,7 +162,7 @@ def find_copies(old: Placement, new: Placement) -> Copies:
 
 
 def check_pair(old: Placement, new: Placement) -> None:
-    """Raise `BalanceError` for placements of two clusters, or of other numbers of layers."""
+    """Raise `BalanceError` if two placements have different clusters or numbers of layers."""
     if old.cluster != new.cluster:
         raise BalanceError(
             f"placements of {old.cluster.slots} slots on {old.cluster.ranks} ranks and {old.cluster.nodes} nodes, "
@@ -189,8 +189,8 @@ def _list_held(placement: Placement, width: int) -> _Held:
 def _choose_sources(held: _Held, cluster: Cluster, width: int, layer: Array, rank: Array, expert: Array) -> Array:
     """Return ``int64[transfers]``, a slot of the old placement for each transfer.
 
-    Transfers of one expert to one node have the same candidates, so they are one group: a token split with groups as experts,
-    candidates as their slots and transfers as their tokens levels the senders.
+    Transfers of one expert to one node have the same candidate sources; they are a group. A token split spreads the sends evenly:
+    groups stand for experts, candidates for slots, transfers for tokens.
     """
     if not len(layer):
         return np.empty(0, np.int64)
@@ -205,7 +205,7 @@ def _choose_sources(held: _Held, cluster: Cluster, width: int, layer: Array, ran
 
 
 def _list_candidates(held: _Held, cluster: Cluster, width: int, group_key: Array) -> tuple[Array, Array]:
-    """Return the group and the slot of each candidate, ordered by both: those on the group's node, or all where it has none."""
+    """Return the group and the slot of each candidate, ordered by both: slots on the group's node, or all if it has none."""
     expert_key, node = np.divmod(group_key, cluster.nodes)
     place, expert = np.divmod(held.key, width)
     held_key = place // cluster.ranks * width + expert
@@ -227,12 +227,12 @@ def _list_candidates(held: _Held, cluster: Cluster, width: int, group_key: Array
 
 
 def _level_senders(cluster: Cluster, wanted: Array, group: Array, rank: Array) -> Array:
-    """Return ``int64[candidates]``, how many of its group's transfers each candidate sends."""
+    """Return ``int64[candidates]``, the number of its group's transfers that each candidate sends."""
     from counterflow.balance.kernels.flow import split_layers  # loads a compiler
 
     by_rank = np.argsort(rank, kind="stable")
     rank_start = np.searchsorted(rank[by_rank], np.arange(cluster.ranks + 1))
-    # Groups start at different ones of their candidates, so that little is left to level.
+    # Groups start at different candidates, so that few transfers have to be shifted.
     place_of = np.empty(len(rank), np.int64)
     place_of[by_rank] = np.arange(len(rank))
     begin = np.searchsorted(group, np.arange(len(wanted)))
@@ -246,7 +246,7 @@ def _level_senders(cluster: Cluster, wanted: Array, group: Array, rank: Array) -
 def arrange_rounds(sender: Array, receiver: Array, ranks: int, most: int | None) -> Array:
     """Return ``int64[transfers]``, a round for each transfer from rank ``sender`` to rank ``receiver``, ``int64[transfers]``.
 
-    No rank sends more than ``most`` in one round, or receives more, and there are as few rounds as can be; None: all in one.
+    No rank sends or receives more than ``most`` in one round, and there are as few rounds as possible; one if ``most`` is None.
     """
     if most is None or not len(sender):
         return np.zeros(len(sender), np.int64)

@@ -1,4 +1,4 @@
-"""A placement: which logical expert each slot holds, layer by layer."""
+"""A placement: the logical expert in each slot, layer by layer."""
 
 from dataclasses import dataclass
 
@@ -14,11 +14,11 @@ EMPTY = -1
 
 @dataclass(frozen=True)
 class Placement:
-    """Slots of each layer and what they hold.
+    """The expert in each slot of each layer.
 
-    ``experts``: ``int64[layers, slots]``, the logical expert of a slot or `EMPTY`. ``homes``: ``int64[layers, experts]``, the
-    slot where an expert's own weights live, or None where no copy is more than another (serving). Its other slots are clones.
-    Raises `BalanceError` for arrays that do not fit the cluster or each other: compiled code takes what they say on trust.
+    ``experts``, ``int64[layers, slots]``, has the logical expert of a slot, or `EMPTY`. ``homes``, ``int64[layers, experts]``,
+    has the slot of an expert's home; its other slots are clones. It is None if all copies are alike, as in serving. Raises
+    `BalanceError` for arrays that do not fit the cluster or each other, since compiled code does not check them.
     """
 
     cluster: Cluster
@@ -62,9 +62,9 @@ def _check_homes(homes: Array, held: Array) -> None:
 
 
 def make_home_placement(layers: int, experts: int, ranks: int, clones_per_rank: int, nodes: int = 1) -> Placement:
-    """Return homes where Megatron and DeepSpeed put them, in order, E/R on each rank, and empty slots for clones behind them.
+    """Return homes in order, E/R on each rank, as Megatron and DeepSpeed put them, followed by empty slots for clones.
 
-    Raises `BalanceError` where experts do not divide by ranks, or clones are more than experts.
+    Raises `BalanceError` if experts do not divide by ranks, or if there are more clones per rank than experts.
     """
     if experts % take_whole(ranks, "ranks", 1, error=BalanceError):
         raise BalanceError(f"{experts} experts on {ranks} ranks; allowed: a number of ranks that divides the experts")
@@ -80,7 +80,7 @@ def make_home_placement(layers: int, experts: int, ranks: int, clones_per_rank: 
 
 
 def count_copies(placement: Placement, experts: int) -> Array:
-    """Return ``int64[layers, experts]``, how many slots hold each expert."""
+    """Return ``int64[layers, experts]``, the number of slots that hold each expert."""
     counts = np.zeros((placement.layers, experts), np.int64)
     layer, slot = np.nonzero(placement.experts != EMPTY)
     np.add.at(counts, (layer, placement.experts[layer, slot]), 1)
@@ -88,24 +88,24 @@ def count_copies(placement: Placement, experts: int) -> Array:
 
 
 def share_evenly(loads: Array, placement: Placement) -> Array:
-    """Return ``float64[layers, slots]``: each copy of an expert takes the same share of its load, as EPLB assumes."""
+    """Return the load of each slot, ``float64[layers, slots]``; the copies of an expert share its load evenly, as in EPLB."""
     held = np.maximum(placement.experts, 0)
     shares = np.take_along_axis(loads / np.maximum(count_copies(placement, loads.shape[1]), 1), held, 1)
     return np.where(placement.experts != EMPTY, shares, 0.0)
 
 
 def sum_by_rank(slots: Array, cluster: Cluster) -> Array:
-    """Return ``[layers, ranks]``: what the slots of each rank sum to, of ``[layers, slots]``."""
+    """Return ``[layers, ranks]``: the sum over the slots of each rank, of ``[layers, slots]``."""
     sums: Array = np.add.reduceat(slots, cluster.rank_start[:-1], axis=-1)
     return sums
 
 
 def measure_balancedness(rank_loads: Array) -> Array:
-    """Return mean over slowest rank along the last axis: 1 is perfect, also where there is no load at all."""
+    """Return the mean over the largest rank load, along the last axis: 1 is perfect, and also the value without any load."""
     return divide_loads(rank_loads.mean(-1), rank_loads.max(-1))
 
 
 def divide_loads(loads: Array, others: Array) -> Array:
-    """Return loads over others, 1 where those are 0: where there is no load, nothing is less balanced than it could be."""
+    """Return ``loads`` over ``others``, and 1 where ``others`` are 0, since a layer without load is balanced."""
     ratio: Array = np.divide(loads, others, out=np.ones(np.shape(loads)), where=others > 0)
     return ratio

@@ -1,4 +1,4 @@
-"""Free placement: which experts get copies and where all lie, for loads that copies share evenly."""
+"""Free placement: choose the copies of experts and their slots; the copies of an expert share its load evenly."""
 
 from dataclasses import dataclass
 
@@ -12,18 +12,18 @@ from counterflow.bounds import take_number, take_whole
 from counterflow.errors import BalanceError
 
 POLICIES = ("auto", "hierarchical", "global", "spill", "deepseek")
-# The slowest rank that is good enough for spilling to stop: the mean over 0.95, and a little for layers that stay above.
+# Spilling stops if the slowest rank has at most the mean over this: 0.95, and a little more for layers that miss it narrowly.
 SPILL_TO = 0.952
-# A token computed off its group's node costs, beside one that the slowest rank computes, once per rank.
+# The cost of a token that is computed off its group's node, divided by the ranks, in tokens of the slowest rank.
 TRAFFIC_WEIGHT = 0.1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A placement and what is expected of it.
+    """A placement and its expected loads.
 
-    ``rank_loads``: ``float64[layers, ranks]``. ``bound``: ``float64[layers]``, no placement under the same policy has a
-    slowest rank below. ``off_node``: ``float64[layers]``, see `measure_off_node`.
+    ``rank_loads``: ``float64[layers, ranks]``. ``bound``: ``float64[layers]``, a lower bound on the slowest rank's load under the
+    same policy. ``off_node``: ``float64[layers]``, see `measure_off_node`.
     """
 
     placement: Placement
@@ -38,22 +38,23 @@ class Plan:
 
     @property
     def best_balancedness(self) -> Array:
-        """``float64[layers]``: what no placement could beat."""
+        """``float64[layers]``: an upper bound on the balancedness of any placement."""
         return divide_loads(self.rank_loads.mean(1), self.bound)
 
 
 def plan_placement(
     loads: Array, cluster: Cluster, groups: int = 1, policy: str = "auto", traffic_weight: float = TRAFFIC_WEIGHT
 ) -> Plan:
-    """Place experts, with copies for all slots of ``cluster``, such that the slowest rank of each layer has little to do.
+    """Place experts and their copies in all slots of ``cluster``, so that the slowest rank of each layer has a small load.
 
-    ``loads``: ``[layers, experts]``, in any unit. Consecutive experts make a group, ``groups`` in all. ``policy``: ``global``
-    ignores groups and nodes; ``hierarchical`` keeps every copy on the node that its group is given; ``spill`` begins so, then
-    sends copies of hot experts to other nodes, or as a last resort ignores nodes, where the slowest rank gains more than
-    ``traffic_weight`` times the off-node load, per rank; ``auto`` is hierarchical where nodes divide groups, else global, as
-    EPLB has it; ``deepseek`` is EPLB's own plan. No rank gets two copies of an expert, but under ``deepseek``. In a layer without
-    any load all experts count alike, but under ``deepseek``. Raises `BalanceError` for loads, slots, groups or a policy that
-    cannot work.
+    ``loads`` are ``[layers, experts]``, in any unit. Experts form ``groups`` groups of consecutive experts. The policies:
+    ``global`` ignores groups and nodes. ``hierarchical`` assigns groups to nodes and keeps all copies there. ``spill`` begins so,
+    then puts copies of hot experts on other nodes, or at last ignores nodes, if the slowest rank's load falls by more than
+    ``traffic_weight`` times the off-node load per rank. ``auto`` is hierarchical if nodes divide groups, else global, as in EPLB.
+    ``deepseek`` is EPLB's own plan.
+
+    Under all policies but ``deepseek`` no rank gets two copies of an expert, and in a layer without any load all experts count
+    alike. Raises `BalanceError` for loads, slots, groups or a policy that cannot work.
     """
     loads = check_loads(loads)
     policy = choose_policy(policy, groups, loads.shape[1], cluster)
@@ -73,7 +74,7 @@ def plan_placement(
 
 
 def choose_policy(policy: str, groups: int, experts: int, cluster: Cluster) -> str:
-    """Return the policy that is meant. Raises `BalanceError` for an unknown one, or groups that do not fit it."""
+    """Return the policy, with ``auto`` resolved. Raises `BalanceError` for an unknown one, or groups that do not fit it."""
     if policy not in POLICIES:
         raise BalanceError(f"policy {policy!r}; allowed: {', '.join(POLICIES)}")
     if experts % take_whole(groups, "groups", 1, error=BalanceError):
@@ -89,7 +90,7 @@ def choose_policy(policy: str, groups: int, experts: int, cluster: Cluster) -> s
 
 
 def check_room(experts: int, cluster: Cluster, policy: str) -> None:
-    """Raise `BalanceError` where slots cannot hold the experts, or some could only hold an expert that their rank has."""
+    """Raise `BalanceError` if there are too few slots, or so many that a rank would need two copies of an expert."""
     if cluster.slots < experts:
         raise BalanceError(f"{cluster.slots} slots for {experts} experts; allowed: {experts} or more")
     if policy == "deepseek":
@@ -122,14 +123,14 @@ def place_by_eplb(loads: Array, cluster: Cluster, groups: int) -> Array:
 
 
 def place_globally(loads: Array, cluster: Cluster) -> Array:
-    """Return the expert of each slot, ``int64[layers, slots]``, with no regard to nodes."""
+    """Return the expert of each slot, ``int64[layers, slots]``; nodes are ignored."""
     from counterflow.balance.kernels.packing import place_layer
 
     return np.stack([place_layer(layer, cluster.rank_start)[0] for layer in loads])
 
 
 def assign_groups(loads: Array, groups: int, cluster: Cluster) -> Array:
-    """Return the node of each expert, ``int64[layers, experts]``: equally many groups for each, of loads as equal as can be."""
+    """Return the node of each expert, ``int64[layers, experts]``: equally many groups per node, loads as equal as possible."""
     from counterflow.balance.kernels.packing import place_layer
 
     starts = np.arange(cluster.nodes + 1) * (groups // cluster.nodes)
@@ -167,7 +168,7 @@ def place_by_node(loads: Array, groups: int, cluster: Cluster, traffic_weight: f
     )
     candidates = np.stack([placed, spilled, place_globally(loads, cluster)])
     cost = np.array([weigh_objective(loads, groups, Placement(cluster, experts), traffic_weight) for experts in candidates])
-    # All nodes alike is for layers that cannot keep pace, such as on nodes of two ranks.
+    # Ignoring nodes is only for layers in which spilling does not reach the pace, as on nodes of two ranks.
     keeps_pace = sum_by_rank(share_evenly(loads, Placement(cluster, spilled)), cluster).max(1) <= pace * (1 + 1e-9)
     cost[2, keeps_pace] = np.inf
     cheapest: Array = candidates[np.argmin(cost, axis=0), np.arange(len(loads))]
@@ -175,7 +176,7 @@ def place_by_node(loads: Array, groups: int, cluster: Cluster, traffic_weight: f
 
 
 def weigh_objective(loads: Array, groups: int, placement: Placement, traffic_weight: float) -> Array:
-    """Return ``float64[layers]``: the slowest rank's load and, weighted, the off-node load per rank."""
+    """Return ``float64[layers]``: the slowest rank's load plus ``traffic_weight`` times the off-node load per rank."""
     slowest = sum_by_rank(share_evenly(loads, placement), placement.cluster).max(1)
     objective: Array = slowest + traffic_weight * measure_off_node(loads, groups, placement) / placement.cluster.ranks
     return objective
@@ -184,8 +185,8 @@ def weigh_objective(loads: Array, groups: int, placement: Placement, traffic_wei
 def measure_off_node(loads: Array, groups: int, placement: Placement) -> Array:
     """Return ``float64[layers]``: the load computed off the node of its expert's group.
 
-    A group's node is the one that leaves least, each node having as many groups: an assignment problem, solved exactly. 0 where
-    nodes do not divide groups, so that groups have no node.
+    Groups are assigned to nodes, equally many to each, so that this load is smallest: an assignment problem, solved exactly. It
+    is 0 if nodes do not divide groups, since groups then have no node.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -197,15 +198,15 @@ def measure_off_node(loads: Array, groups: int, placement: Placement) -> Array:
     np.add.at(here, (np.arange(len(loads))[:, None], group, placement.cluster.node_of_slot), share_evenly(loads, placement))
     places = np.repeat(here, groups // nodes, axis=2)
     kept = np.array([layer[linear_sum_assignment(layer, maximize=True)].sum() for layer in places])
-    # Sums in another order are not quite the same.
+    # Sums in another order differ by rounding.
     return np.where(total - kept > 1e-9 * total, total - kept, 0.0)
 
 
 def bound_slowest(loads: Array, groups: int, cluster: Cluster, policy: str) -> Array:
-    """Return ``float64[layers]``: what the slowest rank has at least, whatever the placement under this policy.
+    """Return ``float64[layers]``, a lower bound on the slowest rank's load in any placement under this policy.
 
-    The mean rank's load; the largest share of a copy, where copies are dealt out to make that as small as can be; and, where
-    groups stay on their nodes, the largest group's load over the ranks of a node.
+    It is the largest of these: the mean rank's load; the largest load of a copy, with the numbers of copies that make it
+    smallest; if groups stay on their nodes, the largest group's load over the ranks of a node.
     """
     from counterflow.balance.kernels.packing import count_copies
 

@@ -1,16 +1,16 @@
-"""The load of the next micro-batches, predicted from those seen: for each layer by what has erred least there so far."""
+"""Predict the loads of the next micro-batches from past ones; each layer uses the predictor with the least error there."""
 
 import numpy as np
 
 from counterflow.arrays import Array
 from counterflow.errors import BalanceError
 
-# Of equal errors, and before any are known, the first is taken. Weights were chosen on recorded routing, see
-# benchmarks/prediction.py: one of the two averages was within about 1 % of the best, be it for 1, 5 or 20 micro-batches ahead.
+# With equal errors, and before any are known, the first is used. The weights were chosen on recorded routing, see
+# benchmarks/prediction.py: one of the two averages was within about 1 % of the best, for 1, 5 and 20 micro-batches ahead.
 PREDICTORS = ("ema fast", "ema slow", "window", "persistence", "trend")
 FAST, SLOW = 0.5, 0.2
 WINDOW = 8
-# Holt's linear trend: the weight of what was seen in the level, and of the level's change in the slope.
+# Holt's linear trend: the weight of a new load in the level, and of the level's last change in the slope.
 LEVEL, SLOPE = 0.3, 0.1
 # The weight of the last micro-batch's error.
 SMOOTHING = 0.1
@@ -19,7 +19,7 @@ KEPT = 32
 
 
 class LoadPredictor:
-    """Predicts the loads of a model's layers, ``horizon`` micro-batches ahead: those to the next plan.
+    """Predicts the loads of a model's layers, ``horizon`` micro-batches ahead, which is the distance to the next plan.
 
     It keeps ``5 * horizon + 46`` arrays of ``float64[layers, experts]``. Raises `BalanceError` for sizes below 1.
     """
@@ -31,17 +31,17 @@ class LoadPredictor:
         self.shape = (layers, experts)
         self.horizon = horizon
         self._seen = 0
-        # Rings, by the number of the micro-batch: loads, predictions of all predictors, and what was missed.
+        # Ring buffers, by the number of the micro-batch: loads, the predictions of all predictors, and misses.
         self._loads = np.zeros((WINDOW, *self.shape))
         self._predicted = np.zeros((horizon, len(PREDICTORS), *self.shape))
         self._missed = np.zeros((KEPT, *self.shape))
-        # The chosen predictors' loads at the horizon, and for the very next micro-batch.
+        # The predictions of the chosen predictors: at the horizon, and for the next micro-batch.
         self._chosen, self._next = np.ones((2, *self.shape))
         self._fast, self._slow, self._level, self._slope = np.zeros((4, *self.shape))
         self._errors = np.zeros((len(PREDICTORS), layers))
 
     def observe(self, counts: Array) -> None:
-        """Take the next micro-batch's ``counts[layers, experts]``, tokens per expert; score what was predicted for it.
+        """Take the next micro-batch's ``counts[layers, experts]``, tokens per expert, and score the predictions for it.
 
         Raises `BalanceError` for another shape, and for counts that are negative or not finite.
         """
@@ -63,23 +63,23 @@ class LoadPredictor:
     def predict(self) -> Array:
         """Return ``float64[layers, experts]``, each layer's load in a micro-batch by the predictor with the least error there.
 
-        Before anything was seen, every expert has the load 1, since an untrained router knows no favourites.
+        Before the first micro-batch every expert has the load 1, since an untrained router prefers none.
         """
         return self._chosen.copy()
 
     def predict_each(self) -> dict[str, Array]:
-        """Return ``float64[layers, experts]`` of each predictor, whether it errs least or not."""
+        """Return ``float64[layers, experts]`` of every predictor."""
         if not self._seen:
             return dict.fromkeys(PREDICTORS, np.ones(self.shape))
         return dict(zip(PREDICTORS, self._predicted[(self._seen - 1) % self.horizon].copy(), strict=True))
 
     def forecast(self, count: int) -> Array:
-        """Return ``float64[forecasts, layers, experts]``, loads that could come: the prediction plus each miss, the last first.
+        """Return possible loads, ``float64[forecasts, layers, experts]``: the prediction plus each past miss, the last one first.
 
-        A miss is what was seen less what the predictor chosen then said one micro-batch before. (Twenty before, say, misses in a
-        row are much the same miss, and the forecasts would all lean one way.) There are ``count`` forecasts; fewer as long as
-        there were fewer misses, 32 at most, and before the first the prediction itself. No load is below 0. Raises `BalanceError`
-        for a count below 1.
+        A miss is a load minus its prediction one micro-batch before. (Misses of predictions far ahead, say 20 micro-batches, are
+        much the same from one micro-batch to the next, so all forecasts would err in the same direction.) There are ``count``
+        forecasts, but at most 32 and at most as many as misses; before the first miss, only the prediction. No load is below 0.
+        Raises `BalanceError` for a count below 1.
         """
         if count < 1:
             raise BalanceError(f"{count} forecasts asked for; allowed: 1 or more")
@@ -91,33 +91,33 @@ class LoadPredictor:
         return forecasts
 
     def errors(self) -> dict[str, Array]:
-        """Return ``float64[layers]`` for each predictor: its error so far over persistence's, 1 where that is 0 or not known yet.
+        """Return ``float64[layers]`` for each predictor: its error over that of persistence, 1 where the latter is 0 or unknown.
 
-        An error is the sum of what was missed over the sum of what was seen, averaged with more weight on later micro-batches.
+        An error is the sum of absolute misses over the sum of loads, averaged with more weight on later micro-batches.
         """
         base = self._errors[PREDICTORS.index("persistence")]
         ratios = np.divide(self._errors, base, out=np.ones_like(self._errors), where=base > 0)
         return dict(zip(PREDICTORS, ratios, strict=True))
 
     def state(self) -> dict[str, Array]:
-        """Return all that was learnt as arrays, to be saved and given to `load_state` of a predictor of these sizes."""
+        """Return the predictor's state as arrays, for `load_state` of a predictor of the same sizes."""
         arrays = {name[1:]: value.copy() for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         return {"seen": np.array(self._seen, np.int64), **arrays}
 
     def load_state(self, state: dict[str, Array]) -> None:
-        """Go on from what `state` returned.
+        """Continue from a state that `state` returned.
 
-        Raises `BalanceError` where arrays are missing, of another size, or not finite.
+        Raises `BalanceError` if arrays are missing, have another size, or are not finite.
         """
         own = self.state()
         for name, array in own.items():
-            given = state.get(name)
-            if given is None or (given.shape, given.dtype) != (array.shape, array.dtype):
-                found = "nothing" if given is None else f"{given.dtype} of shape {given.shape}"
+            saved = state.get(name)
+            if saved is None or (saved.shape, saved.dtype) != (array.shape, array.dtype):
+                found = "nothing" if saved is None else f"{saved.dtype} of shape {saved.shape}"
                 raise BalanceError(
                     f"state has {found} for {name}; allowed: {array.dtype} of shape {array.shape}, as this size saves it"
                 )
-            if not np.isfinite(given).all():
+            if not np.isfinite(saved).all():
                 raise BalanceError(f"state has numbers for {name} that are not finite; allowed: what a predictor saved")
         if state["seen"] < 0:
             raise BalanceError(f"state has {state['seen']} for seen; allowed: 0 or more")

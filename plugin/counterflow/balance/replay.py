@@ -1,4 +1,4 @@
-"""Replay of recorded routing: plan from the past only, score on what follows."""
+"""Replay recorded routing: plan from past micro-batches only, and score the plan on the next ones."""
 
 from dataclasses import dataclass
 
@@ -15,14 +15,14 @@ from counterflow.bounds import take_whole
 from counterflow.errors import BalanceError
 
 METHODS = ("fixed", "eplb", "counterflow", "oracle")
-# Loads that a plan is weighed for, and the micro-batches that EPLB plans from.
+# The number of forecasts for a plan, and the number of past micro-batches from which EPLB plans.
 FORECASTS = 8
 EPLB_WINDOW = 50
 
 
 @dataclass(frozen=True)
 class Replay:
-    """What a replay measured, over T scored micro-batches, L layers, R ranks.
+    """The results of a replay, over T scored micro-batches, L layers, R ranks.
 
     ``first``: the index in the trace of the first scored micro-batch. ``balancedness[method]``: ``float64[T, L]``, a method being
     one of `METHODS`. ``fixed_loads`` and ``loads``: ``int64[T, L, R]``, tokens per rank with fixed homes and with counterflow's
@@ -47,13 +47,13 @@ def replay_trace(
     nodes: int = 1,
     warmup: int | None = None,
 ) -> Replay:
-    """Plan from the past of a recorded run only, every ``interval`` micro-batches, and score each plan on those that follow.
+    """Plan every ``interval`` micro-batches from the past of a recorded run, and score each plan on the micro-batches after it.
 
-    ``counts``: ``int64[micro-batches, layers, experts]``. Four methods: ``fixed``, homes alone; ``eplb``, DeepSeek's plan
-    from the sum of the past 50, free to place all, its copies sharing evenly; ``counterflow``, homes fixed, clones planned
-    from forecasts, tokens split exactly; ``oracle``, the same planner where it sees what comes and moves are free. The first
-    ``warmup`` micro-batches (50, or half of a short trace) are only looked at. Raises `BalanceError` for a trace or numbers
-    that cannot work.
+    ``counts`` is ``int64[micro-batches, layers, experts]``. There are four methods. ``fixed`` has homes only. ``eplb`` is
+    DeepSeek's plan from the sum of the past 50 micro-batches: all experts move freely, and copies share evenly. ``counterflow``
+    keeps homes, plans clones from forecasts, and splits tokens exactly. ``oracle`` is the same planner with the coming loads in
+    place of forecasts, and with free moves. The first ``warmup`` micro-batches (50, or half of a short trace) are observed and
+    not scored. Raises `BalanceError` for a trace or numbers that cannot work.
     """
     if len(counts) < 2:
         raise BalanceError(f"a trace of {len(counts)} micro-batches; allowed: 2 or more, those to plan from and those to score")
@@ -89,7 +89,7 @@ def replay_trace(
 
 
 def _follow_clones(counts: Array, first: int, interval: int, placement: Placement) -> tuple[Array, Array, Array]:
-    """Return tokens per rank, clones sent, and of them those from another node, micro-batch by micro-batch."""
+    """Return, for each micro-batch, the tokens per rank, the clones sent, and how many of these came from another node."""
     predictor = LoadPredictor(placement.layers, counts.shape[2], interval)
     for seen in counts[:first]:
         predictor.observe(seen)

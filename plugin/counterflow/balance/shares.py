@@ -1,4 +1,4 @@
-"""Shares of the token split: how many of an expert's tokens each source sends to each of its slots."""
+"""Shares of the token split: the number of an expert's tokens that each source sends to each of the expert's slots."""
 
 import numpy as np
 
@@ -11,11 +11,11 @@ from counterflow.errors import BalanceError
 def share_tokens(counts: Array, placement: Placement, rank_of_source: Array) -> Array:
     """Return ``int64[sources, slots]``: the tokens that each source sends to each slot, of one layer and micro-batch.
 
-    ``counts``: ``int64[sources, experts]``, what each source has for each expert. ``placement``: one layer, with homes.
-    ``rank_of_source``: ``int64[sources]``, where each source sits; several may sit on a rank. All sources together send to a slot
-    what `split_tokens` gives it, so that the slowest rank is as fast as it can be. Within that, as many tokens as can be stay on
-    their source's rank, then as many as can be on its node. Integers alone, the same wherever it is computed. Raises
-    `BalanceError` for what does not fit the placement.
+    ``counts``, ``int64[sources, experts]``, are the tokens of each source for each expert. ``placement`` has a layer, and homes.
+    ``rank_of_source``, ``int64[sources]``, is the rank of each source; a rank may have several. A slot gets as many tokens as in
+    `split_tokens`, so the slowest rank is as fast as possible. Under this condition as many tokens as possible stay on their
+    source's rank, and then as many as possible on its node. All arithmetic is in integers, so the result is the same on all
+    machines. Raises `BalanceError` for arguments that do not fit the placement.
     """
     from counterflow.balance.kernels.sharing import share_layer
 

@@ -1,4 +1,4 @@
-"""The token split: which share of an expert's tokens each of its slots computes."""
+"""The token split: the number of an expert's tokens that each of its slots computes."""
 
 import numpy as np
 
@@ -9,11 +9,11 @@ from counterflow.errors import BalanceError
 
 
 def split_tokens(counts: Array, placement: Placement) -> Array:
-    """Return ``int64[layers, slots]``: the tokens of each slot, such that every layer's slowest rank is as fast as it can be.
+    """Return ``int64[layers, slots]``, the tokens of each slot, so that every layer's slowest rank is as fast as possible.
 
-    ``counts``: ``int64[layers, experts]``, the tokens of one micro-batch. Exact, whole, and the same wherever it is computed,
-    since it uses integers alone. Tokens leave an expert's home, else its first slot, only as far as that takes. Raises
-    `BalanceError` for counts that do not fit the placement.
+    ``counts``, ``int64[layers, experts]``, are the tokens of one micro-batch. The split is exact, and the same on all machines,
+    since all arithmetic is in integers. Only as many tokens as needed leave an expert's home (its first slot, without homes).
+    Raises `BalanceError` for counts that do not fit the placement.
     """
     from counterflow.balance.kernels.flow import split_layers
 

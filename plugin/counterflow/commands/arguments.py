@@ -60,11 +60,11 @@ def numbers(least: float = 0.0, most: float | None = None) -> Callable[[str], fl
 def _make_reader(parse: Callable[[str], Any], take: Callable[..., Any], least: Any, most: Any) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         try:
-            given: Any = parse(text)
+            number: Any = parse(text)
         except ValueError:
-            given = text
+            number = text
         try:
-            return take(given, "", least, most)
+            return take(number, "", least, most)
         except OptionError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -81,18 +81,18 @@ def add_outputs(parser: argparse.ArgumentParser, *names: str) -> Any:
     return group
 
 
-def check_outputs(given: argparse.Namespace) -> None:
+def check_outputs(args: argparse.Namespace) -> None:
     """Before any work: raise `OptionError` where one of the files cannot be written."""
-    for name in given.outputs:
-        if getattr(given, name) is not None:
-            check_output(f"--{name}", getattr(given, name))
+    for name in args.outputs:
+        if getattr(args, name) is not None:
+            check_output(f"--{name}", getattr(args, name))
 
 
-def write_outputs(given: argparse.Namespace, forms: dict[str, Callable[[], str | bytes]]) -> None:
+def write_outputs(args: argparse.Namespace, forms: dict[str, Callable[[], str | bytes]]) -> None:
     """Write the files that were asked for, none before all are made."""
-    made = {name: make() for name, make in forms.items() if getattr(given, name) is not None}
+    made = {name: make() for name, make in forms.items() if getattr(args, name) is not None}
     for name, content in made.items():
-        write_output(f"--{name}", getattr(given, name), content)
+        write_output(f"--{name}", getattr(args, name), content)
 
 
 def print_table(headings: list[str], rows: list[list[str]], left: int = 1) -> None:

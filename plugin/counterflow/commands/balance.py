@@ -102,59 +102,59 @@ def _add_plan_outputs(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_plan(given: argparse.Namespace) -> int:
+def run_plan(args: argparse.Namespace) -> int:
     """Plan, print how good the plan is, and write it where that is asked for."""
-    _check_plan_outputs(given)
-    loads = read_loads(given.loads)
-    cluster = make_cluster(given.ranks, given.slots, given.nodes)
+    _check_plan_outputs(args)
+    loads = read_loads(args.loads)
+    cluster = make_cluster(args.ranks, args.slots, args.nodes)
     from counterflow.balance.kernels.packing import place_layer  # loads a compiler
     from counterflow.balance.planning import plan_placement
 
     _announce_compiling(place_layer)
-    weight = {} if given.traffic_weight is None else {"traffic_weight": given.traffic_weight}
-    plan = plan_placement(loads, cluster, given.groups, given.policy, **weight)
-    write_outputs(given, {"out": lambda: _render_plan(plan, given)})
+    weight = {} if args.traffic_weight is None else {"traffic_weight": args.traffic_weight}
+    plan = plan_placement(loads, cluster, args.groups, args.policy, **weight)
+    write_outputs(args, {"out": lambda: _render_plan(plan, args)})
     figures = describe_plan(plan, loads)
-    if given.json:
-        print(json.dumps({"policy": given.policy, **figures}, indent=2))
+    if args.json:
+        print(json.dumps({"policy": args.policy, **figures}, indent=2))
     else:
         _print_plan(figures)
-        if given.out is not None:
-            print(_say_how_to_use(given, cluster.slots - loads.shape[1]))
+        if args.out is not None:
+            print(_say_how_to_use(args, cluster.slots - loads.shape[1]))
     return 0
 
 
-def run_replay(given: argparse.Namespace) -> int:
+def run_replay(args: argparse.Namespace) -> int:
     """Replay a trace, print how balanced each method kept it, and write the pictures asked for."""
-    check_outputs(given)
-    counts = read_trace(given.trace, given.key)
+    check_outputs(args)
+    counts = read_trace(args.trace, args.key)
     from counterflow.balance.kernels.cloning import plan_layer  # loads a compiler
     from counterflow.balance.replay import replay_trace
 
     _announce_compiling(plan_layer)
-    done = replay_trace(counts, given.ranks, given.clones_per_rank, given.interval, given.nodes, given.warmup)
+    done = replay_trace(counts, args.ranks, args.clones_per_rank, args.interval, args.nodes, args.warmup)
     from counterflow.report import render_replay_html, render_replay_svg
 
-    title = given.trace.resolve().name
-    write_outputs(given, {"html": lambda: render_replay_html(done, title), "svg": lambda: render_replay_svg(done, title)})
+    title = args.trace.resolve().name
+    write_outputs(args, {"html": lambda: render_replay_html(done, title), "svg": lambda: render_replay_svg(done, title)})
     figures = describe_replay(done)
-    if given.json:
+    if args.json:
         print(json.dumps(figures, indent=2))
     else:
         _print_replay(done, figures)
     return 0
 
 
-def run_show(given: argparse.Namespace) -> int:
+def run_show(args: argparse.Namespace) -> int:
     """Print how balanced a recorded run was and what that cost, and draw it where that is asked for."""
-    check_outputs(given)
-    record = read_record(given.record)
+    check_outputs(args)
+    record = read_record(args.record)
     from counterflow.report import render_record_html, render_record_svg
 
-    title = given.record.resolve().name
-    write_outputs(given, {"html": lambda: render_record_html(record, title), "svg": lambda: render_record_svg(record, title)})
+    title = args.record.resolve().name
+    write_outputs(args, {"html": lambda: render_record_html(record, title), "svg": lambda: render_record_svg(record, title)})
     figures = describe_record(record)
-    if given.json:
+    if args.json:
         print(json.dumps(figures, indent=2))
     else:
         _print_record(record, figures)
@@ -249,26 +249,26 @@ def _sum_contiguous(loads: Array, ranks: int) -> Array:
     return summed
 
 
-def _check_plan_outputs(given: argparse.Namespace) -> None:
+def _check_plan_outputs(args: argparse.Namespace) -> None:
     """Before any work: the file can be written, and read by whom it is for."""
-    if given.out is None and given.format is not None:
-        raise OptionError(f"--format {given.format} given without a file to write; add --out FILE")
-    if given.first_layer is not None and given.format != "sglang":
-        raise OptionError(f"--first-layer {given.first_layer} is of --format sglang alone; drop it, or write that format")
-    if given.out is None:
+    if args.out is None and args.format is not None:
+        raise OptionError(f"--format {args.format} given without a file to write; add --out FILE")
+    if args.first_layer is not None and args.format != "sglang":
+        raise OptionError(f"--first-layer {args.first_layer} is of --format sglang alone; drop it, or write that format")
+    if args.out is None:
         return
-    check_outputs(given)
-    allowed = (".json",) if given.format in ("sglang", "vllm") else (".json", ".npz")
-    if given.out.suffix not in allowed:
+    check_outputs(args)
+    allowed = (".json",) if args.format in ("sglang", "vllm") else (".json", ".npz")
+    if args.out.suffix not in allowed:
         raise OptionError(
-            f"--out {given.out} with --format {given.format or 'json'}; allowed: a name that ends in {' or '.join(allowed)}"
+            f"--out {args.out} with --format {args.format or 'json'}; allowed: a name that ends in {' or '.join(allowed)}"
         )
 
 
-def _render_plan(plan: "Plan", given: argparse.Namespace) -> str | bytes:
-    if given.format == "sglang":
-        return render_sglang(plan.placement, given.first_layer or 0)
-    if given.format == "vllm":
+def _render_plan(plan: "Plan", args: argparse.Namespace) -> str | bytes:
+    if args.format == "sglang":
+        return render_sglang(plan.placement, args.first_layer or 0)
+    if args.format == "vllm":
         return render_vllm(plan.placement)
     cluster, experts = plan.placement.cluster, plan.placement.experts
     ranks: dict[str, Any] = {"slots_per_rank": cluster.slots_per_rank, "node_of_rank": cluster.node_of_rank}
@@ -277,21 +277,21 @@ def _render_plan(plan: "Plan", given: argparse.Namespace) -> str | bytes:
         "balancedness": measure_balancedness(plan.rank_loads),
         "bound": plan.best_balancedness,
     }
-    if given.out.suffix == ".npz":
+    if args.out.suffix == ".npz":
         file = io.BytesIO()
         np.savez(file, **ranks, **layers)
         return file.getvalue()
     return json.dumps({"cluster": ranks, **{name: values.tolist() for name, values in layers.items()}}) + "\n"
 
 
-def _say_how_to_use(given: argparse.Namespace, clones: int) -> str:
-    if given.format == "sglang":
-        file = shlex.quote(str(given.out))
-        return f"SGLang: --init-expert-location {file} --ep-num-redundant-experts {clones} --ep-size {given.ranks}"
-    if given.format == "vllm":
-        config = shlex.quote(json.dumps({"eplb_config": {"expert_map_path": str(given.out)}}))
-        return f"vLLM-Ascend: --enable-expert-parallel --additional-config {config} on {given.ranks} expert-parallel ranks"
-    return f"placement written to {given.out}"
+def _say_how_to_use(args: argparse.Namespace, clones: int) -> str:
+    if args.format == "sglang":
+        file = shlex.quote(str(args.out))
+        return f"SGLang: --init-expert-location {file} --ep-num-redundant-experts {clones} --ep-size {args.ranks}"
+    if args.format == "vllm":
+        config = shlex.quote(json.dumps({"eplb_config": {"expert_map_path": str(args.out)}}))
+        return f"vLLM-Ascend: --enable-expert-parallel --additional-config {config} on {args.ranks} expert-parallel ranks"
+    return f"placement written to {args.out}"
 
 
 def _print_plan(figures: dict[str, Any]) -> None:

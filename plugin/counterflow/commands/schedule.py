@@ -134,19 +134,19 @@ def _add_record(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_show(given: argparse.Namespace) -> int:
+def run_show(args: argparse.Namespace) -> int:
     """Draw one schedule in the terminal and into the files asked for."""
-    check_outputs(given)
-    table = _load_table(given.schedule, given)
-    if given.record is not None:
-        return _show_record(given, table)
+    check_outputs(args)
+    table = _load_table(args.schedule, args)
+    if args.record is not None:
+        return _show_record(args, table)
     for name in ("step", "pipeline"):
-        if getattr(given, name) is not None:
-            raise OptionError(f"--{name} {getattr(given, name)} given without a record; add --record DIR or drop --{name}")
-    table = add_reductions(table) if given.reduce else table
-    picture = Picture(given.schedule, table, simulate(table, _make_costs(given, table.layout.chunk_share)))
-    _write_outputs(given, [picture])
-    if given.json:
+        if getattr(args, name) is not None:
+            raise OptionError(f"--{name} {getattr(args, name)} given without a record; add --record DIR or drop --{name}")
+    table = add_reductions(table) if args.reduce else table
+    picture = Picture(args.schedule, table, simulate(table, _make_costs(args, table.layout.chunk_share)))
+    _write_outputs(args, [picture])
+    if args.json:
         print(json.dumps(describe(picture), indent=2))
     else:
         print(render_text(picture, _find_width(), sys.stdout.isatty()).rstrip())
@@ -157,27 +157,27 @@ def run_show(given: argparse.Namespace) -> int:
     return 0
 
 
-def _show_record(given: argparse.Namespace, table: ScheduleTable) -> int:
+def _show_record(args: argparse.Namespace, table: ScheduleTable) -> int:
     """Draw a recorded step over its simulation, and say where the two part."""
-    if given.reduce:
+    if args.reduce:
         raise OptionError("--reduce given with a record, which shows no reductions; drop --reduce or --record")
-    pipeline = given.pipeline or 0
-    step = find_last_step(given.record, pipeline) if given.step is None else given.step
-    recorded = load_record(given.record, step, pipeline)
+    pipeline = args.pipeline or 0
+    step = find_last_step(args.record, pipeline) if args.step is None else args.step
+    recorded = load_record(args.record, step, pipeline)
     try:
         ran, measured = fit_record(table, recorded)
     except ScheduleError as error:
-        raise ScheduleError(f"{given.record}, step {step}, and {given.schedule} do not fit: {error}") from None
-    found = estimate_costs(ran, measured, given.f, given.i, given.w, given.overlap)
-    costs = replace(found, p2p=given.p2p, p2p_overlaps=not given.p2p_stops)
+        raise ScheduleError(f"{args.record}, step {step}, and {args.schedule} do not fit: {error}") from None
+    found = estimate_costs(ran, measured, args.f, args.i, args.w, args.overlap)
+    costs = replace(found, p2p=args.p2p, p2p_overlaps=not args.p2p_stops)
     comparison = compare(ran, measured, simulate(ran, costs), costs.p2p)
     pictures = [
-        Picture(f"{given.schedule}: simulated", ran, comparison.simulated),
-        Picture(f"{given.schedule}: measured (step {step})", ran, measured),
+        Picture(f"{args.schedule}: simulated", ran, comparison.simulated),
+        Picture(f"{args.schedule}: measured (step {step})", ran, measured),
     ]
-    _write_outputs(given, pictures)
-    if given.json:
-        print(json.dumps({"schedule": given.schedule, "step": step, **describe_differences(comparison, costs)}, indent=2))
+    _write_outputs(args, pictures)
+    if args.json:
+        print(json.dumps({"schedule": args.schedule, "step": step, **describe_differences(comparison, costs)}, indent=2))
         return 0
     for picture in pictures:
         print(render_text(picture, _find_width(), sys.stdout.isatty()).rstrip())
@@ -185,66 +185,66 @@ def _show_record(given: argparse.Namespace, table: ScheduleTable) -> int:
     return 0
 
 
-def run_compare(given: argparse.Namespace) -> int:
+def run_compare(args: argparse.Namespace) -> int:
     """Print a line per schedule, fastest first, and write the files asked for."""
     from counterflow.schedule.search import list_families, merge_costs  # loads a compiler
 
-    check_outputs(given)
-    require_size(given.ranks, given.microbatches, given.max_chunks, MAX_COMPARED_RUNS)
-    costs = _make_costs(given, 1 / given.max_chunks).spread(given.ranks * given.max_chunks)
-    cap = float("inf") if given.max_activations is None else given.max_activations
+    check_outputs(args)
+    require_size(args.ranks, args.microbatches, args.max_chunks, MAX_COMPARED_RUNS)
+    costs = _make_costs(args, 1 / args.max_chunks).spread(args.ranks * args.max_chunks)
+    cap = float("inf") if args.max_activations is None else args.max_activations
     pictures = []
-    for name in given.schedules:
-        table = _load_table(name, given, len(given.schedules))
-        table = add_reductions(table) if given.reduce else table
+    for name in args.schedules:
+        table = _load_table(name, args, len(args.schedules))
+        table = add_reductions(table) if args.reduce else table
         merged = merge_costs(costs, table.layout.last_stage + 1)
         pictures.append(Picture(_title(table, name), table, simulate(table, merged)))
-    if not given.schedules:
-        known = list_families(given.ranks, given.microbatches, costs, given.max_chunks, cap)
+    if not args.schedules:
+        known = list_families(args.ranks, args.microbatches, costs, args.max_chunks, cap)
         pictures = [Picture(_title(table, table.name), table, timeline) for table, timeline in known]
     if len(kinds := {picture.table.is_forward_only: picture.title for picture in pictures}) > 1:
         raise OptionError(f"{kinds[True]} has forwards alone and {kinds[False]} backwards too: compare the two kinds apart")
     if not pictures:
-        raise ScheduleError(f"no schedule fits {given.ranks} ranks, {given.microbatches} micro-batches and a cap of {cap:g}")
+        raise ScheduleError(f"no schedule fits {args.ranks} ranks, {args.microbatches} micro-batches and a cap of {cap:g}")
     pictures.sort(key=lambda picture: picture.timeline.makespan)
-    _write_outputs(given, pictures)
-    if given.json:
+    _write_outputs(args, pictures)
+    if args.json:
         print(json.dumps([describe(picture) for picture in pictures], indent=2))
     else:
         _print_comparison(pictures)
     return 0
 
 
-def run_search(given: argparse.Namespace) -> int:
+def run_search(args: argparse.Namespace) -> int:
     """Search, draw what was found, and say how it compares."""
     from counterflow.schedule.search import search  # loads a compiler
 
-    check_outputs(given)
-    require_size(given.ranks, given.microbatches, given.max_chunks, MAX_SEARCHED_RUNS)
-    if given.ranks * given.max_chunks > MAX_SEARCHED_STAGES:
+    check_outputs(args)
+    require_size(args.ranks, args.microbatches, args.max_chunks, MAX_SEARCHED_RUNS)
+    if args.ranks * args.max_chunks > MAX_SEARCHED_STAGES:
         raise ScheduleError(
-            f"{given.ranks} ranks x {given.max_chunks} chunks given; allowed: {MAX_SEARCHED_STAGES} stages at most in a search, "
+            f"{args.ranks} ranks x {args.max_chunks} chunks given; allowed: {MAX_SEARCHED_STAGES} stages at most in a search, "
             "so give fewer ranks or a smaller --max-chunks"
         )
     if sys.stderr.isatty():
         print(
-            f"searching for {given.seconds:g} s (an installation's first search compiles first)",
+            f"searching for {args.seconds:g} s (an installation's first search compiles first)",
             file=sys.stderr,
         )
     found = search(
-        given.ranks, given.microbatches, _make_costs(given, 1 / given.max_chunks), max_chunks=given.max_chunks,
-        max_activations=given.max_activations, seconds=given.seconds, seed=given.seed,
+        args.ranks, args.microbatches, _make_costs(args, 1 / args.max_chunks), max_chunks=args.max_chunks,
+        max_activations=args.max_activations, seconds=args.seconds, seed=args.seed,
     )  # fmt: skip
     picture = Picture(f"{found.table.name} ({found.table.layout.name})", found.table, found.timeline)
-    _write_outputs(given, [picture])
-    if given.json:
+    _write_outputs(args, [picture])
+    if args.json:
         extra = {"lower_bound": found.lower_bound, "gap": found.gap, "best_family": found.family}
         print(json.dumps(describe(picture) | extra | {"best_family_makespan": found.family_makespan}, indent=2))
         return 0
     print(render_text(picture, _find_width(), sys.stdout.isatty()).rstrip())
     family = f"best family {found.family} {found.family_makespan:g}" if found.family else "no family fits the cap"
     print(f"makespan {found.timeline.makespan:g}; lower bound {found.lower_bound:g} (gap {100 * found.gap:.2f} %); {family}")
-    if given.csv is None:
+    if args.csv is None:
         print("keep it with --csv FILE; train with --cf-schedule FILE")
     return 0
 
@@ -288,29 +288,29 @@ def _count_ahead(table: ScheduleTable) -> dict[str, int]:
     return {transport: count_receives_ahead(table, transport) for transport in TRANSPORTS}
 
 
-def _load_table(name: str, given: argparse.Namespace, of: int = 1) -> ScheduleTable:
+def _load_table(name: str, args: argparse.Namespace, of: int = 1) -> ScheduleTable:
     """Read or build a table, one of so many that the command can do with."""
     if name.lower().endswith(".csv"):
         table = read_csv(Path(name), MAX_CELLS // of)
-        sizes = (("ranks", given.ranks, table.ranks), ("microbatches", given.microbatches, table.microbatches))
+        sizes = (("ranks", args.ranks, table.ranks), ("microbatches", args.microbatches, table.microbatches))
         for what, asked, has in sizes:
             if asked is not None and asked != has:
                 raise OptionError(f"--{what} {asked} given; {name} has {has}: drop --{what} or give another file")
         return table
-    if given.ranks is None or given.microbatches is None:
+    if args.ranks is None or args.microbatches is None:
         raise OptionError(f"schedule {name} given without its size; add --ranks P and --microbatches M")
-    options = {"vpp": given.vpp} if given.vpp is not None else {}
-    options |= {"ep_overlap": True} if given.ep_overlap else {}
+    options = {"vpp": args.vpp} if args.vpp is not None else {}
+    options |= {"ep_overlap": True} if args.ep_overlap else {}
     options = {option: value for option, value in options.items() if name in list_names(option=option)}
-    require_size(given.ranks, given.microbatches, options.get("vpp", 2), MAX_RUNS // of)
-    return build(name, given.ranks, given.microbatches, **options)
+    require_size(args.ranks, args.microbatches, options.get("vpp", 2), MAX_RUNS // of)
+    return build(name, args.ranks, args.microbatches, **options)
 
 
-def _make_costs(given: argparse.Namespace, default: float) -> Costs:
-    f, i, w = (default if value is None else value for value in (given.f, given.i, given.w))
+def _make_costs(args: argparse.Namespace, default: float) -> Costs:
+    f, i, w = (default if value is None else value for value in (args.f, args.i, args.w))
     return Costs(
-        f, i, w, p2p=given.p2p, overlap=1.0 if given.overlap is None else given.overlap, p2p_overlaps=not given.p2p_stops,
-        activation_bytes=given.activation_bytes, queued_bytes=given.queued_bytes, reduce=given.reduce,
+        f, i, w, p2p=args.p2p, overlap=1.0 if args.overlap is None else args.overlap, p2p_overlaps=not args.p2p_stops,
+        activation_bytes=args.activation_bytes, queued_bytes=args.queued_bytes, reduce=args.reduce,
     )  # fmt: skip
 
 
@@ -318,8 +318,8 @@ def _find_width() -> int:
     return max(60, min(200, os.get_terminal_size().columns)) if sys.stdout.isatty() else 100
 
 
-def _write_outputs(given: argparse.Namespace, pictures: list[Picture]) -> None:
-    if given.csv is not None and len({picture.table for picture in pictures}) > 1:
-        raise OptionError(f"--csv {given.csv} takes one table and {len(pictures)} were compared; use schedule show")
+def _write_outputs(args: argparse.Namespace, pictures: list[Picture]) -> None:
+    if args.csv is not None and len({picture.table for picture in pictures}) > 1:
+        raise OptionError(f"--csv {args.csv} takes one table and {len(pictures)} were compared; use schedule show")
     forms: dict[str, Callable[[], str | bytes]] = {name: partial(render, pictures) for name, render in OUTPUTS.items()}
-    write_outputs(given, forms | {"csv": lambda: to_csv(pictures[0].table)})
+    write_outputs(args, forms | {"csv": lambda: to_csv(pictures[0].table)})

@@ -34,7 +34,7 @@ def count_model_ranks(args: Any, ranks: int) -> int:
 
 
 def count_data_ranks(args: Any, ranks: int) -> int:
-    """Return the number of data-parallel replicas; those that share the shards of a weight count too, as they read other data."""
+    """Return the number of data-parallel replicas, including those that share a weight's shards, as each reads its own data."""
     return count_ranks(args) // count_model_ranks(args, ranks)
 
 
@@ -44,7 +44,7 @@ def count_ranks(args: Any) -> int:
 
 
 def count_weight_shards(args: Any, which: str = "") -> int:
-    """Return over how many data-parallel ranks generalized tensor parallelism cuts a weight.
+    """Return the number of data-parallel ranks over which generalized tensor parallelism cuts a weight.
 
     ``which`` is "" for dense weights and ``expert_`` for those of experts.
     """
@@ -114,7 +114,7 @@ def _make_calculator(args: Any, replicas: int) -> Any:
     from megatron.core import num_microbatches_calculator as upstream
 
     micro = args.micro_batch_size
-    given = {
+    arguments = {
         "rank": -1,  # the calculator of rank 0 would write to the log
         "rampup_batch_size": getattr(args, "rampup_batch_size", None),
         "global_batch_size": get_argument(args, "global_batch_size", micro * replicas // count_weight_shards(args)),
@@ -126,7 +126,7 @@ def _make_calculator(args: Any, replicas: int) -> Any:
     }
     build = upstream._build_num_microbatches_calculator
     try:
-        return build(**{name: given[name] for name in inspect.signature(build).parameters})
+        return build(**{name: arguments[name] for name in inspect.signature(build).parameters})
     except (AssertionError, ValueError, ArithmeticError) as error:
         reason = str(error).rstrip(".") or type(error).__name__
         raise OptionError(f"Megatron-Core cannot cut these batches into micro-batches: {reason}") from None

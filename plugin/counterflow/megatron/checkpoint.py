@@ -1,8 +1,8 @@
-"""Refuse to read optimizer state that another layout wrote in a layout-dependent form.
+"""Refuse optimizer state that was saved under another layout in a form that depends on the layout.
 
-Model keys carry global layer numbers, so model weights travel freely between schedules. The distributed
-optimizer's default form (``dp_reshardable``) is flat buffers per pipeline rank: read under another
-layout it can fit by shape and put moments and fp32 masters on the wrong layers, without an error.
+Keys of model weights have global layer numbers, so weights can be read under any schedule. The distributed optimizer's default
+form (``dp_reshardable``) is flat buffers per pipeline rank. Under another layout they may fit by shape, and moments and fp32
+masters would go to the wrong layers without an error.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,10 @@ from counterflow.trainer.tables import choose_layout, name_model_layout
 
 
 def guard_checkpoint(load_base_checkpoint: Callable[..., Any], options: Options) -> Callable[..., Any]:
-    """Wrap Megatron's first look into a checkpoint, which reads its arguments, before any sharded tensor is read.
+    """Wrap Megatron's first look into a checkpoint, which reads its arguments before any sharded tensor is read.
 
-    In this order: with a schedule, another layout and the batch sizes to come; in a V, copies of the embedding; with clones, the
-    number of experts.
+    Under a schedule it refuses another layout, and batch sizes ahead that have no table. In a V it then separates the copies of
+    the embedding. With clones it refuses another number of experts.
     """
     printed: set[str] = set()
     is_v = options.schedule is not None and name_model_layout(choose_layout(options, 2, 2)) == V
@@ -58,7 +58,7 @@ def refuse_other_experts(load_dir: Any, saved_args: Any, args: Any) -> None:
 
 
 def refuse_other_layout(load_dir: Any, saved_args: Any, args: Any, printed: set[str]) -> None:
-    """Refuse optimizer state of another layout; print notes on tables that are not in ``printed`` yet."""
+    """Refuse optimizer state of another layout; print notes about tables that are not in ``printed`` yet."""
     for note in (_compare_layouts(load_dir, saved_args, args), _compare_tables(load_dir, saved_args, args)):
         # Megatron reads the checkpoint's arguments more than once.
         if note is not None and note not in printed and args.rank == 0:
@@ -67,7 +67,7 @@ def refuse_other_layout(load_dir: Any, saved_args: Any, args: Any, printed: set[
 
 
 def refuse_batches_ahead(state: dict[str, Any], args: Any, options: Options) -> None:
-    """Refuse batch sizes, from the step the checkpoint was saved at on, for which the schedule has no table."""
+    """Refuse a checkpoint after which the run has batch sizes for which the schedule has no table."""
     if not args.finetune:
         flat = flatten(args)
         ranks, consumed = flat.pipeline_model_parallel_size, getattr(state["args"], "consumed_train_samples", 0)
@@ -95,18 +95,18 @@ def _compare_layouts(load_dir: Any, saved_args: Any, args: Any) -> str | None:
 
 
 def _guess_layout(load_dir: Any, saved_args: Any) -> tuple[str, str]:
-    unsaid = f"the checkpoint in {load_dir} does not say which layout its table {saved_args.cf_schedule} had, 'looped 2' or 'v 2'"
+    doubt = f"the checkpoint in {load_dir} does not say which layout its table {saved_args.cf_schedule} had, 'looped 2' or 'v 2'"
     guess = guess_layout(saved_args)
     if guess is None:
         raise OptionError(
-            f"{unsaid}, its optimizer state only fits that layout, and there is no such table any more: put it back where it was "
+            f"{doubt}, its optimizer state only fits that layout, and there is no such table any more: put it back where it was "
             "or load the weights alone with --no-load-optim"
         )
-    return guess, f"{unsaid}; taken for the {guess!r} that the file holds today"
+    return guess, f"{doubt}; taken for the {guess!r} that the file holds today"
 
 
 def _compare_tables(load_dir: Any, saved_args: Any, args: Any) -> str | None:
-    """Return a note to print if the table in the file is another one than in the run that saved the checkpoint."""
+    """Return a note to print if the file has another table now than in the run that saved the checkpoint."""
     before, now = (getattr(one, "cf_table", None) for one in (saved_args, args))
     if before is None or now is None or before == now or saved_args.cf_schedule != args.cf_schedule or args.finetune:
         return None

@@ -27,7 +27,7 @@ from counterflow.megatron.v_layout.model import is_on_way_back, unwrap
 from counterflow.options import Options
 from counterflow.schedule.families import list_names
 from counterflow.schedule.layouts import LOOPED, STRAIGHT, Layout, V
-from counterflow.trainer.tables import build_table, choose_layout, count_replicas, name_model_layout, read_table
+from counterflow.trainer.tables import build_table, choose_layout, count_replicas, name_model_layout
 
 
 def prepare_arguments(args: Any, options: Options) -> None:
@@ -125,17 +125,17 @@ def count_chunks(args: Any, ranks: int) -> int | None:
 
 def _check_chunks(schedule: str, layout: str, chunks: int | None) -> None:
     change = "set --num-virtual-stages-per-pipeline-rank"
-    given = f"{chunks} chunks per rank given" if chunks is not None else "none given"
+    found = f"{chunks} chunks per rank given" if chunks is not None else "none given"
     if layout == V and chunks != 2:
-        raise OptionError(f"--cf-schedule {schedule} holds 2 model chunks per pipeline rank (VPP 2), {given}: {change} 2")
+        raise OptionError(f"--cf-schedule {schedule} holds 2 model chunks per pipeline rank (VPP 2), {found}: {change} 2")
     if layout == STRAIGHT and chunks not in (None, 1):
         raise OptionError(
-            f"--cf-schedule {schedule} holds 1 model chunk per pipeline rank, {given}: {change} 1 or choose "
+            f"--cf-schedule {schedule} holds 1 model chunk per pipeline rank, {found}: {change} 1 or choose "
             + " or ".join(list_names(LOOPED))
         )
     if layout == LOOPED and (chunks is None or chunks < 2):
         raise OptionError(
-            f"--cf-schedule {schedule} holds 2 or more model chunks per pipeline rank (VPP), {given}: {change} 2 or more"
+            f"--cf-schedule {schedule} holds 2 or more model chunks per pipeline rank (VPP), {found}: {change} 2 or more"
         )
 
 
@@ -319,7 +319,7 @@ def check_tables(args: Any, ranks: int, chunks: int, options: Options, batches: 
     counts = list(dict.fromkeys(batch.microbatches for batch in batches))
     sizes = ", then ".join(f"{batch.samples} samples ({batch.microbatches} micro-batches)" for batch in batches[:8])
     if options.schedule_file is not None and len(counts) > 1:
-        microbatches = read_table(options).microbatches
+        microbatches = options.file_table.microbatches
         raise OptionError(
             f"--cf-schedule {options.schedule_file} is a table for one size, {microbatches} micro-batches; this run has batches "
             f"of {sizes}: keep to one batch size, or choose a schedule by name, which is built for each"
@@ -443,15 +443,15 @@ def check_loop(chunks: list[Any], options: Options) -> None:
 
 def describe_model(chunks: list[Any], config: Any) -> Any:
     """Return a model's config as a namespace with the argument names of ``megatron.training``."""
-    view = SimpleNamespace(**vars(config))
-    view.num_experts = config.num_moe_experts
-    view.num_virtual_stages_per_pipeline_rank = len(chunks) if len(chunks) > 1 else None
-    if view.pipeline_model_parallel_layout is not None:
+    args = SimpleNamespace(**vars(config))
+    args.num_experts = config.num_moe_experts
+    args.num_virtual_stages_per_pipeline_rank = len(chunks) if len(chunks) > 1 else None
+    if args.pipeline_model_parallel_layout is not None:
         # The stages are built already, as this layout says: there is nothing left to check.
-        view.pipeline_model_parallel_layout = view.num_layers = None
+        args.pipeline_model_parallel_layout = args.num_layers = None
     shared = [getattr(unwrap(chunk), "share_embeddings_and_output_weights", False) for chunk in chunks]
-    view.untie_embeddings_and_output_weights = not any(shared)
-    return view
+    args.untie_embeddings_and_output_weights = not any(shared)
+    return args
 
 
 def check_chunks(chunks: list[Any], options: Options) -> None:

@@ -1,4 +1,4 @@
-"""Gradients as Megatron keeps them: in ``main_grad``, a part of a data-parallel bucket's buffer."""
+"""Gradients in ``main_grad``, where Megatron keeps them: a part of a data-parallel bucket's buffer."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ class MegatronGradients:
     """The `counterflow.moe.gradients.GradientStore` of Megatron's data parallelism."""
 
     def of(self, parameter: Any) -> torch.Tensor | None:
-        """Return ``main_grad``; a frozen parameter, and one that no data parallelism holds, has none."""
+        """Return ``main_grad``; None for a frozen parameter and for one outside data parallelism."""
         return getattr(parameter, "main_grad", None)
 
     def add(self, parameter: Any, gradient: torch.Tensor) -> None:
@@ -17,7 +17,7 @@ class MegatronGradients:
         parameter.main_grad.add_(gradient)
 
     def prepare(self, parameter: Any, like: Any) -> None:
-        """Give ``parameter`` a ``main_grad`` of its own, outside all buckets, that its backward passes add to."""
+        """Give ``parameter`` a ``main_grad`` outside all buckets, to which its backward passes add."""
         if (own := self.of(like)) is not None:
             parameter.main_grad = torch.zeros_like(own)
             parameter.grad_added_to_main_grad = False
@@ -34,7 +34,7 @@ GRADIENTS = MegatronGradients()
 
 
 def _add_gradient(parameter: Any) -> None:
-    # As Megatron's hook for the model's parameters: a linear may have added its gradient itself, and left a placeholder.
+    # Same as Megatron's hook for the model's parameters: a linear may have added its gradient itself and left a placeholder.
     if parameter.grad is not None and not parameter.grad_added_to_main_grad:
         parameter.main_grad.add_(parameter.grad)
     parameter.grad = None

@@ -1,8 +1,8 @@
-"""Put options in force: at once where all of them are known, else when Megatron has read its YAML file.
+"""Put options in force: at once if all of them are known, else when Megatron has read its YAML file.
 
-The seams of schedule and balancing go in with the options, so any loop over ``megatron.core`` runs under them. What needs to
-know the run is checked on the arguments of ``megatron.training`` when they are parsed, or, in another loop, on the model's
-config in the first step (`counterflow.megatron.checks`).
+The seams of schedule and balancing are installed together with the options, so any loop over ``megatron.core`` runs under them.
+Checks that need the run's sizes read the arguments of ``megatron.training`` when they are parsed. In another loop they read the
+model's config in the first step (`counterflow.megatron.checks`).
 """
 
 import importlib
@@ -16,14 +16,14 @@ from counterflow.errors import CounterflowError, OptionError
 from counterflow.megatron import seams
 from counterflow.megatron.loop import find_arguments
 from counterflow.options import (
-    Given,
     Options,
+    Values,
     add_flags,
     fail,
     merge_options,
     name_flag,
     read_flags,
-    read_given,
+    read_values,
 )
 from counterflow.patching import Patches
 from counterflow.runtime.recorder import check_folder
@@ -39,7 +39,7 @@ YAML_FLAG = "--yaml-cfg"
 
 
 def list_features(options: Options) -> list[str]:
-    """Return the features that the options ask for, by the names that the seams have for them."""
+    """Return the names of the features that the options ask for, as `seams` has them."""
     features = []
     if options.schedule is not None:
         layout = choose_layout(options, 2, 2)
@@ -54,15 +54,15 @@ def list_features(options: Options) -> list[str]:
     return features
 
 
-def take_seams(patches: Patches, features: Collection[str], run: "Installation | None" = None) -> None:
-    """Replace what the features replace in Megatron; ``run`` has the wrappers that need to know its options."""
+def take_seams(patches: Patches, features: Collection[str], run: Any = None) -> None:
+    """Install the wrappers of the features' seams; ``run``, an `Installation`, has those that depend on its options."""
     for seam in seams.list_seams():
         if seam.wrap is not None and set(features) & set(seam.features):
             seam.take(patches, find_wrapper(seam.wrap, run))
 
 
-def find_wrapper(name: str, run: "Installation | None") -> Wrapper:
-    """Return the wrapper that a seam names: with a dot before it one of the run, else one of this package."""
+def find_wrapper(name: str, run: Any) -> Wrapper:
+    """Return the wrapper that a seam names: an attribute of ``run`` if the name begins with a dot, else one of this package."""
     home, _, function = name.rpartition(".")
     wrapper: Wrapper = (
         attrgetter(name[1:])(run)
@@ -73,21 +73,25 @@ def find_wrapper(name: str, run: "Installation | None") -> Wrapper:
 
 
 class Installation:
-    """The options in force in this process and what was installed for them; ``patches`` takes it all back."""
+    """The options in force in this process, and what was installed for them; ``patches`` is the undo log.
 
-    def __init__(self, patches: Patches, given: Given, flags: Given) -> None:
+    ``enabled`` has the options that were passed to ``enable()``, ``flags`` those of the command line.
+    """
+
+    def __init__(self, patches: Patches, enabled: Values, flags: Values) -> None:
         self.patches = patches
         # None while a YAML file may add to them.
         self.options: Options | None = None
-        self._given, self._flags = given, flags
-        self._parsed: tuple[Given, Given] | None = None
+        self._enabled, self._flags = enabled, flags
+        # The options of the YAML file and the flags of the training that parsed its arguments last.
+        self._parsed: tuple[Values, Values] | None = None
         self._is_reader_asked = False
         self._run_step: Callable[..., Any] | None = None
         self.balancer: ExpertBalancer | None = None
         self.slots: SlotWrappers | None = None
 
     def put_in_force(self, options: Options) -> None:
-        """Check the seams of what the options ask for, and take them. Raises `SeamError` where one does not fit."""
+        """Check the seams of the features that the options ask for, and install them. Raises `SeamError` if one does not fit."""
         if options.record is not None:
             check_folder("--cf-record", options.record)
         features = list_features(options)
@@ -109,11 +113,11 @@ class Installation:
         self.patches.on_undo(self._forget)
 
     def _forget(self) -> None:
-        # What it holds leads to the model.
+        # All of them refer to the model, which has to be freed.
         self._run_step = self.balancer = self.slots = None
 
     def choose_schedule(self, get_forward_backward_func: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap Megatron's choice of a schedule: the table's takes the place of a pipelined one, clones are filled around it."""
+        """Wrap Megatron's choice of a schedule: the table's replaces a pipelined one, and clones are filled before it runs."""
 
         @wraps(get_forward_backward_func)
         def choose(*args: Any, **kwargs: Any) -> Any:
@@ -140,11 +144,11 @@ class Installation:
                 f"--cf-schedule {self.options.schedule} needs at least 2 pipeline ranks and this run has 1: make process groups "
                 "with pipeline_model_parallel_size 2 or more, or drop the schedule"
             )
-        # Asked for a model without a pipeline beside the one that has one, upstream's choice stands.
+        # A second model without a pipeline, beside the pipelined one, keeps upstream's choice.
         return chosen
 
     def refuse_own_transfers(self, _: Any) -> Callable[..., Any]:
-        """Return what stands in the place of the transfers of Megatron's own pipelined schedules, which nobody may run now."""
+        """Return a function that raises, in place of the transfers of Megatron's own pipelined schedules."""
         assert self.options is not None
         schedule = self.options.schedule
 
@@ -157,23 +161,26 @@ class Installation:
         return refuse
 
     def guard_checkpoint(self, load_base_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap upstream's first look into a checkpoint: what does not fit this run is refused there."""
+        """Wrap upstream's first look into a checkpoint: a checkpoint that does not fit this run is refused there."""
         from counterflow.megatron.checkpoint import guard_checkpoint
 
         assert self.options is not None
         return guard_checkpoint(load_base_checkpoint, self.options)
 
     def read_data(self, build_iterators: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap the builder of data iterators: a V's second chunk reads as the mirrored rank, across replicas as the partner."""
+        """Wrap the builder of data iterators: the second chunk of a V reads the data of the mirrored pipeline rank.
+
+        Across replicas, it reads the data of the partner.
+        """
         from counterflow.megatron.pipeline.crosslink import read_partners_data
         from counterflow.megatron.v_layout.model import mirror_dataset_provider, wrap_first
 
         build: Callable[..., Any] = wrap_first(build_iterators, mirror_dataset_provider)
-        # Around the other: it has to see which chunk the provider is for.
+        # The outer wrapper: it has to see for which chunk the provider is.
         return read_partners_data(build) if self._is_linked() else build
 
     def prepare_after(self, parse_args: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap the parsing of arguments: options are put in force and checked behind it."""
+        """Wrap the parsing of arguments: after it, options are put in force and checked."""
 
         @wraps(parse_args)
         def parse_and_prepare(*args: Any, **kwargs: Any) -> Any:
@@ -200,7 +207,7 @@ class Installation:
         return run
 
     def find_data_rank(self, chunk: int) -> int:
-        """Return the data-parallel rank whose samples a chunk reads: this one, or on the way back across replicas the partner."""
+        """Return the data-parallel rank whose samples a chunk reads: this one; for chunk 1 across replicas, the partner."""
         from counterflow.megatron.pipeline.crosslink import find_partner
         from counterflow.megatron.v_layout.model import WAY_BACK
 
@@ -213,7 +220,7 @@ class Installation:
         return count_replicas(choose_layout(self.options, 2, 2)) > 1
 
     def _check_model(self, chunks: list[Any]) -> None:
-        """Before the first step: refuse what was not built for the schedule."""
+        """Refuse, before the first step, a model that was not built for the schedule."""
         from counterflow.megatron.checks import check_chunks, check_loop
 
         assert self.options is not None
@@ -227,9 +234,9 @@ class Installation:
                 )
         check_chunks(chunks, self.options)
 
-    def require_same(self, asked: Given) -> None:
-        """Raise `OptionError` where what is asked for now is not in force."""
-        current = self.options or Options.model_construct(**(self._given | self._flags))
+    def require_same(self, asked: Values) -> None:
+        """Raise `OptionError` if an option in ``asked`` has another value in force."""
+        current = self.options or Options.model_construct(**(self._enabled | self._flags))
         for name, value in asked.items():
             if value != (in_force := getattr(current, name)):
                 raise OptionError(
@@ -239,23 +246,23 @@ class Installation:
                 )
 
     def take_arguments(self, parsed: Any) -> None:
-        """Check the arguments of ``megatron.training``, and write into them what is in force."""
+        """Check the arguments of ``megatron.training``, and write the options in force into them."""
         from counterflow.megatron.checks import prepare_arguments
 
         yaml, flags = read_yaml(parsed), read_flags(sys.argv[1:])
         if self._parsed is None:
-            merged = merge_options(yaml, self._given, self._flags | flags)
+            merged = merge_options(yaml, self._enabled, self._flags | flags)
             if self.options is None:
                 self.put_in_force(merged)
             self.require_same(merged.model_dump())
             self._delay_engine(parsed)
         elif self._parsed != (yaml, flags):
-            # Of the two trainings each asks for what it names; the rest is the default.
-            self.require_same(merge_options(yaml, self._given, flags).model_dump())
+            # A second training in this process: the options that its own flags do not set count with their defaults.
+            self.require_same(merge_options(yaml, self._enabled, flags).model_dump())
         self._parsed = yaml, flags
         assert self.options is not None
         prepare_arguments(parsed, self.options)
-        # Into the arguments, and so into every checkpoint: the next load knows the layout of this one.
+        # Megatron saves its arguments in each checkpoint, so the next load knows under which options it was saved.
         for name, value in self.options.model_dump(mode="json").items():
             setattr(parsed, f"cf_{name}", value)
 
@@ -269,13 +276,13 @@ class Installation:
             take_seams(self.patches, [seams.ENGINE])
 
 
-def install(patches: Patches, given: Given, flags: Given) -> Installation:
-    """Install the plugin: its flags in the script's ``--help``, and all that the options ask for as soon as all are known."""
+def install(patches: Patches, enabled: Values, flags: Values) -> Installation:
+    """Install the plugin: its flags in the script's ``--help``, and the features once all options are known."""
     seams.check_seams([seams.FLAGS])
-    installation = Installation(patches, given, flags)
+    installation = Installation(patches, enabled, flags)
     take_seams(patches, [seams.FLAGS], installation)
     if not any(argument.split("=", 1)[0] == YAML_FLAG for argument in sys.argv[1:]):
-        installation.put_in_force(merge_options(given, flags))
+        installation.put_in_force(merge_options(enabled, flags))
     return installation
 
 
@@ -290,7 +297,7 @@ def _require_early(options: Options) -> None:
 
 
 def show_flags(add_arguments: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Wrap Megatron's declaration of its flags: the plugin's stand behind them."""
+    """Wrap Megatron's declaration of its flags: the plugin's flags follow them."""
 
     @wraps(add_arguments)
     def add_arguments_and_flags(parser: Any) -> Any:
@@ -307,22 +314,22 @@ def show_flags(add_arguments: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return add_arguments_and_flags
 
 
-def read_yaml(parsed: Any) -> Given:
-    """Return what the ``counterflow:`` section of a ``--yaml-cfg`` file gives."""
+def read_yaml(parsed: Any) -> Values:
+    """Return the options in the ``counterflow:`` section of a ``--yaml-cfg`` file."""
     section = getattr(parsed, "counterflow", None)
     if section is None:
         return {}
-    given = read_given(vars(section) if hasattr(section, "__dict__") else section)
-    if given.get("platform", "auto") != "auto":
+    values = read_values(vars(section) if hasattr(section, "__dict__") else section)
+    if (platform := values.get("platform", "auto")) != "auto":
         raise OptionError(
-            f"platform: {given['platform']} stands in the YAML file, which is read after the platform is chosen: "
-            f"give --cf-platform {given['platform']} on the command line"
+            f"platform: {platform} stands in the YAML file, which is read after the platform is chosen: "
+            f"give --cf-platform {platform} on the command line"
         )
-    return given
+    return values
 
 
 def splits_backward(options: Options) -> bool:
-    """Tell whether linears are to leave weight gradients for later: to the W, or, in a pair, to its layer's end."""
+    """Tell whether linears defer weight gradients: to the W, or, in a pair, to the end of the layer's backward."""
     return options.zero_bubble is not False and (options.overlap or options.family is None or options.family.splits)
 
 

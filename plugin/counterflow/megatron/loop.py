@@ -1,4 +1,4 @@
-"""Find out which loop trains: ``megatron.training``, which has global arguments, or a user's own over ``megatron.core``."""
+"""Find out which loop trains: ``megatron.training``, which has global arguments, or another one over ``megatron.core``."""
 
 import sys
 from typing import Any

@@ -1,8 +1,8 @@
-"""All places in which the plugin touches Megatron: what it replaces, calls and reads, each checked before a feature is in force.
+"""All symbols of Megatron that the plugin replaces, calls or reads; a feature's symbols are checked before it is in force.
 
-What ``wrap`` names is looked for in this package, or, where it begins with a dot, in the run's `Installation`. One symbol is
-wrapped once: where several features change it, the wrapper composes them, in an order that it states.
-docs/seams.md is written from this list; the patch files' anchors are in it.
+``wrap`` is the name of a function of this package, or, with a dot before it, of an attribute of the run's `Installation`. A
+symbol has one wrapper; if several features change it, the wrapper composes them and states the order. docs/seams.md is written
+from this list; the anchors of the patch files are in it too.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ DEEP_EP = "deep_ep"
 FLAGS, SCHEDULE, V_LAYOUT, CROSSLINK = "flags", "schedule", "V layout", "cross-linked replicas"
 ZERO_BUBBLE, ENGINE, OVERLAP = "zero bubble", "zero bubble of Transformer Engine", "overlapped pairs"
 EPLB, REHOMING = "expert balancing", "homes that move"
-# What to do where a feature cannot be in force. What the checks of all flags import counts as the flags'.
+# What the user can do if a feature's seams do not fit. Symbols that the checks of all flags import belong to FLAGS.
 REMEDIES = {
     FLAGS: "run the script without counterflow",
     SCHEDULE: "drop --cf-schedule",
@@ -319,16 +319,16 @@ def find_version() -> str:
 
 
 def list_seams() -> list[Seam]:
-    """Return the seams that the Megatron in use should have: those of its version, and of what is installed beside it."""
+    """Return the seams of the Megatron version in use, and of what is installed beside it."""
     version = find_version()
     due = [seam for seam in SEAMS if version == "not installed" or seam.is_due(version, KNOWN)]
-    # A loop of its own over megatron.core may be without it.
+    # megatron.core can be installed without its trainer, and without DeepEP.
     missing = tuple(name for name in (TRAINER, DEEP_EP) if version == "not installed" or not importlib.util.find_spec(name))
     return [seam for seam in due if not seam.owner.startswith(missing)]
 
 
 def check_seams(features: Collection[str] = tuple(REMEDIES)) -> None:
-    """Raise `SeamError` that names version, symbol and remedy where a seam of these features does not fit."""
+    """Raise `SeamError`, which names version, symbol and remedy, if a seam of these features does not fit."""
     seams, found, supported = list_seams(), f"megatron-core {find_version()}", f"megatron-core {KNOWN[0]} to {KNOWN[-1]}"
     for feature in features:
         check_all(seams, feature, found, supported, REMEDIES[feature])

@@ -1,4 +1,4 @@
-"""Where Megatron's arguments, and so its checkpoints, hold the stamp of the layout that a run trains under."""
+"""The stamp of a run's layout in Megatron's arguments, which Megatron saves in its checkpoints."""
 
 from typing import Any
 
@@ -15,8 +15,8 @@ def stamp_layout(args: Any, options: Options, layout: str) -> None:
 def name_layout(args: Any) -> str | None:
     """Return the model's layout that these arguments name: ``straight 1``, ``looped 2``, ``v 2``.
 
-    None if it is not known: early versions of the plugin stored only the path of a table, and two chunks per rank fit two
-    layouts.
+    None if it is not known: early versions of the plugin stored only the path of a table, and a table with two chunks per rank
+    has one of two layouts.
     """
     if (layout := getattr(args, "cf_layout", None)) is not None:
         return str(layout)
@@ -24,10 +24,10 @@ def name_layout(args: Any) -> str | None:
 
 
 def guess_layout(args: Any) -> str | None:
-    """Return the layout that the file named in these arguments holds today; None where it has no such table any more."""
+    """Return the layout of the table that is in the arguments' schedule file today; None if there is no table any more."""
     return stamp.guess_layout(_read_schedule(args))
 
 
 def _read_schedule(args: Any) -> Options:
-    # model_construct: a file named in a checkpoint need not exist any more to be a file's name.
+    # Without validation, which would refuse a file that does not exist any more.
     return Options.model_construct(schedule=getattr(args, "cf_schedule", None))

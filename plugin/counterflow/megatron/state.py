@@ -1,6 +1,6 @@
-"""What the plugin keeps for Megatron's chunks, layers and weights: in tables beside them that forget with them, never on them.
+"""The plugin's state for Megatron's chunks, layers and weights, in weak-keyed tables: an entry goes when its key is freed.
 
-A value must not lead back to its key, or neither would ever be freed.
+A value must not refer to its key, or neither would ever be freed.
 """
 
 from collections.abc import Callable
@@ -16,44 +16,45 @@ from counterflow.moe.clones import Clones
 
 @dataclass
 class ChunkState:
-    """Of a model chunk."""
+    """The state of a model chunk."""
 
     is_on_way_back: bool = False
-    """Whether it was built as a V's second."""
+    """Whether it was built as the second chunk of a V."""
     clones: Clones | None = None
     due: list[Callable[[], None]] = field(default_factory=list)
-    """Reductions of expert gradients that wait until those of the clones are home."""
+    """Reductions of expert gradients that wait for the gradients of clones."""
     handed_over: dict[Any, int] | None = None
-    """Its Transformer Engine modules, once looked for, each with how many of its queued weight gradients are handed over."""
+    """Its Transformer Engine modules, each with how many of its queued weight gradients were deferred; None before the first
+    search for them."""
 
 
 @dataclass
 class WeightState:
-    """Of a linear's weight."""
+    """The state of a linear's weight."""
 
     split: Any = None
-    """What its backward leaves undone (`counterflow.megatron.pipeline.zero_bubble`)."""
+    """The weight's deferred gradients (`counterflow.megatron.pipeline.zero_bubble`)."""
     bucket_group: ref[Any] | None = None
-    """The reduction that its gradient is part of, where there is one."""
+    """The bucket group in which its gradient is reduced, if there is one."""
 
 
 _chunks: WeakKeyDictionary[Any, ChunkState] = WeakKeyDictionary()
 _weights: Any = WeakTensorKeyDictionary()
-# The `counterflow.megatron.experts.layer.MegatronSlots` that a MoE layer has.
+# The `counterflow.megatron.experts.layer.MegatronSlots` of each MoE layer.
 layer_slots: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-# The chunk's state, of the bucket groups that reduce its experts' gradients.
+# The chunk's state for each bucket group that reduces gradients of its experts.
 expert_buckets: WeakKeyDictionary[Any, ChunkState] = WeakKeyDictionary()
 
 
 def of_chunk(chunk: Any) -> ChunkState:
-    """Return what is kept for a model chunk."""
+    """Return the state of a model chunk."""
     if chunk not in _chunks:
         _chunks[chunk] = ChunkState()
     return _chunks[chunk]
 
 
 def of_weight(weight: torch.Tensor) -> WeightState:
-    """Return what is kept for a weight."""
+    """Return the state of a weight."""
     state: WeightState | None = _weights.get(weight)
     if state is None:
         _weights[weight] = state = WeightState()

@@ -1,8 +1,9 @@
 """Clones without state: their weights come from the homes, their gradients go home before the data-parallel reduction.
 
-What a clone has is its weights and a gradient buffer. Tensors travel one by one, point to point, from where they lie to where
-they belong: weights without any copy on the way, gradients into a landing place for as many experts as a rank has clones,
-since a hot expert's home gets gradients from many ranks. All ranks of the group make the same calls in the same order.
+A clone has weights and a gradient buffer, and nothing else. Tensors are sent point to point, each by itself. Weights are
+received in the clone's own parameters, without a copy. Gradients are received in buffers and then added at the home. They are
+sent in rounds, because the home of a hot expert gets gradients from many ranks: in one round a rank receives those of at most
+as many experts as it has clones. All ranks of the group make the same calls in the same order.
 """
 
 import time
@@ -22,7 +23,7 @@ from counterflow.balance.placement import EMPTY, Placement
 from counterflow.devices import find_device
 from counterflow.moe.gradients import GradientStore
 
-# Tags of one (layer, slot): its weights', then its gradients'.
+# The most tensors that an expert has. A (layer, slot) has twice as many tags: first those of weights, then those of gradients.
 TENSORS_PER_EXPERT = 8
 
 
@@ -36,10 +37,11 @@ class LayerExperts:
 
 @dataclass
 class Traffic:
-    """The traffic of clones since the last step; times are seconds of the host's clock, ``waited`` is time without compute.
+    """What clones and homes of the expert-parallel group have sent since the last step.
 
-    ``clones``: those sent in the expert-parallel group, ``moved`` of them to slots that held another expert; ``homes``: those
-    that moved in it; ``bytes``: what all clones of the group took, weights and gradients.
+    ``clones`` is the number of clones sent, ``moved`` how many of them went to a slot that held another expert, ``homes`` the
+    number of homes that moved. ``bytes`` counts the weights and gradients of all clones. Times are seconds of this host's clock:
+    ``weights`` and ``gradients`` run from the start of a transfer to its end, ``waited`` is the part in which the host waited.
     """
 
     clones: int = 0
@@ -51,14 +53,17 @@ class Traffic:
     waited: float = 0.0
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Set all numbers to zero."""
         for name, value in vars(Traffic()).items():
             setattr(self, name, value)
 
 
 @dataclass(frozen=True)
 class _Transfer:
-    """The clone in ``slot`` of ``layer`` and its expert's home, each as its rank and its place among that rank's."""
+    """The clone in ``slot`` of ``layer``, and the home of its expert.
+
+    ``clone`` is the clone's index among the clones of its rank, ``home`` the home's index among the homes of its rank.
+    """
 
     layer: int
     slot: int
@@ -69,10 +74,10 @@ class _Transfer:
 
 
 class Clones:
-    """The clones of one model chunk's layers, and their traffic with the homes over ``group``, which is used for nothing else.
+    """The clones of one model chunk's layers: sends weights from homes to clones, and gradients from clones to homes.
 
-    ``first_layer``: where these layers begin in the placement given to `refresh`. ``gradients``: where the trainer keeps those
-    of the homes.
+    ``group`` serves these transfers alone. ``first_layer`` is the index of the chunk's first layer in the placement that
+    `refresh` takes. ``gradients`` is the trainer's gradient store.
     """
 
     def __init__(
@@ -145,7 +150,7 @@ class Clones:
             return
         senders = np.array([t.clone_rank for t in self._held], np.int64)
         receivers = np.array([t.home_rank for t in self._held], np.int64)
-        # As many in one round as a rank has clones: what lands never takes more room than the clones' own gradients.
+        # At most as many in one round as a rank has clones, so receive buffers take no more room than the clones' gradients.
         rounds = arrange_rounds(senders, receivers, self._ranks, max(1, self._width - self._own))
         self._rounds = [[] for _ in range(int(rounds.max(initial=-1)) + 1)]
         for transfer, turn in zip(self._held, rounds.tolist(), strict=True):
@@ -215,7 +220,7 @@ class Clones:
     def _make_operations(
         self, run: Callable[..., Any], tensors: Iterable[torch.Tensor], peer: int, transfer: _Transfer, tag: int
     ) -> list[dist.P2POp]:
-        """Return one operation for each tensor; its tag says what it is, for groups that match messages by tags."""
+        """Return one operation for each tensor. Each has a tag of its own, for process groups that match messages by tags."""
         place = (self._first + transfer.layer) * self._ranks * self._width + transfer.slot
         begin = 2 * TENSORS_PER_EXPERT * place + tag
         return [
@@ -243,21 +248,21 @@ def find_timeout(group: dist.ProcessGroup) -> timedelta:
 
 
 def open_group(experts: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Return a group of the expert-parallel ranks for the clones alone, which waits as long as ``experts``, the trainer's own.
+    """Open a process group for the clones, with the ranks and the timeout of ``experts``, the trainer's expert-parallel group.
 
-    Every rank of the run has to open one, also where it has no clones: torch names the groups that are opened later, as some
-    checkpoints do, by how many a rank has opened before.
+    Every rank of the run has to call this, even one without clones. torch names a group by how many groups the rank has opened
+    before, and a group that is opened later, for a checkpoint, say, needs the same name on all ranks.
     """
     ranks = dist.get_process_group_ranks(experts)
     group = dist.new_group(ranks, find_timeout(experts), use_local_synchronization=True, group_desc="CF_CLONES")
     assert isinstance(group, dist.ProcessGroup)
-    # A group's first batch of transfers may need all its ranks, and not all of them send to each other.
+    # The first batch of transfers in a group may need all of its ranks, but not all of them take part in it.
     dist.barrier(group=group)
     return group
 
 
 def measure_clones(layers: list[LayerExperts], gradients: GradientStore) -> tuple[int, int]:
-    """Return the bytes of this rank's clones: of their weights, and of their gradients."""
+    """Return the bytes of the weights and of the gradients of this rank's clones."""
     parameters = list_clone_parameters(layers)
     return _count_bytes(parameters), _count_bytes(list_gradients(parameters, gradients))
 
@@ -272,12 +277,12 @@ def _count_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def list_gradients(parameters: list[torch.nn.Parameter], gradients: GradientStore) -> list[torch.Tensor]:
-    """Return the gradients of those parameters that are trained."""
+    """Return the gradients of the parameters that are not frozen."""
     return [gradient for parameter in parameters if (gradient := gradients.of(parameter)) is not None]
 
 
 def _prepare(clone: list[torch.nn.Parameter], home: list[torch.nn.Parameter], gradients: GradientStore) -> None:
-    """Give a clone's parameters the type of a home's, and let them collect gradients as the home's do."""
+    """Give a clone's parameters the shape and type of a home's, and let them collect gradients as the home's do."""
     if len(clone) != len(home) or len(home) > TENSORS_PER_EXPERT:
         raise ValueError(
             f"a clone of {len(clone)} tensors for a home of {len(home)}; up to {TENSORS_PER_EXPERT}, as many in both"

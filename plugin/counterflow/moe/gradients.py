@@ -12,7 +12,7 @@ class GradientStore(Protocol):
     """A trainer's gradients, by parameter."""
 
     def of(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
-        """Return the tensor that a step's gradients of a parameter are summed up in; None for a frozen parameter."""
+        """Return the tensor in which a step's gradients of a parameter are summed; None for a frozen parameter."""
 
     def add(self, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
         """Add a gradient that was computed elsewhere to the parameter's own."""
@@ -21,14 +21,14 @@ class GradientStore(Protocol):
         """Let ``parameter``, which the trainer does not know, collect gradients as the trainer's ``like`` does."""
 
     def clear(self, parameter: torch.nn.Parameter) -> None:
-        """Set the gradient of a parameter that `prepare` was called for to zero, at the begin of a step."""
+        """Set a gradient to zero at the begin of a step, for a parameter that `prepare` was called with."""
 
 
 class PlainGradients:
-    """Gradients as autograd leaves them, in ``.grad``. The trainer clears those of its own parameters before each step."""
+    """Gradients in ``.grad``, where autograd leaves them. The trainer clears the ones of its own parameters before each step."""
 
     def of(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
-        """Return ``parameter.grad``, zeros where no backward has come to the parameter; None for a frozen parameter."""
+        """Return ``parameter.grad``, which is zeros before the first backward; None for a frozen parameter."""
         if parameter.grad is None and parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
         return parameter.grad
@@ -40,7 +40,7 @@ class PlainGradients:
         own.add_(gradient)
 
     def prepare(self, parameter: torch.nn.Parameter, like: torch.nn.Parameter) -> None:
-        """Do nothing: autograd collects what it is given."""
+        """Do nothing: autograd fills ``.grad`` of any parameter."""
 
     def clear(self, parameter: torch.nn.Parameter) -> None:
         """Forget the gradient."""

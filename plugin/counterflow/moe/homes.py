@@ -1,7 +1,8 @@
-"""Re-homing: experts change the rank they live on, with all that the optimizer keeps for them.
+"""Re-homing: experts change the rank on which their home is; weights and optimizer state move with them.
 
-An expert keeps its place among the homes of a rank: all ranks have as much in one place, the same parameters in the same order
-of the same optimizer shards, so what a rank has of an expert goes, as it is, to the rank with the same shard of the other one.
+An expert keeps its place among the homes of a rank. At one place all ranks have the same parameters in the same order, and the
+same shards of the optimizer's state. So a rank sends its part of an expert unchanged to the rank that has the same part of the
+other expert.
 """
 
 from collections.abc import Callable
@@ -13,16 +14,16 @@ import torch.distributed as dist
 from counterflow.arrays import Array
 from counterflow.balance.placement import Placement
 
-# What is to be moved of a home, and what puts it down there: (layer, place) to tensors, (layer, place, tensors) to nothing.
+# `Take` returns the tensors of the home at (layer, place); `Put` stores tensors that arrived for the home at (layer, place).
 Take = Callable[[int, int], list[torch.Tensor]]
 Put = Callable[[int, int, list[torch.Tensor]], None]
 
 
 def move_homes(old: Placement, new: Placement, group: dist.ProcessGroup, take: Take, put: Put) -> int:
-    """Move every home that ``new`` has on another rank than ``old``; return how many, over all ranks of ``group``.
+    """Move every home that is on another rank in ``new`` than in ``old``; return how many moved on all ranks of ``group``.
 
-    One expert of a rank is under way at a time, so that it takes no more room than one. Every rank calls this with the same
-    placements, whose homes differ by exchanges between ranks alone (`plan_homes`).
+    A rank moves one expert at a time, so that receive buffers take the room of one. Every rank calls this with the same two
+    placements. Their homes may differ by exchanges between ranks only, as those of `plan_homes` do.
     """
     rank, peers = group.rank(), dist.get_process_group_ranks(group)
     giver, taker = find_exchanges(old, new)
@@ -40,7 +41,7 @@ def move_homes(old: Placement, new: Placement, group: dist.ProcessGroup, take: T
 
 
 def find_exchanges(old: Placement, new: Placement) -> tuple[Array, Array]:
-    """Return ``int64[layers, ranks, places]`` twice: the rank that a home's next expert comes from, and that its last goes to."""
+    """Return two arrays ``int64[layers, ranks, places]``: the rank that each home receives from, and the rank it sends to."""
     assert old.homes is not None and new.homes is not None
     width = old.cluster.slots_per_rank[0]
     places = old.homes.shape[1] // old.cluster.ranks

@@ -13,11 +13,10 @@ from counterflow.moe.slots import make_slot_table, place_evenly, place_exactly
 
 
 class LayerSlots:
-    """One MoE layer's slots on this rank: ``homes`` of them, then ``clones``, as on all ranks.
+    """One MoE layer's slots on this rank: first ``homes`` home slots, then ``clones`` clone slots, as on every rank.
 
-    The ranks of ``sources`` deal their tokens together; ``rank_of_source`` says which expert-parallel rank each is on. An adapter
-    says in `list_experts` what the slots hold. Until `connect`, and while no clone is planned, every token goes to its expert's
-    home.
+    The tokens of all ranks of ``sources`` are split together; ``rank_of_source[i]`` is the expert-parallel rank of source i. An
+    adapter overrides `list_experts`. Every token goes to its expert's home until `connect` was called and clones are planned.
     """
 
     number = 1
@@ -38,21 +37,22 @@ class LayerSlots:
 
     @property
     def is_training(self) -> bool:
-        """Whether the layer trains; loads are counted where it does, and gradients are on."""
+        """Whether the layer trains. Loads are counted only if it does and gradients are on."""
         return True
 
     def connect(self, tracker: LoadTracker, index: int, clones: Clones, clones_index: int) -> None:
-        """Set the tracker of loads, the clones' traffic, and this layer's index in each."""
+        """Set the load tracker and the clones, with this layer's index in each."""
         self._tracker, self._index, self._clones, self._clones_index = tracker, index, clones, clones_index
 
     def hold(self, placement: Placement, device: torch.device) -> None:
-        """Use a placement, which has this layer alone."""
+        """Use ``placement``, which has one layer: this one."""
         self._table = make_slot_table(placement, device)
 
     def deal(self, probs: torch.Tensor, routing_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return probabilities and map over slots, ``[tokens, slots]``, and under the exact split all sources' counts.
+        """Map tokens from experts to slots: return probabilities and routing map, ``[tokens, slots]``, and the shares.
 
-        Both arguments are over experts, ``[tokens, experts]``. The exact split needs the counts of all sources.
+        Both arguments are ``[tokens, experts]``. The shares, ``int64[sources, slots]``, are the tokens that each source sends to
+        each slot. The exact split computes them from the counts of all sources; under the even split they are None.
         """
         is_counted = self.is_training and torch.is_grad_enabled() and self._tracker is not None
         own = routing_map.sum(0)
@@ -72,5 +72,5 @@ class LayerSlots:
         return slot_probs, slot_map, torch.from_numpy(shares).to(routing_map.device, non_blocking=True)
 
     def finish_refresh(self) -> bool:
-        """Wait for the clones' weights, before they compute; tell whether there were any to wait for."""
+        """Wait for the clones' weights before the clones compute; tell whether any were sent in this step."""
         return self._clones is not None and self._clones.finish_refresh(self._clones_index)

@@ -1,4 +1,4 @@
-"""Load tracking: tokens per expert and rank, of every layer and micro-batch, without waiting for a device."""
+"""Load tracking: count tokens per expert and rank in every layer and micro-batch, without waiting for a device."""
 
 from typing import NamedTuple
 
@@ -11,38 +11,39 @@ from counterflow.errors import BalanceError
 
 
 class Loads(NamedTuple):
-    """Tokens of one step: ``experts``, ``int64[micro-batches, layers, experts]``, and ``ranks``, ``[…, ranks]``, where known."""
+    """Tokens of one step: ``experts``, ``int64[micro-batches, layers, experts]``; ``ranks``, ``[…, ranks]``, or None."""
 
     experts: Array
     ranks: Array | None
 
 
 class LoadTracker:
-    """Keeps what the layers of this pipeline rank report until it is taken."""
+    """Keeps the loads that the layers of this pipeline rank report, until `take` returns them."""
 
     def __init__(self, layers: int) -> None:
         self._counts: list[list[tuple[Array, Array]]] = [[] for _ in range(layers)]
         self._own: list[list[torch.Tensor]] = [[] for _ in range(layers)]
 
     def add(self, layer: int, experts: Array, ranks: Array) -> None:
-        """Keep the tokens of a layer's next micro-batch, ``int64[experts]`` and ``int64[ranks]``, of all its sources."""
+        """Keep the tokens of all sources in a layer's next micro-batch, ``int64[experts]`` and ``int64[ranks]``."""
         self._counts[layer].append((experts, ranks))
 
     def add_own(self, layer: int, experts: torch.Tensor) -> None:
-        """Keep this source's own tokens, ``int64[experts]``, on the device: they are summed over the sources when taken."""
+        """Keep this source's own tokens, ``int64[experts]``, on the device; `take` sums them over the sources."""
         self._own[layer].append(experts)
 
     def forget(self) -> None:
-        """Drop what was kept, of a step that did not end."""
+        """Drop the loads of a step that did not end."""
         for counted, own in zip(self._counts, self._own, strict=True):
             counted.clear()
             own.clear()
 
     def take(self, microbatches: int, sources: dist.ProcessGroup) -> Loads:
-        """Return one step's loads and forget them; ``sources`` are the ranks whose tokens are dealt together.
+        """Return one step's loads and forget them; ``sources`` are the ranks whose tokens are split together.
 
-        A layer that ran several times in a micro-batch (a repeated prediction layer) counts them together; one that reported
-        nothing, since it is frozen, say, and ran without gradients alone, has none. Raises `BalanceError` where all are such.
+        A layer that ran several times in a micro-batch (a repeated prediction layer) has the sum of these runs. A layer that
+        reported nothing has zeros: a frozen one, for example, that runs without gradients. Raises `BalanceError` if no layer
+        reported anything.
         """
         own, counts = [list(kept) for kept in self._own], [list(kept) for kept in self._counts]
         self.forget()

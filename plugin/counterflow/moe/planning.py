@@ -25,8 +25,8 @@ class ClonePlanner:
     """Plans on the first rank of ``group``, which broadcasts each plan to the others.
 
     ``group`` has the ranks that hold the same layers. ``interval`` is the number of steps between plans, ``rehome_interval``
-    the number of steps between plans that may move homes, ``traffic_weight`` is that of `plan_clones`. If each rank planned for
-    itself, processors that round differently could come to different placements.
+    the number of steps between plans that may move homes, ``traffic_weight`` is the parameter of `plan_clones`. One rank plans
+    because processors that round differently could come to different placements.
     """
 
     def __init__(

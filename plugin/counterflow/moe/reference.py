@@ -8,9 +8,9 @@ from counterflow.arrays import Array
 def place_one_by_one(routed: Array, held: Array, shares: Array | None) -> Array:
     """Return the slot map ``bool[tokens, slots]`` of ``routed``, ``bool[tokens, experts]``, token by token.
 
-    ``held``: ``int64[slots]``, each slot's expert, or -1. A token goes to the first slot of its expert that has fewer tokens than
-    its ``shares``, ``int64[slots]``; where those are None, its expert's tokens take turns. Reference of `place_exactly` and
-    `place_evenly`.
+    ``held``, ``int64[slots]``, is each slot's expert, -1 for an empty slot. A token goes to the first slot of its expert that
+    has fewer tokens than its share in ``shares``, ``int64[slots]``. Without shares, the tokens of an expert take turns over its
+    slots. Reference of `place_exactly` and `place_evenly`.
     """
     tokens, experts = routed.shape
     placed = np.zeros((tokens, len(held)), np.bool_)

@@ -1,4 +1,4 @@
-"""Where ranks run: on GPUs, as Megatron expects, or on the CPU over gloo."""
+"""The platform of ranks: GPUs, as Megatron expects, or the CPU over gloo."""
 
 from counterflow.errors import OptionError
 from counterflow.patching import Patches

@@ -1,4 +1,4 @@
-"""Replace the functions of Megatron that need a GPU in other ways than through public names of ``torch.cuda``.
+"""Replace functions of Megatron that need a GPU, beyond their calls of public names of ``torch.cuda``.
 
 `platform.cpu` replaces the public names. A function of Megatron is replaced in its own module and in every module that has
 imported it by name.
@@ -127,7 +127,7 @@ def _wait_for_input(send: Any) -> Any:
 
 
 def _run_on_workers(run: Any, compute: streams.Stream, get_comm_stream: Any) -> Any:
-    """Wrap a chunk plan's ``run``: nodes keep Megatron's order of issue, compute and communication get a worker each."""
+    """Wrap a chunk plan's ``run``: nodes are issued in Megatron's order, to one worker for compute and one for communication."""
 
     @wraps(run)
     def run_on_workers(*args: Any, **kwargs: Any) -> Any:

@@ -1,12 +1,12 @@
-"""CUDA's streams and events on the CPU platform: a stream is an ordered worker, an event a point in its order.
+"""CUDA's streams and events on the CPU platform: a stream is a worker with a queue, an event is a point in a queue.
 
-Work that is submitted to a stream runs on the stream's own thread, one piece after the other, while the submitting thread
-goes on; torch's operators and gloo's waits release Python's lock, so two streams really run at once. A stream on which nothing
-was submitted has no thread, and Python code in a ``with torch.cuda.stream(…)`` block runs where it stands, after what the
-stream has queued. So a program that submits nothing runs in program order, and nothing here costs it anything.
+Work that is submitted to a stream runs on the stream's own thread, piece by piece, while the submitting thread goes on. torch's
+operators and gloo's waits release Python's lock, so two streams really run at the same time. A stream without submitted work has
+no thread. Python code in a ``with torch.cuda.stream(…)`` block runs on the calling thread, after the work that the stream has
+queued. So a program that submits nothing runs in program order, at no extra cost.
 
-An exception in a worker ends its stream: what is queued behind fails with the same exception, as does every stream that waits
-for it, and whoever synchronises gets it raised.
+An exception in a worker ends its stream: all work queued behind it fails with the same exception, as does every stream that
+waits for it. A thread that synchronises with the stream gets the exception.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ import torch
 
 from counterflow.platform.devices import CPU, CudaOnCpu
 
-# A point in a stream's order: the time at which it was reached, in seconds, known already or later.
+# A point in a stream's order: the time in seconds at which it was reached, or a future of it.
 Point = float | Future[float]
-# Work, the grad mode it runs under, and what it makes; None ends the worker.
+# Work, the grad mode under which it runs, and the future of its result; None ends the worker.
 _Queue = SimpleQueue[tuple[Callable[[], Any], bool, Future[Any]] | None]
 
 
 class Stream:
-    """An ordered worker; the default stream is the program order of the thread that asks."""
+    """A worker with a queue; the default stream has no worker and stands for the calling thread."""
 
     device = CPU
     cuda_stream = 0
@@ -48,7 +48,7 @@ class Stream:
         return 0, 0
 
     def submit(self, work: Callable[[], Any]) -> Future[Any]:
-        """Queue ``work`` behind what the stream has; it runs under the caller's context variables and grad mode."""
+        """Queue ``work`` on the stream; it runs under the caller's context variables and grad mode."""
         done: Future[Any] = Future()
         with self._lock:
             if self._thread is None:
@@ -75,7 +75,7 @@ class Stream:
                     failure = error
                     done.set_exception(error)
                 self._forget(done)
-                # While the worker waits for more, nothing is to be kept alive by it.
+                # A waiting worker must not keep tensors alive.
                 del item, work, done
 
     def _forget(self, done: Future[Any]) -> None:
@@ -84,7 +84,7 @@ class Stream:
                 self._newest = None
 
     def stop(self) -> None:
-        """End the worker after what is queued; the next `submit` starts another."""
+        """End the worker after all queued work; the next `submit` starts another."""
         with self._lock:
             if self._thread is not None:
                 self._queue.put(None)
@@ -106,7 +106,7 @@ class Stream:
             self.submit(point.result)
 
     def synchronize(self) -> None:
-        """Wait until all work is done; raises what ended the stream."""
+        """Wait until all work is done; raises the exception that ended the stream, if any."""
         newest = self._newest
         if self is not _here.home and newest is not None:
             newest.result()
@@ -172,7 +172,7 @@ _started: "weakref.WeakSet[Stream]" = weakref.WeakSet()
 
 
 class _Here(threading.local):
-    """Of this thread: the stream whose order is the thread's own, and the one that is current."""
+    """The streams of a thread: ``home``, whose work the thread itself runs, and ``current``, to which work is issued."""
 
     home = DEFAULT
     current = DEFAULT
@@ -187,7 +187,7 @@ def get_current() -> Stream:
 
 
 def is_home(stream: Stream) -> bool:
-    """Tell whether ``stream`` is this thread's own order: its work runs where it stands."""
+    """Tell whether this thread runs the work of ``stream`` itself."""
     return stream is _here.home
 
 
@@ -208,7 +208,7 @@ def issue_to(stream: Stream) -> Iterator[None]:
 
 @contextlib.contextmanager
 def run_on(stream: Stream | None) -> Iterator[Stream | None]:
-    """What ``torch.cuda.stream`` is: the block's Python code runs here, after what the stream has queued."""
+    """Replace ``torch.cuda.stream``: the block's Python code runs on this thread, after the work that the stream has queued."""
     if stream is None:
         yield None
         return

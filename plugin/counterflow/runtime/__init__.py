@@ -1,4 +1,4 @@
-"""Executes a schedule table over model chunks; knows nothing of whose model it is."""
+"""Runs a schedule table over the model chunks of any trainer."""
 
 from counterflow.runtime.communication import communicate
 from counterflow.runtime.weight_grads import defer_weight_grad, hold_weight_grads

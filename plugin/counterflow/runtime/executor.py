@@ -1,8 +1,8 @@
-"""Run one rank's program: stages and messages of any model.
+"""Run one rank's program, for any model.
 
-The trainer supplies `Work`: a forward and a backward of one (stage, micro-batch). The program says when;
-the mailbox moves what crosses ranks; what stays on the rank (the turn of a V) is handed over here, and so is the
-weight-gradient work that an I leaves for its W.
+The trainer supplies `Work`: a forward and a backward of one (stage, micro-batch). The program has the order of actions. The
+mailbox moves messages between ranks. The executor itself keeps two things from one action to a later one: messages between two
+stages of the same rank (at the turn of a V), and the weight-gradient work that an I leaves for its W.
 """
 
 from collections.abc import Callable
@@ -26,28 +26,28 @@ class Work(Protocol):
     """What a trainer does for one (stage, micro-batch)."""
 
     def forward(self, stage: int, microbatch: int, received: Message) -> Message:
-        """Return the stage's output; ``received`` is the input, () on the first stage.
+        """Return the stage's output; ``received`` is its input, () on the first stage.
 
-        What needs a gradient in the sender's output needs one in ``received``.
+        A member of ``received`` needs a gradient if the sender's did.
         """
 
     def backward(self, stage: int, microbatch: int, received: Message) -> Message:
         """Return the gradients of the input's members (`messages.run_backward`).
 
-        ``received`` are those of the output's members, () on the last stage. In an I, what it gives to `defer_weight_grad` runs
-        at the W.
+        ``received`` are the gradients of the output's members, () on the last stage. In an I, functions passed to
+        `defer_weight_grad` run at the W.
         """
 
     def finish_backward(self, stage: int, microbatch: int) -> None:
-        """Is called when all weight gradients of this (stage, micro-batch) are computed; does nothing where left out."""
+        """Called when all weight gradients of this (stage, micro-batch) are computed; by default does nothing."""
         return
 
     def reduce(self, stage: int) -> None:
-        """Start the reduction of the stage's gradients, which runs beside what follows; does nothing where left out."""
+        """Start the reduction of the stage's gradients, which runs beside later actions; by default does nothing."""
         return
 
     def release_output(self, stage: int, microbatch: int) -> None:
-        """Is called when the output has been passed on; its data may be freed. Does nothing where left out."""
+        """Called when the output has been sent; its data may be freed. By default does nothing."""
         return
 
 
@@ -70,8 +70,8 @@ def run_program(
 ) -> None:
     """Run the program's instructions in order.
 
-    The parts of a pair run one after the other, with ``handover`` in turn: where one communicates the other computes. An error is
-    told to the other ranks (``watch``) and raised with the action it came from.
+    The parts of a pair run one after the other, or, with ``handover``, in turn: one computes where the other communicates. If an
+    action raises, ``watch`` tells the other ranks, and the error that is raised names the action.
     """
     run = _Run(work, mailbox, recorder, handover)
     if watch is not None:
@@ -90,7 +90,7 @@ def run_program(
 
 
 class _Run:
-    """One run of a program: what is held between its actions."""
+    """One run of a program, with the messages and weight-gradient work that wait for a later action."""
 
     def __init__(self, work: Work, mailbox: Mailbox, recorder: Recorder | None, handover: HandOver | None) -> None:
         self._work, self._mailbox, self._recorder, self._handover = work, mailbox, recorder, handover
@@ -180,7 +180,7 @@ class _Run:
             self._recorder.begin_compute()
 
     def require_empty(self) -> None:
-        """Raise where a weight gradient was left undone: the optimizer would not miss it."""
+        """Raise if a weight gradient was never computed; the optimizer would not notice."""
         if self._queues:
             stage, microbatch = next(iter(self._queues))
             raise ScheduleError(f"the weight gradients of stage {stage}, micro-batch {microbatch} were never computed")

@@ -1,13 +1,14 @@
 """Insert communication into a table: what one rank receives, computes and sends, in order.
 
-A table says what is computed. Everything else follows from it: a stage's output goes to the next stage, its input gradient to
-the one before; results that stay on the rank are handed over. Sends follow their action at once. Receives are posted
-ahead: on each channel (one sender to this rank) the next messages, in the order in which the sender makes them. Both ends
-derive that order from the same table, so no message needs to say which it is, and one FIFO per channel is enough, as NCCL
-provides. A message is a tuple of tensors (`messages`); the mailbox knows how many, the program does not.
+A table lists computations; communication follows from them. A stage's output goes to the next stage, its input gradient to the
+stage before; a message between two stages of one rank is kept there. An action's result is sent at once. Receives are posted
+ahead: for each sender, the next few messages, in the order in which the sender makes them. Both ends derive that order from the
+same table, so messages need no names and one FIFO per pair of ranks is enough, as NCCL has it. A message is a tuple of tensors
+(`messages`); the mailbox knows how many, the program does not.
 
-What has been sent is kept until it has arrived. No message says so, but a peer that sends a result has run its row up to there,
-and so has taken what it needed before: each receive tells which earlier sends to that peer can be let go.
+Sent tensors are kept until they have arrived. The receiver does not confirm that. But when it sends a result of its own, it has
+run its row up to that action and has received all that came before. So each receive names the earlier sends to that peer that
+can be released.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from counterflow.schedule.actions import Action
 from counterflow.schedule.dependencies import Result, find_input, find_receiver, find_result
 from counterflow.schedule.table import ScheduleTable
 
-# Receives kept posted on each channel beyond what is needed now: their senders never find the door closed.
+# Receives posted for each sender beyond the one needed now, so that a sender never waits for a receive.
 POSTED_AHEAD = 2
 
 
@@ -33,9 +34,9 @@ class Transfer(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A single action: its input is received, or was kept by an earlier part; its result is sent, or kept for a later one.
+    """A single action. Its input is received, or kept from an earlier part; its result is sent, or kept for a later part.
 
-    With its ``receive``, the sends of the tags ``delivered`` are known to have arrived.
+    Once ``receive`` is complete, the sends with the tags ``delivered`` have arrived.
     """
 
     single: Action
@@ -47,7 +48,7 @@ class Part(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One action of a row: receives to post as it comes up, then its parts."""
+    """One action of a row: the receives to post before it, and its parts."""
 
     action: Action
     posts: tuple[Transfer, ...]
@@ -83,7 +84,7 @@ def lower(table: ScheduleTable, rank: int) -> Program:
 
 
 def list_incoming(table: ScheduleTable, rank: int) -> dict[int, list[Result]]:
-    """Return what each other rank sends to ``rank``, in the order in which it is made."""
+    """Return the messages that each other rank sends to ``rank``, in the order in which it sends them."""
     incoming: dict[int, list[Result]] = {}
     for sender in range(table.ranks):
         for single in table.singles(sender) if sender != rank else ():
@@ -94,7 +95,7 @@ def list_incoming(table: ScheduleTable, rank: int) -> dict[int, list[Result]]:
 
 
 def _list_deliveries(table: ScheduleTable, rank: int, peer: int) -> dict[Result, tuple[int, ...]]:
-    """Return, for each message of ``peer``, the tags of what it has taken from ``rank`` since its message before."""
+    """Return, for each message from ``peer``, the tags of the messages that it received since it sent the one before."""
     deliveries: dict[Result, tuple[int, ...]] = {}
     taken: list[int] = []
     for single in table.singles(peer):

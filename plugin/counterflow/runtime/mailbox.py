@@ -22,7 +22,7 @@ from counterflow.runtime.messages import (
     write_header,
 )
 
-# Of one message, the header has the first tag and each member one of the others.
+# The tags of one message: the first is the header's, then one for each member.
 TAGS = 1 + MAX_MEMBERS
 HEADER = -1
 
@@ -108,7 +108,7 @@ def _list_receivers(program: Program, sender: int) -> set[int]:
 
 
 class Waiting(NamedTuple):
-    """What a rank waits for: a member of a message, or its header; ``is_alone`` where messages have one member."""
+    """A member of a message that a rank waits for, or the message's header; ``is_alone`` if messages have one member."""
 
     transfer: Transfer
     member: int
@@ -127,11 +127,10 @@ _Coming = tuple[int, torch.Tensor, dist.Work, bool]
 class Mailbox:
     """The transfers of one rank during one run of its program.
 
-    ``form`` describes every stage's output, and so what its gradients are; None where even the number of members varies. Where a
-    shape in it varies, a header goes before each message: then nothing is received ahead, since a tensor's size is known only
-    once its header is there.
+    ``form`` describes every stage's output, and so the gradients of it; None if even the number of members varies. If a shape
+    varies, each message is sent with a header before it, and nothing is received ahead, since the header has the sizes.
 
-    A mode that looks at every call of torch, as the CPU platform's does, costs more than the calls: it is off in here.
+    The CPU platform's torch-function mode costs more than the calls that are made here, so it is off in them.
     """
 
     def __init__(self, channels: Channels, form: Form | None, device: torch.device) -> None:
@@ -140,13 +139,13 @@ class Mailbox:
         self._channels, self._form, self._device = channels, form, device
         self._is_fixed = form is not None and all(member.shape is not None for member in form)
         outputs = list(enumerate(form or ()))
-        # Of a message whose form is known, what travels: every output, and the gradients that are wanted.
+        # The members that are sent of a message whose form is known: every output, and the gradients that are wanted.
         self._travels = {"F": outputs, "B": [(index, member) for index, member in outputs if member.returns]}
         self._is_alone = form is not None and len(form) == 1
         self._waiting: tuple[Transfer, int] | None = None
         self._sent: dict[int, list[tuple[torch.Tensor, dist.Work]]] = {}
         self._posted: dict[int, list[_Coming]] = {}
-        # Where shapes vary: what each peer sends next, in its order, and what has been taken before it was needed.
+        # If shapes vary: the messages that each peer sends next, in its order, and those received before they were needed.
         self._expected: dict[int, deque[Transfer]] = {}
         self._taken: dict[int, Message] = {}
         # Waiting on a GPU orders streams and returns; a time limit there would stop the host instead.
@@ -161,9 +160,9 @@ class Mailbox:
                 self._expected.setdefault(transfer.peer, deque()).append(transfer)
 
     def receive(self, transfer: Transfer, delivered: tuple[int, ...] = ()) -> Message:
-        """Wait for a message that has been posted and return it; let go of sends that it shows to be ``delivered``.
+        """Wait for a message that was posted and return it; release the sends that are ``delivered`` by then.
 
-        A member of an output needs a gradient where its sender's did; where nobody computes gradients, none does.
+        A member of an output needs a gradient if the sender's did, and none if gradients are off.
         """
         if self._is_fixed:
             message = self._finish_receives(transfer, self._posted.pop(transfer.tag), len(self._travels["F"]))
@@ -200,7 +199,7 @@ class Mailbox:
 
     @property
     def waiting(self) -> Waiting | None:
-        """What is waited for; another thread may ask."""
+        """The member or header that this rank waits for now, None if it does not wait; any thread may read it."""
         waiting = self._waiting
         return Waiting(*waiting, self._is_alone) if waiting is not None else None
 
@@ -215,7 +214,7 @@ class Mailbox:
         )
 
     def _refuse(self, transfer: Transfer, message: Message) -> None:
-        """Raise `ScheduleError`: the message has not the form that the pipeline sends."""
+        """Raise `ScheduleError` that shows the message and the form that it should have."""
         of, what = transfer.message, "gradients " if transfer.message.kind == "B" else ""
         raise ScheduleError(
             f"stage {of.stage} gave {what}{describe_message(message)} for micro-batch {of.microbatch}; "
@@ -252,7 +251,7 @@ class Mailbox:
         return started
 
     def _finish_receives(self, transfer: Transfer, coming: list[_Coming], count: int) -> Message:
-        """Wait for the members that travel; return a message of ``count``."""
+        """Wait for the members ``coming``; return a message of ``count`` members, None for the others."""
         message: list[torch.Tensor | None] = [None] * count
         for index, buffer, work, needs_gradient in coming:
             self._waiting = transfer, index
@@ -264,7 +263,7 @@ class Mailbox:
         return tuple(message)
 
     def _let_go(self, tag: int) -> None:
-        # Gloo's sends do not say by themselves that they are done; of one that is, the wait returns at once.
+        # A send of gloo completes only in its wait, which returns at once if the data has left.
         for _, work in self._sent.pop(tag):
             work.wait(*self._limit)
 

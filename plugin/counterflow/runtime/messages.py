@@ -1,7 +1,7 @@
-"""What stages hand to each other: a message is a tuple of tensors.
+"""A message between stages is a tuple of tensors.
 
-An F hands its stage's output to the next stage. An I or B hands back the gradients of its stage's input, one for each member;
-a member that needs none, a mask say, has None, and nothing is sent for it. A single tensor is a tuple of one.
+An F sends its stage's output to the next stage. An I or B sends back the gradients of its stage's input, one for each member. A
+member that needs no gradient, such as a mask, has None there, and nothing is sent for it. A single tensor is a tuple of one.
 """
 
 from typing import NamedTuple
@@ -25,10 +25,10 @@ DTYPES = (
 
 
 class Member(NamedTuple):
-    """What is known of one member of every stage's output, before a step.
+    """One member of every stage's output, as it is known before a step.
 
-    ``shape`` is None where it varies; a member whose shape varies may be missing. ``gradient`` says whether its gradient is sent
-    back; those of integers and truth values never are.
+    ``shape`` is None if it varies; such a member may also be None in a message. ``gradient`` says whether the member's gradient
+    is sent back; gradients of integers and truth values never are.
     """
 
     shape: tuple[int, ...] | None
@@ -49,16 +49,16 @@ Form = tuple[Member, ...]
 
 
 def share(message: Message) -> Message:
-    """Return the message for a stage on the same rank: the same storage, but nothing of the graph that made it."""
+    """Return the message for a stage on the same rank: tensors with the same storage, detached from the autograd graph."""
     with torch._C.DisableTorchFunction():
         return tuple(None if member is None else member.detach().requires_grad_(member.requires_grad) for member in message)
 
 
 def run_backward(inputs: Message, outputs: Message, gradients: Message) -> Message:
-    """Run the backward of a stage from the gradients of its outputs; return those of its inputs, None where there is none.
+    """Run a stage's backward from the gradients of its outputs; return its inputs' gradients, None for an input without one.
 
-    Only outputs that have a gradient take part. Without ``gradients`` the outputs are losses, and each starts from 1. The data of
-    outputs may have been freed. Raises `ScheduleError` where the gradients do not fit the outputs.
+    Only outputs that have a gradient take part. Without ``gradients`` the outputs are losses, each with the gradient 1. The data
+    of outputs may have been freed. Raises `ScheduleError` if the gradients do not fit the outputs.
     """
     if gradients and len(gradients) != len(outputs):
         raise ScheduleError(f"the next stage gave {len(gradients)} gradients back; it was sent {len(outputs)} tensors")
@@ -80,19 +80,19 @@ def run_backward(inputs: Message, outputs: Message, gradients: Message) -> Messa
 
 
 def describe_message(message: Message) -> str:
-    """Return shapes and types for an error message."""
+    """Return shapes and types of a message's members, for error messages."""
     return ", ".join("None" if member is None else f"{tuple(member.shape)} {member.dtype}" for member in message) or "nothing"
 
 
 def describe_form(form: Form | None) -> str:
-    """Return what a form allows for an error message."""
+    """Return the members of a form in words, for error messages."""
     return "any tensors" if form is None else ", ".join(map(str, form))
 
 
 def write_header(message: Message) -> list[int]:
-    """Return the number of members, then type, whether a gradient is needed, and shape of each; type 0 is a missing member.
+    """Return a header: the number of members, then type, need of a gradient, and shape of each; type 0 is a missing member.
 
-    Raises `ScheduleError` where the message has no room in it.
+    Raises `ScheduleError` for more members or dimensions than a header has room for, and for an unknown type.
     """
     header = [len(message)]
     for member in message:
@@ -112,7 +112,7 @@ def write_header(message: Message) -> list[int]:
 
 
 def read_header(header: list[int]) -> list[Member | None]:
-    """Return the members that a header announces; ``gradient`` says whether the sender's needed one."""
+    """Return the members that a header announces; ``gradient`` says whether the sender's member needed one."""
     members: list[Member | None] = []
     for begin in range(1, 1 + header[0] * (3 + MAX_DIMENSIONS), 3 + MAX_DIMENSIONS):
         dtype, needs_gradient, dimensions, *shape = header[begin : begin + 3 + MAX_DIMENSIONS]

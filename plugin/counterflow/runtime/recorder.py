@@ -1,8 +1,8 @@
-"""Write down when each action ran: for ``--cf-record DIR``, and for what actions cost.
+"""Record when each action ran, for ``--cf-record DIR`` and to measure the costs of actions.
 
-A span starts when the action's first input is there, so waiting shows as idle time, as in a simulated
-timeline. On a CPU the host's clock is the truth. On a GPU the host only issues work, so CUDA events
-are recorded and read after the step (untested on GPU).
+A span starts when the action's first input has arrived, so waiting shows as idle time, as in a simulated timeline. On a CPU
+times are read from the host's clock. On a GPU the host only issues work, so CUDA events are recorded and read after the step
+(untested on GPU).
 """
 
 import io
@@ -19,7 +19,7 @@ from counterflow.schedule.timeline import Communication, Span, dump_record
 
 
 class Recorder:
-    """Collects the spans of one rank, its place among the pipeline's ranks."""
+    """Collects the spans of one rank; ``rank`` is its place among the pipeline's ranks."""
 
     def __init__(self, rank: int, use_cuda_events: bool) -> None:
         self._rank = rank
@@ -39,19 +39,19 @@ class Recorder:
         return event
 
     def start(self, action: Action) -> None:
-        """The rank has come to this action."""
+        """Begin an action."""
         if self._base is None and self._use_cuda_events:
             wait_for_device()
             self._base = (time.monotonic(), self.mark())
         self._action, self._begin = action, None
 
     def begin_compute(self) -> None:
-        """The action's input is there; of a pair, the first part's."""
+        """Begin the action's span: its input has arrived (in a pair, the first part's)."""
         if self._begin is None:
             self._begin = self.mark()
 
     def stop(self) -> None:
-        """The action has run; an R, which runs beside what follows, leaves no span."""
+        """End the action's span. An R, which runs beside later actions, has none."""
         if self._action is not None and self._begin is not None:
             self._marks.append((self._action, self._begin, self.mark()))
         self._action = None
@@ -84,7 +84,7 @@ class Recorder:
 
 
 def check_folder(option: str, directory: Path) -> None:
-    """Make the folder that an option names, and write a file in it; raises `OptionError` where that cannot be."""
+    """Make the folder that an option names and write a file in it; raises `OptionError` if that fails."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
@@ -107,8 +107,8 @@ def append_record(
 ) -> None:
     """Append one rank's spans and communications of a step, as a line, to ``DIR/timeline-rank<global rank>.jsonl``.
 
-    ``step`` is the trainer's number; a step that is recorded again, as after a resume, gets another line, and the later counts.
-    ``pipeline_ranks`` are the global ranks of the pipeline, ``rank`` this one's place among them.
+    ``step`` is the trainer's number. A step that is recorded again, after a resume, gets a second line, and the last line counts.
+    ``pipeline_ranks`` are the global ranks of the pipeline, ``rank`` is this rank's place among them.
     """
     directory.mkdir(parents=True, exist_ok=True)
     line = dump_record(step, schedule, pipeline_ranks[0], rank, spans, communications)
@@ -118,7 +118,7 @@ def append_record(
 
 
 def _drop_unfinished_line(file: IO[bytes]) -> None:
-    """Cut off what a kill left of a line."""
+    """Remove a last line without an end, which a killed run leaves."""
     size = file.seek(0, io.SEEK_END)
     file.seek(max(0, size - 1))
     if size and file.read(1) != b"\n":

@@ -1,10 +1,10 @@
-"""Let a stalled or failed pipeline explain itself.
+"""Report why a pipeline stalled or failed.
 
-Each rank tells the others where it is: a thread writes its state (step, action, what it waits for, its last actions) to
-the store of the process group about once a second. When a wait fails or takes too long, or an action raises, a rank writes why it
-ends, reads what the others last said, and follows who waits for whom to the rank where it began. A rank that was
-killed has said nothing for a while; its last words are there all the same. Where a connection broke, a rank speaks at once:
-a launcher ends the others as soon as it sees the first one dead.
+A thread of each rank writes the rank's state to the store of the process group about once a second: step, action, the message it
+waits for, its last actions. When a wait fails or takes too long, or an action raises, the rank writes why it ends. It then reads
+the state of the rank that it waited for, of the rank that one waits for, and so on to the rank where the trouble began. A killed
+rank writes no more, but its last state is still in the store. If a connection broke, the rank reports at once, since a launcher
+ends all ranks as soon as it sees one dead.
 """
 
 import json
@@ -24,14 +24,14 @@ from counterflow.runtime.mailbox import Mailbox
 from counterflow.schedule.actions import Action
 
 RECENT = 6
-# Ranks whose heartbeat the store takes in a second; larger runs speak less often.
+# The heartbeats of all ranks that the store takes in a second; in larger runs each rank writes less often.
 BEATS_PER_SECOND = 1000
-# How many heartbeats to wait for a peer that is ending too to say so, or that still runs to be heard again.
+# How many heartbeats to wait until a peer writes why it ends, or that it still runs.
 LISTEN_BEATS = 2.5
 
 
 class State(TypedDict):
-    """What a rank says of itself. Times are seconds, ``time`` since the epoch."""
+    """The state that a rank writes to the store. Times are seconds, ``time`` since the epoch."""
 
     time: float
     step: int
@@ -47,9 +47,9 @@ class State(TypedDict):
 
 
 class Watch:
-    """Where this rank is, told to the others. ``rank`` is its place among the pipeline's global ranks.
+    """Writes this rank's state for the others; ``rank`` is its place among the pipeline's global ranks.
 
-    A wait that ends with an error before ``limit`` seconds was cut off; one that lasted as long was for a rank that is late.
+    A wait that fails before ``limit`` seconds means a broken connection; one that lasts so long means that a rank is late.
     """
 
     def __init__(self, store: Any, pipeline_ranks: list[int], rank: int, limit: float) -> None:
@@ -71,17 +71,17 @@ class Watch:
         threading.Thread(target=beat, daemon=True, name="counterflow-watch").start()
 
     def begin(self, step: int, *, is_evaluation: bool = False) -> None:
-        """A training step begins, or one of an evaluation after that training step."""
+        """Begin a training step, or a step of an evaluation that follows that training step."""
         self._step_number, self._is_evaluation = step, is_evaluation
 
     def enter(self, position: int, instruction: Instruction) -> None:
-        """The rank has come to this action."""
+        """Begin an action."""
         if self._action is not None:
             self._recent.append(self._action)
         self._position, self._action, self._since = position, instruction.action, time.monotonic()
 
     def tell(self) -> None:
-        """Write where this rank is to the store."""
+        """Write this rank's state to the store."""
         self._write(self._describe(None))
 
     def _write(self, state: State) -> None:
@@ -104,7 +104,7 @@ class Watch:
         )
 
     def explain(self, error: Exception) -> PipelineError:
-        """Tell the others that this rank ends; return the error to raise, with what the others say."""
+        """Write that this rank ends; return the error to raise, which has the states of the ranks that were waited for."""
         # Gloo adds advice to its first sentence.
         first = (str(error).splitlines() or [""])[0].partition(". ")[0]
         self._stop.set()
@@ -118,28 +118,31 @@ class Watch:
         return PipelineError("; ".join([self._phrase(self._rank, mine, f"ended with {mine['ended']}"), *others]))
 
     def _follow(self, state: State, patience: float) -> list[str]:
-        """Return what the rank waited for says, and the one that it waits for, to where it began."""
-        said: list[str] = []
+        """Describe the rank that is waited for, the rank which that one waits for, and so on, one line each."""
+        lines: list[str] = []
         seen = {self._rank}
         while state["waits_for"] is not None and state["waits_for"] not in seen:
             rank = state["waits_for"]
             seen.add(rank)
             heard, lives = self._listen(rank, patience)
             if heard is None:
-                return [*said, f"rank {rank} has never said anything"]
+                return [*lines, f"rank {rank} has never said anything"]
             state = heard
             age = f"last heard {time.time() - state['time']:.0f} s ago"
             if state["ended"]:
-                said.append(self._phrase(rank, state, f"ended with {state['ended']}"))
+                lines.append(self._phrase(rank, state, f"ended with {state['ended']}"))
             elif lives:
-                said.append(self._phrase(rank, state, f"still runs, {age}"))
+                lines.append(self._phrase(rank, state, f"still runs, {age}"))
             else:
-                said.append(self._phrase(rank, state, f"is gone, {age}: killed, or its machine lost"))
+                lines.append(self._phrase(rank, state, f"is gone, {age}: killed, or its machine lost"))
                 break
-        return said
+        return lines
 
     def _listen(self, rank: int, patience: float) -> tuple[State | None, bool]:
-        """Return the last words of a rank, and whether it speaks again; one that is ending too gets time to say so."""
+        """Return the last state of a rank, and whether it was written while this waited, up to ``patience`` seconds.
+
+        Returns sooner if the rank has written that it ends.
+        """
         key, first = self._key(rank), None
         deadline = time.monotonic() + patience
         while True:

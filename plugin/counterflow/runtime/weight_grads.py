@@ -1,7 +1,7 @@
 """Weight-gradient work that an I leaves for its W.
 
-A backward that can compute its weight gradients later hands that work to `defer_weight_grad`. In a B, and wherever nobody
-holds the work back, it runs at once. In an I the executor holds it (`hold_weight_grads`) until the table's W.
+A backward that can compute its weight gradients later passes that work to `defer_weight_grad`. In a B, and outside a schedule,
+the work runs at once. In an I the executor keeps it (`hold_weight_grads`) until the table's W.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ _held: list[Callable[[], None]] | None = None
 
 
 def defer_weight_grad(fn: Callable[[], None]) -> None:
-    """Run ``fn``, which adds a weight's gradient to where gradients are kept: at once in a B, at the W in an I."""
+    """Run ``fn``, which computes a weight's gradient and adds it to the gradient buffer: at once in a B, at the W in an I."""
     if _held is None:
         fn()
     else:
@@ -20,13 +20,13 @@ def defer_weight_grad(fn: Callable[[], None]) -> None:
 
 
 def is_holding() -> bool:
-    """Tell whether what is handed over now waits for its W."""
+    """Tell whether work that is deferred now waits for a W."""
     return _held is not None
 
 
 @contextmanager
 def hold_weight_grads() -> Iterator[list[Callable[[], None]]]:
-    """Collect what `defer_weight_grad` is given inside the block, in order; the caller runs it later."""
+    """Collect the functions that are passed to `defer_weight_grad` inside the block, in order; the caller runs them later."""
     global _held
     if _held is not None:
         raise RuntimeError("weight gradients are held already: an I runs inside another I")

@@ -101,9 +101,9 @@ def fit_record(table: ScheduleTable, measured: Timeline) -> tuple[ScheduleTable,
     rows = _split(measured, table.ranks)
     for rank, row in enumerate(table.actions):
         recorded = [span.action for span in rows[rank]]
-        for position, (given, wanted) in enumerate(zip(recorded, row, strict=False)):
-            if given != wanted:
-                raise _misfit(f"rank {rank}, position {position}: {given} is recorded, the table has {wanted}")
+        for position, (found, wanted) in enumerate(zip(recorded, row, strict=False)):
+            if found != wanted:
+                raise _misfit(f"rank {rank}, position {position}: {found} is recorded, the table has {wanted}")
         if len(recorded) != len(row):
             raise _misfit(f"rank {rank}: {len(recorded)} actions are recorded, the table has {len(row)}")
     return table, measured
@@ -136,17 +136,17 @@ def estimate_costs(
         if ("B", stage) in medians and ("I", stage) not in medians:
             medians |= {("I", stage): medians["B", stage], ("W", stage): 0.0}
     needed = {single.kind for rank in range(table.ranks) for single in table.singles(rank)}
-    given: dict[str, Any] = {
+    named: dict[str, Any] = {
         name: value for name, value in (("f", f), ("i", i), ("w", w), ("overlap", overlap)) if value is not None
     }
     recorded: dict[str, Any] = {}
     for name, kind, users in (("f", "F", "F"), ("i", "I", "IB"), ("w", "W", "WB")):
         if not needed & set(users):
             recorded[name] = 0.0
-        elif any(other == kind for other, _ in medians) or name not in given:
+        elif any(other == kind for other, _ in medians) or name not in named:
             recorded[name] = [_find_median(medians, kind, stage) for stage in stages]
         else:
-            recorded[name] = given[name]
+            recorded[name] = named[name]
     costs = Costs(**recorded).spread(len(stages))
     # Against the recorded parts, not the given ones: what is slower than expected is not badly overlapped.
     pairs = [(span.end - span.start, costs.time(span.action)) for span in measured.spans if span.action.kind == PAIR]
@@ -154,7 +154,7 @@ def estimate_costs(
     if ratios:
         # Costs take a pair for at most twice the sum of its parts.
         costs = replace(costs, overlap=min(MOST_OVERLAP, max(LEAST_OVERLAP, statistics.median(ratios))))
-    return replace(costs, **given).spread(len(stages))
+    return replace(costs, **named).spread(len(stages))
 
 
 def _find_median(medians: dict[tuple[str, int], float], kind: str, stage: int) -> float:

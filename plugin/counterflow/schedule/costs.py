@@ -39,11 +39,11 @@ class Costs:
 
     def __post_init__(self) -> None:
         for name in ("f", "i", "w", "p2p", "reduce", "activation_bytes", "queued_bytes"):
-            given = getattr(self, name)
-            if hasattr(given, "tolist"):  # an array or a number of numpy's
-                object.__setattr__(self, name, given := given.tolist())
-            if given is not None or not name.endswith("bytes"):
-                _check_cost(name, given)
+            value = getattr(self, name)
+            if hasattr(value, "tolist"):  # an array or a number of numpy's
+                object.__setattr__(self, name, value := value.tolist())
+            if value is not None or not name.endswith("bytes"):
+                _check_cost(name, value)
         take_number(self.overlap, "overlap", LEAST_OVERLAP, MOST_OVERLAP, ScheduleError)
 
     def spread(self, stages: int) -> "Costs":
@@ -75,19 +75,19 @@ class Costs:
                 return self.overlap * (f[stage] + i[back] + w[back])
 
 
-def _check_cost(name: str, given: Any) -> None:
+def _check_cost(name: str, cost: Any) -> None:
     """Raise `ScheduleError` for what is no number, or no row of numbers, of a size that can be computed with."""
-    several = isinstance(given, Sequence) and not isinstance(given, str | bytes) and name != "p2p"
-    for value in given if several else (given,):
+    several = isinstance(cost, Sequence) and not isinstance(cost, str | bytes) and name != "p2p"
+    for value in cost if several else (cost,):
         number = take_number(value, f"cost {name}", 0.0, LARGEST_COST, ScheduleError)
         if 0 < number < SMALLEST_COST:
             raise ScheduleError(f"cost {name} {show(value)} given; allowed: 0, or {SMALLEST_COST:g} to {LARGEST_COST:g}")
 
 
-def spread_over(given: PerStage, stages: int, name: str) -> tuple[float, ...]:
+def spread_over(cost: PerStage, stages: int, name: str) -> tuple[float, ...]:
     """Return one number per stage of ``given``, a number or one per stage already."""
-    if not isinstance(given, Sequence):
-        return (float(given),) * stages
-    if len(given) != stages:
-        raise ScheduleError(f"cost {name} has {len(given)} numbers; the layout has {stages} stages: give one number or {stages}")
-    return tuple(map(float, given))
+    if not isinstance(cost, Sequence):
+        return (float(cost),) * stages
+    if len(cost) != stages:
+        raise ScheduleError(f"cost {name} has {len(cost)} numbers; the layout has {stages} stages: give one number or {stages}")
+    return tuple(map(float, cost))

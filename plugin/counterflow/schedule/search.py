@@ -186,17 +186,17 @@ def merge_costs(costs: Costs, stages: int) -> Costs:
     Raises `ScheduleError` where the finer cut does not divide by the stages.
     """
 
-    def merge(given: PerStage | None) -> tuple[float, ...] | None:
-        if given is None:
+    def merge(cost: PerStage | None) -> tuple[float, ...] | None:
+        if cost is None:
             return None
-        assert isinstance(given, Sequence), "spread first"
-        if len(given) % stages:
+        assert isinstance(cost, Sequence), "spread first"
+        if len(cost) % stages:
             raise ScheduleError(
-                f"costs of {len(given)} slices of the model given for a table of {stages} stages; allowed: a multiple of "
+                f"costs of {len(cost)} slices of the model given for a table of {stages} stages; allowed: a multiple of "
                 f"{stages}, so give more or fewer chunks a rank (--max-chunks), or leave that table out"
             )
-        each = len(given) // stages
-        return tuple(sum(given[stage * each : (stage + 1) * each]) for stage in range(stages))
+        each = len(cost) // stages
+        return tuple(sum(cost[stage * each : (stage + 1) * each]) for stage in range(stages))
 
     names = ("f", "i", "w", "reduce", "activation_bytes", "queued_bytes")
     merged: dict[str, Any] = {name: merge(getattr(costs, name)) for name in names}
@@ -247,7 +247,7 @@ class _Ramp:
     score: float
     policy: Array = field(compare=False)
     shift: Array = field(compare=False)
-    given: Rows = field(compare=False)
+    fixed: Rows = field(compare=False)
 
 
 @dataclass(order=True)
@@ -328,19 +328,19 @@ class _Bench:
     def no_policy(self) -> Array:
         return np.zeros((self.ranks, greedy.POLICY))
 
-    def climb(self, policy: Array, shift: Array, seed: int, draws: int, steps: int, given: Rows, stop: int) -> tuple[float, Rows]:
+    def climb(self, policy: Array, shift: Array, seed: int, draws: int, steps: int, fixed: Rows, stop: int) -> tuple[float, Rows]:
         """Improve policy and shift in place; return the score and the table."""
         rows = self.empty()
-        low, high = (0, stop) if stop < self.goal else (self._count_forwards(given), self.goal)
-        score = greedy.climb(policy, shift, self._problem, given, stop, rows, seed, draws, steps, min(low, high - 1), high)
+        low, high = (0, stop) if stop < self.goal else (self._count_forwards(fixed), self.goal)
+        score = greedy.climb(policy, shift, self._problem, fixed, stop, rows, seed, draws, steps, min(low, high - 1), high)
         return score, rows
 
-    def build(self, policy: Array, shift: Array, given: Rows, stop: int) -> Rows:
+    def build(self, policy: Array, shift: Array, fixed: Rows, stop: int) -> Rows:
         """Return the table of one policy."""
-        return self.climb(policy, shift, 0, 0, 0, given, stop)[1]
+        return self.climb(policy, shift, 0, 0, 0, fixed, stop)[1]
 
-    def _count_forwards(self, given: Rows) -> int:
-        rows = zip(given.tokens, given.lengths, strict=True)
+    def _count_forwards(self, fixed: Rows) -> int:
+        rows = zip(fixed.tokens, fixed.lengths, strict=True)
         return min(int(np.isin(tokens[:count], (greedy.F, greedy.PAIR)).sum()) for tokens, count in rows)
 
     def cut(self, rows: Rows, forwards: int) -> Rows:
@@ -427,8 +427,8 @@ def _take_turn(candidate: _Candidate, bench: _Bench, seed: int, steps: int) -> N
             candidate.ramps = sorted([*candidate.ramps, _Ramp(score, policy, shift, bench.cut(built, half))])[:RAMPS_KEPT]
         return
     ramp = candidate.ramps[seed % len(candidate.ramps)] if candidate.ramps and turn < 3 else None
-    given = ramp.given if ramp else bench.nothing
-    score, built = bench.climb(policy, shift, seed, draws, steps, given, bench.goal)
+    fixed = ramp.fixed if ramp else bench.nothing
+    score, built = bench.climb(policy, shift, seed, draws, steps, fixed, bench.goal)
     if score < greedy.NEVER:
         plan = _Plan(bench.measure(built, candidate), ramp, half, policy, shift)
         candidate.plans = sorted([*candidate.plans, plan])[:PLANS_KEPT]
@@ -440,12 +440,12 @@ class _Stretched:
     def __init__(self, candidate: _Candidate, microbatches: int, plan: _Plan) -> None:
         self._candidate, self._bench = candidate, _Bench(candidate, microbatches)
         bench = self._bench
-        self._given = bench.nothing
+        self._fixed = bench.nothing
         if plan.ramp:
             built = bench.build(plan.ramp.policy, self._spread(plan.ramp.shift), bench.nothing, plan.forwards_in_ramp)
-            self._given = bench.cut(built, plan.forwards_in_ramp)
+            self._fixed = bench.cut(built, plan.forwards_in_ramp)
         self._policy, self._shift = plan.policy.copy(), self._spread(plan.shift)
-        self._keep(bench.build(self._policy, self._shift, self._given, bench.goal))
+        self._keep(bench.build(self._policy, self._shift, self._fixed, bench.goal))
 
     def _spread(self, shift: Array) -> Array:
         # The first half counts from the start, the second from the end.
@@ -464,7 +464,7 @@ class _Stretched:
         steps = max(MIN_STEPS, int(MAX_TURN_SECONDS / self._bench.measure_pace()))
         while time.monotonic() < deadline:
             policy, shift = self._policy.copy(), self._shift.copy()
-            score, built = self._bench.climb(policy, shift, next(turns), 0, steps, self._given, self._bench.goal)
+            score, built = self._bench.climb(policy, shift, next(turns), 0, steps, self._fixed, self._bench.goal)
             if score < greedy.NEVER and self._bench.measure(built, self._candidate) < self.makespan:
                 self._policy, self._shift = policy, shift
                 self._keep(built)

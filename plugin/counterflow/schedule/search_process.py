@@ -68,13 +68,13 @@ class SearchProcess:
         self._output, self._errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         paths = [str(Path(counterflow.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-        with tempfile.TemporaryFile() as given:
-            given.write(json.dumps({"parent": os.getpid(), **asdict(task)}).encode())
-            given.seek(0)
+        with tempfile.TemporaryFile() as task_file:
+            task_file.write(json.dumps({"parent": os.getpid(), **asdict(task)}).encode())
+            task_file.seek(0)
             # -P: not from the working directory, where a training may have modules of any name.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", __name__],
-                env=environment, stdin=given, stdout=self._output, stderr=self._errors,
+                env=environment, stdin=task_file, stdout=self._output, stderr=self._errors,
             )  # fmt: skip
         os.setpriority(os.PRIO_PROCESS, self._process.pid, LOWEST_PRIORITY)
         weakref.finalize(self, _end, self._process)
@@ -148,9 +148,9 @@ def _end_with(parent: int) -> None:
 
 def main() -> None:
     """Read a task, write the answer."""
-    given = json.load(sys.stdin)
-    threading.Thread(target=_end_with, args=(given.pop("parent"),), daemon=True).start()
-    json.dump(answer_task(Task(**given | {"costs": Costs(**given["costs"])})), sys.stdout)
+    fields = json.load(sys.stdin)
+    threading.Thread(target=_end_with, args=(fields.pop("parent"),), daemon=True).start()
+    json.dump(answer_task(Task(**fields | {"costs": Costs(**fields["costs"])})), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ def measure_bytes(table: ScheduleTable, costs: Costs) -> tuple[float, ...] | Non
     if costs.activation_bytes is None and costs.queued_bytes is None:
         return None
     stages = table.layout.last_stage + 1
-    sizes = [spread_over(given or 0.0, stages, "bytes") for given in (costs.activation_bytes, costs.queued_bytes)]
+    sizes = [spread_over(size or 0.0, stages, "bytes") for size in (costs.activation_bytes, costs.queued_bytes)]
     peaks = []
     for rank in range(table.ranks):
         held = peak = 0.0

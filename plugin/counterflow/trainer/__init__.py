@@ -1,1 +1,1 @@
-"""What the adapters to all trainers share; imports none of them."""
+"""Code that the adapters of all trainers share; it imports no trainer."""

@@ -1,15 +1,15 @@
-"""``--cf-schedule auto``: measure what actions cost in the first steps, search a table for them, and use it.
+"""``--cf-schedule auto``: measure the costs of actions in the first steps, search a table for these costs, and use it.
 
-The model is laid out as a V, two chunks a rank. A first step warms up, the next ones are measured, under a family whose
-backward passes are split. Then global rank 0 takes the costs of its pipeline and starts a search in a process of its own
-(`counterflow.schedule.search_process`); training goes on under a family meanwhile.
+The model is laid out as a V, two chunks a rank. The first step warms up; the next ones are measured, under a family with split
+backward passes. Then global rank 0 collects the costs of its pipeline and starts a search in another process
+(`counterflow.schedule.search_process`). Training goes on under a family meanwhile.
 
-All ranks must change tables at the same step, and only rank 0 can see when the search has ended. So while one is open, rank 0
-tells at the begin of each step how it stands: a broadcast of one number, started then and waited for at the begin of the step
-after. It runs beside a whole step, so nobody waits for it, and as every rank takes part in every one of these broadcasts, all
-know the same at the same step, however far ahead of the others a rank is. (On a GPU, to read the number the host waits for what
-it has issued, which a trainer does in each step anyway, to read its loss.) A table that was found is sent in the step in which
-all know of it, and is used from that step on. Evaluation does not count as a step here.
+All ranks must change tables at the same step, but only rank 0 knows when the search has ended. So during a search, rank 0
+broadcasts its state, one number, in each step. The broadcast starts at the begin of a step and is waited for at the begin of the
+next one. It runs beside a whole step, so no rank waits for it, and all ranks read the same number at the same step. (On a GPU,
+the host then waits for the work that it has issued. Trainers do that in each step anyway, to read the loss.) In the step in
+which all ranks read that a table was found, rank 0 broadcasts the table, and all use it from this step on. Steps of an
+evaluation do not count.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from counterflow.schedule.comparison import estimate_costs
 from counterflow.schedule.search_process import Answer, SearchProcess, Task
 from counterflow.trainer.tables import AUTO_FAMILY, AUTO_FAMILY_WITH_PAIRS, prepare_table
 
-# What the first steps run; the first of them warms up.
+# The families that the first steps run; the very first step warms up.
 MEASURED = (AUTO_FAMILY.name,) * 3
 MEASURED_PAIRS = (AUTO_FAMILY_WITH_PAIRS.name,) * 2
 SEARCH_SECONDS = 10.0
@@ -35,17 +35,17 @@ SEARCHING, FOUND, NOTHING = range(3)
 
 @dataclass
 class _Search:
-    """A search that is open, for a number of micro-batches; what rank 0 says of it is on its way to all."""
+    """A running search for a number of micro-batches, and the broadcast of its state."""
 
     microbatches: int
     state: torch.Tensor
-    telling: dist.Work | None = None
+    broadcast: dist.Work | None = None
 
 
 class AutoTable:
-    """Which table ``auto`` runs now; every rank of every pipeline makes the same calls.
+    """Chooses the table that ``auto`` runs; every rank of every pipeline makes the same calls.
 
-    ``has_pairs``: pairs overlap (``--cf-overlap``), so theirs is measured too. ``splits``: an I leaves work to its W.
+    ``has_pairs``: pairs overlap (``--cf-overlap``), so they are measured too. ``splits``: an I leaves weight gradients to its W.
     """
 
     def __init__(self, pp_group: Any, device: torch.device, *, has_pairs: bool, splits: bool) -> None:
@@ -55,38 +55,38 @@ class AutoTable:
         self._tables: dict[int, ScheduleTable] = {}
         self._searched: set[int] = set()
         self._search: _Search | None = None
-        # Of these rank 0 alone knows.
+        # Only rank 0 has these.
         self._costs: Costs | None = None
         self._process: SearchProcess | None = None
-        self._answer: Answer | None = None
+        self._found: Answer | None = None
 
     @property
     def is_measuring(self) -> bool:
-        """Whether the spans of the next step are wanted."""
+        """Whether the next step is to be measured."""
         return len(self._steps) < len(self._plan)
 
     @property
     def is_searching(self) -> bool:
-        """Whether a search is open."""
+        """Whether a search is running."""
         return self._search is not None
 
     def choose(self, microbatches: int, step: int) -> ScheduleTable:
-        """Return the table for the training step that begins, of this number (a collective call).
+        """Return the table for training step ``step``, which begins now (a collective call).
 
-        There is one search for each number of micro-batches, one at a time, begun in a step that has that many.
+        Each number of micro-batches has a search of its own, started in a step of that size. One search runs at a time.
         """
         if self.is_measuring:
             return self._build(self._plan[len(self._steps)], microbatches)
         if self._search is not None:
-            self._hear(self._search, step)
+            self._receive_state(self._search, step)
         if self._search is None and microbatches not in self._searched:
             self._open(microbatches)
         if self._search is not None:
-            self._tell(self._search)
+            self._send_state(self._search)
         return self._use(microbatches)
 
     def note(self, spans: list[Span]) -> None:
-        """Keep the spans of a step that was measured."""
+        """Keep the spans of a measured step."""
         self._steps.append(spans)
 
     def _use(self, microbatches: int) -> ScheduleTable:
@@ -98,7 +98,7 @@ class AutoTable:
         return prepare_table(build(family, self._ranks, microbatches), splits=self._splits)
 
     def _open(self, microbatches: int) -> None:
-        """Begin a search, on global rank 0; the first time, measured costs are gathered there."""
+        """Start a search on global rank 0; the first time, measured costs are gathered there."""
         self._searched.add(microbatches)
         self._search = _Search(microbatches, torch.empty(1, dtype=torch.int64, device=self._device))
         rows: list[Any] | None = [None] * self._ranks if self._group.rank() == 0 else None
@@ -113,21 +113,21 @@ class AutoTable:
                 measured = Timeline(tuple(span for row in rows for span in row))
                 known = build(MEASURED[0], self._ranks, microbatches)
                 self._costs = estimate_costs(known, measured, w=None if self._splits else 0.0)
-            # As much as DualPipeV takes: P + 1/2 micro-batches of 1/P of the model.
+            # DualPipeV's peak of activations: P + 1/2 micro-batches of 1/P of the model.
             cap = min(self._ranks + 0.5, microbatches)
             self._process = SearchProcess(Task(family, self._ranks, microbatches, self._costs, cap, SEARCH_SECONDS))
             say(f"searching a table for {microbatches} micro-batches, by measured costs; training goes on under {family}")
         except (ScheduleError, OSError) as error:
             self._say_failed(microbatches, error)
 
-    def _tell(self, search: _Search) -> None:
-        """Rank 0 tells all how the search stands; returns at once."""
+    def _send_state(self, search: _Search) -> None:
+        """Start the broadcast of the search's state from rank 0; return at once."""
         if dist.get_rank() == 0:
-            search.state.fill_(self._look(search.microbatches))
-        search.telling = dist.broadcast(search.state, src=0, async_op=True)
+            search.state.fill_(self._check_search(search.microbatches))
+        search.broadcast = dist.broadcast(search.state, src=0, async_op=True)
 
-    def _look(self, microbatches: int) -> int:
-        """On rank 0: return how the search stands; says it where nothing comes of it."""
+    def _check_search(self, microbatches: int) -> int:
+        """Return the search's state, on rank 0; print a line if it ended without a table."""
         if self._process is None:
             return NOTHING
         if not self._process.is_done():
@@ -144,26 +144,26 @@ class AutoTable:
                 f"{answer.family_bubble:.1%}, searched {process.seconds:.0f} s): {family} stays in use"
             )
             return NOTHING
-        self._answer = answer
+        self._found = answer
         return FOUND
 
-    def _hear(self, search: _Search, step: int) -> None:
-        """Take what rank 0 said a step ago, and the table if there is one."""
-        assert search.telling is not None
-        search.telling.wait()
+    def _receive_state(self, search: _Search, step: int) -> None:
+        """Read the state that rank 0 sent in the last step, and receive the table if one was found."""
+        assert search.broadcast is not None
+        search.broadcast.wait()
         state = int(search.state)
         if state == SEARCHING:
             return
         self._search = None
         if state == NOTHING:
             return
-        said: list[Any] = [None]
-        if self._answer is not None:
-            said = [to_csv(self._answer.table)]
-            self._say_found(search.microbatches, self._answer, step)
-            self._answer = None
-        dist.broadcast_object_list(said, src=0)
-        self._tables[search.microbatches] = prepare_table(from_csv(said[0], name="auto"), splits=self._splits)
+        csv: list[Any] = [None]
+        if self._found is not None:
+            csv = [to_csv(self._found.table)]
+            self._say_found(search.microbatches, self._found, step)
+            self._found = None
+        dist.broadcast_object_list(csv, src=0)
+        self._tables[search.microbatches] = prepare_table(from_csv(csv[0], name="auto"), splits=self._splits)
 
     def _say_found(self, microbatches: int, answer: Answer, step: int) -> None:
         say(
@@ -177,7 +177,7 @@ class AutoTable:
 
 
 def thin_out(steps: list[list[Span]]) -> list[Span]:
-    """Return of the spans of each kind, on each stage, the one of median length: all that costs are made of."""
+    """Return, for each kind of action on each stage, the span of median length; costs are computed from these."""
     alike: dict[Any, list[Span]] = {}
     for span in (span for spans in steps for span in spans):
         alike.setdefault(tuple((part.kind, part.stage) for part in span.action.singles()), []).append(span)

@@ -26,17 +26,18 @@ from counterflow.moe.loads import LoadTracker
 from counterflow.moe.planning import ClonePlanner
 from counterflow.options import Options
 
-# Micro-batches whose loads a checkpoint keeps, so that the next run starts with a plan: as many as the predictor looks back.
+# The number of micro-batches whose loads are saved with a checkpoint, so that the next run starts with a plan. The predictor
+# looks back as far.
 KEPT_MICROBATCHES = 64
 
 
 @dataclass(frozen=True)
 class ExpertGroups:
-    """The process groups around one rank's experts.
+    """The process groups of one rank's experts.
 
-    The ranks of ``experts`` hold every expert once, each as many as the others, in the order of ranks. ``sources`` are the ranks
-    whose tokens are dealt to them together, ``replicas`` those that hold the same experts, ``stage`` those that hold the same
-    layers.
+    The ranks of ``experts`` hold every expert once: equally many on each rank, in the order of ranks. ``sources`` has the ranks
+    whose tokens are split together over these experts, ``replicas`` the ranks that hold the same experts, and ``stage`` the ranks
+    that hold the same layers.
     """
 
     experts: dist.ProcessGroup
@@ -46,10 +47,10 @@ class ExpertGroups:
 
 
 class BalancedLayers:
-    """One rank's MoE layers, one or more, each chunk's in the order in which a forward runs them.
+    """One rank's MoE layers, at least one: for each chunk, in the order in which a forward runs them.
 
-    An adapter calls `begin_step` before the first F of a training step and `end_step` after its last weight gradients, before the
-    optimizer reads gradients and changes weights. Where homes may move it overrides `take_state`.
+    An adapter calls `begin_step` before the first F of a training step, and `end_step` after its last weight gradients and before
+    the optimizer step. If homes may move, it overrides `take_state`.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class BalancedLayers:
         self._device = find_device()
         self.is_leader = groups.stage.rank() == 0
         self._group = open_group(groups.experts)
-        # Homes where the trainer puts them, which checkpoints need.
+        # The placement with homes where the trainer puts them, as checkpoints need it.
         self._straight = self._placement = self._make_placement()
         self._held = self._placement.experts.copy()
         self._are_stale = False
@@ -78,7 +79,7 @@ class BalancedLayers:
             options.eplb_rehome_interval,
             0.0 if options.eplb_policy == "global" else TRAFFIC_WEIGHT,
         )
-        # Since the last plan: steps, lines and loads of those not yet summed over replicas, loads of those that are.
+        # Since the last plan: the number of steps; record lines and loads not yet summed over replicas; summed loads.
         self._steps = 0
         self._unsummed: list[tuple[dict[str, Any], Array]] = []
         self._summed: list[Array] = []
@@ -89,11 +90,11 @@ class BalancedLayers:
         self._place(self._placement)
 
     def take_state(self, parameter: torch.nn.Parameter) -> list[torch.Tensor]:
-        """Return what the optimizer keeps for a home's parameter, to be moved with it: in one order on all ranks."""
+        """Return the optimizer's state of a home's parameter, which moves with it: in the same order on all ranks."""
         raise BalanceError("homes cannot move: this trainer does not say what its optimizer keeps, drop eplb_rehome_interval")
 
     def finish_gathers(self) -> None:
-        """Wait for weights of homes that are being gathered, before they are sent; most trainers have none."""
+        """Wait for gathers of homes' weights before they are sent; most trainers have none."""
 
     def _make_placement(self) -> Placement:
         groups, clones = self._groups, self._options.eplb_clones_per_rank
@@ -124,9 +125,9 @@ class BalancedLayers:
             one.hold(Placement(placement.cluster, placement.experts[rows], placement.homes[rows]), self._device)
 
     def begin_step(self, step: int) -> None:
-        """Take the plan that is due, and start filling clones.
+        """Take the next plan if there is one, and start sending weights to clones.
 
-        A step that the trainer runs again, to compare results bit by bit, keeps its placement.
+        A step that the trainer runs a second time, to compare results bit by bit, keeps its placement.
         """
         self._tracker.forget()
         self._is_again, self._step = step == self._step, step
@@ -138,7 +139,7 @@ class BalancedLayers:
             clones.expect_gradients()
 
     def refresh(self) -> None:
-        """Start sending weights to the clones that have none, or those from before the last optimizer step."""
+        """Start sending weights to new clones, and to all clones if the optimizer has changed the homes."""
         experts = self._placement.experts
         is_new = experts != self._held
         wanted = (experts != EMPTY) & (is_new | self._are_stale)
@@ -153,14 +154,15 @@ class BalancedLayers:
         self._held, self._are_stale = experts.copy(), False
 
     def finish_evaluation(self) -> None:
-        """Wait for weights that evaluation did not use: what comes next may change homes, or send to the same slots."""
+        """Wait for transfers that the evaluation did not wait for: the next step may change homes or send to the same slots."""
         for clones in self.clones:
             clones.finish_transfers()
 
     def end_step(self, microbatches: int) -> tuple[Array, Array]:
-        """Sum up a step, and start to plan after the last one of an interval; the optimizer changes the homes next.
+        """End a step: take its loads, and start to plan if it is the last of an interval.
 
-        Returns the balancedness ``[micro-batches, layers]`` of this expert-parallel group with homes alone, and as it was.
+        Returns two arrays ``[micro-batches, layers]``, balancedness in this expert-parallel group: with homes alone, and with the
+        clones of this step.
         """
         for clones in self.clones:
             clones.finish_step()
@@ -188,7 +190,7 @@ class BalancedLayers:
         return measure_balancedness(sum_by_rank(at_home, cluster)), measure_balancedness(ranks)
 
     def _sum_replicas(self) -> None:
-        """Sum loads over the replicas of the experts, and write them down with their steps' lines."""
+        """Sum loads over the replicas of the experts, and record them with the lines of their steps."""
         if not self._unsummed:
             return
         counts = torch.from_numpy(np.concatenate([own for _, own in self._unsummed])).to(self._device)
@@ -226,7 +228,7 @@ class BalancedLayers:
         }
 
     def save_loads(self, directory: Path) -> None:
-        """Keep the last loads beside a checkpoint, as a record of their own; where that fails, say so and go on."""
+        """Save the last loads with a checkpoint, in the format of a record; print a line if that fails."""
         if self.is_leader and self._recent:
             counts = np.stack(self._recent)
             try:
@@ -240,7 +242,7 @@ class BalancedLayers:
                 )
 
     def load_loads(self, directory: Path | None, microbatches: int) -> None:
-        """Plan the first step from the loads kept beside the checkpoint that the run starts from, where there are any."""
+        """Plan the first step from the loads saved with the checkpoint that the run starts from, if there are any."""
         counts = self._read_loads(directory) if self.is_leader and directory is not None and directory.is_dir() else None
         self._planner.resume(counts, microbatches, self._placement)
 
@@ -258,7 +260,7 @@ class BalancedLayers:
         return None
 
     def bring_homes_back(self) -> Placement | None:
-        """Move homes to where the trainer puts them, as checkpoints need; return the placement to restore, None if none moved."""
+        """Move homes to where the trainer puts them, for a checkpoint; return the placement to restore, None if none moved."""
         before = self._placement
         assert before.homes is not None and self._straight.homes is not None
         if (before.homes == self._straight.homes).all():
@@ -268,12 +270,12 @@ class BalancedLayers:
         return before
 
     def restore_homes(self, placement: Placement) -> None:
-        """Put homes, and what slots held, back to what `bring_homes_back` returned."""
+        """Move homes back to the placement that `bring_homes_back` returned, and use it again."""
         self._move_homes(placement)
         self._place(placement)
 
     def _move_homes(self, new: Placement) -> int:
-        """Move homes, with masters and moments, to where ``new`` has them; return how many. Clones hold the same weights."""
+        """Move homes, with optimizer state, to where ``new`` has them; return how many moved. Clones stay as they are."""
         assert self._placement.homes is not None and new.homes is not None
         if (self._placement.homes == new.homes).all():
             return 0

@@ -1,4 +1,4 @@
-"""What a log says of balancing: what clones take, and of each step what they gained and cost, over all ranks."""
+"""Lines of the log about balancing: the memory of clones, and the balancedness and traffic of each step, over all ranks."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from counterflow.trainer.balanced_layers import BalancedLayers
 
 
 def announce_clones(layers: BalancedLayers | None, clones_per_rank: int) -> None:
-    """Print on rank 0 what the clones take, as much as on any rank. Every rank calls it, with None where it has no MoE layers."""
+    """Print the memory of clones, the most of any rank, on rank 0. Every rank calls it; one without MoE layers passes None."""
     numbers = torch.tensor(layers.measure_memory() if layers is not None else (0, 0, 0), dtype=torch.int64)
     numbers = numbers.to(find_device())
     dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
@@ -23,9 +23,9 @@ def announce_clones(layers: BalancedLayers | None, clones_per_rank: int) -> None
 
 
 def end_step(layers: BalancedLayers | None, microbatches: int) -> dict[str, float]:
-    """End a step and sum it up over all ranks; of clones, what one replica of each pipeline rank's experts has.
+    """End a step and return its figures over all ranks; clones count once, not in every replica of the experts.
 
-    Every rank calls it, with None where it has no MoE layers.
+    Every rank calls it; one without MoE layers passes None.
     """
     numbers = np.zeros(8)
     if layers is not None:
@@ -49,11 +49,11 @@ def end_step(layers: BalancedLayers | None, microbatches: int) -> dict[str, floa
     }
 
 
-def describe_step(said: dict[str, float]) -> str:
-    """Return what a step's log line says of it."""
-    homes = f" homes moved: {said['homes moved']:.0f} |" if said["homes moved"] else ""
+def describe_step(figures: dict[str, float]) -> str:
+    """Return the figures of `end_step` in words, for the log line."""
+    homes = f" homes moved: {figures['homes moved']:.0f} |" if figures["homes moved"] else ""
     return (
-        f" balancedness: {said['balancedness before']:.4f} -> {said['balancedness']:.4f} |"
-        f" clones: {said['clones']:.0f}, {said['clones moved']:.0f} moved, {said['MB']:.2f} MB,"
-        f" {said['ms waited']:.1f} ms waited |{homes}"
+        f" balancedness: {figures['balancedness before']:.4f} -> {figures['balancedness']:.4f} |"
+        f" clones: {figures['clones']:.0f}, {figures['clones moved']:.0f} moved, {figures['MB']:.2f} MB,"
+        f" {figures['ms waited']:.1f} ms waited |{homes}"
     )

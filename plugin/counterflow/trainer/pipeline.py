@@ -1,4 +1,4 @@
-"""Runs a trainer's steps under the schedule of its options: which table, over which channels, watched and recorded."""
+"""Run a trainer's steps under the schedule of its options: choose the table, connect the ranks, watch and record the run."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -20,16 +20,16 @@ from counterflow.schedule import ScheduleTable, build_forward_only
 from counterflow.trainer.auto import AutoTable
 from counterflow.trainer.tables import build_table, choose_layout, count_replicas
 
-# The global ranks of this replica's pipeline to those of the table, and this rank's place among them.
+# Takes the global ranks of this replica's pipeline; returns those of the table, and this rank's place among them.
 Link = Callable[[list[int]], tuple[list[int], int]]
 
 
 class Pipeline:
-    """One rank of a pipeline; keeps what it has opened and lowered.
+    """One rank of a pipeline, with its channels and the programs of its tables.
 
     ``group`` is the trainer's pipeline group; each of its ranks holds ``chunks`` model chunks. ``link`` joins two replicas for
-    tables that span them (full DualPipe); a trainer without it refuses such tables. ``carried`` is the trainer's global state
-    that goes with each part of an overlapped pair. All ranks make the same calls.
+    tables that span both (full DualPipe); without it such tables are refused. ``carried`` is the trainer's global state that goes
+    with each part of an overlapped pair. All ranks make the same calls.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Pipeline:
         self._options, self._group, self._chunks, self._device = options, group, chunks, device
         self._tables: dict[tuple[int, bool], ScheduleTable] = {}
         self._programs: dict[tuple[int, bool], Program] = {}
-        # New groups wait for half an hour by default; these are to wait as long as the trainer's own.
+        # By default a new group waits for half an hour; these have the timeout of the trainer's own.
         timeout = group._get_backend(device).options._timeout
         if options.stall_limit is not None:
             timeout = timedelta(seconds=options.stall_limit)
@@ -65,9 +65,9 @@ class Pipeline:
     def choose_table(
         self, microbatches: int, step: int, *, forward_only: bool = False, group: int | None = None
     ) -> ScheduleTable:
-        """Return the table of a step of this many micro-batches of one replica.
+        """Return the table of a step with ``microbatches`` per replica.
 
-        ``step`` is its number, from 1; ``group`` how many micro-batches the interleaved family takes together.
+        ``step`` is its number, from 1; ``group`` is the number of micro-batches that the interleaved family takes together.
         """
         if self._auto is not None and not forward_only:
             return self._auto.choose(microbatches, step)
@@ -80,7 +80,7 @@ class Pipeline:
         return self._tables[key]
 
     def prepare(self, table: ScheduleTable, form: Form | None, *, forward_only: bool = False) -> Program:
-        """Return this rank's program; before a table's first run all ranks compare theirs, and connect."""
+        """Return this rank's program; before a table's first run all ranks compare their tables, and connect."""
         key = table.digest, forward_only
         if key not in self._programs:
             self._programs[key] = lower(table, self.rank)
@@ -93,7 +93,7 @@ class Pipeline:
         run_program(program, work, Mailbox(self._channels, form, self._device), watch=self._watch)
 
     def train(self, program: Program, work: Work, form: Form | None, step: int) -> None:
-        """Run the program of training step ``step``; record it where that is wanted."""
+        """Run the program of training step ``step``; record it if the options ask for it or ``auto`` measures."""
         self._watch.begin(step)
         is_measured = self._auto is not None and self._auto.is_measuring
         is_recorded = is_measured or self._options.record is not None

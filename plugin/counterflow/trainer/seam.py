@@ -1,4 +1,4 @@
-"""A seam: one place in which an adapter touches the trainer, as a value that is checked, taken, printed and undone."""
+"""A seam: one symbol of the trainer that an adapter replaces, calls or reads, as a value that can be checked and installed."""
 
 import importlib
 import inspect
@@ -19,12 +19,12 @@ Wrapper = Callable[[Any], Any]
 class Seam:
     """The attribute ``symbol`` of ``owner``, a module or a class, both dotted.
 
-    ``wrap`` names the function that is given the original and returns what takes its place; None where the symbol is only called
-    or read. ``features`` need it. ``versions`` are the trainer's releases that it was checked on, oldest first: in a release of
-    their range that is missing here, the trainer has no such symbol and the seam is not used.
+    ``wrap`` is the name of a function that takes the original and returns its replacement; None if the symbol is only called or
+    read. ``features`` need the seam. ``versions`` are the trainer's releases on which it was checked, oldest first. A release
+    within their range that is not among them has no such symbol, and the seam is not used.
 
-    ``parameters`` are those that a function must begin with. A module's symbol is replaced wherever it was imported by name, or
-    in its own module ``alone``.
+    A function's parameters must begin with ``parameters``. A module's symbol is replaced wherever it was imported by name, or
+    only in its module (``alone``).
     """
 
     owner: str
@@ -42,13 +42,13 @@ class Seam:
         return f"{self.owner}.{self.symbol}"
 
     def is_due(self, version: str, known: tuple[str, ...]) -> bool:
-        """Tell whether a release has the symbol; one older or newer than all ``known`` ones counts as the nearest of them."""
+        """Tell whether a release has the symbol; an unknown release counts as the nearest ``known`` one."""
         major, minor = (*Version(version).release, 0)[:2]
         nearest = min(known, key=lambda one: abs(Version(one).minor - minor) if Version(one).major == major else 1000)
         return nearest in self.versions
 
     def find_misfit(self) -> str | None:
-        """Return what is wrong with the symbol; None where it fits."""
+        """Return what is wrong with the symbol; None if it fits."""
         try:
             owner = self.find_owner()
         except ImportError as error:
@@ -63,7 +63,7 @@ class Seam:
         return None
 
     def find_owner(self) -> Any:
-        """Import the module or the class that has the symbol; raises `ImportError` where there is none."""
+        """Import the module or the class that has the symbol; raises `ImportError` if there is none."""
         parts = self.owner.split(".")
         for size in range(len(parts), 0, -1):
             name = ".".join(parts[:size])
@@ -90,7 +90,7 @@ class Seam:
 
 
 def _has(owner: Any, symbol: str) -> bool:
-    """Tell whether ``owner`` has the symbol, or, of a class, whether its instances are given it when they are made."""
+    """Tell whether ``owner`` has the symbol; for a class, also whether its ``__init__`` sets it on instances."""
     if _find(owner, symbol) is not None or symbol in vars(owner) or symbol in getattr(owner, "__annotations__", {}):
         return True
     makers = [inspect.unwrap(vars(one)["__init__"]) for one in getattr(owner, "__mro__", ()) if "__init__" in vars(one)]
@@ -104,7 +104,7 @@ def _find(owner: Any, symbol: str) -> Any:
 
 
 def check_seams(seams: Iterable[Seam], feature: str, trainer: str, supported: str, remedy: str) -> None:
-    """Raise `SeamError` where a seam of the feature does not fit: one line of trainer, symbol and remedy."""
+    """Raise `SeamError`, one line of trainer, symbol and remedy, if a seam of the feature does not fit."""
     for seam in seams:
         if feature in seam.features and (misfit := seam.find_misfit()):
             raise SeamError(

@@ -1,19 +1,19 @@
-"""What a checkpoint is stamped with: the model's layout with its chunks (``v 2``), and of a table in a file a digest.
+"""The stamp of a checkpoint: the model's layout with its chunks per rank (``v 2``), and a digest if the table is from a file.
 
-A name of a schedule is enough to know its layout; of a table in a file it is not: the file may be another, or gone, by the time
-that a checkpoint is read.
+The name of a schedule determines its layout. The name of a file does not: when the checkpoint is read, the file may have another
+table or be gone.
 """
 
 from counterflow.errors import CounterflowError
 from counterflow.options import Options
 from counterflow.schedule.layouts import LOOPED, STRAIGHT
-from counterflow.trainer.tables import choose_layout, name_model_layout, read_table
+from counterflow.trainer.tables import choose_layout, name_model_layout
 
 
 def name_layout(options: Options, chunks: int) -> str | None:
-    """Return the model's layout with its chunks per rank (``straight 1``, ``looped 2``, ``v 2``) that the options' schedule has.
+    """Return the model's layout with its chunks per rank under the options' schedule: ``straight 1``, ``looped 2``, ``v 2``.
 
-    None for a table in a file, which is not read, where its chunks leave two layouts to choose from.
+    A table in a file is not read; None if its number of chunks fits two layouts.
     """
     if options.schedule_file is None:
         return f"{name_model_layout(choose_layout(options, 2, chunks))} {chunks}"
@@ -23,7 +23,7 @@ def name_layout(options: Options, chunks: int) -> str | None:
 
 
 def guess_layout(options: Options) -> str | None:
-    """Return the layout that the options' file holds today; None where it has no such table any more."""
+    """Return the layout of the table that is in the options' file today; None if there is no table any more."""
     try:
         layout = choose_layout(options, 2, 2)
     except CounterflowError:
@@ -32,5 +32,5 @@ def guess_layout(options: Options) -> str | None:
 
 
 def digest_table(options: Options) -> str | None:
-    """Return a digest of the table in the options' file; None where a schedule is named."""
-    return f"{read_table(options).digest:x}" if options.schedule_file is not None else None
+    """Return a digest of the table in the options' file; None for a named schedule."""
+    return f"{options.file_table.digest:x}" if options.schedule_file is not None else None

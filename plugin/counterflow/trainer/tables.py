@@ -1,11 +1,9 @@
-"""Which layout and table a ``--cf-schedule`` means for a run's sizes.
+"""Choose the layout and build the table of a ``--cf-schedule`` for a run's sizes.
 
-Two layouts, not to be taken for one another: the table's, over all ranks that the table spans, and the model's, by which
-Megatron deals the stages of one replica. They differ in full DualPipe alone: a bidirectional table spans two replicas of
-a V model.
+There are two layouts. The table's covers all ranks that the table spans. The model's is the one by which the trainer deals
+stages to the ranks of one replica. They differ only in full DualPipe, whose bidirectional table spans two replicas of a V model.
 """
 
-import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +16,6 @@ from counterflow.schedule import (
     build,
     lay_looped,
     lay_straight,
-    read_csv,
     validate,
 )
 from counterflow.schedule.actions import make_whole
@@ -27,38 +24,21 @@ from counterflow.schedule.families.dualpipev import DUALPIPEV
 from counterflow.schedule.families.zbv import ZBV
 from counterflow.schedule.layouts import BIDIRECTIONAL, LOOPED, STRAIGHT, Layout, V, lay_named
 
-# What ``auto`` runs until it has found a table, and lays the model out for: ZB-V has F, I and W apart, so that each can be
-# measured; with ``--cf-overlap`` DualPipeV follows, whose pairs are measured too.
+# The families that ``auto`` runs until it has found a table; both are on a V. ZB-V runs F, I and W one by one, so that each can
+# be measured. With ``--cf-overlap`` DualPipeV follows, whose pairs are measured.
 AUTO_FAMILY, AUTO_FAMILY_WITH_PAIRS = ZBV, DUALPIPEV
-
-# By the identity of the options: equal ones of a later start read anew.
-_tables: dict[int, ScheduleTable] = {}
-
-
-def read_table(options: Options) -> ScheduleTable:
-    """Return the table of the options' file, as it was when these options were first asked for it.
-
-    The model's layout, every step's table and what a checkpoint says of them have to fit each other, whatever becomes of the file
-    while the run goes on.
-    """
-    key = id(options)
-    if key not in _tables:
-        assert options.schedule_file is not None
-        _tables[key] = read_csv(options.schedule_file)
-        weakref.finalize(options, _tables.pop, key, None)
-    return _tables[key]
 
 
 def choose_layout(options: Options, ranks: int, chunks: int) -> Layout:
-    """Return the layout of the table that the named schedule, or the file, means on ``ranks`` pipeline ranks.
+    """Return the layout of the schedule's table on ``ranks`` pipeline ranks; without a schedule, Megatron's own layout.
 
-    ``chunks`` per rank count where that leaves them open. Without a schedule it is Megatron's own layout.
+    ``chunks`` per rank are used by a schedule that allows several numbers of them.
     """
     family = find_family(options)
     if family is not None:
         layout = lay_named(family.layout, family.replicas * ranks, chunks)
     elif options.schedule_file is not None:
-        layout = read_table(options).layout
+        layout = options.file_table.layout
     else:
         return lay_looped(ranks, chunks) if chunks > 1 else lay_straight(ranks)
     if layout.name not in (STRAIGHT, LOOPED, V, BIDIRECTIONAL):
@@ -70,37 +50,37 @@ def choose_layout(options: Options, ranks: int, chunks: int) -> Layout:
 
 
 def find_family(options: Options) -> Family | None:
-    """Return the family that a run begins with: the one that is named, or what ``auto`` runs first; None for a file."""
+    """Return the family of a run: the named one; under ``auto`` the one that runs until a table is found; None for a file."""
     if options.schedule == AUTO:
         return AUTO_FAMILY_WITH_PAIRS if options.overlap else AUTO_FAMILY
     return options.family
 
 
 def name_model_layout(layout: Layout) -> str:
-    """Return the name of the layout on which Megatron builds the model that runs a table of ``layout``."""
+    """Return the name of the layout of a model that runs a table on ``layout``."""
     return V if layout.name == BIDIRECTIONAL else layout.name
 
 
 def count_replicas(layout: Layout) -> int:
-    """Return how many data-parallel replicas a table of ``layout`` spans."""
+    """Return how many data-parallel replicas a table on ``layout`` spans."""
     return 2 if layout.name == BIDIRECTIONAL else 1
 
 
 def build_table(options: Options, ranks: int, microbatches: int, chunks: int, group: int | None = None) -> ScheduleTable:
-    """Build and validate the training table for these sizes, each of one replica, as it runs (`prepare_table`).
+    """Build, validate and prepare (`prepare_table`) the training table for these sizes, each of one replica.
 
     A file's table must have these sizes.
     """
     if options.schedule_file is not None:
-        table = read_table(options)
+        table = options.file_table
         replicas = count_replicas(table.layout)
-        given = (table.ranks, table.microbatches, table.layout.chunks)
+        found = (table.ranks, table.microbatches, table.layout.chunks)
         needed = (replicas * ranks, replicas * microbatches, chunks)
-        if given != needed:
+        if found != needed:
             pair = f" (two replicas of {ranks} and {microbatches})" if replicas == 2 else ""
             raise OptionError(
-                f"--cf-schedule {options.schedule_file} is a table for {given[0]} pipeline ranks, {given[1]} micro-batches "
-                f"and {given[2]} chunks per rank; this run has {needed[0]}, {needed[1]} and {needed[2]}{pair}"
+                f"--cf-schedule {options.schedule_file} is a table for {found[0]} pipeline ranks, {found[1]} micro-batches "
+                f"and {found[2]} chunks per rank; this run has {needed[0]}, {needed[1]} and {needed[2]}{pair}"
             )
         _require_rising_forwards(table)
         _require_mirrored_rows(table)
@@ -117,9 +97,9 @@ def build_table(options: Options, ranks: int, microbatches: int, chunks: int, gr
 
 
 def prepare_table(table: ScheduleTable, *, splits: bool) -> ScheduleTable:
-    """Return a training table as it runs: with a reduction after each chunk's last gradients where it has none of its own.
+    """Return a training table with a reduction after the last gradients of each chunk, unless it has reductions already.
 
-    Without ``splits``, backwards run whole: a B in place of each I, and no W.
+    Without ``splits``, each I becomes a B and each W is dropped, so that backwards run whole.
     """
     if not splits:
         table = replace(table, actions=tuple(tuple(make_whole(row)) for row in table.actions))
@@ -127,7 +107,7 @@ def prepare_table(table: ScheduleTable, *, splits: bool) -> ScheduleTable:
 
 
 def _build_named(options: Options, ranks: int, microbatches: int, offered: dict[str, Any]) -> ScheduleTable:
-    """Build the table of the run's family, with those of the offered options that it takes; sizes are of one replica."""
+    """Build the table of the run's family from the ``offered`` options that the family takes; sizes are of one replica."""
     family = find_family(options)
     assert family is not None
     taken = {name: offered[name] for name in family.options if offered.get(name) is not None}

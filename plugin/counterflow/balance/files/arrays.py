@@ -25,8 +25,8 @@ def name_file(path: Path) -> Iterator[None]:
         raise
     # zip, its compressors, numpy's header and JSON each have errors of their own for bytes that are not theirs.
     except Exception as error:
-        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        reason = " ".join(said.split())[:200] or type(error).__name__
+        words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = " ".join(words.split())[:200] or type(error).__name__
         raise BalanceError(f"{path}: cannot be read as {path.suffix.lower()}: {reason}") from error
 
 

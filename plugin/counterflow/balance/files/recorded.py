@@ -138,24 +138,24 @@ def append_loads(path: Path, counts: Any) -> int:
     Data come first, then the header's length: who is killed in between leaves the array as it was. Raises `BalanceError` where
     the file holds something else, or the counts are no integers from 0 to 2**31 - 1; `OSError` where the disk refuses.
     """
-    given = _check_given(path, counts)
+    added = _check_counts(path, counts)
     if not path.exists():
-        _create_loads(path, given.shape[1:])
+        _create_loads(path, added.shape[1:])
     with path.open("r+b") as file:
         rows, start, held = _find_end(file, path)
-        if held != given.shape[1:]:
+        if held != added.shape[1:]:
             raise BalanceError(
-                f"{path} holds loads of {held[0]} layers and {held[1]} experts, given are {given.shape[1]} and {given.shape[2]}; "
+                f"{path} holds loads of {held[0]} layers and {held[1]} experts, given are {added.shape[1]} and {added.shape[2]}; "
                 "allowed: as many as it holds; record this run in a folder of its own"
             )
         file.seek(start + rows * _count_bytes(held))
-        file.write(given.astype(_TYPE).tobytes())
+        file.write(added.astype(_TYPE).tobytes())
         file.truncate()
         file.flush()
-        header = _make_header((rows + len(given), *held))
+        header = _make_header((rows + len(added), *held))
         file.seek(0)
         file.write(header)
-    return rows + len(given)
+    return rows + len(added)
 
 
 def append_step(path: Path, step: Mapping[str, Any]) -> None:
@@ -169,17 +169,17 @@ def append_step(path: Path, step: Mapping[str, Any]) -> None:
         file.write(line.encode() + b"\n")
 
 
-def _check_given(path: Path, counts: Any) -> Array:
-    given = np.asarray(counts)
-    if given.ndim != 3 or 0 in given.shape[1:] or given.dtype.kind not in "iu":
+def _check_counts(path: Path, counts: Any) -> Array:
+    added = np.asarray(counts)
+    if added.ndim != 3 or 0 in added.shape[1:] or added.dtype.kind not in "iu":
         raise BalanceError(
-            f"loads of type {given.dtype} and shape {given.shape} for {path}; "
+            f"loads of type {added.dtype} and shape {added.shape} for {path}; "
             "allowed: integers [micro-batches, layers, experts], one layer and one expert or more"
         )
-    least, most = int(given.min(initial=0)), int(given.max(initial=0))
+    least, most = int(added.min(initial=0)), int(added.max(initial=0))
     if least < 0 or most > LARGEST_RECORDED:
         raise BalanceError(f"loads from {least} to {most} for {path}; allowed: token counts from 0 to {LARGEST_RECORDED}")
-    return given
+    return added
 
 
 def _create_loads(path: Path, held: tuple[int, ...]) -> None:

@@ -64,22 +64,22 @@ def _read_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
             number += 1
             where = f"{path}, line {number}"
             try:
-                given = json.loads(line)
+                entry = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise BalanceError(f"{where} is no JSON: {str(error)[:80]}; allowed: one object per step") from None
-            if not isinstance(given, dict):
-                raise BalanceError(f"{where} is {_quote(given)}; allowed: one object per step")
-            yield given, where
+            if not isinstance(entry, dict):
+                raise BalanceError(f"{where} is {_quote(entry)}; allowed: one object per step")
+            yield entry, where
         if len(line) == MAX_LINE_BYTES:
             raise BalanceError(f"{path}, line {number + 1} is longer than {MAX_LINE_BYTES} bytes; allowed: one object per step")
 
 
-def _parse_step(given: dict[str, Any], where: str, layers: int, experts: int, last: RecordedStep | None) -> RecordedStep:
-    ranks = _take_whole(given, "ranks", where, 1)
-    microbatches = _take_whole(given, "microbatches", where, 1)
+def _parse_step(entry: dict[str, Any], where: str, layers: int, experts: int, last: RecordedStep | None) -> RecordedStep:
+    ranks = _take_whole(entry, "ranks", where, 1)
+    microbatches = _take_whole(entry, "microbatches", where, 1)
     follows = {"end": (last.end if last else 0) + microbatches}
-    held = _take_table(given, "experts", where, layers, (EMPTY, experts - 1))
-    homes = _take_table(given, "homes", where, layers, (0, held.shape[1] - 1))
+    held = _take_table(entry, "experts", where, layers, (EMPTY, experts - 1))
+    homes = _take_table(entry, "homes", where, layers, (0, held.shape[1] - 1))
     if homes.shape[1] != experts:
         raise BalanceError(f"{where}: homes of {homes.shape[1]} experts; allowed: {experts}, as its loads have")
     try:
@@ -89,47 +89,47 @@ def _parse_step(given: dict[str, Any], where: str, layers: int, experts: int, la
     if last is not None and np.array_equal(held, last.experts) and np.array_equal(homes, last.homes):
         held, homes = last.experts, last.homes  # most steps of a long run share theirs
     return RecordedStep(
-        number=_take_whole(given, "step", where, 0),
+        number=_take_whole(entry, "step", where, 0),
         ranks=ranks,
         microbatches=microbatches,
-        end=_take_whole(follows | given, "end", where, microbatches),
-        before=_take_shares(given, "balancedness_before", where, layers),
-        after=_take_shares(given, "balancedness_after", where, layers),
+        end=_take_whole(follows | entry, "end", where, microbatches),
+        before=_take_shares(entry, "balancedness_before", where, layers),
+        after=_take_shares(entry, "balancedness_after", where, layers),
         experts=held,
         homes=homes,
-        figures={name: _take_whole(given, name, where, 0) for name in SUMS}
-        | {name: _take_number(given, name, where) for name in TIMES},
+        figures={name: _take_whole(entry, name, where, 0) for name in SUMS}
+        | {name: _take_number(entry, name, where) for name in TIMES},
     )
 
 
-def _take(given: dict[str, Any], key: str, where: str, fits: Callable[[Any], bool], allowed: str) -> Any:
-    if key not in given:
+def _take(entry: dict[str, Any], key: str, where: str, fits: Callable[[Any], bool], allowed: str) -> Any:
+    if key not in entry:
         raise BalanceError(f"{where} has no {key}; allowed: {allowed}")
-    if not fits(given[key]):
-        raise BalanceError(f"{where}: {key} is {_quote(given[key])}; allowed: {allowed}")
-    return given[key]
+    if not fits(entry[key]):
+        raise BalanceError(f"{where}: {key} is {_quote(entry[key])}; allowed: {allowed}")
+    return entry[key]
 
 
-def _take_whole(given: dict[str, Any], key: str, where: str, least: int) -> int:
+def _take_whole(entry: dict[str, Any], key: str, where: str, least: int) -> int:
     allowed = f"a whole number from {least} to {MAX_WHOLE}"
-    return int(_take(given, key, where, lambda value: type(value) is int and least <= value <= MAX_WHOLE, allowed))
+    return int(_take(entry, key, where, lambda value: type(value) is int and least <= value <= MAX_WHOLE, allowed))
 
 
-def _take_number(given: dict[str, Any], key: str, where: str) -> float:
+def _take_number(entry: dict[str, Any], key: str, where: str) -> float:
     allowed = f"a number from 0 to {MAX_WHOLE}"
-    return float(_take(given, key, where, lambda value: type(value) in (int, float) and 0 <= value <= MAX_WHOLE, allowed))
+    return float(_take(entry, key, where, lambda value: type(value) in (int, float) and 0 <= value <= MAX_WHOLE, allowed))
 
 
-def _take_shares(given: dict[str, Any], key: str, where: str, layers: int) -> Array:
+def _take_shares(entry: dict[str, Any], key: str, where: str, layers: int) -> Array:
     def fits(value: Any) -> bool:
         # A rounding error above 1 is none of the reader's.
         return _is_list(value, layers) and all(type(each) in (int, float) and 0 <= each <= 1 + 1e-6 for each in value)
 
-    taken = _take(given, key, where, fits, f"{layers} numbers from 0 to 1, one per layer of its loads")
+    taken = _take(entry, key, where, fits, f"{layers} numbers from 0 to 1, one per layer of its loads")
     return np.minimum(np.array(taken, np.float64), 1.0)
 
 
-def _take_layers(given: dict[str, Any], where: str, layers: int, before: list[int] | None) -> list[int]:
+def _take_layers(entry: dict[str, Any], where: str, layers: int, before: list[int] | None) -> list[int]:
     def fits(value: Any) -> bool:
         whole = _is_list(value, layers) and all(type(each) is int and 0 <= each <= MAX_WHOLE for each in value)
         return whole and len(set(value)) == layers and before in (None, value)
@@ -137,10 +137,10 @@ def _take_layers(given: dict[str, Any], where: str, layers: int, before: list[in
     allowed = (
         f"{layers} whole numbers, as its loads have layers" if before is None else f"{_quote(before)}, as in the lines before"
     )
-    return list(_take(given, "layers", where, fits, allowed))
+    return list(_take(entry, "layers", where, fits, allowed))
 
 
-def _take_table(given: dict[str, Any], key: str, where: str, layers: int, bounds: tuple[int, int]) -> Array:
+def _take_table(entry: dict[str, Any], key: str, where: str, layers: int, bounds: tuple[int, int]) -> Array:
     """Return integers ``[layers, columns]``. By hand: numpy would make room for the longest text in every entry."""
 
     def fits(value: Any) -> bool:
@@ -149,7 +149,7 @@ def _take_table(given: dict[str, Any], key: str, where: str, layers: int, bounds
 
     allowed = f"{layers} rows, one per layer, all as long, of whole numbers from {bounds[0]} to {bounds[1]}"
     # Of a long run there are many.
-    return np.array(_take(given, key, where, fits, allowed), np.int16 if bounds[1] < 2**15 else np.int32)
+    return np.array(_take(entry, key, where, fits, allowed), np.int16 if bounds[1] < 2**15 else np.int32)
 
 
 def _is_list(value: Any, size: int | None = None) -> bool:

@@ -1,4 +1,4 @@
-"""Megatron's MoE layers as balanced layers: their process groups, optimizer state, parameter gathers and gradient reductions."""
+"""Balanced layers for Megatron: process groups, optimizer state, parameter gathers and gradient reductions of its MoE layers."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from counterflow.trainer.balanced_layers import BalancedLayers, ExpertGroups
 
 
 class BalancedModel(BalancedLayers):
-    """The MoE layers of one rank's model chunks, one or more; ``optimizer`` has to be set before homes can move."""
+    """The MoE layers in one rank's model chunks; there is at least one. ``optimizer`` has to be set before homes can move."""
 
     def __init__(self, options: Options, chunks: list[Any]) -> None:
         self._chunks, self.optimizer = chunks, None
@@ -34,13 +34,13 @@ class BalancedModel(BalancedLayers):
                 hold_reductions(chunk, clones)
 
     def take_state(self, parameter: torch.nn.Parameter) -> list[torch.Tensor]:
-        """Return the master and moments that Megatron's optimizer keeps for a parameter."""
+        """Return the fp32 master and the moments of a parameter in Megatron's optimizer."""
         return take_state(self.optimizer, parameter)
 
     def finish_gathers(self) -> None:
-        """Wait for the expert weights that ``--overlap-param-gather`` would gather behind the forward passes."""
+        """Wait for the gathers of expert weights that ``--overlap-param-gather`` has started or would start in a forward."""
         for chunk in self._chunks:
-            # No hooks: nothing is under way, as before the first step and while the model is evaluated.
+            # Without hooks there are no such gathers, as before the first step and in evaluation.
             if getattr(chunk, "remove_forward_pre_hook_handles", None):
                 for group in chunk.expert_parallel_bucket_groups:
                     group.finish_param_sync(skip_next_bucket_dispatch=True)

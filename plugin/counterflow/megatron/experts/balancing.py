@@ -1,13 +1,13 @@
-"""``--cf-eplb`` around Megatron's own calls: when a step's clones are filled and emptied, and what is said of it.
+"""``--cf-eplb`` in Megatron's calls: when clones get weights, when their gradients go home, and what is logged.
 
-train_step            hands over the optimizer, for homes that move
-  forward_backward    take the plan, start sending weights to clones          (the pipeline's first bubbles)
-    F, B, W …         tokens are dealt to slots, loads are counted
-    last gradients    a chunk's clones start sending their gradients home     (its last bubbles)
-    finish_grad_sync  they are added at the homes, then upstream reduces
-  forward_backward    ends: loads are summed, the next plan is started        (beside the optimizer step)
-training_log          balancedness, clones and their traffic in the log line and TensorBoard
-save_checkpoint       homes are where Megatron puts them while it saves
+train_step            keep the optimizer, for homes that move
+  forward_backward    take the plan, start sending weights to clones          (in the pipeline's first bubbles)
+    F, B, W …         map tokens to slots, count loads
+    last gradients    start sending the gradients of a chunk's clones home    (in the pipeline's last bubbles)
+    finish_grad_sync  add them at the homes; then upstream reduces
+  forward_backward    at its end, sum the loads and start the next plan       (beside the optimizer step)
+training_log          add balancedness, clones and traffic to the log line and TensorBoard
+save_checkpoint       move homes to where Megatron expects them, and back
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from counterflow.moe.planning import compile_planner
 from counterflow.options import Options
 from counterflow.trainer.balancing_log import announce_clones, describe_step, end_step
 
-# Beside a checkpoint: the last loads, from which the next run plans.
+# The folder in a checkpoint for the last loads, from which the next run plans.
 LOADS_FOLDER = "counterflow"
 NOTHING_TO_BALANCE = (
     "counterflow: eplb: --expert-model-parallel-size is 1, every rank computes all experts: there is nothing to balance, "
@@ -38,7 +38,7 @@ NOTHING_TO_BALANCE = (
 
 
 class ExpertBalancer:
-    """Wraps Megatron's calls; finds the model's MoE layers at its first step."""
+    """Wraps Megatron's calls; finds the model's MoE layers in the first step."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -47,7 +47,7 @@ class ExpertBalancer:
         self._is_idle = False
         # None on a pipeline rank without MoE layers.
         self._model: BalancedModel | None = None
-        self._said: dict[str, float] | None = None
+        self._figures: dict[str, float] | None = None
         self._training_steps = 0
 
     def wrap_schedule(self, forward_backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,7 +73,7 @@ class ExpertBalancer:
         return balanced_forward_backward
 
     def wrap_train_step(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap ``train_step``, which has the optimizer."""
+        """Wrap ``train_step``, whose arguments have the optimizer."""
 
         @wraps(train_step)
         def keep_optimizer(forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -85,7 +85,7 @@ class ExpertBalancer:
         return keep_optimizer
 
     def wrap_save(self, save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap ``save_checkpoint``: homes are where Megatron puts them until it returns; the last loads go beside it."""
+        """Wrap ``save_checkpoint``: homes are where Megatron expects them while it saves; the last loads are saved too."""
 
         @wraps(save_checkpoint)
         def save_at_home(iteration: int, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +95,7 @@ class ExpertBalancer:
             result = save_checkpoint(iteration, *args, **kwargs)
             if placement is not None:
                 self._model.restore_homes(placement)
-            # One that is not persistent lies elsewhere, and is soon gone.
+            # A checkpoint that is not persistent is in another folder and is soon deleted.
             is_kept = not kwargs.get("non_persistent_ckpt", False)
             if is_kept and (directory := _find_loads_folder("save", iteration)) is not None:
                 self._model.save_loads(directory)
@@ -104,17 +104,17 @@ class ExpertBalancer:
         return save_at_home
 
     def wrap_report(self, report: Callable[..., str]) -> Callable[..., str]:
-        """Wrap Megatron's report of MoE metrics: what it returns is part of the log line, its ``writer`` is TensorBoard's."""
+        """Wrap Megatron's report of MoE metrics, which returns a part of the log line and writes to TensorBoard."""
 
         @wraps(report)
         def report_and_add(*args: Any, **kwargs: Any) -> str:
             line = report(*args, **kwargs)
-            if self._said is None:
+            if self._figures is None:
                 return line
             if (writer := kwargs.get("writer")) is not None:
-                for name, value in self._said.items():
+                for name, value in self._figures.items():
                     writer.add_scalar(f"eplb/{name}", value, kwargs["iteration"])
-            return line + describe_step(self._said)
+            return line + describe_step(self._figures)
 
         return report_and_add
 
@@ -146,18 +146,18 @@ class ExpertBalancer:
         return result
 
     def _end_step(self, microbatches: int) -> None:
-        self._said = end_step(self._model, microbatches)
+        self._figures = end_step(self._model, microbatches)
 
 
 def _find_slots(chunks: list[Any]) -> bool:
-    """Tell whether this rank has layers to balance; raises `OptionError` where they were built without slots."""
+    """Tell whether this rank has layers to balance; raises `OptionError` if they were built without slots."""
     if any(layer not in layer_slots for chunk in chunks for layer in _list_layers(chunk)):
         raise OptionError("--cf-eplb: this model's MoE layers were built before counterflow.enable(): call it first")
     return any(_list_layers(chunk) for chunk in chunks)
 
 
 def _require_reductions(chunks: list[Any]) -> None:
-    """Raise `OptionError` where gradients of clones would not go home. A model that is only evaluated needs no reductions."""
+    """Raise `OptionError` if a chunk trains without data parallelism, so that gradients of clones would not go home."""
     for chunk in chunks:
         if _list_layers(chunk) and of_chunk(chunk).clones is None:
             raise OptionError(
@@ -177,7 +177,7 @@ def _count_microbatches() -> int:
 
 
 def _find_loads_folder(which: str, iteration: int | None = None) -> Path | None:
-    """Return the folder for loads beside the checkpoint to ``save`` or to ``load``; None where there is no checkpoint."""
+    """Return the folder for loads in the checkpoint to ``save`` or to ``load``; None if there is no checkpoint."""
     args = find_arguments()
     if args is None:
         return None

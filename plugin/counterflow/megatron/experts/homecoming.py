@@ -1,4 +1,4 @@
-"""Megatron's data parallelism reduces expert gradients once those of the clones have been added at their homes."""
+"""Delay Megatron's reduction of expert gradients until the gradients of clones have been added at the homes."""
 
 from collections.abc import Callable
 from functools import partial, wraps
@@ -9,7 +9,7 @@ from counterflow.moe.clones import Clones
 
 
 def hold_reductions(chunk: Any, clones: Clones) -> None:
-    """Let the reductions of a chunk's expert gradients wait for its clones."""
+    """Let the reductions of a chunk's expert gradients wait for the gradients of its clones."""
     kept = of_chunk(chunk)
     kept.clones = clones
     for group in chunk.expert_parallel_bucket_groups:
@@ -17,7 +17,7 @@ def hold_reductions(chunk: Any, clones: Clones) -> None:
 
 
 def start_when_home(start_grad_sync: Callable[..., None]) -> Callable[..., None]:
-    """Wrap the start of a bucket group's reduction: one of expert gradients waits while those of clones are away."""
+    """Wrap the start of a bucket group's reduction: with expert gradients it waits until those of clones are home."""
 
     @wraps(start_grad_sync)
     def start(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -31,7 +31,7 @@ def start_when_home(start_grad_sync: Callable[..., None]) -> Callable[..., None]
 
 
 def finish_when_home(finish_grad_sync: Callable[..., None]) -> Callable[..., None]:
-    """Wrap the end of a chunk's reductions: the gradients of its clones come home first, then what waited for them starts."""
+    """Wrap the end of a chunk's reductions: first finish the clones' gradients, then start the reductions that waited."""
 
     @wraps(finish_grad_sync)
     def finish(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,8 +1,7 @@
-"""Megatron's MoE layer with slots: its router stays logical, its dispatcher deals tokens to slots, its experts get clones.
+"""Megatron's MoE layer with slots: the router chooses experts, the dispatcher sends tokens to slots, and experts have clones.
 
-The layer is upstream's own, told of more experts than there are where it deals with ranks: the dispatcher counts slots, and
-behind the local experts stands a second module of the same class, the clones. That one is no child of the layer: neither the
-optimizer, nor data parallelism, nor a checkpoint knows of it.
+The layer is upstream's own. Its dispatcher is built for the number of slots, not of experts. The clones are a second module of
+the experts' class. It is not a child of the layer, so the optimizer, data parallelism and checkpoints do not see it.
 """
 
 import copy
@@ -26,7 +25,7 @@ class MegatronSlots(LayerSlots):
     """The slots of one of Megatron's MoE layers."""
 
     def __init__(self, layer: Any, dispatcher: Any, clone_module: Any, clones_per_rank: int, *, is_exact: bool) -> None:
-        # Not held: the table that has this by its layer would keep both alive.
+        # A weak reference: this is the value of a weak-keyed table whose key is the layer.
         self._find_layer, self.clone_module = ref(layer), clone_module
         sources = dispatcher.tp_ep_group
         rank_of_source = np.arange(sources.size()) // dispatcher.tp_size
@@ -41,11 +40,11 @@ class MegatronSlots(LayerSlots):
 
     @property
     def is_training(self) -> bool:
-        """Whether the layer is not being evaluated."""
+        """Whether the layer is in training mode."""
         return bool(self.layer.training)
 
     def run_experts(self, run_homes: Callable[..., Any], tokens: Any, tokens_per_slot: Any, probs: Any, **kwargs: Any) -> Any:
-        """Run the tokens of the home slots, which come first, by ``run_homes``, and the others by the clones."""
+        """Run the tokens of home slots, which come first, by ``run_homes``, and those of clone slots by the clones."""
         at_home = int(tokens_per_slot[: self._own].sum())
         if at_home == len(tokens):
             return run_homes(tokens, tokens_per_slot[: self._own], probs, **kwargs)
@@ -70,16 +69,16 @@ class MegatronSlots(LayerSlots):
 
 
 class KnownCounts:
-    """Token counts that a layer knows before its dispatcher would gather them."""
+    """The token counts of all sources, for a dispatcher that would gather them again."""
 
     def __init__(self) -> None:
         self._known: torch.Tensor | None = None
 
     @contextmanager
     def hold(self, counts: torch.Tensor | None) -> Iterator[None]:
-        """Let the dispatcher's gather of counts inside the block return ``counts``, ``[sources, slots]``, without a collective.
+        """Let the dispatcher's gather inside the block return ``counts``, ``[sources, slots]``, without a collective.
 
-        Raises `SeamError` where it does not gather.
+        Raises `SeamError` if the dispatcher does not gather. Does nothing if ``counts`` is None.
         """
         if counts is None:
             yield
@@ -95,7 +94,7 @@ class KnownCounts:
             self._known = None
 
     def answer_gather(self, gather: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap the gather that token dispatchers import: inside `hold` the first call is answered."""
+        """Wrap the gather that token dispatchers import: inside `hold` the first call returns the known counts."""
 
         @wraps(gather)
         def gather_or_answer(input_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -113,24 +112,24 @@ class KnownCounts:
 
 
 class SlotWrappers:
-    """Wraps the methods by which Megatron builds and runs MoE layers: in a run with slots."""
+    """Wrappers of the methods with which Megatron builds and runs MoE layers."""
 
     def __init__(self, clones_per_rank: int, *, is_exact: bool) -> None:
         self._clones_per_rank, self._is_exact = clones_per_rank, is_exact
         self.counts = KnownCounts()
 
     def give_slots(self, build: Callable[..., None]) -> Callable[..., None]:
-        """Wrap ``MoELayer.__init__``: the layer gets `MegatronSlots`, a dispatcher that deals to them, and its clones."""
+        """Wrap ``MoELayer.__init__``: the layer gets `MegatronSlots`, a dispatcher for slots, and clones."""
 
         @wraps(build)
         def build_with_slots(layer: Any, *args: Any, **kwargs: Any) -> None:
             build(layer, *args, **kwargs)
             if layer.ep_group.size() == 1:
                 return  # every rank computes all experts: there is nothing to balance
-            given = inspect.signature(build).bind(layer, *args, **kwargs).arguments
-            groups = given.get("pg_collection") or _get_default_groups()
+            arguments = inspect.signature(build).bind(layer, *args, **kwargs).arguments
+            groups = arguments.get("pg_collection") or _get_default_groups()
             layer.token_dispatcher = _make_slot_dispatcher(layer, self._clones_per_rank, groups)
-            clones = _build_clones(layer, self._clones_per_rank, groups, given.get("name"))
+            clones = _build_clones(layer, self._clones_per_rank, groups, arguments.get("name"))
             slots = MegatronSlots(layer, layer.token_dispatcher, clones, self._clones_per_rank, is_exact=self._is_exact)
             layer_slots[layer] = slots
             if clones is not None:
@@ -139,7 +138,7 @@ class SlotWrappers:
         return build_with_slots
 
     def deal_to_slots(self, preprocess: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap ``MoELayer.preprocess``, which hands routed tokens to the dispatcher: it gets a map over slots."""
+        """Wrap ``MoELayer.preprocess``, which passes the routing map to the dispatcher: it gets a map over slots."""
 
         @wraps(preprocess)
         def preprocess_slots(layer: Any, hidden_states: Any, probs: Any, routing_map: Any) -> Any:
@@ -147,7 +146,7 @@ class SlotWrappers:
             if slots is None:
                 return preprocess(layer, hidden_states, probs, routing_map)
             slot_probs, slot_map, shares = slots.deal(probs, routing_map)
-            # Only this dispatcher gathers counts before it sends; padding, for quantization, changes them.
+            # Only this dispatcher gathers counts before it sends. Padding for quantization changes counts, so they are not known.
             config = layer.config
             is_known = config.moe_token_dispatcher_type == "alltoall" and not config.moe_router_padding_for_quantization
             with self.counts.hold(shares if is_known and layer.token_dispatcher.tp_ep_group.size() > 1 else None):
@@ -163,7 +162,7 @@ def _get_default_groups() -> Any:
 
 
 def _make_slot_dispatcher(layer: Any, clones_per_rank: int, groups: Any) -> Any:
-    """Return a dispatcher of the layer's own class that deals to slots."""
+    """Return a dispatcher of the layer's dispatcher class, for slots."""
     width = layer.num_local_experts + clones_per_rank
     config = copy.copy(layer.config)
     config.num_moe_experts = width * layer.ep_group.size()
@@ -175,7 +174,7 @@ def _make_slot_dispatcher(layer: Any, clones_per_rank: int, groups: Any) -> Any:
 
 
 def _build_clones(layer: Any, count: int, groups: Any, name: str | None) -> Any:
-    """Return a module of the experts' own class for ``count`` clones; None for none. Draws no random number."""
+    """Return a module of the experts' class for ``count`` clones; None for 0. Draws no random number."""
     if not count:
         return None
     config = copy.copy(layer.config)
@@ -185,7 +184,7 @@ def _build_clones(layer: Any, count: int, groups: Any, name: str | None) -> Any:
 
 
 def _add_clones(experts: Any, slots: MegatronSlots) -> None:
-    """Let upstream's experts hand the clones' tokens, their delayed weight gradients, and their mode, to the clones."""
+    """Make upstream's experts call their clones too: in forward, for delayed weight gradients, and to set the mode."""
     run_homes, finish_homes, set_homes_training = experts.forward, experts.backward_dw, experts.train
 
     @wraps(run_homes)
@@ -195,7 +194,7 @@ def _add_clones(experts: Any, slots: MegatronSlots) -> None:
     @wraps(finish_homes)
     def backward_dw() -> None:
         finish_homes()
-        # A clone that no token of this micro-batch came to has nothing queued.
+        # Nothing is queued if no token of the micro-batch went to a clone.
         if all(not module.wgrad_store.context.empty() for module in list_delayed(slots.clone_module)):
             slots.clone_module.backward_dw()
 
@@ -208,7 +207,7 @@ def _add_clones(experts: Any, slots: MegatronSlots) -> None:
 
 
 def _forget_cached_weights(module: Any) -> None:
-    """Let Transformer Engine's modules quantize their weights anew (untested on GPU); upstream does so for the model's own."""
+    """Make Transformer Engine's modules quantize their weights again (untested on GPU), as upstream does for the model's."""
     for part in module.modules():
         if hasattr(part, "is_first_microbatch"):
             part.is_first_microbatch = True
@@ -221,10 +220,10 @@ def list_delayed(module: Any) -> list[Any]:
 
 
 def list_weights(experts: Any, count: int) -> list[list[torch.nn.Parameter]]:
-    """Return the parameters of each of ``count`` experts in upstream's module of them.
+    """Return the parameters of each of the ``count`` experts in upstream's module ``experts``.
 
-    ``SequentialMLP`` has a module for each, Transformer Engine's grouped linears a numbered weight (and bias). Raises `SeamError`
-    for another shape.
+    ``SequentialMLP`` has a module for each expert; Transformer Engine's grouped linears have a numbered weight (and bias) for
+    each. Raises `SeamError` for any other module.
     """
     if hasattr(experts, "local_experts"):
         return [list(expert.parameters()) for expert in experts.local_experts]

@@ -1,4 +1,4 @@
-"""What Megatron's optimizers keep for one parameter: the fp32 master, the moments; whole, or this rank's shard of them."""
+"""The state of one parameter in Megatron's optimizers: fp32 master and moments, whole or this rank's shard of them."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from counterflow.errors import SeamError
 
 
 def take_state(optimizer: Any, parameter: torch.nn.Parameter) -> list[torch.Tensor]:
-    """Return the master and the moments of a parameter, in one order on all ranks; none where this rank has no shard of it.
+    """Return the master and the moments of a parameter, in the same order on all ranks; [] if this rank has no shard of it.
 
-    A number of steps, the same for all, is left out, and so is a master that is the parameter itself. Raises `SeamError` where
-    an optimizer does not say.
+    Step counters, which are equal for all parameters, are left out, and so is a master that is the parameter itself. Raises
+    `SeamError` if no optimizer has the parameter.
     """
     is_sharded = False
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):

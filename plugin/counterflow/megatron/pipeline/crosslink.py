@@ -7,10 +7,10 @@ back, and its loss ends on B's first pipeline rank. B's micro-batches turn in A 
     replica B   rank 0: 0 3    rank 1: 1 2      B's chunk 0 and A's chunk 1 run B's
     table       A.0  A.1  B.1  B.0              ranks 0 to 3 of the bidirectional layout
 
-The replicas hold the same stages as every two data-parallel peers do, so parameters, gradients, norms, optimizer shards and
-checkpoints are Megatron's own. What differs is where activations go (`link_pipelines`) and what chunk 1 reads
-(`read_partners_data`): every rank's chunk 1 runs the partner's micro-batches, first stage to last, so its data iterators are
-built as on the partner's data-parallel rank and no label is ever sent.
+The replicas hold the same stages, as any two data-parallel peers do, so parameters, gradients, norms, optimizer shards and
+checkpoints are Megatron's own. Two things differ: activations go to the partner's ranks (`link_pipelines`), and chunk 1 runs the
+partner's micro-batches. So its data iterators are built as on the partner's data-parallel rank (`read_partners_data`), and no
+label is ever sent.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,9 +27,10 @@ from counterflow.megatron.v_layout.model import is_for_way_back
 def find_partner() -> int:
     """Return the data-parallel rank of the replica that this one is cross-linked with.
 
-    Half of the replicas away: expert-parallel groups cover neighbouring ranks, so each lies inside one direction wherever the
-    number of expert-data-parallel replicas is even. Where it is odd some span both, and their all-to-alls still
-    match: the ranks of a pair run the same stages in the same order (`tables.require_mirrored_rows`).
+    It is half of all replicas away. Expert-parallel groups cover neighbouring ranks, so with an even number of
+    expert-data-parallel replicas a group's ranks are all in A's or all in B's. With an odd number some groups have ranks of both.
+    Their all-to-alls still match, because the two ranks of a pair run the same stages in the same order
+    (`counterflow.trainer.tables`).
     """
     group = parallel_state.get_data_parallel_group()
     return int(group.rank() + group.size() // 2) % int(group.size())
@@ -38,8 +39,8 @@ def find_partner() -> int:
 def link_pipelines(pipeline: list[int]) -> tuple[list[int], int]:
     """Return the global ranks of the table's ranks, and this rank's place among them.
 
-    ``pipeline`` lists the global ranks of this replica's own pipeline. Of a pair, the replica with the lower data-parallel
-    rank is A: its pipeline ranks are the first half of the table's, the other's in reverse the second.
+    ``pipeline`` lists the global ranks of this replica's own pipeline. The replica with the lower data-parallel rank is A. A's
+    pipeline ranks are the first half of the table's ranks, B's in reverse order the second half.
     """
     group = parallel_state.get_data_parallel_group()
     replicas, partner = dist.get_process_group_ranks(group), find_partner()
@@ -53,7 +54,7 @@ def link_pipelines(pipeline: list[int]) -> tuple[list[int], int]:
 
 @contextmanager
 def hold_partners_data_rank() -> Iterator[None]:
-    """Let ``parallel_state`` answer with the partner's data-parallel rank."""
+    """Set the data-parallel rank in ``parallel_state`` to the partner's inside the block."""
     before = parallel_state._MPU_DATA_PARALLEL_RANK
     parallel_state.set_data_parallel_rank(find_partner())
     try:
@@ -65,8 +66,8 @@ def hold_partners_data_rank() -> Iterator[None]:
 def read_partners_data(build_iterators: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the builder of data iterators: those of chunk 1 draw the partner's samples.
 
-    The samplers ask ``parallel_state`` for the data-parallel rank, after the data set provider has returned; so the whole
-    building is held.
+    The samplers ask ``parallel_state`` for the data-parallel rank after the data set provider has returned, so the partner's rank
+    is set until the iterators are built.
     """
 
     @wraps(build_iterators)

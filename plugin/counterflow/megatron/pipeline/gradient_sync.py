@@ -1,4 +1,4 @@
-"""When gradients and parameters are synchronised between data-parallel ranks, as upstream's schedules do it."""
+"""Synchronise gradients and parameters between data-parallel ranks, as upstream's schedules do."""
 
 import contextlib
 from itertools import pairwise
@@ -10,7 +10,7 @@ from counterflow.schedule.actions import REDUCTION
 
 
 class GradientSync:
-    """When gradients and parameters are synchronised: from a chunk's R in the table, and to its first forward."""
+    """Starts the reduction of a chunk's gradients at its R in the table, and parameter gathers before a chunk's first forward."""
 
     def __init__(self, config: Any, chunks: list[Any], table: ScheduleTable, rank: int, *, forward_only: bool) -> None:
         self._config, self._chunks = config, chunks
@@ -19,7 +19,7 @@ class GradientSync:
         self._synced: set[int] = set()
         singles = list(table.singles(rank))
         self._first_forward = {s.stage: s.microbatch for s in reversed(singles) if s.kind == "F"}
-        # The B's whose chunk is reduced right after them.
+        # The B's right before the R of their chunk.
         self._completing = {
             (s.stage, s.microbatch)
             for s, following in pairwise(singles)
@@ -56,17 +56,17 @@ class GradientSync:
         return is_first
 
     def before_backward(self, stage: int, microbatch: int) -> None:
-        """In a B that its chunk's R follows, bucket reductions start from the gradient hooks themselves."""
+        """Let gradient hooks start bucket reductions in a B, if the R of its chunk is the next action."""
         if self._config.grad_sync_func is None and (stage, microbatch) in self._completing:
             self.resume()
             self._synced.add(stage)
 
     def reduce(self, stage: int) -> None:
-        """Start the reduction of a chunk's gradients, which are all there; keep the others from starting theirs."""
+        """Start the reduction of a chunk's gradients, which are complete; then keep other chunks from starting theirs."""
         self.resume()
         if stage not in self._synced:
             self._start_gradients(stage)
-        # Clones (--cf-eplb) send theirs home now; expert gradients are reduced after that.
+        # Clones (--cf-eplb) send their gradients home now; gradients of experts are reduced once these have arrived.
         if (clones := of_chunk(self._chunks[self._layout.chunk_of(stage)]).clones) is not None:
             clones.start_homecoming()
         self.pause()
@@ -82,6 +82,6 @@ class GradientSync:
 
 
 def _call_for_chunk(function: Any, chunk: int, chunks: list[Any]) -> None:
-    """Call Megatron's sync function, one or one per chunk, with the chunk's parameters."""
+    """Call Megatron's sync function, which may be a list of one per chunk, with the chunk's parameters."""
     if function is not None:
         (function[chunk] if isinstance(function, list) else function)(chunks[chunk].parameters())

@@ -1,6 +1,6 @@
-"""Where Megatron takes the data iterators of several model chunks, a list, for one iterator.
+"""Wrap calls of Megatron that expect one data iterator, for runs with a list of iterators, one for each model chunk.
 
-Its schedules take either; these calls around them do not, and end a run of several chunks in the middle.
+Megatron's schedules take either. These calls around them do not, and a run with several chunks would end with an error.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 
 
 def draw_from_every_chunk(dummy_train_step: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Wrap the step that stands for a skipped one (``--iterations-to-skip``): every chunk's iterator goes on by a step.
+    """Wrap Megatron's skipped step (``--iterations-to-skip``): the iterator of every chunk advances by one step.
 
-    A stage that reads no data has no iterator; whoever has one draws what its forwards would have drawn.
+    A chunk that reads no data has no iterator.
     """
 
     @wraps(dummy_train_step)
@@ -31,7 +31,7 @@ def draw_from_every_chunk(dummy_train_step: Callable[[Any], None]) -> Callable[[
 
 
 def save_first_chunks_loader(save_loader: Callable[..., None]) -> Callable[..., None]:
-    """Wrap what saves the state of a data loader (``--dataloader-save``): chunk 0's, the others have drawn as much."""
+    """Wrap the saving of a data loader's state (``--dataloader-save``): chunk 0's is saved, since all chunks draw alike."""
 
     @wraps(save_loader)
     def save(train_iterator: Any, *args: Any, **kwargs: Any) -> None:

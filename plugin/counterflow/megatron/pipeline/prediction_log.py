@@ -8,7 +8,7 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 
 
 def take_prediction_losses() -> dict[str, Any]:
-    """Take the losses and counts of multi-token prediction, [layers] each, out of what this rank keeps for its log."""
+    """Remove the losses and counts of multi-token prediction, ``[layers]`` each, from this rank's log, and return them."""
     tracker = MTPLossLoggingHelper.tracker
     taken = {name: value for name, value in tracker.items() if torch.is_tensor(value)}
     for name in taken:
@@ -17,11 +17,11 @@ def take_prediction_losses() -> dict[str, Any]:
 
 
 def add_prediction_losses(taken: dict[str, Any]) -> None:
-    """Add another pipeline rank's losses of multi-token prediction to what this rank keeps for its log."""
+    """Add another pipeline rank's losses of multi-token prediction to this rank's log."""
     tracker = MTPLossLoggingHelper.tracker
     for name, value in taken.items():
         tracker[name] = tracker[name] + value if name in tracker else value
     if taken:
-        # As where they were computed: averaged over the data-parallel ranks, here over this rank's own.
+        # Upstream averages over the data-parallel group of the rank that computed them; here it is this rank's group.
         tracker["reduce_group"] = None
         tracker["avg_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)

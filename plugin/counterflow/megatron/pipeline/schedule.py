@@ -1,8 +1,8 @@
-"""Megatron's forward-backward contract over the executor.
+"""Megatron's forward-backward contract, run by the executor.
 
-`forward_backward` takes the place of upstream's pipelined schedules. Each F and B is upstream's own
-``forward_step`` or ``backward_step``; gradient and parameter syncs, token counts, timers and the
-gradient finaliser are called as upstream's schedules call them.
+`PipelineSchedule.forward_backward` replaces upstream's pipelined schedules. Each F and B is upstream's own ``forward_step`` or
+``backward_step``. Gradient and parameter syncs, token counts, timers and the gradient finaliser are called as upstream's
+schedules call them.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ from counterflow.trainer.tables import name_model_layout
 
 
 class PipelineSchedule:
-    """`forward_backward` with the options it runs under, and its pipeline."""
+    """`forward_backward` under the options of a run."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -62,7 +62,7 @@ class PipelineSchedule:
 
         Returns the loss dictionaries, one per micro-batch, on the last pipeline rank; [] elsewhere.
         """
-        # Some loops make Megatron's own and hand it on; it does nothing that is not done here.
+        # Some loops pass Megatron's own communicator; it is not used.
         if adjust_tensor_shapes_fn is not None or type(p2p_communicator) not in (NoneType, P2PCommunicator):
             raise OptionError(
                 "--cf-schedule moves tensors itself: adjust_tensor_shapes_fn must be None, p2p_communicator None or Megatron's "
@@ -91,7 +91,7 @@ class PipelineSchedule:
             seq_length=seq_length, micro_batch_size=micro_batch_size, decoder_seq_length=decoder_seq_length,
             config=config, tp_group=groups.tp, cp_group=groups.cp,
         )  # fmt: skip
-        # An MTP layer on a stage of its own hands on its output beside its input: longer than what it was given.
+        # An MTP layer on a stage of its own sends its output together with its input, which is longer than what it received.
         varies = config.variable_seq_lengths or getattr(config, "mtp_standalone", False)
         form = (Member(None if varies else tuple(shape), config.pipeline_dtype),)
         program = pipeline.prepare(table, form, forward_only=forward_only)
@@ -124,7 +124,7 @@ class PipelineSchedule:
     def _list_carried(self) -> list[Carried]:
         if not self._options.overlap:
             return []
-        # Here: what a Megatron lacks for pairs is to stop runs with pairs alone.
+        # A Megatron without what pairs need stops runs with pairs alone, so the import is here.
         from counterflow.megatron.pipeline.overlap import list_carried
 
         return list_carried()

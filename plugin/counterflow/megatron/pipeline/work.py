@@ -41,7 +41,7 @@ class Step:
 
 
 class _Chunk(NamedTuple):
-    """The model chunk that is a stage: its place on the rank, the model, and the script's ``forward_step`` for it."""
+    """The model chunk of a stage: its index on the rank, the model, and the script's ``forward_step`` for it."""
 
     place: int
     model: Any
@@ -49,7 +49,7 @@ class _Chunk(NamedTuple):
 
 
 class MegatronWork:
-    """One F or B of a (stage, micro-batch) with upstream's step functions; Megatron's stages hand on one tensor each."""
+    """One F or B of a (stage, micro-batch) by upstream's step functions; a message of Megatron's stages is one tensor."""
 
     def __init__(self, step: Step, sync: GradientSync) -> None:
         self._step, self._sync = step, sync
@@ -59,11 +59,11 @@ class MegatronWork:
         self._outputs: dict[tuple[int, int], torch.Tensor] = {}
 
     def forward(self, stage: int, microbatch: int, received: Message) -> Message:
-        """Run a forward; of the last stage, losses and token counts are kept."""
-        given = take_tensor(received)
-        is_first = self._prepare_forward(stage, microbatch, given)
-        output, num_tokens = self._forward_step(stage, microbatch, given, is_first)
-        self._keep(stage, microbatch, given, output, num_tokens)
+        """Run a forward; losses and token counts of the last stage are kept in the step."""
+        tensor = take_tensor(received)
+        is_first = self._prepare_forward(stage, microbatch, tensor)
+        output, num_tokens = self._forward_step(stage, microbatch, tensor, is_first)
+        self._keep(stage, microbatch, tensor, output, num_tokens)
         return (output,)
 
     def _prepare_forward(self, stage: int, microbatch: int, received: torch.Tensor | None) -> bool:
@@ -89,7 +89,7 @@ class MegatronWork:
             cp_group_size=step.cp_size,
             collect_non_loss_data=step.collect_non_loss_data,
             is_first_microbatch=upstream.check_first_val_step(step.first_val_step, step.forward_only, is_first),
-            # Where a table spans two replicas, a chunk runs one half of its micro-batches.
+            # If the table spans two replicas, a chunk runs one half of the table's micro-batches.
             current_microbatch=microbatch % step.microbatches,
             vp_stage=chunk.place if self._layout.chunks > 1 else None,
             is_last_stage=stage == self._layout.last_stage,
@@ -143,7 +143,7 @@ class MegatronWork:
         defer_engine_weight_grads(self._find_chunk(stage).model)
 
     def finish_backward(self, stage: int, microbatch: int) -> None:
-        """Keep other backwards from starting a reduction; the chunk's own begins with its R."""
+        """Keep backwards from starting reductions; a chunk's reduction starts with its R."""
         self._sync.pause()
 
     def reduce(self, stage: int) -> None:
@@ -152,17 +152,16 @@ class MegatronWork:
 
 
 def take_tensor(message: Message) -> torch.Tensor | None:
-    """Return the one tensor of a message, None where nothing was received."""
+    """Return the one tensor of a message; None for an empty message."""
     return message[0] if message else None
 
 
 def move_to_last_rank(step: Step, pp_group: Any, rank: int) -> None:
-    """Hand losses and token counts from the rank that computed them to the one that Megatron reads.
+    """Send losses and token counts from the rank that computed them to the last pipeline rank, where Megatron reads them.
 
-    A V ends on pipeline rank 0, each of two cross-linked replicas too (there with the partner's losses, which the sum over
-    replicas does not tell apart); Megatron's loop reads losses, and broadcasts token counts, from the last rank. So it is with
-    the losses of multi-token prediction, which upstream gathers for its log. On a GPU this waits for the losses once per step
-    (untested on GPU).
+    A V ends on pipeline rank 0. So does each of two cross-linked replicas: it has the losses of its partner, which does not
+    change the sum over replicas. The losses of multi-token prediction, which upstream gathers for its log, are sent too. On a GPU
+    this waits for the losses once per step (untested on GPU).
     """
     layout, target = step.table.layout, pp_group.size() - 1
     source = next(r for r in range(pp_group.size()) if layout.last_stage in layout.stages[r])

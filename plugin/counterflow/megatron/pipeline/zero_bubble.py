@@ -1,13 +1,13 @@
 """Split backward passes: an I computes input gradients, its W the weight gradients of Megatron's linears.
 
-Local linears (attention, MLP, experts, the output layer) share one autograd function upstream. It can leave its weight gradient
-undone already, for the deferred embedding gradients, so the split function asks it for that and hands the matmul to
-`defer_weight_grad`. Transformer Engine's modules keep their own queues (``delay_wgrad_compute``, ``backward_dw``): one
-entry per use in a backward (untested on GPU). What else has weights, norms, biases, routers, embeddings, is
-computed in the I; it is small.
+Local linears (attention, MLP, experts, the output layer) share one autograd function upstream. For deferred embedding gradients,
+that function can already omit its weight gradient. The split function switches this on and passes the matmul to
+`defer_weight_grad`. Transformer Engine's modules have queues of their own (``delay_wgrad_compute``, ``backward_dw``), with one
+entry for each use in a backward (untested on GPU). The gradients of norms, biases, routers and embeddings are computed in the I;
+they are small.
 
-A weight may be used more than once, by several linears or beside them. What a linear defers goes to the gradient buffer by
-itself, what other uses give goes through autograd, and Megatron's data parallelism is told for each backward which it was.
+A weight may have several uses, in linears and elsewhere. Deferred gradients are added to the gradient buffer directly; those of
+other uses come through autograd. After each backward, Megatron's data parallelism is told which of the two it was.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,30 +25,30 @@ from counterflow.megatron.gradients import GRADIENTS
 from counterflow.megatron.state import layer_slots, of_chunk, of_weight
 from counterflow.runtime.weight_grads import defer_weight_grad, is_holding
 
-# From here on its delayed weight gradients know Megatron's overlapped reductions.
+# The first version whose delayed weight gradients work with Megatron's overlapped reductions.
 FIRST_ENGINE = Version("2.8.0")
 
 
 def make_split_linear(upstream: Any) -> Any:
-    """Return Megatron's local linear, ``upstream``, that leaves its weight gradient to `defer_weight_grad`."""
+    """Return a subclass of Megatron's local linear, ``upstream``, that passes its weight gradient to `defer_weight_grad`."""
 
     class SplitLinear(upstream):  # type: ignore[misc]
-        """Upstream's linear; in an I its backward hands the weight gradient over."""
+        """Upstream's linear; in an I its backward defers the weight gradient."""
 
         @staticmethod
         def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
             saved_input, weight = ctx.saved_tensors
-            # Without a gradient buffer (no DDP) or a weight to train, or with embedding gradients deferred already, upstream
-            # goes on alone.
+            # Upstream runs alone without a gradient buffer (no DDP), for a frozen weight, and if it defers this weight's
+            # gradient itself (deferred embedding gradients).
             is_kept = GRADIENTS.of(weight) is not None and ctx.needs_input_grad[1] and getattr(ctx, "gtp_remat_size", 1) <= 1
             is_fused = ctx.gradient_accumulation_fusion
-            # So it does in a B: autograd adds all uses of a weight up. Fused, upstream would lose every use but this one.
+            # It does so in a B too, where autograd sums all uses of a weight; but not if fused, since it would lose other uses.
             if not is_kept or ctx.grad_output_buffer is not None or not (is_fused or is_holding()):
                 return upstream.backward(ctx, grad_output)
-            # Upstream then collects the output gradient, in the type that it computes in, and leaves the weight's undone.
+            # With these set, upstream keeps the output gradient, in its compute type, and omits the weight gradient.
             ctx.gradient_accumulation_fusion, ctx.main_grad = True, weight.main_grad
             ctx.grad_output_buffer, ctx.wgrad_deferral_limit = [], 0
-            # The bias's it would sum up in two steps then, and round twice.
+            # Upstream would then sum the bias gradient in two steps and round twice, so it is computed here.
             has_bias, ctx.use_bias = ctx.use_bias, False
             input_gradient, _, _, *others = upstream.backward(ctx, grad_output)
             collected = ctx.grad_output_buffer.pop()
@@ -74,10 +74,10 @@ class _Use(NamedTuple):
 
 
 class _SplitWeight:
-    """A weight some of whose gradients go to ``main_grad`` past autograd, and others through it."""
+    """A weight with deferred gradients, which are added to ``main_grad`` directly, beside those that autograd adds."""
 
     def __init__(self, weight: Any) -> None:
-        # A zero, expanded: what autograd gets for a use whose gradient is computed later. It adds it to what other uses give.
+        # An expanded zero: the gradient that autograd gets for a deferred use, and adds to the gradients of other uses.
         self.placeholder = torch.zeros((), dtype=weight.dtype, device=weight.device).expand_as(weight)
         self._find_weight = ref(weight)
         self._backward = -1
@@ -85,7 +85,7 @@ class _SplitWeight:
         weight.register_hook(self._note)
 
     def leave(self, weight: Any, use: _Use, is_fused: bool) -> None:
-        """Defer the gradient of one use of the weight, together with other uses in the same backward that are still deferred."""
+        """Defer the gradient of one use of the weight, together with those of other uses in the same backward."""
         # Autograd's number of the running backward. Autograd adds up a weight's gradients within one backward.
         backward = torch._C._current_graph_task_id()
         if backward == self._backward and self._uses:
@@ -107,7 +107,7 @@ class _SplitWeight:
 
 @torch.no_grad()
 def add_weight_grads(weight: Any, uses: list[_Use], is_fused: bool) -> None:
-    """Add grad_output^T x input of all uses to ``weight.main_grad``, their sum rounded as autograd would; empties ``uses``."""
+    """Add the sum of grad_output^T x input over all uses to ``weight.main_grad``, rounded as by autograd; empty ``uses``."""
     from megatron.core.tensor_parallel import layers
     from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
@@ -130,14 +130,14 @@ def add_weight_grads(weight: Any, uses: list[_Use], is_fused: bool) -> None:
 
 
 def watch_reductions(chunks: list[Any]) -> None:
-    """Let each weight know the bucket group in which its gradient is reduced, for `require_before_reduction`."""
+    """Store for each weight the bucket group in which its gradient is reduced, for `require_before_reduction`."""
     for chunk in chunks:
         for parameter, group in getattr(chunk, "param_to_bucket_group", {}).items():
             of_weight(parameter).bucket_group = ref(group)
 
 
 def require_before_reduction(weight: Any) -> None:
-    """Raise `ScheduleError` where a weight's gradient is added after the reduction of its bucket has begun."""
+    """Raise `ScheduleError` if the reduction of the weight's bucket has begun."""
     bucket_group = of_weight(weight).bucket_group
     group = bucket_group() if bucket_group is not None else None
     if group is not None and group.grad_reduce_handle is not None:
@@ -148,11 +148,11 @@ def require_before_reduction(weight: Any) -> None:
 
 
 def find_engine_obstacle(args: Any) -> str | None:
-    """Return why Transformer Engine cannot delay weight gradients under these arguments; None where it can."""
+    """Return why Transformer Engine cannot delay weight gradients under these arguments; None if it can."""
     if getattr(args, "tp_comm_overlap", False) and getattr(args, "tp_comm_bulk_wgrad", True):
         return "--tp-comm-overlap with its bulk weight gradients: turn tp_comm_bulk_wgrad off"
     if getattr(args, "use_transformer_engine_op_fuser", False):
-        # Megatron keeps the fused operations, which would queue them, where no walk over modules finds them.
+        # The fused operations, which would queue weight gradients, are not among the model's modules.
         return "--use-transformer-engine-op-fuser, whose fused experts keep theirs to themselves: drop it"
     try:
         version = metadata.version("transformer-engine")
@@ -164,9 +164,9 @@ def find_engine_obstacle(args: Any) -> str | None:
 
 
 def delay_after(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Wrap a config's ``__post_init__``: what it configures, Transformer Engine's modules or DDP, delays weight gradients."""
+    """Wrap a config's ``__post_init__``: Transformer Engine's modules, or DDP, are configured to delay weight gradients."""
 
-    # Megatron refuses the option without its own overlap, so it is set after Megatron's check has run.
+    # Megatron refuses the option without its own overlap, so it is set after Megatron's check.
     @wraps(post_init)
     def delay(self: Any) -> None:
         post_init(self)
@@ -176,7 +176,7 @@ def delay_after(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def defer_engine_weight_grads(chunk: Any) -> None:
-    """After a backward of a chunk: hand over what it has queued in its Transformer Engine modules, an entry for each use."""
+    """Defer the weight gradients that a chunk's backward has queued in Transformer Engine modules, one entry for each use."""
     handed_over = _find_engine_modules(chunk)
     delayed = [module for module in handed_over if module.wgrad_store.delay_wgrad_compute()]
     counts = {module: module.wgrad_store.context.qsize() - handed_over[module] for module in delayed}
@@ -188,7 +188,7 @@ def defer_engine_weight_grads(chunk: Any) -> None:
 
 
 def _find_engine_modules(chunk: Any) -> dict[Any, int]:
-    """Return the chunk's Transformer Engine modules; looked for once, since that is a walk over all of its modules."""
+    """Return the chunk's Transformer Engine modules; found once, as the search visits all modules of the chunk."""
     kept = of_chunk(chunk)
     if kept.handed_over is None:
         kept.handed_over = {one: 0 for one in _list_modules(chunk) if getattr(one, "wgrad_store", None) is not None}
@@ -196,7 +196,7 @@ def _find_engine_modules(chunk: Any) -> dict[Any, int]:
 
 
 def _list_modules(chunk: Any) -> Iterator[Any]:
-    """Yield the chunk's modules, and those of its clones (--cf-eplb), which are no children of it."""
+    """Yield the chunk's modules and the modules of its clones (--cf-eplb), which are not its children."""
     for module in chunk.modules():
         yield module
         if (slots := layer_slots.get(module)) is not None and slots.clone_module is not None:
@@ -205,7 +205,7 @@ def _list_modules(chunk: Any) -> Iterator[Any]:
 
 def _run_engine_weight_grads(counts: dict[Any, int], handed_over: dict[Any, int]) -> None:
     for module, count in counts.items():
-        # Entries run in the order of the queue: the first of a step may overwrite the gradient, later ones add to it.
+        # In the order of the queue: the first entry of a step may overwrite the gradient, later entries add to it.
         for _ in range(count):
             module.backward_dw()
         handed_over[module] -= count

@@ -83,13 +83,13 @@ def load_copies_apart(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def separate_copies(loaded: Any) -> Any:
-    """Return what was read of a checkpoint, in which no two tensors are one any more."""
+    """Return what was read from a checkpoint, with a clone in place of each tensor that occurs a second time."""
     seen: set[int] = set()
 
     def separate(value: Any) -> Any:
         if not torch.is_tensor(value) or not value.numel():
             return value
-        # Addresses are compared, not storages: tensors side by side in one buffer are apart already. A quantized tensor has no
+        # Addresses are compared, not storages: two parts of one buffer are not the same tensor. A quantized tensor has no
         # address.
         place = value.data_ptr() or id(value)
         if place in seen:

@@ -73,7 +73,7 @@ def wrap_first(function: Callable[..., Any], wrap: Callable[[Any], Any]) -> Call
 
 
 def _mirror_arguments(build_chunk: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return a builder's arguments, changed for chunk 1: mirrored groups; it never has the embedding, and on rank 0 the loss."""
+    """Return a builder's arguments for chunk 1: mirrored groups, no embedding, and the loss on the rank that has it."""
     parameters = list(inspect.signature(build_chunk).parameters.values())
     names = [one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     places = {"pre_process": False, "post_process": parallel_state.is_pipeline_last_stage(ignore_virtual=True)}

@@ -49,8 +49,8 @@ def build(name: str, ranks: int, microbatches: int, **options: Any) -> ScheduleT
 def require_size(ranks: int, microbatches: int, chunks: int, most: int = MAX_RUNS) -> None:
     """Raise `ScheduleError` for what is no size of a schedule: whole numbers, 1 or more, and not too many runs of a chunk."""
     runs = 1
-    for name, given in (("ranks", ranks), ("micro-batches", microbatches), ("chunks", chunks)):
-        runs *= take_whole(given, name, 1, most, ScheduleError)
+    for name, size in (("ranks", ranks), ("micro-batches", microbatches), ("chunks", chunks)):
+        runs *= take_whole(size, name, 1, most, ScheduleError)
     if runs > most:
         raise ScheduleError(
             f"{ranks} ranks x {microbatches} micro-batches x {chunks} chunks given, {runs:,} runs of a chunk; "
