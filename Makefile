@@ -1,6 +1,6 @@
 # make train and make test do everything, each from nothing; make check is the loop while editing (docs/testing.md).
 .PHONY: help setup train test check test-unit test-ranks nightly lint docs doctor
-.PHONY: bench-runtime bench-auto bench-balance bench-eplb clean
+.PHONY: bench-runtime bench-handover bench-auto bench-balance bench-eplb clean
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 
@@ -17,6 +17,7 @@ help:
 	@echo "make test    all of it: lint, types, test-unit and test-ranks"
 	@echo "make nightly the long sweeps: 2,000 examples a property, 2,000 drawn command lines, every schedule with every feature"
 	@echo "make bench-runtime  time the runtime beside its simulator, torch's schedules and Megatron's (ARGS=\"--steps 10\")"
+	@echo "make bench-handover  time a hand-over between the two parts of an overlapped pair"
 	@echo "make bench-auto  train under --cf-schedule auto on stages that sleep and look at every step (ARGS=\"--ranks 4\")"
 	@echo "make bench-balance  measure the balancer: balancedness, traffic, speed, growth (ARGS=\"speed --eplb FILE\")"
 	@echo "make bench-eplb  measure expert balancing in training: exactness, balance, overhead (ARGS=\"overhead\")"
@@ -73,6 +74,9 @@ doctor: setup
 
 bench-runtime: setup
 	@$(BIN)/python -m benchmarks.runtime $(ARGS)
+
+bench-handover: setup
+	@$(BIN)/python -m benchmarks.handover $(ARGS)
 
 bench-auto: setup
 	@$(BIN)/python -m benchmarks.auto $(ARGS)

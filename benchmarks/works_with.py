@@ -75,6 +75,9 @@ MODELS = (
               ("core_attn", "moe", "mlp", "layernorm", "moe_act", "shared_experts")),
             Variant("recompute uniform", f"{FULL} uniform"),
             Variant("recompute block", f"{FULL} block"),
+            Variant("shared-expert overlap", "--moe-shared-expert-overlap"),
+            Variant("shared-expert overlap, recompute uniform", f"--moe-shared-expert-overlap {FULL} uniform"),
+            Variant("allgather, recompute uniform", f"--moe-token-dispatcher-type allgather {FULL} uniform"),
             Variant("layout", layouts={"straight": f"{LAYOUT} Ettt|tL", "two chunks": f"{LAYOUT} Et|t|tt|L"}),
         ),
     ),
@@ -84,6 +87,7 @@ MODELS = (
     Model("MTP", "--mtp-num-layers 1", variants=(*OPTIMIZERS,
         Variant("per-token loss", "--calculate-per-token-loss"),
         Variant("layout", layouts={"straight": f"{LAYOUT} Ettt|tmL", "two chunks": f"{LAYOUT} Et|t|tt|mL"}))),
+    Model("MTP 2", "--mtp-num-layers 2", variants=(Variant("as it is"), Variant("recompute uniform", f"{FULL} uniform"))),
     # Expert tensor parallelism is 2 too where no flag sets it.
     Model("TP 2", TP2, variants=(*OPTIMIZERS,
         Variant("ETP 1, EP 2", "--expert-tensor-parallel-size 1 --expert-model-parallel-size 2"),
@@ -104,6 +108,8 @@ MODELS = (
 )  # fmt: skip
 # By layout: straight, looped, V.
 FAMILIES = {"1f1b": "", "zb-h1": "", "interleaved": f"{CHUNKS} 2", "dualpipev": "", "zbv": ""}
+PAIRED = ", overlapped pairs"
+FAMILIES |= {f"{name}{PAIRED}": FAMILIES[name] for name in ("interleaved", "dualpipev")}
 
 
 def list_layout(variant: Variant, schedule: str) -> list[str]:
@@ -112,7 +118,8 @@ def list_layout(variant: Variant, schedule: str) -> list[str]:
         return []
     straight = schedule in ("1f1b", "zb-h1")
     layout = variant.layouts.get("straight" if straight else "two chunks", FAMILIES[schedule])
-    return ["--cf-schedule", schedule, *layout.split()]
+    pairs = ["--cf-overlap"] if schedule.endswith(PAIRED) else []
+    return ["--cf-schedule", schedule.removesuffix(PAIRED), *layout.split(), *pairs]
 
 
 def list_cases(model: Model, variants: list[Variant], schedules: list[str], text: Path, directory: Path) -> list[Case]:

@@ -3,6 +3,7 @@
 Every room but the platform asks here and nowhere else. Under the CPU platform `torch.cuda` itself means the CPU.
 """
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,3 +22,28 @@ def make_event(*, timed: bool = False) -> Any:
 def wait_for_device() -> None:
     """Wait until the device has done all work that was issued to it."""
     torch.cuda.synchronize()
+
+
+def get_stream() -> Any:
+    """Return the stream to which this thread issues its work; None without a GPU."""
+    return torch.cuda.current_stream() if torch.cuda.is_available() else None
+
+
+def issue_to(stream: Any) -> AbstractContextManager[Any]:
+    """Let this thread issue its work to ``stream`` inside the block."""
+    return torch.cuda.stream(stream)
+
+
+def capture_random(device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Return the state of the random numbers of the host and, where it is another, of the device."""
+    with torch._C.DisableTorchFunction():
+        host = (torch.default_generator.get_state(),)
+        return (*host, torch.cuda.get_rng_state(device)) if device.type == "cuda" else host
+
+
+def restore_random(device: torch.device, state: tuple[torch.Tensor, ...]) -> None:
+    """Put what `capture_random` returned in force."""
+    with torch._C.DisableTorchFunction():
+        torch.default_generator.set_state(state[0])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state[1], device)

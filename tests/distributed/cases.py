@@ -62,6 +62,13 @@ VARIANTS = {
     "bf16, overlapped pairs": ["--bf16", "--cf-overlap", *OVERLAPPED],
     "selective recompute": ["--recompute-granularity", "selective", "--recompute-modules", "core_attn", "moe"],
 }
+# In fp32: what Megatron's own pairs refuse.
+WHOLE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+PAIRS = {
+    "overlapped pairs": [],
+    "overlapped pairs, recomputed, shared experts in overlap": [*WHOLE, "--moe-shared-expert-overlap"],
+    "overlapped pairs, allgather": ["--moe-token-dispatcher-type", "allgather", *WHOLE],
+}
 # These change the numbers, and to whose; the others must leave plain Megatron's as they are.
 OWN_REFERENCE = {"fp16, dynamic loss scale": "fp16, dynamic loss scale", "bf16": "bf16", "bf16, overlapped pairs": "bf16"}
 
@@ -129,6 +136,9 @@ def _add_variants(cases: Cases, start: list[str]) -> None:
         if variant == OWN_REFERENCE.get(variant):
             cases.add(f"megatron 1f1b, {variant}", start, flags, plugin=False, steps=3)
         cases.add(f"dualpipev, {variant}", start, flags, SCHEDULES["dualpipev"], steps=3)
+    for name, flags in PAIRS.items():
+        cases.add(f"dualpipev, {name}", start, ["--cf-overlap"], flags, SCHEDULES["dualpipev"], steps=3)
+    cases.add("dualpipe, overlapped pairs", start, ["--cf-overlap"], SHARDED, DUALPIPE, steps=3)
     cases.add("interleaved, overlapped pairs", start, ["--bf16", "--cf-overlap"], SCHEDULES["interleaved"], steps=3)
     varying = str(Path(__file__).with_name("pretrain_varying.py"))
     cases.add("megatron 1f1b, varying lengths", start, plugin=False, steps=3, script=varying)

@@ -14,6 +14,7 @@ RUNS = {
     "dualpipev": (1, []),
     "dualpipev, another seed": (2, []),
     "dualpipe": (1, ["--cf-schedule", "dualpipe"]),
+    "overlapped pairs": (1, ["--cf-overlap"]),
     "1f1b": (1, ["--cf-schedule", "1f1b", "--chunks", "1"]),
 }
 WRONG = {
@@ -23,7 +24,6 @@ WRONG = {
     "schedule taken too early": (["--no-cf-eplb"], "get_forward_backward_func() after counterflow.enable(), not before"),
     "one chunk": (["--chunks", "1"], "holds 2 model chunks per pipeline rank (VPP 2), 1 chunks per rank given"),
     "homes that move": (["--cf-eplb-rehome-interval", "2"], "which takes megatron.training: drop it in a loop of your own"),
-    "no pairs in the model": (["--cf-overlap"], "overlap_moe_expert_parallel_comm=True"),
 }
 
 

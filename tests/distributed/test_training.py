@@ -6,7 +6,7 @@ from statistics import median
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cases import FAMILIES, GROWN, OWN_REFERENCE, RESUMED, SAVED, SCHEDULES, SEARCHED, STEPS, VARIANTS
+from cases import FAMILIES, GROWN, OWN_REFERENCE, PAIRS, RESUMED, SAVED, SCHEDULES, SEARCHED, STEPS, VARIANTS
 from counterflow.schedule import load_record
 from counterflow.schedule.timeline import find_last_step
 from tests.support.comparing import TOLERANCE, assert_same_steps
@@ -100,6 +100,16 @@ def test_overlapped_pairs_train_and_evaluate_as_without(runs: Runs) -> None:
     run, reference = runs["dualpipev, bf16, overlapped pairs"], runs["megatron 1f1b, bf16"]
     assert run["evaluations"] == pytest.approx(reference["evaluations"], rel=TOLERANCE)
     assert_same_steps(runs["interleaved, overlapped pairs"], reference)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_overlapped_pairs_train_what_megatrons_own_refuse(runs: Runs, name: str) -> None:
+    assert_same_steps(runs[f"dualpipev, {name}"], runs["megatron 1f1b, plain"])
+
+
+def test_overlapped_pairs_change_no_bit(runs: Runs) -> None:
+    assert runs["dualpipev, overlapped pairs"]["steps"] == runs["dualpipev, plain"]["steps"][:3]
+    assert_same_steps(runs["dualpipe, overlapped pairs"], runs["megatron 1f1b, sharded"])
 
 
 def test_micro_batches_of_several_lengths(runs: Runs) -> None:

@@ -207,26 +207,19 @@ def test_overlap_without_pairs_is_refused(schedule: str, said: str) -> None:
         prepare_arguments(make_arguments(), Options(schedule=schedule, overlap=True))
 
 
-@pytest.mark.parametrize("schedule", ["interleaved", "dualpipev", "auto"])
-def test_overlap_turns_upstreams_own_flag_on(schedule: str) -> None:
-    args = make_arguments(num_virtual_stages_per_pipeline_rank=2, overlap_moe_expert_parallel_comm=False)
-    prepare_arguments(args, Options(schedule=schedule, overlap=True))
-    assert args.overlap_moe_expert_parallel_comm is True
-
-
 def test_upstreams_flag_alone_points_to_ours() -> None:
     args = make_arguments(overlap_moe_expert_parallel_comm=True)
     with pytest.raises(OptionError, match="does not take --overlap-moe-expert-parallel-comm: give --cf-overlap in its place"):
         prepare_arguments(args, Options(schedule="dualpipev"))
     prepare_arguments(args, Options(schedule="dualpipev", overlap=True))
+    assert args.overlap_moe_expert_parallel_comm is False, "Megatron refuses with it what its own plans cannot do"
 
 
-def test_pairs_do_not_recompute_whole_layers() -> None:
-    args = make_arguments(recompute_granularity="full")
-    with pytest.raises(OptionError, match="--cf-overlap does not run with --recompute-granularity full"):
-        prepare_arguments(args, Options(schedule="dualpipev", overlap=True))
-    prepare_arguments(args, Options(schedule="dualpipev"))
-    prepare_arguments(make_arguments(recompute_granularity="selective"), Options(schedule="dualpipev", overlap=True))
+@pytest.mark.parametrize("schedule", ["interleaved", "dualpipev", "auto"])
+def test_pairs_take_what_megatrons_plans_cannot(schedule: str) -> None:
+    several = {"num_virtual_stages_per_pipeline_rank": 2, "mtp_num_layers": 2, "moe_shared_expert_overlap": True}
+    args = make_arguments(recompute_granularity="full", untie_embeddings_and_output_weights=True, **several)
+    prepare_arguments(args, Options(schedule=schedule, overlap=True))
 
 
 def test_the_world_size_of_the_launcher_counts(monkeypatch: pytest.MonkeyPatch) -> None:

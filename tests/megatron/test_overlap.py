@@ -1,155 +1,181 @@
-"""An overlapped pair on real Megatron layers, one rank: the same gradients, really at once, errors that come out."""
+"""Megatron's side of an overlapped pair: which calls communicate, and which of its global state goes with each part."""
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from counterflow.errors import OptionError
-from tests.support.running import refuses, run_python
+pytest.importorskip("megatron.core")
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+from counterflow.runtime import communicate
+from counterflow.runtime.communication import defer
+from counterflow.runtime.handover import HandOver
+from counterflow.schedule.actions import Action
 
-PAIR = """
-import tempfile, threading
-from types import SimpleNamespace
-import torch, torch.distributed as dist
-from counterflow.platform import install_cpu
-patches = install_cpu()
-dist.init_process_group("gloo", init_method="file://" + tempfile.mktemp(), rank=0, world_size=1)
-from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.transformer_config import TransformerConfig
-from counterflow.megatron.pipeline import overlap
-from counterflow.megatron.pipeline.gradient_sync import GradientSync
-from counterflow.megatron.pipeline.work import MegatronWork, Step
-from counterflow.megatron.install import take_seams
-from counterflow.megatron import seams
-from counterflow.schedule import ScheduleTable, lay_straight
-from counterflow.schedule.actions import Action, pair
-
-parallel_state.initialize_model_parallel()
-model_parallel_cuda_manual_seed(1)
-nodes = overlap.PairNodes()
-take_seams(patches, [seams.ZERO_BUBBLE, seams.OVERLAP], SimpleNamespace(pairs=nodes))
-config = TransformerConfig(
-    num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=16, num_moe_experts=4, moe_router_topk=2,
-    moe_token_dispatcher_type="alltoall", hidden_dropout=0.0, attention_dropout=0.0, use_cpu_initialization=True,
-    add_bias_linear=False, gradient_accumulation_fusion=False, pipeline_dtype=torch.float32,
-)
-model = GPTModel(config, get_gpt_layer_local_spec(num_experts=4), 32, 8, position_embedding_type="rope")
-for layer in model.decoder.layers:
-    # One rank's all-to-all hands over the very tensor that the plan frees; upstream asks for two ranks, here a copy does.
-    layer.mlp.dispatch = lambda *args, dispatch=layer.mlp.dispatch: tuple(tensor.clone() for tensor in dispatch(*args))
-tokens = [torch.randint(0, 32, (1, 8), generator=torch.Generator().manual_seed(m)) for m in range(2)]
-F, B = (lambda m: Action("F", 0, m)), (lambda m: Action("B", 0, m))
-table = ScheduleTable("pair", lay_straight(1), 2, ((F(0), pair(F(1), B(0)), B(1)),))
-
-def forward_step(data, model, return_schedule_plan=False):
-    ids, run = next(data), model.build_schedule_plan if return_schedule_plan else model
-    return run(ids, torch.arange(8).unsqueeze(0), None, labels=ids), lambda output: (output.mean(), {"loss": output.mean()})
-
-def add_to_main_grad(parameter):
-    # As Megatron's data parallelism does it.
-    if not parameter.grad_added_to_main_grad:
-        parameter.main_grad.add_(parameter.grad)
-    parameter.grad = None
-
-for parameter in model.parameters():
-    parameter.grad_added_to_main_grad = False
-    parameter.register_post_accumulate_grad_hook(add_to_main_grad)
-
-def run(kind, *more):
-    for parameter in model.parameters():
-        parameter.main_grad = torch.zeros_like(parameter)
-    count = torch.zeros([], dtype=torch.int)
-    step = Step(forward_step, [iter(tokens)], [model], config, table, 2, 1, False, False, None, [], count)
-    work = kind(step, GradientSync(config, [model], table, 0, forward_only=False), *more)
-    work.forward(0, 0, ())
-    if kind is MegatronWork:
-        work.forward(0, 1, ()), work.backward(0, 0, ())
-    else:
-        work.forward_backward(F(1), (), B(0), ())
-    work.backward(0, 1, ())
-    return [loss["loss"].item() for loss in step.losses], [parameter.main_grad for parameter in model.parameters()]
-
-"""
-
-SAME = """
-expected, found = run(MegatronWork), run(overlap.OverlapWork, nodes)
-assert found[0] == expected[0], (found[0], expected[0])
-assert all(g.any() for g in expected[1])
-for name, one, other in zip(dict(model.named_parameters()), expected[1], found[1], strict=True):
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7, msg=name)
-print("same")
-"""
-
-AT_ONCE = """
-meeting = threading.Barrier(2)
-class Meet(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
-    @staticmethod
-    def backward(ctx, grad):
-        if nodes.are_open:
-            meeting.wait(timeout=60)  # the B's experts
-        return grad
-for layer in model.decoder.layers:
-    layer.mlp.experts.register_forward_hook(lambda module, args, output: (Meet.apply(output[0]), output[1]))
-    dispatch = layer.mlp.dispatch
-    def meet_and_dispatch(*args, dispatch=dispatch):
-        if nodes.are_open:
-            meeting.wait(timeout=60)  # the F's all-to-all
-        return dispatch(*args)
-    layer.mlp.dispatch = meet_and_dispatch
-run(overlap.OverlapWork, nodes)
-print("at once")
-"""
-
-RAISES = """
-def fail(*args):
-    raise FloatingPointError("an expert gave up")
-model.decoder.layers[1].mlp.experts.register_forward_hook(fail)
-try:
-    run(overlap.OverlapWork, nodes)
-except FloatingPointError as error:
-    print(error)
-"""
-
-LOST = """
-from megatron.core.models.common.utils import TransformerLayerNode
-patches.set(TransformerLayerNode, "backward_dw", lambda self: None)
-try:
-    run(overlap.OverlapWork, nodes)
-except RuntimeError as error:
-    print(error)
-"""
+F, B = Action("F", 0, 1), Action("B", 0, 0)
 
 
-@pytest.mark.parametrize(
-    ("code", "said"),
-    [
-        (SAME, "same"),
-        (AT_ONCE, "at once"),
-        (RAISES, "an expert gave up"),
-        (LOST, "upstream did not call backward_dw on mlp, pre_dispatch_computation"),
-    ],
-    ids=["same gradients", "dispatch of the F beside the experts of the B", "an error in a worker", "lost weight gradients"],
-)
-def test_a_pair_through_megatrons_plans(code: str, said: str) -> None:
-    pytest.importorskip("megatron.core")
-    assert said in run_python("-c", PAIR + code, timeout=240)
+class Work:
+    """A transfer that is there once it is waited for."""
+
+    def __init__(self, output: torch.Tensor, given: torch.Tensor) -> None:
+        self.output, self.given = output, given.clone()
+
+    def wait(self) -> None:
+        self.output.copy_(self.given)
 
 
-def test_a_script_that_cannot_return_a_plan_is_refused() -> None:
-    pytest.importorskip("megatron.core")
-    from counterflow.megatron.pipeline.overlap import require_schedule_plans
+def send(output: torch.Tensor, given: torch.Tensor, async_op: bool = False) -> Work | None:
+    work = Work(output, given)
+    return work if async_op else work.wait()
 
-    def forward_step(data_iterator: object, model: object) -> None: ...
 
-    def with_plan(data_iterator: object, model: object, return_schedule_plan: bool = False) -> None: ...
+exchange = defer(send)
 
-    require_schedule_plans(with_plan)
-    require_schedule_plans(lambda *args, **kwargs: None)
-    with refuses("forward_step does not take return_schedule_plan: add it or drop --cf-overlap", OptionError):
-        require_schedule_plans(forward_step)
+
+class Dispatcher:
+    """Keeps on itself what a layer has dispatched, as Megatron's do, its shared experts too."""
+
+    def __init__(self, shared: bool) -> None:
+        self.splits = 0
+        self.shared_experts = SimpleNamespace(cached_output=0) if shared else None
+
+    def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.splits = int(tokens[0])
+        if self.shared_experts is not None:
+            self.shared_experts.cached_output = int(tokens[0])
+        received = torch.empty_like(tokens), torch.empty_like(probs)
+        for output, given in zip(received, (tokens, probs), strict=True):
+            exchange(output, given)
+        return received
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "with shared experts"])
+def test_a_layer_that_both_parts_run_keeps_what_each_has_dispatched(shared: bool) -> None:
+    from counterflow.megatron.pipeline.overlap import mark_dispatch
+
+    config = SimpleNamespace(moe_token_dispatcher_type="alltoall")
+    layer = SimpleNamespace(layer_number=3, config=config, token_dispatcher=Dispatcher(shared))
+    dispatch = mark_dispatch(lambda layer, *given: layer.token_dispatcher.token_dispatch(*given))
+    seen: list[tuple[int, ...]] = []
+    said: list[str] = []
+    handover = HandOver()
+
+    def run(value: int) -> None:
+        for _ in range(3):
+            tokens, _ = dispatch(layer, torch.full((2,), float(value)), torch.ones(2))
+            kept = layer.token_dispatcher.shared_experts
+            seen.append((value, int(tokens[0]), layer.token_dispatcher.splits, kept.cached_output if kept else value))
+            said.append(handover.describe())
+
+    handover.run_pair(F, lambda: run(1), B, lambda: run(2))
+    assert len(seen) == 6 and all(set(found) == {found[0]} for found in seen), seen
+    assert handover.list_counts() == [(0, 3, 3)], "tokens and probabilities travel together"
+    assert any("0F1 behind communication 1 (dispatch of layer 3)" in one for one in said)
+
+
+def test_a_transfer_of_deep_ep_hands_over_before_it_is_waited_for() -> None:
+    from counterflow.megatron.pipeline.overlap import hand_over_before, mark_combine
+
+    log: list[str] = []
+    wait = hand_over_before(lambda event: log.append(f"waits for {event}"))
+
+    def combine(layer: Any, tokens: torch.Tensor) -> torch.Tensor:
+        log.append("combine")
+        wait("combine")
+        return tokens
+
+    layer = SimpleNamespace(
+        layer_number=1, config=None, token_dispatcher=SimpleNamespace(shared_experts=None, _comm_manager=None)
+    )
+    combine = mark_combine(combine)
+    with torch.no_grad():
+        wait("layout")
+        combine(layer, torch.ones(1))
+    assert log == ["waits for layout", "combine", "waits for combine"]
+    log.clear()
+    HandOver().run_pair(F, lambda: combine(layer, torch.ones(1)), B, lambda: communicate(lambda: log.append("B"), lambda _: None))
+    assert log == ["B", "combine", "waits for combine"]
+
+
+def test_megatrons_global_state_goes_with_its_part() -> None:
+    from counterflow.megatron.pipeline.overlap import list_carried
+    from counterflow.platform import install_cpu
+
+    patches = install_cpu()
+    try:
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel import random
+        from megatron.core.utils import GlobalMemoryBuffer
+
+        parallel_state._GLOBAL_MEMORY_BUFFER = GlobalMemoryBuffer()
+        parallel_state.set_pipeline_model_parallel_rank(0)
+        tracker = random.get_cuda_rng_tracker()
+        tracker.reset()
+        tracker.add("model-parallel-rng", 5)
+        seen: dict[str, list[Any]] = {"F": [], "B": []}
+
+        def run(part: str, rank: int) -> None:
+            parallel_state.set_pipeline_model_parallel_rank(rank)
+            for _ in range(2):
+                communicate(lambda: None, lambda _: None)
+                with tracker.fork("model-parallel-rng"):
+                    drawn = torch.rand(3)
+                    communicate(lambda: None, lambda _: None)
+                    drawn = torch.cat((drawn, torch.rand(3)))
+                buffer = parallel_state.get_global_memory_buffer()
+                seen[part].append((parallel_state.get_pipeline_model_parallel_rank(), drawn.tolist(), id(buffer)))
+
+        HandOver(list_carried()).run_pair(F, lambda: run("F", 3), B, lambda: run("B", 1))
+        assert [[one[0] for one in seen[part]] for part in "FB"] == [[3, 3], [1, 1]]
+        assert [one[1] for one in seen["F"]] == [one[1] for one in seen["B"]], "each part draws as if it were alone"
+        assert len({one[2] for part in "FB" for one in seen[part]}) == 2, "both parts gather into one buffer"
+        assert parallel_state.get_pipeline_model_parallel_rank() == 3
+    finally:
+        parallel_state._GLOBAL_MEMORY_BUFFER = None
+        parallel_state.set_pipeline_model_parallel_rank(None)
+        tracker.reset()
+        patches.undo()
+
+
+def test_transformer_engines_queued_weight_gradients_are_left_where_the_backward_hands_over() -> None:
+    from counterflow.runtime import defer_weight_grad
+    from counterflow.runtime.executor import run_program
+    from counterflow.runtime.lowering import lower
+    from counterflow.schedule import ScheduleTable, lay_straight
+    from counterflow.schedule.actions import pair
+
+    log: list[str] = []
+    queue: list[str] = []
+
+    class Stage:
+        def forward(self, stage: int, microbatch: int, received: Any) -> Any:
+            return (torch.ones(1),)
+
+        def backward(self, stage: int, microbatch: int, received: Any) -> Any:
+            for layer in "ab":
+                queue.append(layer)
+                communicate(lambda layer=layer: log.append(f"transfer {layer}"), lambda _: None)
+            return ()
+
+        def leave_weight_grads(self, stage: int) -> None:
+            while queue:
+                defer_weight_grad(partial(log.append, f"weights {queue.pop(0)}"))
+
+        def finish_backward(self, stage: int, microbatch: int) -> None:
+            log.append("finished")
+
+        def release_output(self, stage: int, microbatch: int) -> None: ...
+
+    class NoMailbox:
+        waiting = None
+
+        def post(self, transfers: Any) -> None: ...
+
+        def finish(self) -> None: ...
+
+    table = ScheduleTable("pair", lay_straight(1), 2, ((Action("F", 0, 0), pair(F, B), Action("B", 0, 1)),))
+    run_program(lower(table, 0), Stage(), NoMailbox(), handover=HandOver())  # type: ignore[arg-type]
+    assert log[:5] == ["transfer a", "weights a", "transfer b", "weights b", "finished"]

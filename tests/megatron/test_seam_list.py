@@ -27,10 +27,10 @@ NOT_MEGATRONS = {"megatron.core.tensor_parallel.layers.fused_weight_gradient_mlp
 
 
 def list_attributes() -> dict[tuple[str, str], Any]:
-    """Return what every loaded module of Megatron, and every class that lives in one, has under each name."""
+    """Return what every loaded module of Megatron, and every class in one, has under each name; of torch, its collectives."""
     found = {}
     for name, module in list(sys.modules.items()):
-        if not name.startswith("megatron") or not isinstance(module, ModuleType):
+        if (not name.startswith("megatron") and name != "torch.distributed") or not isinstance(module, ModuleType):
             continue
         found |= {(name, key): value for key, value in vars(module).items()}
         classes = [one for one in vars(module).values() if isinstance(one, type) and one.__module__ == name]

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from megatron.core.pipeline_parallel import combined_1f1b
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 import counterflow
 from counterflow.errors import OptionError, SeamError
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.slow
 PATCH = ROOT / "patches" / "megatron-lm" / "0.17-0.20" / "enable.patch"
 
 
-def make_seam(owner: str, symbol: str, *parameters: str, by_name: bool = False) -> Seam:
-    return Seam(owner, symbol, None, (seams.FLAGS,), KNOWN, "", parameters, by_name)
+def make_seam(owner: str, symbol: str, *parameters: str) -> Seam:
+    return Seam(owner, symbol, None, (seams.FLAGS,), KNOWN, "", parameters)
 
 
 @pytest.mark.parametrize("seam", list_seams(), ids=lambda seam: seam.path)
@@ -53,40 +53,18 @@ def test_a_seam_that_does_not_fit_is_named_with_the_version(monkeypatch: pytest.
     assert f"megatron-core {seams.find_version()}" in str(raised.value)
 
 
-def call(first: int, second: int, third: int = 3, *more: int, fourth: int = 4, **others: int) -> None: ...
+def dispatch(self: object, plan: object) -> None:
+    """A dispatch of another shape: it wants what nobody gives."""
 
 
-@pytest.mark.parametrize(
-    ("parameters", "fits"),
-    [
-        (("first", "second"), True),
-        (("second", "first"), True),
-        (("fourth", "second", "first"), True),
-        (("first", "third"), False),
-        (("first", "second", "gone"), False),
-        (("first", "second", "more"), False),
-    ],
-)
-def test_what_is_called_by_name_may_have_other_parameters(
-    monkeypatch: pytest.MonkeyPatch, parameters: tuple[str, ...], fits: bool
-) -> None:
-    monkeypatch.setattr(combined_1f1b, "call", call, raising=False)
-    misfit = make_seam(combined_1f1b.__name__, "call", *parameters, by_name=True).find_misfit()
-    assert (misfit is None) is fits, misfit
-
-
-def give_plan(forward_step_func: object, b_grads: object) -> None:
-    """A combined F&B of another shape: it wants what nobody gives."""
-
-
-def test_another_combined_step_stops_overlapped_pairs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(combined_1f1b, "combined_forward_backward_step", give_plan)
+def test_another_dispatch_stops_overlapped_pairs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MoELayer, "dispatch", dispatch)
     monkeypatch.setattr(sys, "argv", ["script.py"])
     counterflow.enable({"schedule": "dualpipev"}).undo()
     with pytest.raises(SeamError) as raised:
         counterflow.enable({"schedule": "dualpipev", "overlap": True})
     said = str(raised.value)
-    assert "combined_1f1b.combined_forward_backward_step takes (forward_step_func, b_grads) where (" in said
+    assert "moe_layer.MoELayer.dispatch takes (self, plan) where (self, hidden_states, …) is expected" in said
     assert said.endswith("or drop --cf-overlap") and "\n" not in said
 
 

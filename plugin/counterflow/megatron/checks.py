@@ -65,9 +65,9 @@ def prepare_arguments(args: Any, options: Options) -> None:
         _check_crosslinked(flat, ranks, options.schedule)
     _check_batches(flat, ranks, chunks or 1, options)
     stamp_layout(args, options, f"{layout} {chunks or 1}")
-    if options.overlap:
-        # With its own flag set, Megatron refuses what its schedule plans cannot do.
-        _owner(args, "overlap_moe_expert_parallel_comm").overlap_moe_expert_parallel_comm = True
+    if getattr(_owner(args, flag := "overlap_moe_expert_parallel_comm"), flag, None):
+        # Given beside --cf-overlap. With it set, Megatron refuses what its schedule plans cannot do; they are not used.
+        setattr(_owner(args, flag), flag, False)
     _ignore_own_transfers(args, options.schedule, layout)
 
 
@@ -161,13 +161,7 @@ def _check_unsupported(args: Any, schedule: str, overlap: bool) -> None:
     _refuse_weight_shards(args, f"--cf-schedule {schedule}")
     if getattr(args, "overlap_moe_expert_parallel_comm", None) and not overlap:
         raise OptionError(
-            f"--cf-schedule {schedule} does not take --overlap-moe-expert-parallel-comm: give --cf-overlap "
-            "in its place, which turns it on"
-        )
-    if overlap and getattr(args, "recompute_granularity", None) == "full":
-        raise OptionError(
-            "--cf-overlap does not run with --recompute-granularity full, whose forwards come again inside backwards: give "
-            "selective (without moe among --recompute-modules), or drop one of the two"
+            f"--cf-schedule {schedule} does not take --overlap-moe-expert-parallel-comm: give --cf-overlap in its place"
         )
     graph = getattr(args, "cuda_graph_impl", None) or "none"
     if graph != "none":
@@ -440,8 +434,6 @@ def check_loop(chunks: list[Any], options: Options) -> None:
         )
     if options.schedule is None:
         return
-    if options.overlap and not config.overlap_moe_expert_parallel_comm:
-        raise OptionError("--cf-overlap needs a model whose config has overlap_moe_expert_parallel_comm=True: build it so")
     if options.zero_bubble and any(getattr(part, "wgrad_store", None) for chunk in chunks for part in chunk.modules()):
         raise OptionError(
             "--cf-zero-bubble cannot split the backward passes of Transformer Engine's modules in a loop of your own in this "

@@ -34,7 +34,6 @@ from counterflow.trainer.tables import choose_layout, count_replicas, name_model
 if TYPE_CHECKING:
     from counterflow.megatron.experts.balancing import ExpertBalancer
     from counterflow.megatron.experts.layer import SlotWrappers
-    from counterflow.megatron.pipeline.overlap import PairNodes
 
 YAML_FLAG = "--yaml-cfg"
 
@@ -90,7 +89,6 @@ class Installation:
         self._run_step: Callable[..., Any] | None = None
         self.balancer: ExpertBalancer | None = None
         self.slots: SlotWrappers | None = None
-        self.pairs: PairNodes | None = None
 
     def put_in_force(self, options: Options) -> None:
         """Check the seams of the features that the options ask for, and install them. Raises `SeamError` if one does not fit."""
@@ -104,12 +102,7 @@ class Installation:
         if options.schedule is not None:
             from counterflow.megatron.pipeline.schedule import PipelineSchedule
 
-            if options.overlap:
-                # A Megatron without what pairs need stops runs with pairs alone, so the import is here.
-                from counterflow.megatron.pipeline.overlap import PairNodes
-
-                self.pairs = PairNodes()
-            self._run_step = self._check_first(PipelineSchedule(options, self.pairs).forward_backward)
+            self._run_step = self._check_first(PipelineSchedule(options).forward_backward)
         if options.eplb:
             from counterflow.megatron.experts.balancing import ExpertBalancer
             from counterflow.megatron.experts.layer import SlotWrappers
@@ -121,7 +114,7 @@ class Installation:
 
     def _forget(self) -> None:
         # All of them refer to the model, which has to be freed.
-        self._run_step = self.balancer = self.slots = self.pairs = None
+        self._run_step = self.balancer = self.slots = None
 
     def choose_schedule(self, get_forward_backward_func: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap Megatron's choice of a schedule: the table's replaces a pipelined one, and clones are filled before it runs."""

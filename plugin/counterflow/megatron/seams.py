@@ -12,6 +12,7 @@ from counterflow.trainer.seam import Seam
 from counterflow.trainer.seam import check_seams as check_all
 
 TRAINER = "megatron.training"
+DEEP_EP = "deep_ep"
 
 FLAGS, SCHEDULE, V_LAYOUT, CROSSLINK = "flags", "schedule", "V layout", "cross-linked replicas"
 ZERO_BUBBLE, ENGINE, OVERLAP = "zero bubble", "zero bubble of Transformer Engine", "overlapped pairs"
@@ -42,10 +43,6 @@ MOE = "megatron.core.transformer.moe"
 MOE_LAYER = f"{MOE}.moe_layer.MoELayer"
 FORMAT = "megatron.core.dist_checkpointing"
 OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
-NODES = {
-    "megatron.core.models.gpt.fine_grained_callables.TransformerLayerNode": KNOWN[:2],
-    "megatron.core.models.common.utils.TransformerLayerNode": KNOWN[2:],
-}
 
 STARTING = (
     Seam(ARGUMENTS, "add_megatron_arguments", "install.show_flags", (FLAGS,), KNOWN, "flags in the script's --help", ("parser",)),
@@ -171,31 +168,27 @@ SPLITTING = (
 )  # fmt: skip
 
 PAIRING = (
+    Seam(MOE_LAYER, "dispatch", "pipeline.overlap.mark_dispatch", (OVERLAP,), KNOWN, "communicates", ("self", "hidden_states")),
+    Seam(MOE_LAYER, "combine", "pipeline.overlap.mark_combine", (OVERLAP,), KNOWN, "communicates", ("self", "output")),
     Seam(
-        "megatron.core.pipeline_parallel.combined_1f1b", "combined_forward_backward_step", None, (OVERLAP,), KNOWN,
-        "F, B and F&B through upstream's plans",
-        (
-            "forward_step_func", "data_iterator", "f_model", "num_microbatches", "input_tensor", "forward_data_store", "b_model",
-            "b_input_tensor", "b_output_tensor", "b_output_tensor_grad", "config", "f_model_chunk_id", "is_first_microbatch",
-            "current_microbatch",
-        ),
-        by_name=True,
+        "torch.distributed", "all_to_all_single", "pipeline.overlap.hand_over_in", (OVERLAP,), KNOWN,
+        "does not wait inside a communication", ("output", "input"), alone=True,
     ),
-    Seam("megatron.core.pipeline_parallel.utils", "ScheduleNode", None, (OVERLAP,), KNOWN, "runs weight gradients on a stream"),
-    Seam("megatron.core.pipeline_parallel.utils", "set_streams", None, (OVERLAP,), KNOWN, "the communication stream"),
     *(
-        seam
-        for node, versions in NODES.items()
-        for seam in (
-            Seam(
-                node, "backward_impl", ".pairs.hold_in_node", (OVERLAP,), versions,
-                "weight gradients of a pair's nodes wait", ("self", "outputs", "output_grad"),
-            ),
-            Seam(node, "backward_dw", ".pairs.run_held", (OVERLAP,), versions, "and run there", ("self",)),
-            Seam(node, "bwd_dw_callables", None, (OVERLAP,), versions, "which nodes have weight gradients"),
-            Seam(node, "delay_wgrad_compute", None, (OVERLAP,), versions, "whose weight gradients are Transformer Engine's"),
+        Seam(
+            "megatron.core.tensor_parallel.mappings", name, "pipeline.overlap.hand_over_in", (OVERLAP,), KNOWN,
+            "nor do the allgather dispatcher's", alone=True,
         )
+        for name in ("dist_all_gather_func", "dist_reduce_scatter_func")
     ),
+    Seam(
+        f"{DEEP_EP}.utils.EventOverlap", "current_stream_wait", "pipeline.overlap.hand_over_before", (OVERLAP,), KNOWN,
+        "the flex dispatcher waits", ("self",),
+    ),
+    Seam(STATE, "_GLOBAL_MEMORY_BUFFER", None, (OVERLAP,), KNOWN, "one for each part of a pair"),
+    Seam("megatron.core.utils", "GlobalMemoryBuffer", None, (OVERLAP,), KNOWN, "that of the B"),
+    Seam(STATE, "_MPU_PIPELINE_MODEL_PARALLEL_RANK", None, (V_LAYOUT, OVERLAP), KNOWN, "the rank to go back to"),
+    Seam("megatron.core.tensor_parallel.random", "get_cuda_rng_tracker", None, (OVERLAP,), KNOWN, "random numbers of each part"),
 )  # fmt: skip
 
 TURNING = (
@@ -205,7 +198,6 @@ TURNING = (
     ),
     Seam(STATE, "model_parallel_is_initialized", None, (V_LAYOUT,), KNOWN, "whether that is too late"),
     Seam(STATE, "set_pipeline_model_parallel_rank", None, (V_LAYOUT,), KNOWN, "the mirrored rank", ("rank",)),
-    Seam(STATE, "_MPU_PIPELINE_MODEL_PARALLEL_RANK", None, (V_LAYOUT,), KNOWN, "the rank to go back to"),
     Seam(STATE, "_PIPELINE_MODEL_PARALLEL_GROUP", None, (V_LAYOUT,), KNOWN, "mirrored while chunk 1 is built"),
     Seam(STATE, "get_pipeline_model_parallel_group", None, (V_LAYOUT,), KNOWN, "the group that is mirrored"),
     Seam(STATE, "get_pipeline_model_parallel_rank", None, (V_LAYOUT,), KNOWN, "whether a builder took the mirrored rank"),
@@ -327,12 +319,12 @@ def find_version() -> str:
 
 
 def list_seams() -> list[Seam]:
-    """Return the seams of the Megatron version in use; those of ``megatron.training`` only if it is installed."""
+    """Return the seams of the Megatron version in use, and of what is installed beside it."""
     version = find_version()
     due = [seam for seam in SEAMS if version == "not installed" or seam.is_due(version, KNOWN)]
-    # megatron.core can be installed without it.
-    has_trainer = version != "not installed" and importlib.util.find_spec(TRAINER) is not None
-    return [seam for seam in due if has_trainer or not seam.owner.startswith(TRAINER)]
+    # megatron.core can be installed without its trainer, and without DeepEP.
+    missing = tuple(name for name in (TRAINER, DEEP_EP) if version == "not installed" or not importlib.util.find_spec(name))
+    return [seam for seam in due if not seam.owner.startswith(missing)]
 
 
 def check_seams(features: Collection[str] = tuple(REMEDIES)) -> None:

@@ -6,16 +6,19 @@ stages of the same rank (at the turn of a V), and the weight-gradient work that 
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 from counterflow.errors import ScheduleError
+from counterflow.runtime.handover import HandOver
 from counterflow.runtime.lowering import Instruction, Part, Program
 from counterflow.runtime.mailbox import Mailbox
 from counterflow.runtime.messages import Message, share
 from counterflow.runtime.recorder import Recorder
 from counterflow.runtime.watch import Watch
 from counterflow.runtime.weight_grads import hold_weight_grads
-from counterflow.schedule.actions import PAIR, REDUCTION, Action
+from counterflow.schedule.actions import PAIR, REDUCTION
 from counterflow.schedule.dependencies import Result
 
 
@@ -49,26 +52,30 @@ class Work(Protocol):
 
 
 @runtime_checkable
-class PairWork(Protocol):
-    """Work that runs both parts of an overlapped pair at once."""
+class KeepingWork(Protocol):
+    """Work whose stages' modules keep weight gradients of their own accord."""
 
-    def forward_backward(
-        self, forward: Action, received: Message, backward: Action, gradient: Message
-    ) -> tuple[Message, Message]:
-        """Return the output of the F and the input gradients of the B."""
+    def leave_weight_grads(self, stage: int) -> None:
+        """Hand what they keep to `defer_weight_grad`; is called where the B of an overlapped pair hands over."""
 
 
 def run_program(
-    program: Program, work: Work, mailbox: Mailbox, *, recorder: Recorder | None = None, watch: Watch | None = None
+    program: Program,
+    work: Work,
+    mailbox: Mailbox,
+    *,
+    recorder: Recorder | None = None,
+    watch: Watch | None = None,
+    handover: HandOver | None = None,
 ) -> None:
     """Run the program's instructions in order.
 
-    The parts of a pair run one after the other unless the work is a `PairWork`. If an action raises, ``watch`` tells the other
-    ranks, and the error that is raised names the action.
+    The parts of a pair run one after the other, or, with ``handover``, in turn: one computes where the other communicates. If an
+    action raises, ``watch`` tells the other ranks, and the error that is raised names the action.
     """
-    run = _Run(work, mailbox, recorder)
+    run = _Run(work, mailbox, recorder, handover)
     if watch is not None:
-        watch.mailbox = mailbox
+        watch.mailbox, watch.handover = mailbox, handover
     try:
         for position, instruction in enumerate(program.instructions):
             if watch is not None:
@@ -85,9 +92,10 @@ def run_program(
 class _Run:
     """One run of a program, with the messages and weight-gradient work that wait for a later action."""
 
-    def __init__(self, work: Work, mailbox: Mailbox, recorder: Recorder | None) -> None:
-        self._work, self._mailbox, self._recorder = work, mailbox, recorder
-        self._pair_work = work if isinstance(work, PairWork) else None
+    def __init__(self, work: Work, mailbox: Mailbox, recorder: Recorder | None, handover: HandOver | None) -> None:
+        self._work, self._mailbox, self._recorder, self._handover = work, mailbox, recorder, handover
+        if handover is not None:
+            handover.recorder = recorder
         self._kept: dict[Result, Message] = {}
         self._queues: dict[tuple[int, int], list[Callable[[], None]]] = {}
 
@@ -96,11 +104,12 @@ class _Run:
         self._mailbox.post(instruction.posts)
         if self._recorder is not None:
             self._recorder.start(instruction.action)
-        if instruction.action.kind == PAIR and self._pair_work is not None:
-            self._run_pair(self._pair_work, *instruction.parts)
+        if instruction.action.kind == PAIR and self._handover is not None:
+            self._run_pair(self._handover, *instruction.parts)
         else:
             for part in instruction.parts:
-                self._run_part(part)
+                with self._handover.run_single(part.single) if self._handover is not None else nullcontext():
+                    self._run_part(part)
         if self._recorder is not None:
             self._recorder.stop()
 
@@ -127,14 +136,24 @@ class _Run:
             self._hand_on(part, self._work.backward(stage, microbatch, received))
             self._work.finish_backward(stage, microbatch)
 
-    def _run_pair(self, work: PairWork, forward: Part, backward: Part) -> None:
+    def _run_pair(self, handover: HandOver, forward: Part, backward: Part) -> None:
+        """Run both parts in turn. The F's output leaves when the F has ended, the B's gradient after it: so they are received."""
+        f, b = forward.single, backward.single
         received, gradient = self._fetch(forward), self._fetch(backward)
         self._begin_compute()
-        output, input_gradient = work.forward_backward(forward.single, received, backward.single, gradient)
-        self._hand_on(forward, output)
-        self._work.release_output(forward.single.stage, forward.single.microbatch)
-        self._hand_on(backward, input_gradient)
-        self._work.finish_backward(backward.single.stage, backward.single.microbatch)
+        gradients: list[Message] = []
+
+        def run_forward() -> None:
+            self._hand_on(forward, self._work.forward(f.stage, f.microbatch, received))
+            self._work.release_output(f.stage, f.microbatch)
+
+        def run_backward() -> None:
+            gradients.append(self._work.backward(b.stage, b.microbatch, gradient))
+
+        leave = partial(self._work.leave_weight_grads, b.stage) if isinstance(self._work, KeepingWork) else None
+        handover.run_pair(f, run_forward, b, run_backward, leave)
+        self._hand_on(backward, gradients.pop())
+        self._work.finish_backward(b.stage, b.microbatch)
 
     def _fetch(self, part: Part) -> Message:
         if part.receive is not None:

@@ -8,13 +8,14 @@ times are read from the host's clock. On a GPU the host only issues work, so CUD
 import io
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from counterflow.devices import make_event, wait_for_device
 from counterflow.errors import OptionError
 from counterflow.schedule.actions import Action
-from counterflow.schedule.timeline import Span, dump_record
+from counterflow.schedule.timeline import Communication, Span, dump_record
 
 
 class Recorder:
@@ -24,11 +25,13 @@ class Recorder:
         self._rank = rank
         self._use_cuda_events = use_cuda_events
         self._marks: list[tuple[Action, Any, Any]] = []
+        self._communications: list[tuple[Action, Any, Any, Any]] = []
         self._action: Action | None = None
         self._begin: Any = None
         self._base: tuple[float, Any] | None = None
 
-    def _now(self) -> Any:
+    def mark(self) -> Any:
+        """Return a mark at this point of the rank's work, for `note`."""
         if not self._use_cuda_events:
             return time.monotonic()
         event = make_event(timed=True)
@@ -39,19 +42,23 @@ class Recorder:
         """Begin an action."""
         if self._base is None and self._use_cuda_events:
             wait_for_device()
-            self._base = (time.monotonic(), self._now())
+            self._base = (time.monotonic(), self.mark())
         self._action, self._begin = action, None
 
     def begin_compute(self) -> None:
         """Begin the action's span: its input has arrived (in a pair, the first part's)."""
         if self._begin is None:
-            self._begin = self._now()
+            self._begin = self.mark()
 
     def stop(self) -> None:
         """End the action's span. An R, which runs beside later actions, has none."""
         if self._action is not None and self._begin is not None:
-            self._marks.append((self._action, self._begin, self._now()))
+            self._marks.append((self._action, self._begin, self.mark()))
         self._action = None
+
+    def note(self, action: Action, issued: Any, resumed: Any) -> None:
+        """A communication of the action has ended; it was ``issued``, and waited for from ``resumed`` on."""
+        self._communications.append((action, issued, resumed, self.mark()))
 
     def _seconds(self, mark: Any) -> float:
         if self._base is None:
@@ -65,8 +72,15 @@ class Recorder:
             wait_for_device()
         spans = [Span(self._rank, action, self._seconds(b), self._seconds(e)) for action, b, e in self._marks]
         self._marks.clear()
-        self._base = None
         return spans
+
+    def take_communications(self) -> list[Communication]:
+        """Return the communications of one step, in the order of their ends, and forget them; call it before `take_spans`."""
+        if self._use_cuda_events:
+            wait_for_device()
+        found = [Communication(self._rank, a, *map(self._seconds, times)) for a, *times in self._communications]
+        self._communications.clear()
+        return found
 
 
 def check_folder(option: str, directory: Path) -> None:
@@ -82,14 +96,22 @@ def check_folder(option: str, directory: Path) -> None:
         ) from None
 
 
-def append_record(directory: Path, pipeline_ranks: list[int], rank: int, step: int, schedule: str, spans: list[Span]) -> None:
-    """Append one rank's spans of a step, as a line, to ``DIR/timeline-rank<global rank>.jsonl``.
+def append_record(
+    directory: Path,
+    pipeline_ranks: list[int],
+    rank: int,
+    step: int,
+    schedule: str,
+    spans: list[Span],
+    communications: Sequence[Communication] = (),
+) -> None:
+    """Append one rank's spans and communications of a step, as a line, to ``DIR/timeline-rank<global rank>.jsonl``.
 
     ``step`` is the trainer's number. A step that is recorded again, after a resume, gets a second line, and the last line counts.
     ``pipeline_ranks`` are the global ranks of the pipeline, ``rank`` is this rank's place among them.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    line = dump_record(step, schedule, pipeline_ranks[0], rank, spans)
+    line = dump_record(step, schedule, pipeline_ranks[0], rank, spans, communications)
     with (directory / f"timeline-rank{pipeline_ranks[rank]:05d}.jsonl").open("a+b") as file:
         _drop_unfinished_line(file)
         file.write(line.encode() + b"\n")

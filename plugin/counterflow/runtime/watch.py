@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 import torch.distributed as dist
 
 from counterflow.errors import PipelineError
+from counterflow.runtime.handover import HandOver
 from counterflow.runtime.lowering import Instruction
 from counterflow.runtime.mailbox import Mailbox
 from counterflow.schedule.actions import Action
@@ -40,6 +41,7 @@ class State(TypedDict):
     seconds: float
     waits: str | None
     waits_for: int | None
+    flows: str
     recent: list[str]
     ended: str | None
 
@@ -60,6 +62,7 @@ class Watch:
         self._since = time.monotonic()
         self._recent: deque[Action] = deque(maxlen=RECENT)
         self.mailbox: Mailbox | None = None
+        self.handover: HandOver | None = None
         self._stop = threading.Event()
         self._interval = max(1.0, dist.get_world_size() / BEATS_PER_SECOND)
         # The thread ends with this object, not the other way round.
@@ -95,6 +98,7 @@ class Watch:
             seconds=round(time.monotonic() - self._since, 1),
             waits=str(waiting) if waiting else None,
             waits_for=waiting.transfer.peer if waiting else None,
+            flows=self.handover.describe() if self.handover is not None and not waiting else "",
             recent=[str(action) for action in tuple(self._recent)],  # the other thread adds to it
             ended=ended,
         )
@@ -151,6 +155,8 @@ class Watch:
     def _phrase(self, rank: int, state: State, end: str) -> str:
         step = f"{'evaluation after ' if state['is_evaluation'] else ''}step {state['step']}"
         where = f"{state['action']} ({step}, position {state['position']})"
+        if state["flows"]:
+            where += f" [{state['flows']}]"
         doing = f"waited {state['seconds']} s in {where} for {state['waits']}" if state["waits"] else f"was in {where}"
         recent = " ".join(state["recent"]) or "none"
         return f"rank {rank} (global rank {self._pipeline_ranks[rank]}) {doing}, {end}, actions before: {recent}"

@@ -30,6 +30,20 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Communication:
+    """One communication of an F or B in its rank's own time: under way from ``issued`` to ``end``, waited for from ``waited``.
+
+    Recorded under ``--cf-overlap``. Where the action is part of a pair, the rank computes the other part from ``issued`` on.
+    """
+
+    rank: int
+    action: Action
+    issued: float
+    waited: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
 class Wait:
     """An idle span of one rank before ``action``, and why.
 
@@ -76,13 +90,14 @@ class Timeline:
     """The spans of one step of a schedule, each rank's in order; ``waits`` where simulated.
 
     ``peak_bytes`` per rank where sizes were given. ``reductions``, where simulated, run beside the spans: they keep no rank from
-    computing, and count for the makespan only.
+    computing, and count for the makespan only. ``communications`` are recorded; those of a pair show its hand-overs.
     """
 
     spans: tuple[Span, ...]
     waits: tuple[Wait, ...] = ()
     peak_bytes: tuple[float, ...] | None = None
     reductions: tuple[Span, ...] = ()
+    communications: tuple[Communication, ...] = ()
 
     @cached_property
     def ranks(self) -> int:
@@ -132,13 +147,23 @@ class Timeline:
         return tuple(max((held.queued for held in row), default=0.0) for row in self.memory)
 
 
-def dump_record(step: int, schedule: str, pipeline: int, rank: int, spans: Iterable[Span]) -> str:
+def dump_record(
+    step: int,
+    schedule: str,
+    pipeline: int,
+    rank: int,
+    spans: Iterable[Span],
+    communications: Iterable[Communication] = (),
+) -> str:
     """Return one rank's spans of one training step, by the trainer's number, as a line of JSON.
 
     ``pipeline`` is the global rank of the pipeline's first rank: it tells data-parallel pipelines apart.
     """
     rows = [[str(span.action), round(span.start, 6), round(span.end, 6)] for span in spans]
-    return json.dumps({"step": step, "schedule": schedule, "pipeline": pipeline, "rank": rank, "spans": rows})
+    record = {"step": step, "schedule": schedule, "pipeline": pipeline, "rank": rank, "spans": rows}
+    if found := [[str(c.action), round(c.issued, 6), round(c.waited, 6), round(c.end, 6)] for c in communications]:
+        record["communications"] = found
+    return json.dumps(record)
 
 
 def load_record(directory: Path, step: int, pipeline: int = 0) -> Timeline:
@@ -148,6 +173,7 @@ def load_record(directory: Path, step: int, pipeline: int = 0) -> Timeline:
     `ScheduleError` where there is no such step or a file is not a record.
     """
     rows: dict[int, list[Span]] = {}
+    communications: dict[int, list[Communication]] = {}
     for path in _list_files(directory):
         # Of one rank, which may have had another place in the pipeline before a resume.
         last = None
@@ -155,10 +181,13 @@ def load_record(directory: Path, step: int, pipeline: int = 0) -> Timeline:
             last = (record, where) if record["step"] == step else last
         if last is not None and last[0]["pipeline"] == pipeline:
             rank, spans = _parse_spans(*last)
-            rows[rank] = spans
+            rows[rank], communications[rank] = spans, _parse_communications(*last)
     if not any(rows.values()):
         raise ScheduleError(f"{directory}: no recorded spans of step {step}, pipeline {pipeline}; record with --cf-record DIR")
-    return Timeline(tuple(span for rank in sorted(rows) for span in rows[rank]))
+    return Timeline(
+        tuple(span for rank in sorted(rows) for span in rows[rank]),
+        communications=tuple(one for rank in sorted(rows) for one in communications[rank]),
+    )
 
 
 def find_last_step(directory: Path, pipeline: int = 0) -> int:
@@ -228,6 +257,20 @@ def _parse_spans(record: dict[str, Any], where: str) -> tuple[int, list[Span]]:
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ScheduleError(f"{where}: not a recorded timeline: {_describe(error)}") from error
     return rank, spans
+
+
+def _parse_communications(record: dict[str, Any], where: str) -> list[Communication]:
+    try:
+        rows = record.get("communications", [])
+        found = [Communication(record["rank"], parse_action(a), float(i), float(w), float(e)) for a, i, w, e in rows]
+        for one in found:
+            if not -LARGEST_TIME <= one.issued <= one.waited <= one.end <= LARGEST_TIME:
+                raise ValueError(
+                    f"a communication from {one.issued} to {one.end}, waited for from {one.waited}, which is no time"
+                )
+        return found
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ScheduleError(f"{where}: not a recorded timeline: {_describe(error)}") from error
 
 
 def _describe(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Run a trainer's steps under the schedule of its options: choose the table, connect the ranks, watch and record the run."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from counterflow.errors import OptionError
 from counterflow.options import AUTO, Options
 from counterflow.runtime.executor import Work, run_program
+from counterflow.runtime.handover import Carried, HandOver
 from counterflow.runtime.lowering import Program, lower
 from counterflow.runtime.mailbox import Channels, Mailbox
 from counterflow.runtime.messages import Form
@@ -26,11 +28,18 @@ class Pipeline:
     """One rank of a pipeline, with its channels and the programs of its tables.
 
     ``group`` is the trainer's pipeline group; each of its ranks holds ``chunks`` model chunks. ``link`` joins two replicas for
-    tables that span both (full DualPipe); without it such tables are refused. All ranks make the same calls.
+    tables that span both (full DualPipe); without it such tables are refused. ``carried`` is the trainer's global state that goes
+    with each part of an overlapped pair. All ranks make the same calls.
     """
 
     def __init__(
-        self, options: Options, group: dist.ProcessGroup, chunks: int, device: torch.device, link: Link | None = None
+        self,
+        options: Options,
+        group: dist.ProcessGroup,
+        chunks: int,
+        device: torch.device,
+        link: Link | None = None,
+        carried: Sequence[Carried] = (),
     ) -> None:
         self._options, self._group, self._chunks, self._device = options, group, chunks, device
         self._tables: dict[tuple[int, bool], ScheduleTable] = {}
@@ -47,6 +56,8 @@ class Pipeline:
         self.rank = rank
         self._channels = Channels(ranks, rank, timeout)
         self._watch = Watch(find_store(), ranks, rank, timeout.total_seconds())
+        self._handover = HandOver(carried) if options.overlap else None
+        self._are_counts_told = False
         self._auto: AutoTable | None = None
         if options.schedule == AUTO:
             self._auto = AutoTable(group, device, has_pairs=options.overlap, splits=options.zero_bubble is not False)
@@ -88,10 +99,34 @@ class Pipeline:
         is_recorded = is_measured or self._options.record is not None
         recorder = Recorder(self.rank, self._device.type == "cuda") if is_recorded else None
         mailbox = Mailbox(self._channels, form, self._device)
-        run_program(program, work, mailbox, recorder=recorder, watch=self._watch)
+        run_program(program, work, mailbox, recorder=recorder, watch=self._watch, handover=self._handover)
+        if self._handover is not None and not self._are_counts_told:
+            self._are_counts_told = True
+            self._tell_counts(self._handover)
+        communications = recorder.take_communications() if recorder is not None else []
         spans = recorder.take_spans() if recorder is not None else []
         if self._auto is not None and is_measured:
             self._auto.note(spans)
         if self._options.record is not None:
             name, ranks = program.table.name, self._channels.pipeline_ranks
-            append_record(self._options.record, ranks, self.rank, step, name, spans)
+            append_record(self._options.record, ranks, self.rank, step, name, spans, communications)
+
+    def _tell_counts(self, handover: HandOver) -> None:
+        """Say in the log of global rank 0 how many communications the chunks of its pipeline have, as the first step had them."""
+        store = dist.distributed_c10d.PrefixStore("counterflow/communications", find_store())
+        ranks = self._channels.pipeline_ranks
+        store.set(str(ranks[self.rank]), json.dumps(handover.list_counts()))
+        if dist.get_rank() == 0:
+            counts = sorted({tuple(one) for rank in ranks for one in json.loads(store.get(str(rank)))})
+            print(describe_counts(counts), flush=True)
+
+
+def describe_counts(counts: list[tuple[int, int, int]]) -> str:
+    """Return a line for the log: of each stage, the communications of its F and of its B (or I)."""
+    if not any(forward or backward for _, forward, backward in counts):
+        return (
+            "counterflow: --cf-overlap: no stage has a communication to overlap (no experts, or none on other ranks): the parts "
+            "of a pair run one after the other"
+        )
+    found = ", ".join(f"stage {stage} {forward} and {backward}" for stage, forward, backward in counts)
+    return f"counterflow: --cf-overlap: communications of a chunk's F and B: {found}"

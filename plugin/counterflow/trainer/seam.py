@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -23,8 +23,8 @@ class Seam:
     read. ``features`` need the seam. ``versions`` are the trainer's releases on which it was checked, oldest first. A release
     within their range that is not among them has no such symbol, and the seam is not used.
 
-    A function's parameters must begin with ``parameters``. If it is called ``by_name``, their order does not matter, and it may
-    have others with defaults. A module's symbol is replaced wherever it was imported by name, or only in its module (``alone``).
+    A function's parameters must begin with ``parameters``. A module's symbol is replaced wherever it was imported by name, or
+    only in its module (``alone``).
     """
 
     owner: str
@@ -34,7 +34,6 @@ class Seam:
     versions: tuple[str, ...]
     why: str
     parameters: tuple[str, ...] = ()
-    by_name: bool = False
     alone: bool = False
 
     @property
@@ -59,17 +58,9 @@ class Seam:
         if not self.parameters:
             return None
         found = inspect.signature(inspect.unwrap(_find(owner, self.symbol))).parameters
-        if not self._accepts(found):
+        if tuple(found)[: len(self.parameters)] != self.parameters:
             return f"takes ({', '.join(found)}) where ({', '.join(self.parameters)}, …) is expected"
         return None
-
-    def _accepts(self, found: Mapping[str, inspect.Parameter]) -> bool:
-        if not self.by_name:
-            return tuple(found)[: len(self.parameters)] == self.parameters
-        unnamed = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
-        needed = {name for name, one in found.items() if one.default is one.empty and one.kind not in unnamed}
-        passed = set(self.parameters)
-        return needed <= passed <= {name for name, one in found.items() if one.kind not in unnamed}
 
     def find_owner(self) -> Any:
         """Import the module or the class that has the symbol; raises `ImportError` if there is none."""

@@ -7,7 +7,7 @@ schedules call them.
 
 from collections.abc import Callable
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import schedules as upstream
@@ -24,21 +24,19 @@ from counterflow.megatron.pipeline.work import MegatronWork, Step, move_to_last_
 from counterflow.megatron.pipeline.zero_bubble import watch_reductions
 from counterflow.megatron.v_layout.embeddings import add_embedding_gradients
 from counterflow.options import Options
+from counterflow.runtime.handover import Carried
 from counterflow.runtime.lowering import Program
 from counterflow.runtime.messages import Form, Member
 from counterflow.schedule.layouts import V
 from counterflow.trainer.pipeline import Pipeline
 from counterflow.trainer.tables import name_model_layout
 
-if TYPE_CHECKING:
-    from counterflow.megatron.pipeline.overlap import PairNodes
-
 
 class PipelineSchedule:
-    """`forward_backward` under the options of a run; ``nodes`` are needed for overlapped pairs alone."""
+    """`forward_backward` under the options of a run."""
 
-    def __init__(self, options: Options, nodes: "PairNodes | None" = None) -> None:
-        self._options, self._nodes = options, nodes
+    def __init__(self, options: Options) -> None:
+        self._options = options
         self._pipeline: Pipeline | None = None
         self._training_steps = 0
 
@@ -80,7 +78,8 @@ class PipelineSchedule:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
 
         if self._pipeline is None:
-            self._pipeline = Pipeline(self._options, groups.pp, len(chunks), device, link_pipelines)
+            carried = self._list_carried()
+            self._pipeline = Pipeline(self._options, groups.pp, len(chunks), device, link_pipelines, carried)
         pipeline, iteration = self._pipeline, number_iteration(self._training_steps, forward_only=forward_only)
         group = getattr(config, "microbatch_group_size_per_vp_stage", None)
         table = pipeline.choose_table(num_microbatches, iteration, forward_only=forward_only, group=group)
@@ -113,7 +112,7 @@ class PipelineSchedule:
 
     def _train(self, step: Step, pipeline: Pipeline, program: Program, form: Form, iteration: int) -> None:
         sync = self._make_sync(step, pipeline)
-        work = self._make_work(step, sync)
+        work = MegatronWork(step, sync)
         if self._training_steps == 0:
             watch_reductions(step.chunks)
         sync.pause()
@@ -122,13 +121,13 @@ class PipelineSchedule:
         sync.resume()
         self._training_steps += 1
 
-    def _make_work(self, step: Step, sync: GradientSync) -> MegatronWork:
-        if self._nodes is None:
-            return MegatronWork(step, sync)
+    def _list_carried(self) -> list[Carried]:
+        if not self._options.overlap:
+            return []
         # A Megatron without what pairs need stops runs with pairs alone, so the import is here.
-        from counterflow.megatron.pipeline.overlap import OverlapWork
+        from counterflow.megatron.pipeline.overlap import list_carried
 
-        return OverlapWork(step, sync, self._nodes)
+        return list_carried()
 
     def _make_sync(self, step: Step, pipeline: Pipeline) -> GradientSync:
         return GradientSync(step.config, step.chunks, step.table, pipeline.rank, forward_only=step.forward_only)

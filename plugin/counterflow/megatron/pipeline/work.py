@@ -15,6 +15,7 @@ from counterflow.megatron.pipeline.zero_bubble import defer_engine_weight_grads
 from counterflow.megatron.v_layout.mirror import run_mirrored
 from counterflow.megatron.v_layout.model import WAY_BACK
 from counterflow.runtime.messages import Message
+from counterflow.runtime.weight_grads import is_holding
 from counterflow.schedule import ScheduleTable
 from counterflow.schedule.layouts import V
 from counterflow.trainer.tables import name_model_layout
@@ -124,8 +125,9 @@ class MegatronWork:
                 upstream.deallocate_output_tensor(self._outputs[stage, microbatch], free)
 
     def backward(self, stage: int, microbatch: int, received: Message) -> Message:
-        """Run a backward."""
-        self._sync.before_backward(stage, microbatch)
+        """Run a backward; where it leaves weight gradients for later, no gradient hook may start a reduction."""
+        if not is_holding():
+            self._sync.before_backward(stage, microbatch)
         return (self._backward_step(stage, microbatch, take_tensor(received)),)
 
     def _backward_step(self, stage: int, microbatch: int, received: torch.Tensor | None) -> torch.Tensor | None:
@@ -135,6 +137,10 @@ class MegatronWork:
         )
         defer_engine_weight_grads(self._find_chunk(stage).model)
         return gradient
+
+    def leave_weight_grads(self, stage: int) -> None:
+        """Hand over what Transformer Engine's modules keep (untested on GPU)."""
+        defer_engine_weight_grads(self._find_chunk(stage).model)
 
     def finish_backward(self, stage: int, microbatch: int) -> None:
         """Keep backwards from starting reductions; a chunk's reduction starts with its R."""
