@@ -22,6 +22,7 @@ from counterflow.megatron.batches import (
     list_batches,
 )
 from counterflow.megatron.batches import get_argument as _get
+from counterflow.megatron.patterns import check_logged_experts, count_predictions, find_pattern, fit_pattern, has_experts
 from counterflow.megatron.stamp import stamp_layout
 from counterflow.megatron.v_layout.model import is_on_way_back, unwrap
 from counterflow.options import Options
@@ -47,9 +48,14 @@ def prepare_arguments(args: Any, options: Options) -> None:
             "set it to 2 or more, or drop --cf-schedule"
         )
     _check_world_size(flat, ranks)
-    chunks = count_chunks(flat, ranks)
     table_layout = _read_layout(options, ranks)
     layout = name_model_layout(table_layout)
+    if find_pattern(flat) is None:
+        chunks = count_chunks(flat, ranks)
+    else:
+        chunks = fit_pattern(args, ranks, table_layout, layout, options)
+        flat.num_layers, flat.mtp_num_layers = None, count_predictions(flat)
+        check_logged_experts(args, ranks, layout, chunks, options.schedule)
     if layout == V and chunks is None:
         _owner(args, "num_virtual_stages_per_pipeline_rank").num_virtual_stages_per_pipeline_rank = 2
         chunks = 2
@@ -355,6 +361,8 @@ def _check_eplb(args: Any, options: Options) -> None:
         _check_slots(experts, _get(args, "expert_model_parallel_size", 1), options)
     elif not getattr(args, "use_checkpoint_args", False):
         raise OptionError("--cf-eplb balances the experts of a mixture-of-experts model and --num-experts is not given: drop it")
+    if (pattern := find_pattern(args)) is not None and not has_experts(pattern):
+        raise OptionError(f"--cf-eplb balances layers of experts (E) and --hybrid-layer-pattern '{pattern}' has none: drop it")
     if getattr(args, "moe_expert_capacity_factor", None) is not None:
         raise OptionError(
             f"--cf-eplb does not run with --moe-expert-capacity-factor {args.moe_expert_capacity_factor}, which drops (and "
@@ -454,8 +462,8 @@ def describe_model(chunks: list[Any], config: Any) -> Any:
     view = SimpleNamespace(**vars(config))
     view.num_experts = config.num_moe_experts
     view.num_virtual_stages_per_pipeline_rank = len(chunks) if len(chunks) > 1 else None
-    if view.pipeline_model_parallel_layout is not None:
-        # The stages are built already, as this layout says: there is nothing left to check.
+    if view.pipeline_model_parallel_layout is not None or hasattr(unwrap(chunks[0]), "hybrid_layer_pattern"):
+        # The stages are built already, as this layout or pattern says: there is nothing left to check.
         view.pipeline_model_parallel_layout = view.num_layers = None
     shared = [getattr(unwrap(chunk), "share_embeddings_and_output_weights", False) for chunk in chunks]
     view.untie_embeddings_and_output_weights = not any(shared)

@@ -1,0 +1,67 @@
+"""HybridModel under every schedule and with clones, against plain Megatron's HybridModel, from one checkpoint."""
+
+import re
+
+import pytest
+
+from counterflow.balance.files.recorded import read_record
+from hybrid_cases import CLONED, FAMILIES, STEPS
+from tests.support.comparing import TOLERANCE, assert_same_steps
+from tests.support.run_cases import Run, Runs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hybrid_model_trains_like_megatron(hybrid_runs: Runs, family: str) -> None:
+    run, reference = hybrid_runs[family], hybrid_runs["megatron"]
+    assert len(run["steps"]) == STEPS
+    assert_same_steps(run, reference)
+    assert run["evaluations"] == pytest.approx(reference["evaluations"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CLONED)
+def test_hybrid_model_trains_like_megatron_with_clones(hybrid_runs: Runs, name: str) -> None:
+    run = hybrid_runs[name]
+    assert_same_steps(run, hybrid_runs["megatron"])
+    assert run["clones"]["computed"] and not run["clones"]["wrong"]
+
+
+def test_metrics_of_the_experts_are_logged_as_by_megatron(hybrid_runs: Runs) -> None:
+    expected = read_metrics(hybrid_runs["megatron"])
+    assert len(expected) == STEPS
+    assert read_metrics(hybrid_runs["dualpipev"]) == expected
+
+
+def test_a_pattern_without_a_cut_is_cut_and_rank_0_says_where(hybrid_runs: Runs) -> None:
+    said = (hybrid_runs["zbv"]["logs"] / "0" / "stdout.log").read_text()
+    assert "has no |: cut evenly into the 4 stages of --cf-schedule zbv, '*-|*E|*E|*E'" in said
+
+
+@pytest.mark.parametrize("name", ["megatron -> dualpipev", "zbv -> megatron"])
+def test_a_resume_under_another_schedule_is_exact(hybrid_runs: Runs, name: str) -> None:
+    assert_same_steps(hybrid_runs[name], hybrid_runs["megatron"])
+
+
+@pytest.mark.parametrize("kind", ["tied", "four stages"])
+def test_other_models_train_alike(hybrid_runs: Runs, kind: str) -> None:
+    assert_same_steps(hybrid_runs[f"dualpipev, {kind}"], hybrid_runs[f"megatron, {kind}"])
+
+
+def test_prediction_layers_train_alike_and_are_numbered_behind_the_others(hybrid_runs: Runs) -> None:
+    run, reference = hybrid_runs["dualpipev, MTP, clones"], hybrid_runs["megatron, MTP"]
+    assert_same_steps(run, reference)
+    losses = [step["mtp_loss"] for step in reference["steps"]]
+    assert None not in losses
+    assert [step["mtp_loss"] for step in run["steps"]] == pytest.approx(losses, rel=TOLERANCE)
+    record = read_record(run["directory"] / "record, MTP")
+    assert record.layers.tolist() == [4, 6, 8, 10, 12], "as symbols of *-*E*E*E/*E/*E are counted"
+
+
+def test_weights_of_a_gpt_model_go_on_in_a_hybrid_model(hybrid_runs: Runs) -> None:
+    assert_same_steps(hybrid_runs["gpt -> dualpipev"], hybrid_runs["gpt -> megatron"])
+
+
+def read_metrics(run: Run) -> list[list[str]]:
+    """Return, for each step, the losses of the router as the last rank's log has them."""
+    log = (run["logs"] / "3" / "stdout.log").read_text()
+    lines = [line for line in log.splitlines() if "load_balancing_loss" in line]
+    return [re.findall(r"(\w*(?:balancing|z)_loss\w*: [\d.E+-]+)", line) for line in lines]
