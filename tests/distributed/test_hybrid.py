@@ -1,13 +1,19 @@
 """HybridModel under every schedule and with clones, against plain Megatron's HybridModel, from one checkpoint."""
 
+import os
 import re
+import sys
+from pathlib import Path
 
 import pytest
 
+from cases import SMALL, TWO_STAGES, drop_flags
 from counterflow.balance.files.recorded import read_record
-from hybrid_cases import CLONED, FAMILIES, STEPS
+from hybrid_cases import CLONED, FAMILIES, GPT_ALONE, MADE_OF_LAYERS, PATTERN, STEPS, TWO, V
+from ranks import start_ranks
 from tests.support.comparing import TOLERANCE, assert_same_steps
 from tests.support.run_cases import Run, Runs
+from train import read_flags
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,3 +71,19 @@ def read_metrics(run: Run) -> list[list[str]]:
     log = (run["logs"] / "3" / "stdout.log").read_text()
     lines = [line for line in log.splitlines() if "load_balancing_loss" in line]
     return [re.findall(r"(\w*(?:balancing|z)_loss\w*: [\d.E+-]+)", line) for line in lines]
+
+
+@pytest.mark.skipif("MEGATRON_LM_PATH" not in os.environ, reason="MEGATRON_LM_PATH names no Megatron-LM checkout")
+def test_megatrons_own_pretrain_hybrid_trains_under_dualpipev_as_alone(tmp_path: Path) -> None:
+    script = Path(os.environ["MEGATRON_LM_PATH"]) / "pretrain_hybrid.py"
+    base = [flag for flag in read_flags("deepseek-v3-small.args") + read_flags("cpu.args") if flag != "--log-throughput"]
+    flags = [*drop_flags(base, GPT_ALONE), *SMALL, *MADE_OF_LAYERS, *TWO_STAGES, "--mock-data", "--train-iters", "3"]
+    plan = {"alone": [PATTERN, TWO], "dualpipev": V}
+    losses: dict[str, list[float]] = {}
+    for name, chosen in plan.items():
+        lines: list[str] = []
+        command = [sys.executable, "-W", "ignore", "-m", "counterflow.launch", str(script), *flags, *chosen]
+        start_ranks(4, command, tmp_path / name, lines.append)
+        losses[name] = [float(match[1]) for line in lines if (match := re.search(r"lm loss: ([\d.E+-]+)", line))]
+    assert len(losses["alone"]) >= 3
+    assert losses["dualpipev"] == pytest.approx(losses["alone"], rel=TOLERANCE)

@@ -67,6 +67,8 @@ _attention = ModuleSpec(
         linear_proj=RowParallelLinear,
     ),
 )
+# Names in checkpoints, as the local layers of GPTModel have them: so a checkpoint of one goes on in a HybridModel.
+_NAMES = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 _dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 _prediction_layer = ModuleSpec(
     module=MultiTokenPredictionLayer,
@@ -85,7 +87,10 @@ stack = ModuleSpec(
         attention_layer=ModuleSpec(
             module=TransformerLayer,
             submodules=TransformerLayerSubmodules(
-                input_layernorm=WrappedTorchNorm, self_attention=_attention, self_attn_bda=get_bias_dropout_add
+                input_layernorm=WrappedTorchNorm,
+                self_attention=_attention,
+                self_attn_bda=get_bias_dropout_add,
+                sharded_state_dict_keys_map=_NAMES,
             ),
         ),
         mlp_layer=ModuleSpec(
@@ -94,6 +99,7 @@ stack = ModuleSpec(
                 pre_mlp_layernorm=WrappedTorchNorm,
                 mlp=partial(MLP.as_mlp_submodule, submodules=_dense),
                 mlp_bda=get_bias_dropout_add,
+                sharded_state_dict_keys_map=_NAMES,
             ),
         ),
         moe_layer=ModuleSpec(
@@ -103,6 +109,7 @@ stack = ModuleSpec(
                 # Any number: upstream asks here only whether there are experts.
                 mlp=get_moe_module_spec(use_te=False, num_experts=1, moe_grouped_gemm=False),
                 mlp_bda=get_bias_dropout_add,
+                sharded_state_dict_keys_map=_NAMES,
             ),
         ),
         mamba_layer=_need_engine("M"),
