@@ -5,6 +5,7 @@ for prediction layers (``/``), and runs on the CPU. Mamba (``M``), GDN (``G``), 
 a GPU.
 """
 
+from dataclasses import fields
 from functools import partial
 from typing import Any, NoReturn
 
@@ -70,6 +71,10 @@ _attention = ModuleSpec(
 # Names in checkpoints, as the local layers of GPTModel have them: so a checkpoint of one goes on in a HybridModel.
 _NAMES = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 _dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+# Megatron-Core 0.18 has no place for some of them.
+_places = {field.name for field in fields(HybridStackSubmodules)}
+_symbols = {"mamba_layer": "M", "gdn_layer": "G", "mla_layer": "+", "dsa_layer": "D"}
+_missing: Any = {place: _need_engine(symbol) for place, symbol in _symbols.items() if place in _places}
 _prediction_layer = ModuleSpec(
     module=MultiTokenPredictionLayer,
     submodules=MultiTokenPredictionLayerSubmodules(
@@ -112,10 +117,7 @@ stack = ModuleSpec(
                 sharded_state_dict_keys_map=_NAMES,
             ),
         ),
-        mamba_layer=_need_engine("M"),
-        gdn_layer=_need_engine("G"),
-        mla_layer=_need_engine("+"),
-        dsa_layer=_need_engine("D"),
+        **_missing,
         mtp_block_spec=ModuleSpec(
             module=MultiTokenPredictionBlock,
             submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[_prediction_layer]),
