@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,6 +81,14 @@ def test_a_pattern_without_a_cut_is_cut_evenly_and_rank_0_says_where(
 ) -> None:
     assert prepare(schedule, "*E*E*E*E").hybrid_layer_pattern == cut
     assert f"cut evenly into the {cut.count('|') + 1} stages of --cf-schedule {schedule}, '{cut}'" in capsys.readouterr().out
+
+
+def test_a_pattern_in_a_section_of_a_yaml_file_is_cut_there() -> None:
+    section = SimpleNamespace(hybrid_layer_pattern="*E*E")
+    args = make_arguments(language_model=section)
+    prepare_arguments(args, Options(schedule="dualpipev"))
+    assert section.hybrid_layer_pattern == "*|E|*|E" and args.cf_layout == "v 2"
+    assert not hasattr(args, "hybrid_layer_pattern")
 
 
 def test_megatron_cuts_a_pattern_whose_ends_are_to_be_shorter() -> None:

@@ -53,9 +53,9 @@ def prepare_arguments(args: Any, options: Options) -> None:
     if find_pattern(flat) is None:
         chunks = count_chunks(flat, ranks)
     else:
-        chunks = fit_pattern(args, ranks, table_layout, layout, options)
+        chunks = fit_pattern(flat, _owner_of_pattern(args), ranks, table_layout, layout, options)
         flat.num_layers, flat.mtp_num_layers = None, count_predictions(flat)
-        check_logged_experts(args, ranks, layout, chunks, options.schedule)
+        check_logged_experts(flatten(args), ranks, layout, chunks, options.schedule)
     if layout == V and chunks is None:
         _owner(args, "num_virtual_stages_per_pipeline_rank").num_virtual_stages_per_pipeline_rank = 2
         chunks = 2
@@ -90,6 +90,12 @@ def _owner(args: Any, name: str) -> Any:
     """Return the namespace that holds an argument: under ``--yaml-cfg`` it may be the section ``model_parallel``."""
     section = getattr(args, "model_parallel", None)
     return section if isinstance(section, SimpleNamespace) and not hasattr(args, name) else args
+
+
+def _owner_of_pattern(args: Any) -> Any:
+    """Return the namespace that holds HybridModel's pattern: under ``--yaml-cfg`` it may be the section ``language_model``."""
+    section = getattr(args, "language_model", None)
+    return section if isinstance(section, SimpleNamespace) and find_pattern(args) is None else args
 
 
 def _read_layout(options: Options, ranks: int) -> Layout:

@@ -60,11 +60,12 @@ class _Wanted(NamedTuple):
         return self.ranks * self.chunks
 
 
-def fit_pattern(args: Any, ranks: int, layout: Layout, model_layout: str, options: Options) -> int:
-    """Return the chunks per rank that the pattern has; one without ``|`` is cut evenly, in ``args``, and rank 0 says how.
+def fit_pattern(args: Any, owner: Any, ranks: int, layout: Layout, model_layout: str, options: Options) -> int:
+    """Return the chunks per rank that the pattern has; one without ``|`` is cut evenly, in ``owner``, and rank 0 says how.
 
-    ``layout`` is the table's, ``model_layout`` the name of the model's. Raises `OptionError` where the pattern does not fit, with
-    the pattern that would.
+    ``args`` are the arguments in one namespace, ``owner`` is the one of Megatron's that holds the pattern. ``layout`` is the
+    table's, ``model_layout`` the name of the model's. Raises `OptionError` where the pattern does not fit, with the pattern that
+    would.
     """
     pattern = find_pattern(args)
     assert pattern is not None
@@ -79,7 +80,7 @@ def fit_pattern(args: Any, ranks: int, layout: Layout, model_layout: str, option
         return _count_chunks(pattern, wanted)
     uneven = [flag for name, flag in _UNEVEN.items() if getattr(args, name, None)]
     if not uneven:
-        _cut_evenly(args, pattern, wanted)
+        _cut_evenly(args, owner, pattern, wanted)
     elif chunks > 1:
         raise OptionError(
             f"{' and '.join(uneven)} given with {wanted.flag}, whose stages are the segments (|) of {FLAG}: drop it; to cut "
@@ -172,7 +173,7 @@ def _check_symbols(pattern: str) -> None:
         raise OptionError(f"{FLAG} '{pattern}': {error}") from None
 
 
-def _cut_evenly(args: Any, pattern: str, wanted: _Wanted) -> None:
+def _cut_evenly(args: Any, owner: Any, pattern: str, wanted: _Wanted) -> None:
     layers, stages = len(list_segments(pattern)[0]), wanted.stages
     if not layers or layers % stages:
         raise OptionError(
@@ -181,7 +182,7 @@ def _cut_evenly(args: Any, pattern: str, wanted: _Wanted) -> None:
         )
     name = "hybrid_layer_pattern" if getattr(args, "hybrid_layer_pattern", None) else "hybrid_override_pattern"
     cut = cut_pattern(pattern, stages)
-    setattr(args, name, cut)
+    setattr(owner, name, cut)
     if getattr(args, "rank", None) == 0:
         print(
             f"counterflow: {FLAG} '{pattern}' has no |: cut evenly into the {stages} stages of {wanted.flag}, '{cut}'", flush=True
