@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cases import SMALL, TWO_STAGES, drop_flags
+from cases import SHARDED, SMALL, TWO_STAGES, drop_flags
 from counterflow.balance.files.recorded import read_record
 from hybrid_cases import CLONED, FAMILIES, GPT_ALONE, MADE_OF_LAYERS, PATTERN, STEPS, TWO, V
 from ranks import start_ranks
@@ -74,16 +74,21 @@ def read_metrics(run: Run) -> list[list[str]]:
 
 
 @pytest.mark.skipif("MEGATRON_LM_PATH" not in os.environ, reason="MEGATRON_LM_PATH names no Megatron-LM checkout")
-def test_megatrons_own_pretrain_hybrid_trains_under_dualpipev_as_alone(tmp_path: Path) -> None:
+def test_megatrons_own_pretrain_hybrid_goes_on_under_dualpipev_as_alone(tmp_path: Path) -> None:
     script = Path(os.environ["MEGATRON_LM_PATH"]) / "pretrain_hybrid.py"
-    base = [flag for flag in read_flags("deepseek-v3-small.args") + read_flags("cpu.args") if flag != "--log-throughput"]
-    flags = [*drop_flags(base, GPT_ALONE), *SMALL, *MADE_OF_LAYERS, *TWO_STAGES, "--mock-data", "--train-iters", "3"]
-    plan = {"alone": [PATTERN, TWO], "dualpipev": V}
+    # Without the distributed optimizer, whose state Megatron saves shifted where padding lies between its buckets.
+    base = [*read_flags("deepseek-v3-small.args"), *read_flags("cpu.args"), *SMALL]
+    flags = drop_flags(base, (*GPT_ALONE, *SHARDED))
+    flags += [*MADE_OF_LAYERS, *TWO_STAGES, "--mock-data", "--train-iters", "4"]
+    plan = {
+        "alone": [PATTERN, TWO, "--save", str(tmp_path / "saved"), "--save-interval", "2"],
+        "dualpipev": [*V, "--load", str(tmp_path / "saved"), "--ckpt-step", "2"],
+    }
     losses: dict[str, list[float]] = {}
     for name, chosen in plan.items():
         lines: list[str] = []
         command = [sys.executable, "-W", "ignore", "-m", "counterflow.launch", str(script), *flags, *chosen]
         start_ranks(4, command, tmp_path / name, lines.append)
-        losses[name] = [float(match[1]) for line in lines if (match := re.search(r"lm loss: ([\d.E+-]+)", line))]
-    assert len(losses["alone"]) >= 3
-    assert losses["dualpipev"] == pytest.approx(losses["alone"], rel=TOLERANCE)
+        losses[name] = [float(match[1]) for line in lines if (match := re.search(r"iteration .*lm loss: ([\d.E+-]+)", line))]
+    assert losses["dualpipev"] == pytest.approx(losses["alone"][2:4], rel=TOLERANCE)
+    assert len(losses["dualpipev"]) == 2
