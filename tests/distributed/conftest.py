@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import eplb_cases
+import hybrid_cases
 from cases import list_cases
 from counterflow.schedule import build, to_csv
 from data import prepare_text
@@ -31,3 +32,10 @@ def balanced_runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """What each balancing case logged, by its name."""
     directory = tmp_path_factory.mktemp("balancing")
     return Runs("eplb_worker", eplb_cases.list_cases(text, directory), directory)
+
+
+@pytest.fixture(scope="session")
+def hybrid_runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """What each case of HybridModel logged, by its name."""
+    directory = tmp_path_factory.mktemp("hybrid")
+    return Runs("eplb_worker", hybrid_cases.list_cases(text, directory), directory)

@@ -12,6 +12,7 @@ from typing import Any
 from counterflow.errors import OptionError
 from counterflow.megatron.batches import list_batches
 from counterflow.megatron.checks import check_tables, flatten
+from counterflow.megatron.patterns import check_same_cut
 from counterflow.megatron.stamp import guess_layout, name_layout
 from counterflow.megatron.v_layout.embeddings import separate_copies
 from counterflow.options import Options
@@ -91,6 +92,7 @@ def _compare_layouts(load_dir: Any, saved_args: Any, args: Any) -> str | None:
             f"this run has {now!r}: resume with the schedule it was saved under, or save with "
             "--dist-ckpt-optim-fully-reshardable, or load the weights alone with --no-load-optim" + (f"; {note}" if note else "")
         )
+    check_same_cut(saved_args, args)
     return note
 
 

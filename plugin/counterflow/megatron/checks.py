@@ -22,6 +22,7 @@ from counterflow.megatron.batches import (
     list_batches,
 )
 from counterflow.megatron.batches import get_argument as _get
+from counterflow.megatron.patterns import check_logged_experts, count_predictions, find_pattern, fit_pattern, has_experts
 from counterflow.megatron.stamp import stamp_layout
 from counterflow.megatron.v_layout.model import is_on_way_back, unwrap
 from counterflow.options import Options
@@ -47,9 +48,14 @@ def prepare_arguments(args: Any, options: Options) -> None:
             "set it to 2 or more, or drop --cf-schedule"
         )
     _check_world_size(flat, ranks)
-    chunks = count_chunks(flat, ranks)
     table_layout = _read_layout(options, ranks)
     layout = name_model_layout(table_layout)
+    if find_pattern(flat) is None:
+        chunks = count_chunks(flat, ranks)
+    else:
+        chunks = fit_pattern(flat, _owner_of_pattern(args), ranks, table_layout, layout, options)
+        flat.num_layers, flat.mtp_num_layers = None, count_predictions(flat)
+        check_logged_experts(flatten(args), ranks, layout, chunks, options.schedule)
     if layout == V and chunks is None:
         _owner(args, "num_virtual_stages_per_pipeline_rank").num_virtual_stages_per_pipeline_rank = 2
         chunks = 2
@@ -84,6 +90,12 @@ def _owner(args: Any, name: str) -> Any:
     """Return the namespace that holds an argument: under ``--yaml-cfg`` it may be the section ``model_parallel``."""
     section = getattr(args, "model_parallel", None)
     return section if isinstance(section, SimpleNamespace) and not hasattr(args, name) else args
+
+
+def _owner_of_pattern(args: Any) -> Any:
+    """Return the namespace that holds HybridModel's pattern: under ``--yaml-cfg`` it may be the section ``language_model``."""
+    section = getattr(args, "language_model", None)
+    return section if isinstance(section, SimpleNamespace) and find_pattern(args) is None else args
 
 
 def _read_layout(options: Options, ranks: int) -> Layout:
@@ -349,6 +361,8 @@ def _check_eplb(args: Any, options: Options) -> None:
         _check_slots(experts, _get(args, "expert_model_parallel_size", 1), options)
     elif not getattr(args, "use_checkpoint_args", False):
         raise OptionError("--cf-eplb balances the experts of a mixture-of-experts model and --num-experts is not given: drop it")
+    if (pattern := find_pattern(args)) is not None and not has_experts(pattern):
+        raise OptionError(f"--cf-eplb balances layers of experts (E) and --hybrid-layer-pattern '{pattern}' has none: drop it")
     if getattr(args, "moe_expert_capacity_factor", None) is not None:
         raise OptionError(
             f"--cf-eplb does not run with --moe-expert-capacity-factor {args.moe_expert_capacity_factor}, which drops (and "
@@ -446,8 +460,8 @@ def describe_model(chunks: list[Any], config: Any) -> Any:
     args = SimpleNamespace(**vars(config))
     args.num_experts = config.num_moe_experts
     args.num_virtual_stages_per_pipeline_rank = len(chunks) if len(chunks) > 1 else None
-    if args.pipeline_model_parallel_layout is not None:
-        # The stages are built already, as this layout says: there is nothing left to check.
+    if args.pipeline_model_parallel_layout is not None or hasattr(unwrap(chunks[0]), "hybrid_layer_pattern"):
+        # The stages are built already, as this layout or pattern says: there is nothing left to check.
         args.pipeline_model_parallel_layout = args.num_layers = None
     shared = [getattr(unwrap(chunk), "share_embeddings_and_output_weights", False) for chunk in chunks]
     args.untie_embeddings_and_output_weights = not any(shared)

@@ -39,6 +39,7 @@ ARGUMENTS, TRAINING, SAVING = f"{TRAINER}.arguments", f"{TRAINER}.training", f"{
 LAYERS, LINEAR = "megatron.core.tensor_parallel.layers", "LinearWithGradAccumulationAndAsyncCommunication"
 PARALLEL = "megatron.core.distributed.DistributedDataParallel"
 BUCKETS = "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup"
+HYBRID = "megatron.core.models.hybrid.hybrid_layer_allocation"
 MOE = "megatron.core.transformer.moe"
 MOE_LAYER = f"{MOE}.moe_layer.MoELayer"
 FORMAT = "megatron.core.dist_checkpointing"
@@ -60,6 +61,7 @@ STARTING = (
         )
         for versions, more in ((KNOWN[:1], ("rampup_batch_size",)), (SINCE_18, ()))
     ),
+    Seam(HYBRID, "parse_hybrid_pattern", None, (SCHEDULE,), SINCE_18, "symbols of a HybridModel's layers", ("pattern",)),
     Seam(
         "megatron.core.transformer.pipeline_parallel_layer_layout.PipelineParallelLayerLayout", "get_num_stages_from_str", None,
         (SCHEDULE,), KNOWN, "the chunks that --pipeline-model-parallel-layout asks for",
@@ -211,6 +213,10 @@ TURNING = (
         "model builder", ("build_model_func", "pg_collection", "vp_size"),
     ),
     Seam(
+        HYBRID, "select_pipeline_segment", "v_layout.segments.select_mirrored", (V_LAYOUT,), SINCE_18,
+        "the second chunk's segment of HybridModel's pattern", ("main_pattern", "pp_group", "vp_stage"),
+    ),
+    Seam(
         "megatron.core.transformer.module.MegatronModule", "sharded_state_dict", None, (V_LAYOUT,), KNOWN,
         "of a second chunk, replaced on the chunk: it says where it lies as the mirrored rank does",
     ),
@@ -266,6 +272,10 @@ BALANCING = (
             "submodules": "builds clones as experts are built",
             "ep_group": "the expert-parallel ranks",
         }.items()
+    ),
+    Seam(
+        "megatron.core.transformer.multi_token_prediction", "MultiTokenPredictionLayer", None, (EPLB,), KNOWN,
+        "numbers of MoE layers in HybridModel's prediction layers",
     ),
     Seam(f"{MOE}.moe_utils", "get_default_pg_collection", None, (EPLB,), KNOWN, "the groups of a layer that was given none"),
     Seam(

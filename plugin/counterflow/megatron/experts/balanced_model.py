@@ -6,6 +6,7 @@ import torch
 from megatron.core import parallel_state
 
 from counterflow.megatron.experts.homecoming import hold_reductions
+from counterflow.megatron.experts.layer import number_prediction_layers
 from counterflow.megatron.experts.optimizer_state import take_state
 from counterflow.megatron.gradients import GRADIENTS
 from counterflow.megatron.state import layer_slots
@@ -18,6 +19,8 @@ class BalancedModel(BalancedLayers):
 
     def __init__(self, options: Options, chunks: list[Any]) -> None:
         self._chunks, self.optimizer = chunks, None
+        for chunk in chunks:
+            number_prediction_layers(chunk)
         slots = [[layer_slots[one] for one in chunk.modules() if one in layer_slots] for chunk in chunks]
         layer = next(one.layer for chunk in slots for one in chunk)
         groups = ExpertGroups(

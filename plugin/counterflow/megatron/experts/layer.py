@@ -14,6 +14,7 @@ from weakref import ref
 
 import numpy as np
 import torch
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
 from counterflow.errors import SeamError
 from counterflow.megatron.state import layer_slots
@@ -27,6 +28,7 @@ class MegatronSlots(LayerSlots):
     def __init__(self, layer: Any, dispatcher: Any, clone_module: Any, clones_per_rank: int, *, is_exact: bool) -> None:
         # A weak reference: this is the value of a weak-keyed table whose key is the layer.
         self._find_layer, self.clone_module = ref(layer), clone_module
+        self.numbered_behind = 0
         sources = dispatcher.tp_ep_group
         rank_of_source = np.arange(sources.size()) // dispatcher.tp_size
         super().__init__(layer.num_local_experts, clones_per_rank, sources, rank_of_source, is_exact=is_exact)
@@ -60,7 +62,8 @@ class MegatronSlots(LayerSlots):
     def number(self) -> int:  # type: ignore[override]
         """The layer's number in the model, from 1; prediction layers come after all others."""
         layer = self.layer
-        return int(layer.layer_number + (layer.config.num_layers if layer.is_mtp_layer else 0))
+        before = layer.config.num_layers if layer.is_mtp_layer else self.numbered_behind
+        return int(layer.layer_number + before)
 
     def list_experts(self) -> LayerExperts:
         """Return the parameters of this rank's slots."""
@@ -153,6 +156,17 @@ class SlotWrappers:
                 return preprocess(layer, hidden_states, slot_probs, slot_map)
 
         return preprocess_slots
+
+
+def number_prediction_layers(chunk: Any) -> None:
+    """Number the MoE layers inside HybridModel's prediction layers behind all others; upstream counts from 1 in each of them."""
+    for module in chunk.modules():
+        pattern = module.mtp_layer_pattern if isinstance(module, MultiTokenPredictionLayer) else None
+        if pattern:
+            before = module.config.num_layers + (module.layer_number - 1) * len(pattern)
+            for part in module.modules():
+                if part in layer_slots:
+                    layer_slots[part].numbered_behind = before
 
 
 def _get_default_groups() -> Any:
