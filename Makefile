@@ -25,7 +25,7 @@ help:
 	@echo "make doctor  say what is installed and whether it fits"
 	@echo "make setup   only make .venv and install; the others do it where it is missing"
 
-.venv/.installed: pyproject.toml
+.venv/.installed: pyproject.toml scripts/setup.sh
 	@bash scripts/setup.sh
 
 setup: .venv/.installed

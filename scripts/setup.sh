@@ -18,5 +18,10 @@ if ! "$venv/bin/python" -m pip install --disable-pip-version-check --no-input -e
     echo "setup: pip could not install the dependencies: ${reason:-see the log}; log: $log; run make setup again" >&2
     exit 1
 fi
+# Transformer Engine's Python files, for the CPU platform's stand-in; nothing is compiled.
+if ! "$venv/bin/python" -m counterflow.platform.engine >>"$log" 2>&1; then
+    echo "setup: pip could not install Transformer Engine's Python files; log: $log; run make setup again" >&2
+    exit 1
+fi
 touch "$venv/.installed"
 echo "setup: done"

@@ -37,8 +37,10 @@ def enable(options: Options | Mapping[str, Any] | None = None) -> Patches:
         return installation.patches
 
     from counterflow.platform import install_cpu, needs_cpu
+    from counterflow.platform.engine import asks_for_engine
 
-    patches = install_cpu() if needs_cpu((values | flags).get("platform", "auto")) else Patches()
+    is_on_cpu = needs_cpu((values | flags).get("platform", "auto"))
+    patches = install_cpu(engine=asks_for_engine(sys.argv[1:])) if is_on_cpu else Patches()
     from counterflow.megatron.install import install
 
     try:

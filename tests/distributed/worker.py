@@ -9,6 +9,8 @@ import runpy
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 
 import counterflow
 from counterflow.platform import install_cpu
+from counterflow.platform.engine import asks_for_engine
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "pretrain_moe" / "pretrain_moe.py"
 
@@ -87,18 +90,19 @@ def _find_overlaps(named: list[tuple[str, torch.Tensor]]) -> list[str]:
     return [f"{one[2]} and {other[2]}" for one, other in zip(ranges, ranges[1:], strict=False) if other[0] < one[1]]
 
 
-def run_case(case: dict[str, Any]) -> dict[str, Any]:
-    """Run one training; return its log, or the exception that ended it."""
+def run_case(case: dict[str, Any], around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> dict[str, Any]:
+    """Run one training inside a block of ``around``; return its log, what the block gave ("inside"), or what ended it."""
     script = case.get("script", str(SCRIPT))
     sys.argv = [script, *case["flags"]]
     for path, text in case.get("files", {}).items():
         write_at_once(Path(path), text)
-    counterflow.enable() if case["plugin"] else install_cpu()
+    counterflow.enable() if case["plugin"] else install_cpu(engine=asks_for_engine(case["flags"]))
     log = Log()
     log.attach()
-    error, begin = None, time.perf_counter()
+    error, inside, begin = None, None, time.perf_counter()
     try:
-        runpy.run_path(script, run_name="__main__")
+        with around() as inside:
+            runpy.run_path(script, run_name="__main__")
     except Exception as caught:
         if not case.get("may_fail"):
             raise
@@ -113,6 +117,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "sharing": log.sharing,
         "error": error,
         "seconds": seconds,
+        "inside": inside,
     }
 
 

@@ -32,18 +32,21 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    import_megatron()
+    import_megatron(engine="--engine" in sys.argv)
     for line in sys.stdin:
         answers.write(json.dumps(run_job(json.loads(line))) + "\n")
         answers.flush()
 
 
-def import_megatron() -> None:
-    """Do once what every rank would do alike, without starting a thread: forks have only the one that forks."""
+def import_megatron(*, engine: bool) -> None:
+    """Do once what every rank would do alike, without starting a thread: forks have only the one that forks.
+
+    With ``engine``, Megatron finds Transformer Engine over the CPU platform's stand-in.
+    """
     import counterflow
     from counterflow.platform import install_cpu
 
-    patches = install_cpu()
+    patches = install_cpu(engine=engine)
     for name in ("pretrain_moe", "torch.distributed.checkpoint", "tensorboard", "torch._dynamo.trace_rules"):
         importlib.import_module(name)
     for module in pkgutil.walk_packages(counterflow.__path__, "counterflow."):

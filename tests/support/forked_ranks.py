@@ -19,17 +19,25 @@ class RanksError(RuntimeError):
 
 
 def fork_ranks(
-    worker: str, argument: Any, ranks: int, logs: Path, *, alone: bool = False, timeout: float = SECONDS
+    worker: str,
+    argument: Any,
+    ranks: int,
+    logs: Path,
+    *,
+    alone: bool = False,
+    timeout: float = SECONDS,
+    capability: str | None = None,
 ) -> list[int | None]:
     """Have every rank call ``run(argument)`` of a worker module; return exit statuses, None for a rank that did not end in time.
 
     Each writes ``<rank>/stdout.log`` and ``stderr.log`` under ``logs``. One that fails ends the others unless they are ``alone``.
+    With a ``capability``, Megatron finds Transformer Engine, stood in for as on a GPU of that kind.
     """
     from torch._C._distributed_c10d import TCPStore
 
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     job = {"worker": worker, "argument": argument, "ranks": ranks, "port": store.port, "logs": str(logs)}
-    server = _start_server(os.environ.get("PYTHONPATH", ""))
+    server = _start_server(os.environ.get("PYTHONPATH", ""), capability)
     assert server.stdin is not None and server.stdout is not None
     try:
         server.stdin.write(json.dumps({**job, "alone": alone, "timeout": timeout}) + "\n")
@@ -45,9 +53,9 @@ def fork_ranks(
     return statuses
 
 
-def run_ranks(worker: str, argument: Any, ranks: int, logs: Path) -> list[str]:
+def run_ranks(worker: str, argument: Any, ranks: int, logs: Path, capability: str | None = None) -> list[str]:
     """Have every rank call ``run(argument)`` of a worker module; return what each printed. All have to end well."""
-    statuses = fork_ranks(worker, argument, ranks, logs)
+    statuses = fork_ranks(worker, argument, ranks, logs, capability=capability)
     # Those that were ended because of another have less to say.
     bad = sorted((rank for rank, status in enumerate(statuses) if status != 0), key=lambda rank: statuses[rank] is None)
     if bad:
@@ -57,15 +65,20 @@ def run_ranks(worker: str, argument: Any, ranks: int, logs: Path) -> list[str]:
 
 
 @cache
-def _start_server(first: str) -> "subprocess.Popen[str]":
-    """Start the process that forks ranks, one for each ``PYTHONPATH``: it may name another Megatron."""
+def _start_server(first: str, capability: str | None) -> "subprocess.Popen[str]":
+    """Start the process that forks ranks, one for each ``PYTHONPATH``, which may name another Megatron, and each kind of GPU."""
     path = os.pathsep.join(filter(None, [str(ROOT), first, *sys.path]))
     server = subprocess.Popen(
-        [sys.executable, "-u", "-P", "-W", "ignore", "-m", "tests.support.fork_server"],
+        [*(sys.executable, "-u", "-P", "-W", "ignore", "-m", "tests.support.fork_server"), *(["--engine"] if capability else [])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            **({"COUNTERFLOW_CPU_CAPABILITY": capability} if capability else {}),
+            "PYTHONPATH": path,
+            "OMP_NUM_THREADS": "1",
+        },
     )
     atexit.register(server.communicate)  # it ends when nothing can be asked of it any more
     return server

@@ -32,15 +32,16 @@ ROOMS = {
     "runtime": (COMMON | {"devices", "schedule"}, {"torch"}),
     "moe": (COMMON | {"devices", "balance"}, {"torch"}),
     "trainer": (COMMON | {"devices", "options", "patching", "schedule", "balance", "runtime", "moe"}, {"torch"}),
-    "platform": (COMMON | {"patching"}, TRAINER_WORLD),
+    "platform": (COMMON | {"patching", "platform.engine"}, TRAINER_WORLD),
+    "platform.engine": (COMMON | {"patching"}, {"torch", "transformer_engine"}),
     "megatron": (ADAPTER, TRAINER_WORLD),
     "megatron.v_layout": (ADAPTER | {"megatron.state"}, TRAINER_WORLD),
     "megatron.pipeline": (ADAPTER | SHARED | {"megatron.v_layout"}, TRAINER_WORLD),
     "megatron.experts": (ADAPTER | SHARED | {"megatron.checks"}, TRAINER_WORLD),
     "launch": (COMMON | {"options"}, set()),
     "report": (COMMON | {"schedule", "balance"}, set()),
-    "commands": (COMMON | {"options", "platform", "megatron", "schedule", "balance", "report"}, {"torch"}),
-    "__init__": (COMMON | {"options", "patching", "platform", "megatron"}, set()),
+    "commands": (COMMON | {"options", "platform", "platform.engine", "megatron", "schedule", "balance", "report"}, {"torch"}),
+    "__init__": (COMMON | {"options", "patching", "platform", "platform.engine", "megatron"}, set()),
 }
 # Words of one trainer, or of one kind of device, that rooms for every trainer do without.
 FOREIGN = ("main_grad", "torch.cuda")

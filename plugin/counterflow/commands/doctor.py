@@ -38,6 +38,8 @@ class Report:
     counterflow: str
     python: str
     packages: dict[str, str | None]
+    engine: str
+    """What Transformer Engine is here: a real one, one that the CPU platform stands in for, or none."""
     gpus: int
     platform: str
     schedules: tuple[str, ...]
@@ -64,6 +66,7 @@ def examine() -> Report:
 
     from counterflow.megatron.seams import REMEDIES, SEAMS, list_seams
     from counterflow.platform import needs_cpu
+    from counterflow.platform.engine import describe
 
     # Megatron and torch warn about what they do not find here; the report says it once.
     logging.disable(logging.WARNING)
@@ -75,6 +78,7 @@ def examine() -> Report:
         counterflow=__version__,
         python=sys.version.split()[0],
         packages={name: find_package(name) for name in PACKAGES},
+        engine=describe(),
         gpus=torch.cuda.device_count(),
         platform="cpu" if needs_cpu("auto") else "cuda",
         schedules=SCHEDULES,
@@ -102,6 +106,7 @@ def print_report(report: Report) -> None:
     print(f"counterflow {report.counterflow}, Python {report.python}")
     for name, version in report.packages.items():
         print(f"  {name:<20} {version or 'not installed'}")
+    print(report.engine)
     found = f"{report.gpus} GPU{'s' if report.gpus != 1 else ''} found"
     print(f"platform: --cf-platform auto takes {report.platform} here ({found})")
     print(f"schedules: --cf-schedule {', '.join(report.schedules)}, or a table FILE.csv")

@@ -14,10 +14,23 @@ def needs_cpu(choice: str) -> bool:
     return choice == "cpu" or (choice == "auto" and not has_gpu)
 
 
-def install_cpu() -> Patches:
-    """Let Megatron run on the CPU in this process; ``.undo()`` on the result takes it back."""
-    from counterflow.platform import cpu, megatron_cpu
+def install_cpu(*, engine: bool = False) -> Patches:
+    """Let Megatron run on the CPU in this process; ``.undo()`` on the result takes it back.
+
+    With ``engine``, Transformer Engine runs too, over a stand-in for its compiled module (`counterflow.platform.engine`).
+    """
+    from counterflow.platform import cpu
 
     patches = cpu.install()
-    megatron_cpu.install(patches)
+    try:
+        if engine:
+            from counterflow.platform.engine import install
+
+            install(patches)
+        from counterflow.platform import megatron_cpu
+
+        megatron_cpu.install(patches)
+    except BaseException:
+        patches.undo()
+        raise
     return patches

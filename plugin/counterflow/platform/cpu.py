@@ -195,6 +195,29 @@ def _patch_cuda(patches: Patches) -> None:
     patches.set(torch.accelerator, "is_available", _always(False))
 
 
+def _keep_mode(run_backward: Any) -> Any:
+    """Wrap the start of autograd: torch leaves the mode for the call, and Python code of a backward may name a CUDA device."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.overrides._get_current_function_mode() is not None:  # type: ignore[no-untyped-call]
+            return run_backward(*args, **kwargs)
+        with CudaOnCpu():
+            return run_backward(*args, **kwargs)
+
+    return run
+
+
+def _gather_bytes(gather: Any) -> Any:
+    """Wrap a gather of several tensors at once: gloo takes all for the type of the first, so they are gathered as bytes."""
+
+    def run(group: Any, outputs: list[torch.Tensor], inputs: list[torch.Tensor], *options: Any) -> Any:
+        if len({tensor.dtype for tensor in inputs}) > 1:
+            outputs, inputs = ([tensor.view(torch.uint8) for tensor in tensors] for tensors in (outputs, inputs))
+        return gather(group, outputs, inputs, *options)
+
+    return run
+
+
 def install() -> Patches:
     """Give CUDA calls of Python code a CPU meaning in this process; return the undo log."""
     patches = Patches()
@@ -208,6 +231,10 @@ def install() -> Patches:
     patches.on_undo(lambda: setattr(torch._dynamo.config, "disable", compiled))
     patches.set(torch.distributed, "init_process_group", _init_process_group(torch.distributed.init_process_group))
     patches.set(torch.distributed, "new_group", _new_group(torch.distributed.new_group))
+    patches.set(torch.autograd, "_engine_run_backward", _keep_mode(vars(torch.autograd)["_engine_run_backward"]))
+    for name in ("allgather_into_tensor_coalesced", "all_gather_single_coalesced"):  # the second since torch 2.14
+        if (gather := getattr(torch.distributed.ProcessGroup, name, None)) is not None:
+            patches.set(torch.distributed.ProcessGroup, name, _gather_bytes(gather))
     # The mode stays on this thread's stack until the undo log leaves it.
     mode = CudaOnCpu()
     mode.__enter__()  # type: ignore[no-untyped-call]
