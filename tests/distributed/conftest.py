@@ -6,6 +6,7 @@ import pytest
 
 import eplb_cases
 import hybrid_cases
+import te_cases
 from cases import list_cases
 from counterflow.schedule import build, to_csv
 from data import prepare_text
@@ -39,3 +40,10 @@ def hybrid_runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """What each case of HybridModel logged, by its name."""
     directory = tmp_path_factory.mktemp("hybrid")
     return Runs("eplb_worker", hybrid_cases.list_cases(text, directory), directory)
+
+
+@pytest.fixture(scope="session")
+def te_runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """What each case of Transformer Engine logged, by its name."""
+    directory = tmp_path_factory.mktemp("engine")
+    return Runs("te_worker", te_cases.list_cases(text, directory), directory)

@@ -1,20 +1,149 @@
-"""The cases of Transformer Engine: its modules under every schedule and recipe, beside plain Megatron's run of the same model."""
+"""The cases of Transformer Engine: its modules under the schedules and recipes, beside plain Megatron's run of the same model."""
 
 from pathlib import Path
+from typing import Any
 
-from tests.support.training import drop_flags, list_base_flags
+from eplb_cases import CLONES, FULL_RECOMPUTE
+from hybrid_cases import FOUR, GPT_ALONE, PATTERN, TWO
+from hybrid_cases import SCRIPT as HYBRID
+from tests.support.run_cases import Case
+from tests.support.training import (
+    DUALPIPE,
+    MTP,
+    OVERLAPPED,
+    SCHEDULES,
+    SHARDED,
+    TWO_STAGES,
+    UNALIGNED,
+    Cases,
+    drop_flags,
+    list_base_flags,
+)
 
-STEPS = 4
+STEPS = 3
 
-# Sizes that FP8 takes, and what the CPU platform has of Transformer Engine.
+# Sizes that FP8 takes, and what of Transformer Engine runs on the CPU platform.
 SIZES = """
     --hidden-size 64 --ffn-hidden-size 128 --moe-ffn-hidden-size 64 --moe-shared-expert-intermediate-size 64
     --transformer-impl transformer_engine --moe-grouped-gemm
 """.split()
 NOT_TAKEN = ("--use-cpu-initialization", "--no-gradient-accumulation-fusion")
 UNFUSED = ["--no-gradient-accumulation-fusion"]
+BF16 = ["--bf16"]
+V = SCHEDULES["dualpipev"]
+PAIRED = [*V, "--cf-overlap"]
+WHOLE = [*V, "--no-cf-zero-bubble"]
+
+RECIPES = {name: ["--fp8-format", "e4m3", "--fp8-recipe", name] for name in ("delayed", "tensorwise", "blockwise", "mxfp8")}
+CAPABILITIES = {"mxfp8": "10.0"}
+GATHER = [*SHARDED, "--fp8-param-gather"]
+# Delayed scales begin with the largest value of the random first weights, which each layout draws otherwise, under plain Megatron
+# too; so these are small beside those that are loaded.
+GATHERS = {"delayed": [*GATHER, "--init-method-std", "1e-9"]}
+GATHERS |= {"mxfp8": [*OVERLAPPED, "--fp8-param-gather", "--reuse-grad-buf-for-mxfp8-param-ag"]}
+# How each family goes in BF16, and what it alone exercises.
+FAMILIES = {
+    "1f1b": SCHEDULES["1f1b"],
+    "interleaved": [*SHARDED, *SCHEDULES["interleaved"]],
+    "zb-h1": [*OVERLAPPED, "--cf-schedule", "zb-h1"],
+    "zbv": [*UNALIGNED, "--cf-schedule", "zbv"],
+    "dualpipev": V,
+    "dualpipev, whole backwards": WHOLE,
+    "dualpipev, overlapped pairs": [*OVERLAPPED, *PAIRED],
+    "dualpipev, recomputed": [*V, *FULL_RECOMPUTE],
+    "dualpipe": [*SHARDED, *DUALPIPE],
+}
+FP8_FAMILIES = {
+    "1f1b": SCHEDULES["1f1b"],
+    "zbv": ["--cf-schedule", "zbv"],
+    "dualpipev": V,
+    "dualpipev, whole backwards": WHOLE,
+    "overlapped pairs": PAIRED,
+}
+MADE_OF_ENGINE = "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec".split()
+# Shared experts have no biases upstream.
+BIASED = ("--disable-bias-linear", "--moe-shared-expert-intermediate-size")
 
 
 def list_engine_flags(text: Path | None, directory: Path) -> list[str]:
     """Return the flags that all trainings on Transformer Engine have."""
     return [*drop_flags(list_base_flags(text, directory), *NOT_TAKEN), *SIZES]
+
+
+class EngineCases(Cases):
+    """Cases on two stages, each with the name of its ``reference``: plain Megatron's run of its model."""
+
+    def __init__(self, directory: Path, base: list[str], steps: int) -> None:
+        super().__init__(directory, base, steps)
+        self.reference, self.start = "", [""]
+
+    def train(self, name: str, *flags: list[str], recipe: str = "", **more: Any) -> None:
+        """Add a training from the weights of the last `begin`, by a recipe of FP8, or else as the flags say."""
+        chosen = [*BF16, *RECIPES[recipe]] if recipe else []
+        capability = CAPABILITIES.get(recipe, "9.0")
+        self.add(name, TWO_STAGES, self.start, chosen, *flags, capability=capability, reference=self.reference, **more)
+
+    def refer(self, name: str, *flags: list[str], **more: Any) -> None:
+        """Add plain Megatron's run, which is the reference of the trainings behind it."""
+        self.train(name, *flags, plugin=False, **more)
+        self.reference = name
+
+    def begin(self, name: str, *flags: list[str], **more: Any) -> None:
+        """Add the one step of plain Megatron that makes the first weights of the trainings behind it."""
+        self.start = []
+        self.train(name, *flags, plugin=False, steps=1, save=1, **more)
+        self.start = self.start_from(name)
+
+
+def list_cases(text: Path, directory: Path, steps: int = STEPS, seed: str = "1234") -> list[Case]:
+    """Return the whole grid, in an order in which each case finds the checkpoint it starts from."""
+    base = [*list_engine_flags(text, directory), "--seed", seed]
+    cases = EngineCases(directory, base, steps)
+    cases.begin("initial")
+    _add_plain_numbers(cases)
+    for recipe in RECIPES:
+        _add_recipe(cases, recipe)
+    cases.begin("initial, biased", without=BIASED)
+    cases.refer("biased", without=BIASED)
+    cases.train("biased, dualpipev, clones", OVERLAPPED, V, CLONES[2], without=BIASED)
+    cases.begin("initial, MTP", MTP)
+    cases.refer("MTP", MTP, BF16)
+    cases.train("MTP, dualpipev", MTP, BF16, OVERLAPPED, V)
+    cases.train("MTP, overlapped pairs", MTP, BF16, OVERLAPPED, PAIRED)
+    hybrid = EngineCases(directory, drop_flags([*base, *MADE_OF_ENGINE], *GPT_ALONE), steps)
+    hybrid.begin("initial, hybrid", [PATTERN, TWO], script=HYBRID)
+    for recipe in ("", "blockwise"):
+        # Without clipping: by the sum of squares of all stages' gradients, which each layout adds in an order of its own.
+        name, numbers = f"hybrid {recipe or 'bf16'}", [*([] if recipe else BF16), "--clip-grad", "0"]
+        hybrid.refer(name, [PATTERN, TWO], numbers, recipe=recipe, script=HYBRID)
+        hybrid.train(f"{name}, dualpipev", [PATTERN, FOUR], V, numbers, recipe=recipe, script=HYBRID)
+    return [*cases, *hybrid]
+
+
+def _add_plain_numbers(cases: EngineCases) -> None:
+    cases.refer("fp32")
+    for family, flags in FAMILIES.items():
+        cases.train(f"fp32, {family}", flags)
+    cases.train("fp32, dualpipev, clones", SHARDED, V, CLONES[2])
+    cases.refer("bf16", BF16)
+    for family, flags in FAMILIES.items():
+        cases.train(f"bf16, {family}", BF16, flags)
+    cases.train("bf16, dualpipev, clones", BF16, SHARDED, V, CLONES[2])
+    cases.refer("bf16, unfused", BF16, UNFUSED)
+    cases.train("bf16, unfused, dualpipev", BF16, UNFUSED, V)
+    cases.train("bf16, unfused, dualpipev, clones", BF16, UNFUSED, OVERLAPPED, V, CLONES[2])
+
+
+def _add_recipe(cases: EngineCases, recipe: str) -> None:
+    cases.refer(recipe, recipe=recipe)
+    for family, flags in FP8_FAMILIES.items():
+        cases.train(f"{recipe}, {family}", flags, recipe=recipe)
+    if recipe != "delayed":
+        cases.train(f"{recipe}, dualpipev, clones", V, CLONES[2], recipe=recipe)
+    cases.refer(f"{recipe}, recomputed", FULL_RECOMPUTE, recipe=recipe)
+    for family in ("dualpipev", "overlapped pairs"):
+        cases.train(f"{recipe}, recomputed, {family}", FULL_RECOMPUTE, FP8_FAMILIES[family], recipe=recipe)
+    gather = GATHERS.get(recipe, GATHER)
+    cases.refer(f"{recipe}, gathered", gather, recipe=recipe)
+    for family in ("1f1b", "dualpipev"):
+        cases.train(f"{recipe}, gathered, {family}", gather, FP8_FAMILIES[family], recipe=recipe)

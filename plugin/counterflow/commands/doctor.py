@@ -65,8 +65,7 @@ def examine() -> Report:
     import torch
 
     from counterflow.megatron.seams import REMEDIES, SEAMS, list_seams
-    from counterflow.platform import needs_cpu
-    from counterflow.platform.engine import describe
+    from counterflow.platform import engine, needs_cpu
 
     # Megatron and torch warn about what they do not find here; the report says it once.
     logging.disable(logging.WARNING)
@@ -77,8 +76,8 @@ def examine() -> Report:
     return Report(
         counterflow=__version__,
         python=sys.version.split()[0],
-        packages={name: find_package(name) for name in PACKAGES},
-        engine=describe(),
+        packages={name: find_package(name) for name in PACKAGES} | {engine.PACKAGE: engine.find_version()},
+        engine=engine.describe(),
         gpus=torch.cuda.device_count(),
         platform="cpu" if needs_cpu("auto") else "cuda",
         schedules=SCHEDULES,

@@ -22,6 +22,7 @@ from counterflow.megatron.batches import (
     list_batches,
 )
 from counterflow.megatron.batches import get_argument as _get
+from counterflow.megatron.engine_checks import check_engine
 from counterflow.megatron.patterns import check_logged_experts, count_predictions, find_pattern, fit_pattern, has_experts
 from counterflow.megatron.stamp import stamp_layout
 from counterflow.megatron.v_layout.model import is_on_way_back, unwrap
@@ -36,11 +37,13 @@ def prepare_arguments(args: Any, options: Options) -> None:
 
     Raises `OptionError`, with the same message on every rank.
     """
+    flat = flatten(args)
     if options.eplb:
-        _check_eplb(flatten(args), options)
+        _check_eplb(flat, options)
+        check_engine(flat, "--cf-eplb")
     if options.schedule is None:
         return
-    flat = flatten(args)
+    check_engine(flat, f"--cf-schedule {options.schedule}")
     ranks = _get(flat, "pipeline_model_parallel_size", 1)
     if ranks < 2:
         raise OptionError(

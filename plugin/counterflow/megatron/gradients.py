@@ -1,5 +1,6 @@
 """Gradients in ``main_grad``, where Megatron keeps them: a part of a data-parallel bucket's buffer."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ class MegatronGradients:
         if (own := self.of(like)) is not None:
             parameter.main_grad = torch.zeros_like(own)
             parameter.grad_added_to_main_grad = False
-            parameter.register_post_accumulate_grad_hook(_add_gradient)
+            if not is_delayed(parameter):
+                parameter.register_post_accumulate_grad_hook(_add_gradient)
 
     def clear(self, parameter: Any) -> None:
         """Zero ``main_grad``, as ``zero_grad_buffer`` does for the model's own parameters."""
@@ -31,6 +33,23 @@ class MegatronGradients:
 
 
 GRADIENTS = MegatronGradients()
+
+
+def add_behind_delayed(module: Any) -> None:
+    """Let parameters that Megatron's data parallelism does not know get the gradients that ``module`` computes at its W.
+
+    Transformer Engine marks the parameters of a module that delays them. What its I returns for such a parameter is not filled
+    yet, and its W assigns ``.grad``; then it calls what is registered here.
+    """
+    for part in module.modules():
+        if hasattr(part, "register_wgrad_accumulation_and_reduce_hooks"):
+            for parameter in filter(is_delayed, part.parameters(recurse=False)):
+                part.register_wgrad_accumulation_and_reduce_hooks(partial(_add_gradient, parameter))
+
+
+def is_delayed(parameter: Any) -> bool:
+    """Tell whether Transformer Engine computes the parameter's gradient at its module's W."""
+    return bool(getattr(parameter, "skip_backward_post_hook", False))
 
 
 def _add_gradient(parameter: Any) -> None:

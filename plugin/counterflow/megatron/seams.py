@@ -167,6 +167,10 @@ SPLITTING = (
         "megatron.core.distributed.DistributedDataParallelConfig", "__post_init__", "pipeline.zero_bubble.delay_after",
         (ENGINE,), KNOWN, "data parallelism knows of it", ("self",),
     ),
+    Seam(
+        PARALLEL, "_make_backward_post_hook", "pipeline.zero_bubble.accept_missing", (ENGINE,), KNOWN,
+        "two input gradients before two weight gradients of a module", ("self", "param"),
+    ),
 )  # fmt: skip
 
 PAIRING = (

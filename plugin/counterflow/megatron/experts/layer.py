@@ -17,6 +17,7 @@ import torch
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
 from counterflow.errors import SeamError
+from counterflow.megatron.gradients import add_behind_delayed
 from counterflow.megatron.state import layer_slots
 from counterflow.moe.clones import LayerExperts
 from counterflow.moe.layer import LayerSlots
@@ -194,7 +195,9 @@ def _build_clones(layer: Any, count: int, groups: Any, name: str | None) -> Any:
     config = copy.copy(layer.config)
     config.perform_initialization = False
     named = {"name": f"{name}.experts.clones"} if name is not None else {}
-    return layer.submodules.experts(count, config, pg_collection=groups, **named)
+    clones = layer.submodules.experts(count, config, pg_collection=groups, **named)
+    add_behind_delayed(clones)
+    return clones
 
 
 def _add_clones(experts: Any, slots: MegatronSlots) -> None:
@@ -221,7 +224,7 @@ def _add_clones(experts: Any, slots: MegatronSlots) -> None:
 
 
 def _forget_cached_weights(module: Any) -> None:
-    """Make Transformer Engine's modules quantize their weights again (untested on GPU), as upstream does for the model's."""
+    """Make Transformer Engine's modules quantize their weights again, as upstream does for the model's."""
     for part in module.modules():
         if hasattr(part, "is_first_microbatch"):
             part.is_first_microbatch = True

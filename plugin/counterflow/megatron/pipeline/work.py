@@ -139,7 +139,7 @@ class MegatronWork:
         return gradient
 
     def leave_weight_grads(self, stage: int) -> None:
-        """Hand over what Transformer Engine's modules keep (untested on GPU)."""
+        """Hand over what Transformer Engine's modules keep."""
         defer_engine_weight_grads(self._find_chunk(stage).model)
 
     def finish_backward(self, stage: int, microbatch: int) -> None:

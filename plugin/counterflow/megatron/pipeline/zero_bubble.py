@@ -3,7 +3,7 @@
 Local linears (attention, MLP, experts, the output layer) share one autograd function upstream. For deferred embedding gradients,
 that function can already omit its weight gradient. The split function switches this on and passes the matmul to
 `defer_weight_grad`. Transformer Engine's modules have queues of their own (``delay_wgrad_compute``, ``backward_dw``), with one
-entry for each use in a backward (untested on GPU). The gradients of norms, biases, routers and embeddings are computed in the I;
+entry for each use in a backward. The gradients of norms, biases, routers and embeddings are computed in the I;
 they are small.
 
 A weight may have several uses, in linears and elsewhere. Deferred gradients are added to the gradient buffer directly; those of
@@ -21,7 +21,7 @@ from packaging.version import Version
 from torch.utils.hooks import unserializable_hook
 
 from counterflow.errors import ScheduleError
-from counterflow.megatron.gradients import GRADIENTS
+from counterflow.megatron.gradients import GRADIENTS, is_delayed
 from counterflow.megatron.state import layer_slots, of_chunk, of_weight
 from counterflow.runtime.weight_grads import defer_weight_grad, is_holding
 
@@ -151,9 +151,6 @@ def find_engine_obstacle(args: Any) -> str | None:
     """Return why Transformer Engine cannot delay weight gradients under these arguments; None if it can."""
     if getattr(args, "tp_comm_overlap", False) and getattr(args, "tp_comm_bulk_wgrad", True):
         return "--tp-comm-overlap with its bulk weight gradients: turn tp_comm_bulk_wgrad off"
-    if getattr(args, "use_transformer_engine_op_fuser", False):
-        # The fused operations, which would queue weight gradients, are not among the model's modules.
-        return "--use-transformer-engine-op-fuser, whose fused experts keep theirs to themselves: drop it"
     try:
         version = metadata.version("transformer-engine")
     except metadata.PackageNotFoundError:
@@ -173,6 +170,29 @@ def delay_after(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
         self.delay_wgrad_compute = True
 
     return delay
+
+
+def accept_missing(make_hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the maker of data parallelism's gradient hooks: at a W, a parameter of Transformer Engine may have no ``.grad``.
+
+    Each I leaves a placeholder there, or a bias's gradient, on top of what is there; the first W's hook takes all of it. Where
+    two I came before two W, the second hook finds nothing, which upstream refuses under overlapped reductions.
+    """
+
+    @wraps(make_hook)
+    def make(parallel: Any, parameter: Any) -> Callable[..., None]:
+        hook: Callable[..., None] = make_hook(parallel, parameter)
+        if not is_delayed(parameter):
+            return hook
+
+        def run(*unused: Any) -> None:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+            hook(*unused)
+
+        return run
+
+    return make
 
 
 def defer_engine_weight_grads(chunk: Any) -> None:

@@ -194,6 +194,8 @@ def _import_over_stand_in() -> None:
 
 def _import_package() -> ModuleType:
     """Import ``transformer_engine`` without its loader of the compiled module."""
+    from counterflow.platform.engine.casts import dequantize
+
     spec = importlib.util.find_spec("transformer_engine")
     assert spec is not None and spec.loader is not None
     package = importlib.util.module_from_spec(spec)
@@ -203,6 +205,9 @@ def _import_package() -> ModuleType:
     spec.loader.exec_module(package)
     # The package swallows what goes wrong in it.
     importlib.import_module("transformer_engine.pytorch")
+    # The one function that moves a tensor to a GPU by itself, and would never find it there.
+    storage = importlib.import_module("transformer_engine.pytorch.tensor.storage.mxfp8_tensor_storage")
+    storage._FromMXFP8Func.forward = staticmethod(lambda ctx, tensor, dtype: dequantize(tensor, dtype))
     return package
 
 

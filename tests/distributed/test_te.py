@@ -1,0 +1,120 @@
+"""Models of Transformer Engine under every schedule, in FP32, BF16 and FP8, beside plain Megatron over the same stand-in.
+
+"To all printed digits" is as Megatron's log prints a loss and a gradient norm. Where ranks sum in another order, the last digit
+may differ in FP32, and more in BF16; each such test says how far.
+"""
+
+import pytest
+
+from te_cases import FAMILIES, RECIPES, STEPS
+from tests.support.comparing import TOLERANCE, assert_same_steps, find_difference
+from tests.support.run_cases import Run, Runs
+
+# Relative bounds on losses and norms where clones add an expert's weight gradients in parts, each rounded to BF16.
+BF16_ROUNDING = 1e-3
+# And where a largest value is that of fewer tokens: on losses, on norms.
+FP8_ROUNDING = {"tensorwise": (5e-4, 2e-3), "blockwise": (0.0, 1e-4), "mxfp8": (0.0, 1e-4)}
+TESTED = [family for family in FAMILIES if family not in ("1f1b", "interleaved", "dualpipev")]
+# On each rank, in two layers: modules with a queue, and weights, of which grouped linears have two.
+MODULES, WEIGHTS = [10, 10, 12, 12], [12, 12, 16, 16]
+MICROBATCHES, EVALUATIONS = 6, 2
+
+
+def print_steps(run: Run) -> list[str]:
+    """Return a run's losses and gradient norms as Megatron's log prints them."""
+    return [f"{step['loss']:.6E} {step['grad_norm']:.3f}" for step in run["steps"]]
+
+
+def assert_printed_alike(run: Run, reference: Run) -> None:
+    assert run["error"] is None
+    assert len(run["steps"]) == STEPS
+    assert print_steps(run) == print_steps(reference)
+
+
+def sum_work(run: Run, kind: str) -> list[int]:
+    return [work.get(kind, 0) for work in run["work"]]
+
+
+@pytest.mark.parametrize("family", TESTED)
+def test_bf16_to_all_printed_digits(te_runs: Runs, family: str) -> None:
+    run = te_runs[f"bf16, {family}"]
+    assert_printed_alike(run, te_runs["bf16"])
+    entries = [0 if "whole" in family else count * MICROBATCHES * STEPS for count in MODULES]
+    assert (sum_work(run, "queued"), sum_work(run, "left")) == (entries, [0] * 4), "weight gradients go through queues"
+
+
+def test_fp32_and_with_clones(te_runs: Runs) -> None:
+    assert_same_steps(te_runs["fp32, dualpipev"], te_runs["fp32"], 1e-6)
+    check_clones(te_runs["fp32, dualpipev, clones"], te_runs["fp32"], TOLERANCE)
+
+
+def test_biases_of_clones(te_runs: Runs) -> None:
+    check_clones(te_runs["biased, dualpipev, clones"], te_runs["biased"], TOLERANCE)
+
+
+def test_gradients_that_no_kernel_adds(te_runs: Runs) -> None:
+    assert_printed_alike(te_runs["bf16, unfused, dualpipev"], te_runs["bf16, unfused"])
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("bf16, dualpipev, clones", "bf16"),
+        ("bf16, unfused, dualpipev, clones", "bf16, unfused"),
+    ],
+)
+def test_gradients_of_clones_in_bf16(te_runs: Runs, name: str, reference: str) -> None:
+    check_clones(te_runs[name], te_runs[reference], BF16_ROUNDING)
+
+
+def check_clones(run: Run, reference: Run, tolerance: float) -> None:
+    assert_same_steps(run, reference, tolerance)
+    assert run["clones"]["computed"] and not run["clones"]["wrong"] and run["clones"]["changes"]
+    assert sum_work(run, "left") == [0] * 4
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("kind", ["dualpipev", "overlapped pairs"])
+def test_fp8_to_all_printed_digits(te_runs: Runs, recipe: str, kind: str) -> None:
+    run, reference = te_runs[f"{recipe}, {kind}"], te_runs[recipe]
+    assert_printed_alike(run, reference)
+    for counted in ("quantized", "weights"):
+        assert sum_work(run, counted) == sum_work(reference, counted) != [0] * 4
+    # Once per step and evaluation, before the first forward.
+    assert sum_work(run, "weights") == [count * (STEPS + EVALUATIONS) for count in WEIGHTS]
+    assert sum_work(run, "queued") == [count * MICROBATCHES * STEPS for count in MODULES]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_fp8_weights_that_are_gathered(te_runs: Runs, recipe: str) -> None:
+    run, reference = te_runs[f"{recipe}, gathered, dualpipev"], te_runs[f"{recipe}, gathered"]
+    assert_printed_alike(run, reference)
+    assert sum_work(run, "weights") == [0] * 4, "no weight is quantized in a forward"
+
+
+def test_a_layer_that_is_recomputed_in_a_pair_finds_its_own_fp8_state(te_runs: Runs) -> None:
+    assert_printed_alike(te_runs["delayed, recomputed, overlapped pairs"], te_runs["delayed, recomputed"])
+
+
+@pytest.mark.parametrize("recipe", FP8_ROUNDING)
+def test_clones_in_fp8(te_runs: Runs, recipe: str) -> None:
+    run, reference = te_runs[f"{recipe}, dualpipev, clones"], te_runs[recipe]
+    of_losses, of_norms = FP8_ROUNDING[recipe]
+    check_clones(run, reference, of_norms)
+    assert find_difference(run, reference, "loss") <= of_losses
+    more = zip(sum_work(run, "weights"), sum_work(reference, "weights"), strict=True)
+    assert all(mine > others for mine, others in more), "weights of clones are quantized too"
+
+
+def test_prediction_layers(te_runs: Runs) -> None:
+    run, reference = te_runs["MTP, dualpipev"], te_runs["MTP"]
+    assert_same_steps(run, reference, BF16_ROUNDING)
+    assert sum_work(run, "left") == [0] * 4
+
+
+@pytest.mark.parametrize("numbers", ["hybrid bf16", "hybrid blockwise"])
+def test_megatrons_own_hybrid_model(te_runs: Runs, numbers: str) -> None:
+    run = te_runs[f"{numbers}, dualpipev"]
+    assert_printed_alike(run, te_runs[numbers])
+    assert min(sum_work(run, "queued")) > 0
+    assert sum_work(run, "left") == [0] * 4
