@@ -194,8 +194,6 @@ def _import_over_stand_in() -> None:
 
 def _import_package() -> ModuleType:
     """Import ``transformer_engine`` without its loader of the compiled module."""
-    from counterflow.platform.engine.casts import dequantize
-
     spec = importlib.util.find_spec("transformer_engine")
     assert spec is not None and spec.loader is not None
     package = importlib.util.module_from_spec(spec)
@@ -205,10 +203,21 @@ def _import_package() -> ModuleType:
     spec.loader.exec_module(package)
     # The package swallows what goes wrong in it.
     importlib.import_module("transformer_engine.pytorch")
-    # The one function that moves a tensor to a GPU by itself, and would never find it there.
-    storage = importlib.import_module("transformer_engine.pytorch.tensor.storage.mxfp8_tensor_storage")
-    storage._FromMXFP8Func.forward = staticmethod(lambda ctx, tensor, dtype: dequantize(tensor, dtype))
+    _mend_package()
     return package
+
+
+def _mend_package() -> None:
+    """Replace the three functions of Transformer Engine's Python that reach for a GPU by themselves."""
+    import torch
+    from transformer_engine.pytorch import distributed
+    from transformer_engine.pytorch.tensor.storage import mxfp8_tensor_storage
+
+    from counterflow.platform.engine.casts import dequantize
+
+    mxfp8_tensor_storage._FromMXFP8Func.forward = staticmethod(lambda ctx, tensor, dtype: dequantize(tensor, dtype))
+    distributed._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    distributed._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 
 
 def fetch() -> int:
