@@ -25,7 +25,7 @@ STEPS = 3
 # Sizes that FP8 takes, and what of Transformer Engine runs on the CPU platform.
 SIZES = """
     --hidden-size 64 --ffn-hidden-size 128 --moe-ffn-hidden-size 64 --moe-shared-expert-intermediate-size 64
-    --transformer-impl transformer_engine --moe-grouped-gemm
+    --transformer-impl transformer_engine --moe-grouped-gemm --global-batch-size 8 --eval-iters 0
 """.split()
 NOT_TAKEN = ("--use-cpu-initialization", "--no-gradient-accumulation-fusion")
 UNFUSED = ["--no-gradient-accumulation-fusion"]

@@ -13,11 +13,11 @@ from tests.support.run_cases import Run, Runs
 # Relative bounds on losses and norms where clones add an expert's weight gradients in parts, each rounded to BF16.
 BF16_ROUNDING = 1e-3
 # And where a largest value is that of fewer tokens: on losses, on norms.
-FP8_ROUNDING = {"tensorwise": (5e-4, 2e-3), "blockwise": (0.0, 1e-4), "mxfp8": (0.0, 1e-4)}
+FP8_ROUNDING = {"tensorwise": (5e-4, 5e-3), "blockwise": (0.0, 1e-4), "mxfp8": (0.0, 1e-4)}
 TESTED = [family for family in FAMILIES if family not in ("1f1b", "interleaved", "dualpipev")]
 # On each rank, in two layers: modules with a queue, and weights, of which grouped linears have two.
 MODULES, WEIGHTS = [10, 10, 12, 12], [12, 12, 16, 16]
-MICROBATCHES, EVALUATIONS = 6, 2
+MICROBATCHES = 4
 
 
 def print_steps(run: Run) -> list[str]:
@@ -73,15 +73,17 @@ def check_clones(run: Run, reference: Run, tolerance: float) -> None:
     assert sum_work(run, "left") == [0] * 4
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("kind", ["dualpipev", "overlapped pairs"])
+@pytest.mark.parametrize(
+    ("recipe", "kind"),
+    [*((recipe, "dualpipev") for recipe in RECIPES), ("delayed", "overlapped pairs"), ("blockwise", "overlapped pairs")],
+)
 def test_fp8_to_all_printed_digits(te_runs: Runs, recipe: str, kind: str) -> None:
     run, reference = te_runs[f"{recipe}, {kind}"], te_runs[recipe]
     assert_printed_alike(run, reference)
     for counted in ("quantized", "weights"):
         assert sum_work(run, counted) == sum_work(reference, counted) != [0] * 4
-    # Once per step and evaluation, before the first forward.
-    assert sum_work(run, "weights") == [count * (STEPS + EVALUATIONS) for count in WEIGHTS]
+    # Once per step, before the first forward.
+    assert sum_work(run, "weights") == [count * STEPS for count in WEIGHTS]
     assert sum_work(run, "queued") == [count * MICROBATCHES * STEPS for count in MODULES]
 
 
