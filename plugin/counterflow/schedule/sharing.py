@@ -66,11 +66,6 @@ class PairTimes:
     hidden: float
     waiting: float
 
-    @property
-    def hidden_share(self) -> float | None:
-        """The hidden share of the time in which a transfer was under way; None where none was."""
-        return self.hidden / (self.hidden + self.waiting) if self.hidden + self.waiting else None
-
 
 def find_sharing(timeline: Timeline) -> list[Sharing]:
     """Return the actions of which a record says how they shared their rank, in the order of the timeline's spans.
@@ -78,6 +73,8 @@ def find_sharing(timeline: Timeline) -> list[Sharing]:
     That is pairs with turns, and actions with communications. What lies outside of its action is cut off; communications and
     turns of no action are left out.
     """
+    if not timeline.communications and not timeline.turns:
+        return []
     communications: dict[Key, list[tuple[float, float, float, float | None]]] = {}
     for one in timeline.communications:
         times = one.issued, one.waited, one.end, one.complete
