@@ -69,8 +69,6 @@ def fit_pattern(args: Any, owner: Any, ranks: int, layout: Layout, model_layout:
     """
     pattern = find_pattern(args)
     assert pattern is not None
-    if options.overlap:
-        raise OptionError("--cf-overlap runs Megatron's schedule plans, which HybridModel does not have: drop --cf-overlap")
     _check_symbols(pattern)
     is_open = model_layout == LOOPED and options.schedule_file is None
     chunks = {STRAIGHT: 1, V: 2, LOOPED: 2 if is_open else layout.chunks}[model_layout]
