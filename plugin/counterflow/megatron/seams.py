@@ -62,7 +62,8 @@ STARTING = (
         )
         for versions, more in ((KNOWN[:1], ("rampup_batch_size",)), (SINCE_18, ()))
     ),
-    Seam(HYBRID, "parse_hybrid_pattern", None, (SCHEDULE,), SINCE_18, "symbols of a HybridModel's layers", ("pattern",)),
+    Seam(f"{HYBRID}.Symbols", "VALID_LAYERS", None, (SCHEDULE,), SINCE_18, "symbols of a HybridModel's layers"),
+    Seam(HYBRID, "parse_hybrid_pattern", None, (SCHEDULE,), SINCE_18, "what its pattern says", ("pattern",)),
     Seam(
         LAYOUTS, "PipelineParallelLayerLayout", None, (SCHEDULE,), KNOWN, "what --pipeline-model-parallel-layout says",
         ("layout", "pipeline_model_parallel_size"),
