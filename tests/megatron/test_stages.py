@@ -37,8 +37,8 @@ def prepare(schedule: str, **given: Any) -> None:
 @pytest.mark.parametrize(
     ("schedule", "layout", "said"),
     [
-        ("dualpipev", "Et|tt|tt|tt|tL", "'Et|tt|tt|tt|tL' on 2 pipeline ranks: pipeline_model_parallel_layout must be divisible"),
-        ("dualpipev", "Et|tt|tt|tL", "Number of decoder layers 6must match num_layers 8"),
+        ("dualpipev", "Et|tt|tt|tt|tL", "'Et|tt|tt|tt|tL' on 2 pipeline ranks: it has 5 stages, give a multiple of 2"),
+        ("dualpipev", "Et|tt|tt|tL", "it has 6 layers (t) and --num-layers is 8: change one of the two"),
         ("dualpipev", "tt|Ett|tt|ttL", "The first layer must be embedding"),
         ("1f1b", "Etttt|tttt", "The last layer must be loss"),
         ("1f1b", "Et?tt|ttttL", "'Et?tt|ttttL' cannot be read"),

@@ -54,10 +54,20 @@ def check_stages(args: Any, ranks: int, schedule: str) -> None:
 
 def _read_layout(layout: Any, ranks: int, args: Any) -> Any:
     """Return Megatron's reading of an explicit layout, checked against the number of layers where one is given."""
+    ours = f"{LAYOUT} '{layout}' on {ranks} pipeline ranks:"
+    if (count := count_stages(layout)) % ranks:
+        raise OptionError(f"{ours} it has {count} stages, give a multiple of {ranks}")
+    layers = getattr(args, "num_layers", None)
+    obstacle = None
     try:
         stages = PipelineParallelLayerLayout(layout, ranks)
-        if (layers := getattr(args, "num_layers", None)) is not None:
+        held = stages.flatten_layout.count(LayerType.decoder)
+        if layers not in (None, held):
+            obstacle = f"it has {held} layers (t) and --num-layers is {layers}: change one of the two"
+        elif layers is not None:
             stages.validate_layer_layout(layers, getattr(args, "mtp_num_layers", None))
     except (AssertionError, ValueError) as error:
-        raise OptionError(f"{LAYOUT} '{layout}' on {ranks} pipeline ranks: {cut_error(error)}") from None
+        obstacle = cut_error(error)
+    if obstacle:
+        raise OptionError(f"{ours} {obstacle}")
     return stages
