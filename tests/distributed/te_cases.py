@@ -8,6 +8,7 @@ from hybrid_cases import FOUR, GPT_ALONE, PATTERN, TWO
 from hybrid_cases import SCRIPT as HYBRID
 from tests.support.run_cases import Case
 from tests.support.training import (
+    CHUNKS,
     DUALPIPE,
     MTP,
     OVERLAPPED,
@@ -60,6 +61,17 @@ FP8_FAMILIES = {
     "dualpipev": V,
     "dualpipev, whole backwards": WHOLE,
     "overlapped pairs": PAIRED,
+    "dualpipe": DUALPIPE,
+}
+# Two prediction layers that are one, whose modules queue two entries for each micro-batch.
+REPEATED = ["--mtp-num-layers", "2", "--mtp-use-repeated-layer"]
+GRID = {
+    "1f1b": SCHEDULES["1f1b"],
+    "interleaved": SCHEDULES["interleaved"],
+    "zbv": ["--cf-schedule", "zbv"],
+    "zbv, whole backwards": ["--cf-schedule", "zbv", "--no-cf-zero-bubble"],
+    "dualpipev": V,
+    "dualpipev, whole backwards": WHOLE,
 }
 MADE_OF_ENGINE = "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec".split()
 # Shared experts have no biases upstream.
@@ -76,7 +88,7 @@ class EngineCases(Cases):
 
     def __init__(self, directory: Path, base: list[str], steps: int) -> None:
         super().__init__(directory, base, steps)
-        self.reference, self.start = "", [""]
+        self.reference, self.start = "", list[str]()
 
     def train(self, name: str, *flags: list[str], recipe: str = "", **more: Any) -> None:
         """Add a training from the weights of the last `begin`, by a recipe of FP8, or else as the flags say."""
@@ -86,22 +98,23 @@ class EngineCases(Cases):
 
     def refer(self, name: str, *flags: list[str], **more: Any) -> None:
         """Add plain Megatron's run, which is the reference of the trainings behind it."""
-        self.train(name, *flags, plugin=False, **more)
         self.reference = name
+        self.train(name, *flags, plugin=False, **more)
 
     def begin(self, name: str, *flags: list[str], **more: Any) -> None:
         """Add the one step of plain Megatron that makes the first weights of the trainings behind it."""
-        self.start = []
+        self.start, self.reference = [], name
         self.train(name, *flags, plugin=False, steps=1, save=1, **more)
         self.start = self.start_from(name)
 
 
-def list_cases(text: Path, directory: Path, steps: int = STEPS, seed: str = "1234") -> list[Case]:
-    """Return the whole grid, in an order in which each case finds the checkpoint it starts from."""
-    base = [*list_engine_flags(text, directory), "--seed", seed]
+def list_cases(text: Path, directory: Path, steps: int = STEPS, seed: str = "1234", *further: str) -> list[Case]:
+    """Return the whole grid with these ``further`` flags, in an order in which each case finds the checkpoint it starts from."""
+    base = [*list_engine_flags(text, directory), "--seed", seed, *further]
     cases = EngineCases(directory, base, steps)
     cases.begin("initial")
     _add_plain_numbers(cases)
+    _add_plain_grid(cases)
     for recipe in RECIPES:
         _add_recipe(cases, recipe)
     cases.begin("initial, biased", without=BIASED)
@@ -111,6 +124,11 @@ def list_cases(text: Path, directory: Path, steps: int = STEPS, seed: str = "123
     cases.refer("MTP", MTP, BF16)
     cases.train("MTP, dualpipev", MTP, BF16, OVERLAPPED, V)
     cases.train("MTP, overlapped pairs", MTP, BF16, OVERLAPPED, PAIRED)
+    cases.begin("initial, repeated MTP", REPEATED)
+    cases.refer("repeated MTP", REPEATED, BF16)
+    cases.train("repeated MTP, dualpipev", REPEATED, BF16, OVERLAPPED, V)
+    cases.refer("repeated MTP, blockwise", REPEATED, recipe="blockwise")
+    cases.train("repeated MTP, blockwise, dualpipev", REPEATED, V, recipe="blockwise")
     hybrid = EngineCases(directory, drop_flags([*base, *MADE_OF_ENGINE], *GPT_ALONE), steps)
     hybrid.begin("initial, hybrid", [PATTERN, TWO], script=HYBRID)
     for recipe in ("", "blockwise"):
@@ -132,6 +150,20 @@ def _add_plain_numbers(cases: EngineCases) -> None:
     cases.refer("bf16, unfused", BF16, UNFUSED)
     cases.train("bf16, unfused, dualpipev", BF16, UNFUSED, V)
     cases.train("bf16, unfused, dualpipev, clones", BF16, UNFUSED, OVERLAPPED, V, CLONES[2])
+
+
+def _add_plain_grid(cases: EngineCases) -> None:
+    """Add every family, with weight gradients split and whole, by kind of numbers, way of accumulation and optimizer.
+
+    The first of each kind is plain Megatron's own interleaved schedule, to see what another layout changes without the plugin.
+    """
+    for numbers, flags in {"fp32": [], "bf16": BF16}.items():
+        for way, unfused in {"fused": [], "unfused": UNFUSED}.items():
+            cases.refer(f"grid {numbers} {way}", flags, unfused)
+            cases.train(f"grid {numbers} {way}, plain interleaved", flags, unfused, CHUNKS, plugin=False)
+            for optimizer, sharded in {"plain": [], "distributed": OVERLAPPED}.items():
+                for family, schedule in GRID.items():
+                    cases.train(f"grid {numbers} {way} {optimizer}, {family}", flags, unfused, sharded, schedule)
 
 
 def _add_recipe(cases: EngineCases, recipe: str) -> None:
