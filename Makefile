@@ -5,12 +5,13 @@
 BIN := .venv/bin
 
 # make train takes: SCHEDULE=1f1b|interleaved|dualpipev|FILE.csv  EPLB=1  ITERS=n  RANKS=n  PLATFORM=auto|cpu|cuda
-#                   DIR=folder  FRESH=1  ARGS="further Megatron flags"
+#                   TE=1  FP8=delayed|tensorwise|blockwise|mxfp8  DIR=folder  FRESH=1  ARGS="further Megatron flags"
 TRAIN := $(if $(SCHEDULE),--schedule $(SCHEDULE)) $(if $(EPLB),--eplb) $(if $(ITERS),--iters $(ITERS)) $(if $(RANKS),--ranks $(RANKS)) \
-	$(if $(PLATFORM),--platform $(PLATFORM)) $(if $(DIR),--dir $(DIR)) $(if $(FRESH),--fresh) $(ARGS)
+	$(if $(PLATFORM),--platform $(PLATFORM)) $(if $(filter-out 0,$(TE)),--te) $(if $(FP8),--fp8 $(FP8)) \
+	$(if $(DIR),--dir $(DIR)) $(if $(FRESH),--fresh) $(ARGS)
 
 help:
-	@echo "make train   train a real Megatron-Core MoE model under DualPipeV on this machine (SCHEDULE= EPLB=1 ITERS= FRESH=1 ...)"
+	@echo "make train   train a real Megatron-Core MoE model under DualPipeV on this machine (SCHEDULE= EPLB=1 TE=1 FP8=blockwise ...)"
 	@echo "make check   while editing: lint, types and the fast unit tests, in a minute (TESTS=\"tests/unit/test_eplb.py\" ...)"
 	@echo "make test-unit   all tests that start no ranks"
 	@echo "make test-ranks  the tests that train, on four ranks of the CPU"

@@ -5,6 +5,7 @@ Run by ``make train``; all flags that are not named below go to Megatron as they
 
 import argparse
 import logging
+import os
 import re
 import shutil
 import sys
@@ -26,6 +27,7 @@ VALIDATION = re.compile(
 )
 WIDTH = 130
 TRACKER = "latest_checkpointed_iteration.txt"
+RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -36,9 +38,28 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--iters", type=int, default=120, help="steps per run (default: 120)")
     parser.add_argument("--ranks", type=int, help="ranks to start (default: 4 on the CPU, else 2 or 4 GPUs)")
     parser.add_argument("--platform", choices=("auto", "cpu", "cuda"), default="auto", help="as --cf-platform (default: auto)")
-    parser.add_argument("--dir", type=Path, default=ROOT / "runs" / "pretrain_moe", help="checkpoints, logs and data go here")
+    parser.add_argument("--te", action="store_true", help="train Transformer Engine's layers in BF16")
+    parser.add_argument("--fp8", metavar="RECIPE", help=f"with --te: train in FP8 by a recipe: {', '.join(RECIPES)}")
+    parser.add_argument(
+        "--dir", type=Path, help="checkpoints, logs and data go here (default: runs/pretrain_moe, with --te a folder of its own)"
+    )
     parser.add_argument("--fresh", action="store_true", help="forget earlier checkpoints and start anew")
-    return parser.parse_known_args()
+    options, extra = parser.parse_known_args()
+    check_options(options)
+    # Checkpoints of other layers and other numbers are other runs.
+    kind = "-te" * options.te + (f"-{options.fp8}" if options.fp8 else "")
+    options.dir = options.dir or ROOT / "runs" / f"pretrain_moe{kind}"
+    return options, extra
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """End with one line where the example's own options cannot be."""
+    if options.iters < 1:
+        raise SystemExit(f"train: --iters {options.iters} given; it must be at least 1")
+    if options.fp8 is not None and options.fp8 not in RECIPES:
+        raise SystemExit(f"train: FP8={options.fp8} given; {', '.join(RECIPES)} are allowed")
+    if options.fp8 is not None and not options.te:
+        raise SystemExit(f"train: FP8={options.fp8} needs Transformer Engine's layers: give TE=1 too")
 
 
 def read_flags(name: str) -> list[str]:
@@ -66,11 +87,29 @@ def read_checkpoint(directory: Path) -> int:
     return int(text) if text.isdigit() else 0
 
 
-def list_layer_flags(on_cpu: bool) -> list[str]:
+def list_layer_flags(options: argparse.Namespace, on_cpu: bool) -> list[str]:
     """Return the flags that choose the layers: what runs on this machine."""
+    if options.te:
+        return [*(read_flags("cpu-te.args") if on_cpu else ["--moe-grouped-gemm"]), *list_number_flags(options.fp8)]
     if on_cpu:
         return read_flags("cpu.args")
     return [] if find_spec("transformer_engine") else read_flags("no-te.args")
+
+
+def list_number_flags(recipe: str | None) -> list[str]:
+    """Return the flags of Transformer Engine's layers in FP8 by a recipe, or else in BF16."""
+    return [*read_flags("fp8.args"), "--fp8-recipe", recipe] if recipe else ["--bf16"]
+
+
+def describe_engine(options: argparse.Namespace, on_cpu: bool) -> str:
+    """Return what computes Transformer Engine's layers, in one line; on the CPU, choose the GPU that MXFP8 needs."""
+    from counterflow.platform import engine
+
+    if not on_cpu:
+        return f"Transformer Engine {engine.find_version()}, {options.fp8 or 'BF16'}"
+    if options.fp8 == "mxfp8":
+        os.environ.setdefault(engine.VARIABLE, "10.0")
+    return engine.describe()
 
 
 def list_training_flags(options: argparse.Namespace, ranks: int, on_cpu: bool, text: Path, target: int) -> list[str]:
@@ -78,7 +117,7 @@ def list_training_flags(options: argparse.Namespace, ranks: int, on_cpu: bool, t
     directory = options.dir
     return [
         *read_flags("deepseek-v3-small.args"),
-        *list_layer_flags(on_cpu),
+        *list_layer_flags(options, on_cpu),
         *("--cf-platform", "cpu" if on_cpu else "cuda", "--cf-schedule", options.schedule),
         *(["--num-virtual-stages-per-pipeline-rank", "2"] if options.schedule == "interleaved" else []),
         *(["--cf-eplb"] if options.eplb else []),
@@ -132,8 +171,6 @@ class Display:
 def main() -> None:
     """Train for ``--iters`` steps beyond the last multiple of it that a checkpoint has reached."""
     options, extra = parse_arguments()
-    if options.iters < 1:
-        raise SystemExit(f"train: --iters {options.iters} given; it must be at least 1")
     if options.fresh:
         for name in ("checkpoints", "tensorboard", "logs"):
             shutil.rmtree(options.dir / name, ignore_errors=True)
@@ -154,6 +191,8 @@ def main() -> None:
 
     megabytes = text.with_suffix(".bin").stat().st_size / 2 / 1e6
     display.say(f"schedule {options.schedule}, {ranks} ranks on {'the CPU' if on_cpu else 'GPUs'}, 2 pipeline ranks")
+    if options.te:
+        display.say(describe_engine(options, on_cpu))
     display.say(f"text: Python's standard library, {megabytes:.0f} million bytes, one token each")
     try:
         if done:

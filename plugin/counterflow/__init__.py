@@ -40,7 +40,12 @@ def enable(options: Options | Mapping[str, Any] | None = None) -> Patches:
     from counterflow.platform.engine import asks_for_engine
 
     is_on_cpu = needs_cpu((values | flags).get("platform", "auto"))
-    patches = install_cpu(engine=asks_for_engine(sys.argv[1:])) if is_on_cpu else Patches()
+    is_stood_in = is_on_cpu and asks_for_engine(sys.argv[1:])
+    if not is_stood_in:
+        from counterflow.megatron.engine_checks import check_installed
+
+        check_installed()
+    patches = install_cpu(engine=is_stood_in) if is_on_cpu else Patches()
     from counterflow.megatron.install import install
 
     try:

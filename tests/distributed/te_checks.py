@@ -4,8 +4,11 @@ A job is {"check"}: the name of a function here. References are torch, Transform
 loops that follow a definition.
 """
 
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -258,6 +261,17 @@ def check_refusals() -> None:
             assert f"transformer_engine_torch.{name} has no stand-in" in str(error)
         else:
             raise AssertionError(name)
+
+
+def check_other_processes() -> None:
+    """What multiprocessing starts, as Megatron does to save, finds no files of Transformer Engine: they need the stand-in."""
+    import transformer_engine
+
+    from counterflow.platform import engine
+
+    assert metadata.version(engine.PACKAGE) == transformer_engine.__version__ == engine.find_version()
+    code = f"import importlib.util, sys; sys.path = {sys.path}; print(importlib.util.find_spec('transformer_engine'))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "None\n"
 
 
 def check_gather_of_mixed_types() -> None:

@@ -1,5 +1,6 @@
 """The stand-in for Transformer Engine's compiled module, beside torch and Transformer Engine's own reference."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tests.support.running import refuses
 
 HOPPER, BLACKWELL = "9.0", "10.0"
 NUMBERS = {"fp32": HOPPER, "bf16": HOPPER, "delayed": HOPPER, "tensorwise": HOPPER, "blockwise": HOPPER, "mxfp8": BLACKWELL}
-CHECKS = "attention current_scaling block_scaling histories adam stale_transpose refusals".split()
+CHECKS = "attention current_scaling block_scaling histories adam stale_transpose refusals other_processes".split()
 
 
 def check(name: str, logs: Path, *arguments: Any, capability: str = HOPPER, ranks: int = 1) -> None:
@@ -53,6 +54,22 @@ def test_it_is_asked_for_by_megatrons_flag() -> None:
     assert not engine.asks_for_engine(["--transformer-impl"])
 
 
+@pytest.mark.parametrize(
+    "text", ["transformer_impl: transformer_engine", "language_model:\n  transformer_impl: transformer_engine"]
+)
+def test_it_is_asked_for_by_megatrons_yaml_file(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "training.yaml"
+    file.write_text(f"{text}\nmodel_parallel: {{}}\n")
+    assert engine.asks_for_engine(["--yaml-cfg", str(file)])
+    file.write_text("transformer_impl: local\n")
+    assert not engine.asks_for_engine([f"--yaml-cfg={file}", "--transformer-impl", "transformer_engine"]), (
+        "flags are not read then"
+    )
+    file.write_text("a: [")
+    assert not engine.asks_for_engine(["--yaml-cfg", str(file)])
+    assert not engine.asks_for_engine(["--yaml-cfg", str(tmp_path / "none.yaml")])
+
+
 def test_another_gpu_than_the_two_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(engine.VARIABLE, "8.0")
     with refuses("COUNTERFLOW_CPU_CAPABILITY=8.0 given, 9.0 (Hopper) or 10.0 (Blackwell) are allowed"):
@@ -62,7 +79,7 @@ def test_another_gpu_than_the_two_known_is_refused(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("version", "is_compiled", "said"),
     [
-        (None, False, "needs Transformer Engine's Python files, which are not installed: run 'python -m counterflow.platform"),
+        (None, False, f"needs Transformer Engine's Python files, which are not installed: run '{sys.executable} -m"),
         ("2.20.2", True, "Transformer Engine 2.20.2 is compiled for a GPU here and the CPU platform does not stand in for it"),
         ("2.19.0", False, "knows Transformer Engine 2.20.2, 2.19.0 is installed"),
     ],

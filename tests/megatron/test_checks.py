@@ -405,8 +405,9 @@ def test_a_file_of_the_right_size_is_accepted(tmp_path: Path, table: ScheduleTab
 
 
 def test_a_split_that_is_asked_for_must_be_had() -> None:
-    engine = {"transformer_impl": "transformer_engine"}
-    prepare_arguments(make_arguments(**engine), Options(schedule="zbv"))  # by default what cannot split runs whole
+    # Layers of a spec of one's own need no Transformer Engine.
+    engine = {"transformer_impl": "transformer_engine", "spec": ["counterflow.platform.hybrid_layers", "stack"]}
+    prepare_arguments(make_arguments(**engine), Options(schedule="zbv"))
     with pytest.raises(
         OptionError, match="--cf-zero-bubble cannot split Transformer Engine's backward passes, no transformer-engine"
     ):

@@ -27,8 +27,12 @@ class Runs(Mapping[str, Run]):
             source = self._saved_by.get(_read_flag(case, "--load") or "")
             if source not in (None, name):
                 self[str(source)]
-            self._runs[name] = run_case(self._worker, case, self._directory, self._ranks)
+            self._runs[name] = self.run(case)
         return self._runs[name]
+
+    def run(self, case: Case) -> Run:
+        """Run one case, whose checkpoint is there."""
+        return run_case(self._worker, case, self._directory, self._ranks)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._cases)

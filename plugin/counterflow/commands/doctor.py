@@ -64,6 +64,7 @@ def examine() -> Report:
     """Look at this machine and at the installed Megatron; imports it, changes nothing."""
     import torch
 
+    from counterflow.megatron.engine_checks import describe_fault, find_fault
     from counterflow.megatron.seams import REMEDIES, SEAMS, list_seams
     from counterflow.platform import engine, needs_cpu
 
@@ -77,7 +78,7 @@ def examine() -> Report:
         counterflow=__version__,
         python=sys.version.split()[0],
         packages={name: find_package(name) for name in PACKAGES} | {engine.PACKAGE: engine.find_version()},
-        engine=engine.describe(),
+        engine=describe_fault(fault) if (fault := find_fault()) is not None else engine.describe(),
         gpus=torch.cuda.device_count(),
         platform="cpu" if needs_cpu("auto") else "cuda",
         schedules=SCHEDULES,

@@ -215,12 +215,18 @@ def _refuse_weight_shards(args: Any, ours: str) -> None:
 
 
 def _check_zero_bubble(args: Any, options: Options) -> None:
-    """Refuse ``--cf-zero-bubble`` if Transformer Engine cannot split its backward passes; without the flag they run whole."""
-    if options.zero_bubble and getattr(args, "transformer_impl", "") == "transformer_engine":
-        from counterflow.megatron.pipeline.zero_bubble import find_engine_obstacle
+    """Refuse to split backward passes that Transformer Engine cannot split; they run whole for whoever says so."""
+    from counterflow.megatron.pipeline.zero_bubble import find_engine_obstacle, find_old_engine, splits_backward
 
-        if obstacle := find_engine_obstacle(args):
-            raise OptionError(f"--cf-zero-bubble cannot split Transformer Engine's backward passes, {obstacle}; or drop the flag")
+    if getattr(args, "transformer_impl", "") != "transformer_engine" or not splits_backward(options):
+        return
+    if options.zero_bubble and (obstacle := find_engine_obstacle(args)):
+        raise OptionError(f"--cf-zero-bubble cannot split Transformer Engine's backward passes, {obstacle}; or drop the flag")
+    if old := find_old_engine():
+        raise OptionError(
+            f"--cf-schedule {options.schedule} cannot split Transformer Engine's backward passes, {old}: install that, or give "
+            "--no-cf-zero-bubble for whole ones"
+        )
 
 
 def _ignore_own_transfers(args: Any, schedule: str, layout: str) -> None:
@@ -460,6 +466,9 @@ def describe_model(chunks: list[Any], config: Any) -> Any:
     """Return a model's config as a namespace with the argument names of ``megatron.training``."""
     args = SimpleNamespace(**vars(config))
     args.num_experts = config.num_moe_experts
+    if getattr(args, "transformer_impl", "") == "transformer_engine":
+        # The default of every config, whatever the model's layers are; they are built already.
+        del args.transformer_impl
     args.num_virtual_stages_per_pipeline_rank = len(chunks) if len(chunks) > 1 else None
     if args.pipeline_model_parallel_layout is not None or hasattr(unwrap(chunks[0]), "hybrid_layer_pattern"):
         # The stages are built already, as this layout or pattern says: there is nothing left to check.

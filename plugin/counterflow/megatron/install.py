@@ -40,6 +40,8 @@ YAML_FLAG = "--yaml-cfg"
 
 def list_features(options: Options) -> list[str]:
     """Return the names of the features that the options ask for, as `seams` has them."""
+    from counterflow.megatron.pipeline.zero_bubble import splits_backward
+
     features = []
     if options.schedule is not None:
         layout = choose_layout(options, 2, 2)
@@ -267,7 +269,7 @@ class Installation:
             setattr(parsed, f"cf_{name}", value)
 
     def _delay_engine(self, parsed: Any) -> None:
-        from counterflow.megatron.pipeline.zero_bubble import find_engine_obstacle
+        from counterflow.megatron.pipeline.zero_bubble import find_engine_obstacle, splits_backward
 
         assert self.options is not None
         is_engine = getattr(parsed, "transformer_impl", "") == "transformer_engine"
@@ -326,11 +328,6 @@ def read_yaml(parsed: Any) -> Values:
             f"give --cf-platform {platform} on the command line"
         )
     return values
-
-
-def splits_backward(options: Options) -> bool:
-    """Tell whether linears defer weight gradients: to the W, or, in a pair, to the end of the layer's backward."""
-    return options.zero_bubble is not False and (options.overlap or options.family is None or options.family.splits)
 
 
 def get_data_rank() -> int:

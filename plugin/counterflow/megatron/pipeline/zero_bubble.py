@@ -23,6 +23,7 @@ from torch.utils.hooks import unserializable_hook
 from counterflow.errors import ScheduleError
 from counterflow.megatron.gradients import GRADIENTS, is_delayed
 from counterflow.megatron.state import layer_slots, of_chunk, of_weight
+from counterflow.options import Options
 from counterflow.runtime.weight_grads import defer_weight_grad, is_holding
 
 # The first version whose delayed weight gradients work with Megatron's overlapped reductions.
@@ -151,13 +152,30 @@ def find_engine_obstacle(args: Any) -> str | None:
     """Return why Transformer Engine cannot delay weight gradients under these arguments; None if it can."""
     if getattr(args, "tp_comm_overlap", False) and getattr(args, "tp_comm_bulk_wgrad", True):
         return "--tp-comm-overlap with its bulk weight gradients: turn tp_comm_bulk_wgrad off"
-    try:
-        version = metadata.version("transformer-engine")
-    except metadata.PackageNotFoundError:
+    if find_engine() is None:
         return "no transformer-engine package is installed"
-    if Version(version) < FIRST_ENGINE:
-        return f"transformer-engine {version}: it needs {FIRST_ENGINE} or later"
-    return None
+    return find_old_engine()
+
+
+def find_engine() -> str | None:
+    """Return the installed version of Transformer Engine, None if there is none."""
+    try:
+        return metadata.version("transformer-engine")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def find_old_engine() -> str | None:
+    """Return why the installed Transformer Engine is too old to delay weight gradients; None if it is not, or is not there."""
+    version = find_engine()
+    if version is None or Version(version) >= FIRST_ENGINE:
+        return None
+    return f"transformer-engine {version}: it needs {FIRST_ENGINE} or later"
+
+
+def splits_backward(options: Options) -> bool:
+    """Tell whether linears defer weight gradients: to the W, or, in a pair, to the end of the layer's backward."""
+    return options.zero_bubble is not False and (options.overlap or options.family is None or options.family.splits)
 
 
 def delay_after(post_init: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,22 +30,42 @@ VERSIONS = ("2.20.2",)
 # The wheel, and what its files import; none of them compiles anything.
 REQUIREMENTS = (f"{PACKAGE}=={VERSIONS[-1]}", "onnxscript", "onnx", "onnx-ir", "ml_dtypes", "einops")
 FOLDER = Path(sys.prefix, "share", "counterflow", "transformer_engine")
-INSTALL = "python -m counterflow.platform.engine"
+INSTALL = f"{sys.executable} -m counterflow.platform.engine"
 
 VARIABLE = "COUNTERFLOW_CPU_CAPABILITY"
 # Hopper keeps transposes of FP8 tensors and has no MXFP8, Blackwell the other way round.
 CAPABILITIES = {"9.0": (9, 0), "10.0": (10, 0)}
-FLAG = "--transformer-impl"
+FLAG, YAML_FLAG, KEY = "--transformer-impl", "--yaml-cfg", "transformer_impl"
 
 
 def asks_for_engine(arguments: Sequence[str]) -> bool:
-    """Tell whether a command line names Transformer Engine by ``--transformer-impl``; the last mention counts."""
+    """Tell whether a command line, or its ``--yaml-cfg`` file, names Transformer Engine by ``--transformer-impl``."""
+    # Megatron reads the file alone where one is given.
+    path = _find_value(arguments, YAML_FLAG)
+    return (_read_key(Path(path)) if path else _find_value(arguments, FLAG)) == "transformer_engine"
+
+
+def _find_value(arguments: Sequence[str], flag: str) -> str:
+    """Return the value of a flag; the last mention counts."""
     chosen = ""
     for place, word in enumerate(arguments):
         name, equals, value = word.partition("=")
-        if name == FLAG:
+        if name == flag:
             chosen = value if equals else "".join(arguments[place + 1 : place + 2])
-    return chosen == "transformer_engine"
+    return chosen
+
+
+def _read_key(path: Path) -> Any:
+    """Return ``transformer_impl`` of a YAML file, from its top or from a section; what is no such file, Megatron will refuse."""
+    if importlib.util.find_spec("yaml") is None:
+        return None
+    yaml: Any = importlib.import_module("yaml")
+    try:
+        read = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    parts = [read, *(read.values() if isinstance(read, dict) else ())]
+    return next((part[KEY] for part in parts if isinstance(part, dict) and KEY in part), None)
 
 
 def read_capability() -> tuple[int, int]:
@@ -113,7 +134,7 @@ def _is_compiled() -> bool:
 
 
 def _find_files() -> None:
-    """Put the folder of the files on the path, behind all others."""
+    """Let imports of this process find the folder of the files, behind all others."""
     version = find_version()
     if version is None:
         raise OptionError(
@@ -131,7 +152,27 @@ def _find_files() -> None:
             f"'{INSTALL}', or give {FLAG} local"
         )
     if importlib.util.find_spec("transformer_engine") is None:
-        sys.path.append(str(FOLDER))
+        sys.meta_path.append(_Files())
+
+
+class _Files(metadata.DistributionFinder):
+    """Finds what lies in `FOLDER`, in this process alone.
+
+    A process that `multiprocessing` starts, as Megatron does to save a checkpoint, has this one's ``sys.path`` and no stand-in.
+    Were the folder on that path, the files would be imported there and look for their compiled module.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """Find a package in the folder."""
+        return PathFinder.find_spec(name, [str(FOLDER)], target) if path is None else None
+
+    def find_distributions(self, context: Any = None) -> Any:
+        """Find versions of what lies in the folder, unless another one is named."""
+        if context is None or "path" in vars(context):
+            return iter(())
+        return metadata.MetadataPathFinder.find_distributions(
+            metadata.DistributionFinder.Context(name=context.name, path=[str(FOLDER)])
+        )
 
 
 def _require_first() -> None:

@@ -1,0 +1,41 @@
+"""`make train TE=1 FP8=…`, from its command."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+from tests.support.training import SMALL
+
+TRAIN = ROOT / "examples" / "pretrain_moe" / "train.py"
+
+
+def run_example(*flags: str) -> tuple[int, str, str]:
+    """Return status, output and errors of the example."""
+    done = subprocess.run([sys.executable, str(TRAIN), *flags], capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_example_trains_in_fp8_and_resumes(tmp_path: Path) -> None:
+    flags = ["--dir", str(tmp_path), "--te", "--fp8", "blockwise", "--eplb", "--ranks", "2", "--iters", "2", "--platform", "cpu"]
+    flags += [*SMALL, "--global-batch-size", "4", "--eval-iters", "0", "--expert-model-parallel-size", "1"]
+    for steps in (2, 4):
+        code, said, errors = run_example(*flags)
+        assert (code, errors) == (0, "")
+        assert f"step    {steps}/{steps}  loss" in said
+        assert "over a stand-in for its kernels" in said.splitlines()[1]
+    assert "resuming from the checkpoint of step 2, on to step 4" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--te --fp8 fast", "FP8=fast given; delayed, tensorwise, blockwise, mxfp8 are allowed"),
+        ("--fp8 blockwise", "FP8=blockwise needs Transformer Engine's layers: give TE=1 too"),
+        ("--te --iters 0", "--iters 0 given; it must be at least 1"),
+    ],
+)
+def test_options_of_the_example_that_cannot_be_end_in_one_line(flags: str, said: str) -> None:
+    assert run_example(*flags.split()) == (1, "", f"train: {said}\n")
