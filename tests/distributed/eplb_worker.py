@@ -52,7 +52,13 @@ class Watch:
         group = slots.layer.ep_group
         experts = slots._table.placement.experts[0][group.rank() * width : (group.rank() + 1) * width].tolist()
         self.clone_tokens += int(tokens_per_slot[own:].sum())
-        for slot, (expert, weights) in enumerate(zip(experts, held.homes + held.clones, strict=True)):
+        tensors = [
+            list_computed(slots.layer.experts, place, weights, is_cached=False) for place, weights in enumerate(held.homes)
+        ]
+        tensors += [
+            list_computed(slots.clone_module, place, weights, is_cached=True) for place, weights in enumerate(held.clones)
+        ]
+        for slot, (expert, weights) in enumerate(zip(experts, tensors, strict=True)):
             # What an empty slot or one that no token came to holds is of no concern: it may be under way.
             if slot < own or int(tokens_per_slot[slot]):
                 key = (dist.get_process_group_ranks(group)[0], self.refreshes, slots._index, expert)
@@ -60,7 +66,39 @@ class Watch:
                 seen.setdefault(key, set()).add(digest_weights(weights))
 
 
-def digest_weights(weights: list[torch.nn.Parameter]) -> str:
+def list_computed(experts: Any, place: int, weights: list[torch.nn.Parameter], *, is_cached: bool) -> list[torch.Tensor]:
+    """Return what an expert computes with: its ``weights``, or under FP8 what is in its module's cache.
+
+    Unless ``is_cached``, weights are quantized anew instead: what a clone has in its cache has to be that of its home.
+    """
+    from counterflow.megatron.experts.packing import list_tensors
+
+    named = list_tensors(experts, place)
+    if not named or not getattr(named[0][0], "fp8", False):
+        return list(weights)
+    forms = []
+    for linear, name in named:
+        if name.startswith("bias"):
+            forms.append(getattr(linear, name))
+            continue
+        quantizer = linear._get_weight_quantizers()[place].copy()
+        quantizer.set_usage(rowwise=True, columnwise=True)
+        quantizer.internal = False
+        form = linear._fp8_workspaces[name] if is_cached else quantizer(getattr(linear, name).detach())
+        forms += list_buffers(form)
+    return forms
+
+
+def list_buffers(form: Any) -> list[torch.Tensor]:
+    """Return data and scales of a quantized tensor, without what pads the scales of columns: that is not filled."""
+    buffers = {name: part for name, part in vars(form).items() if torch.is_tensor(part)}
+    if "Blockwise" in type(form).__name__:
+        high, wide = (-(-size // 128) for size in form._columnwise_data.shape)
+        buffers["_columnwise_scale_inv"] = form._columnwise_scale_inv[:high, :wide]
+    return list(buffers.values())
+
+
+def digest_weights(weights: list[torch.Tensor]) -> str:
     """Return a digest of an expert's bits."""
     parts = [weight.detach().contiguous().view(torch.uint8).numpy().tobytes() for weight in weights]
     return hashlib.sha1(b"".join(parts)).hexdigest()

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from eplb_cases import CLONES, FULL_RECOMPUTE
+from eplb_cases import CLONES, FULL_RECOMPUTE, MOVING
 from hybrid_cases import FOUR, GPT_ALONE, PATTERN, TWO
 from hybrid_cases import SCRIPT as HYBRID
 from tests.support.run_cases import Case
@@ -172,6 +172,7 @@ def _add_recipe(cases: EngineCases, recipe: str) -> None:
         cases.train(f"{recipe}, {family}", flags, recipe=recipe)
     if recipe != "delayed":
         cases.train(f"{recipe}, dualpipev, clones", V, CLONES[2], recipe=recipe)
+        cases.train(f"{recipe}, homes move", CLONES[1], MOVING, recipe=recipe)
     cases.refer(f"{recipe}, recomputed", FULL_RECOMPUTE, recipe=recipe)
     for family in ("dualpipev", "overlapped pairs"):
         cases.train(f"{recipe}, recomputed, {family}", FULL_RECOMPUTE, FP8_FAMILIES[family], recipe=recipe)

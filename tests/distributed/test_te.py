@@ -19,6 +19,10 @@ TESTED = [family for family in FAMILIES if family not in ("1f1b", "interleaved",
 # On each rank, in two layers: modules with a queue, and weights, of which grouped linears have two.
 MODULES, WEIGHTS = [10, 10, 12, 12], [12, 12, 16, 16]
 MICROBATCHES = 4
+# Values of an expert's two weights, and the bytes in which they go to a clone.
+EXPERT = 3 * 64 * 64
+ON_THE_WIRE = {"tensorwise": EXPERT + 2 * 4, "blockwise": EXPERT + 2 * 16, "mxfp8": 2 * EXPERT}
+CLONES_PER_RANK = 2
 
 
 def print_steps(run: Run) -> list[str]:
@@ -105,8 +109,21 @@ def test_clones_in_fp8(te_runs: Runs, recipe: str) -> None:
     of_losses, of_norms = FP8_ROUNDING[recipe]
     check_clones(run, reference, of_norms)
     assert find_difference(run, reference, "loss") <= of_losses
-    more = zip(sum_work(run, "weights"), sum_work(reference, "weights"), strict=True)
-    assert all(mine > others for mine, others in more), "weights of clones are quantized too"
+    # An expert's weights on the wire beside its gradients in FP32; the scales of a tensor of 128 x 64 and one of 64 x 64.
+    for figures in run["clones"]["said"][1:]:
+        assert figures["MB"] * 1e6 / figures["clones"] - 4 * EXPERT == pytest.approx(ON_THE_WIRE[recipe], abs=0.1)
+    more = [mine - others for mine, others in zip(sum_work(run, "weights"), sum_work(reference, "weights"), strict=True)]
+    if recipe == "mxfp8":
+        assert min(more) > 2 * CLONES_PER_RANK, "a clone quantizes what it gets in BF16"
+    else:
+        assert max(more) <= 2 * CLONES_PER_RANK, "a clone quantizes nothing but the weights of slots that were never filled, once"
+
+
+def test_homes_that_move_in_fp8(te_runs: Runs) -> None:
+    run = te_runs["blockwise, homes move"]
+    check_clones(run, te_runs["blockwise"], 1e-4)
+    assert find_difference(run, te_runs["blockwise"], "loss") == 0.0
+    assert sum(figures["homes moved"] for figures in run["clones"]["said"])
 
 
 def test_prediction_layers(te_runs: Runs) -> None:

@@ -556,7 +556,11 @@ def test_switches_of_megatrons_own_transfers_are_ignored_and_said_once(
         (1, {"moe_pad_expert_input_to_capacity": True}, "does not run with --moe-pad-expert-input-to-capacity"),
         (1, {"moe_token_dispatcher_type": "pigeon"}, "--moe-token-dispatcher-type pigeon: alltoall, allgather and flex are"),
         (1, {"moe_use_upcycling": True}, "does not run with --moe-use-upcycling"),
-        (1, {"fp8_param_gather": True}, "does not run with --fp8-param-gather"),
+        (
+            1,
+            {"fp8_param_gather": True},
+            "does not run with --fp8-param-gather (in FP8 without it, clones already receive FP8 weights) in this",
+        ),
         (1, {"use_megatron_fsdp": True}, "does not run with --use-megatron-fsdp"),
         (1, {"moe_expert_rank_capacity_factor": 2.0}, "does not run with --moe-expert-rank-capacity-factor in this version"),
         (1, {"moe_single_grouped_weight": True}, "--cf-eplb does not run with --moe-single-grouped-weight in this version"),

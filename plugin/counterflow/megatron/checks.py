@@ -388,7 +388,8 @@ def _check_eplb(args: Any, options: Options) -> None:
         "moe_use_upcycling": "--moe-use-upcycling",
         "use_megatron_fsdp": "--use-megatron-fsdp",
         "use_torch_fsdp2": "--use-torch-fsdp2",
-        "fp8_param_gather": "--fp8-param-gather",
+        # Bytes, scales, transposes and masters of a home are then parts of Megatron's gather, which knows nothing of clones.
+        "fp8_param_gather": "--fp8-param-gather (in FP8 without it, clones already receive FP8 weights)",
         "fp4_param_gather": "--fp4-param-gather",
         "use_transformer_engine_op_fuser": "--use-transformer-engine-op-fuser",
         "enable_cuda_graph": "--enable-cuda-graph",

@@ -7,10 +7,10 @@ as many experts as it has clones. All ranks of the group make the same calls in 
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,12 +27,42 @@ from counterflow.moe.gradients import GradientStore
 TENSORS_PER_EXPERT = 8
 
 
+class Packing(Protocol):
+    """How one layer's weights travel where they do not as they are. Homes and clones are numbered by their place on a rank."""
+
+    def pack(self, home: int) -> list[torch.Tensor]:
+        """Return what is sent of a home's weights."""
+
+    def land(self, clone: int) -> list[torch.Tensor]:
+        """Return the tensors that a clone receives into, in the order and the sizes of `pack`."""
+
+    def unpack(self, clone: int) -> None:
+        """Let a clone compute with what it has received."""
+
+
 @dataclass(frozen=True)
 class LayerExperts:
-    """One layer's experts on this rank: the parameters of each home slot and of each clone slot, in slot order."""
+    """One layer's experts on this rank: the parameters of each home slot and of each clone slot, in slot order.
+
+    Weights travel as they are, from parameter to parameter, unless there is a ``packing``.
+    """
 
     homes: list[list[torch.nn.Parameter]]
     clones: list[list[torch.nn.Parameter]]
+    packing: Packing | None = None
+
+    def pack(self, home: int) -> Sequence[torch.Tensor]:
+        """Return what is sent of a home's weights."""
+        return self.homes[home] if self.packing is None else self.packing.pack(home)
+
+    def land(self, clone: int) -> Sequence[torch.Tensor]:
+        """Return the tensors that a clone receives into."""
+        return self.clones[clone] if self.packing is None else self.packing.land(clone)
+
+    def unpack(self, clone: int) -> None:
+        """Let a clone compute with what it has received."""
+        if self.packing is not None:
+            self.packing.unpack(clone)
 
 
 @dataclass
@@ -97,7 +127,8 @@ class Clones:
         # Waiting on a GPU orders streams and returns; a time limit there would stop the host instead.
         self._limit = (find_timeout(group),) if layers[0].homes[0][0].device.type == "cpu" else ()
         self._held: list[_Transfer] = []
-        self._coming: dict[int, tuple[float, list[dist.Work]]] = {}
+        # By layer: when its transfers began, the transfers, the clones of this rank that receive.
+        self._coming: dict[int, tuple[float, list[dist.Work], list[int]]] = {}
         self._rounds: list[list[_Transfer]] = []
         self._returning: list[dist.Work] = []
         self._landing: list[tuple[_Transfer, list[torch.Tensor]]] = []
@@ -117,13 +148,22 @@ class Clones:
         self._held = self._list_transfers(placement)
         for layer in range(len(self._layers)):
             sent = [t for t in self._held if t.layer == layer and wanted[self._first + layer, t.slot]]
-            operations = [
-                *(o for t in sent for o in self._send(self._layers[layer].homes[t.home], t.home_rank, t.clone_rank, t, 0)),
-                *(o for t in sent for o in self._receive(self._layers[layer].clones[t.clone], t.home_rank, t.clone_rank, t, 0)),
-            ]
-            self._traffic.bytes += len(sent) * _count_bytes(self._layers[layer].homes[0])
-            if operations:
-                self._coming[layer] = time.monotonic(), dist.batch_isend_irecv(operations)
+            if operations := self._list_operations(layer, sent):
+                receiving = [t.clone for t in sent if t.clone_rank == self._rank]
+                self._coming[layer] = time.monotonic(), dist.batch_isend_irecv(operations), receiving
+
+    def _list_operations(self, layer: int, sent: list[_Transfer]) -> list[dist.P2POp]:
+        experts = self._layers[layer]
+        # A home with several clones packs once.
+        packed = {home: experts.pack(home) for home in sorted({t.home for t in sent if t.home_rank == self._rank})}
+        landing = {t.clone: experts.land(t.clone) for t in sent if t.clone_rank == self._rank}
+        if sent:
+            one = next(iter([*packed.values(), *landing.values()]), None)
+            self._traffic.bytes += len(sent) * _count_bytes(experts.pack(0) if one is None else one)
+        return [
+            *(o for t in sent for o in self._send(packed.get(t.home, ()), t.home_rank, t.clone_rank, t, 0)),
+            *(o for t in sent for o in self._receive(landing.get(t.clone, ()), t.home_rank, t.clone_rank, t, 0)),
+        ]
 
     def finish_refresh(self, layer: int) -> bool:
         """Wait for one layer's weights before its clones compute; tell whether any were sent in this step."""
@@ -228,11 +268,13 @@ class Clones:
         ]
 
     def _wait_for_weights(self, layer: int) -> None:
-        begun, works = self._coming[layer]
+        begun, works, receiving = self._coming[layer]
         if works:
             self._wait(works)
             self._traffic.weights += time.monotonic() - begun
-            self._coming[layer] = begun, []
+            for clone in receiving:
+                self._layers[layer].unpack(clone)
+            self._coming[layer] = begun, [], []
 
     def _wait(self, works: list[dist.Work]) -> None:
         begun = time.monotonic()

@@ -17,6 +17,7 @@ import torch
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
 from counterflow.errors import SeamError
+from counterflow.megatron.experts.packing import list_tensors, make_packing
 from counterflow.megatron.gradients import add_behind_delayed
 from counterflow.megatron.state import layer_slots
 from counterflow.moe.clones import LayerExperts
@@ -29,6 +30,7 @@ class MegatronSlots(LayerSlots):
     def __init__(self, layer: Any, dispatcher: Any, clone_module: Any, clones_per_rank: int, *, is_exact: bool) -> None:
         # A weak reference: this is the value of a weak-keyed table whose key is the layer.
         self._find_layer, self.clone_module = ref(layer), clone_module
+        self._packing = make_packing(layer.experts, clone_module)
         self.numbered_behind = 0
         sources = dispatcher.tp_ep_group
         rank_of_source = np.arange(sources.size()) // dispatcher.tp_size
@@ -51,7 +53,7 @@ class MegatronSlots(LayerSlots):
         at_home = int(tokens_per_slot[: self._own].sum())
         if at_home == len(tokens):
             return run_homes(tokens, tokens_per_slot[: self._own], probs, **kwargs)
-        if self.finish_refresh():
+        if self.finish_refresh() and self._packing is None:
             _forget_cached_weights(self.clone_module)
         sizes = [at_home, len(tokens) - at_home]
         (own_tokens, other_tokens), (own_probs, other_probs) = torch.split(tokens, sizes), torch.split(probs, sizes)
@@ -69,7 +71,8 @@ class MegatronSlots(LayerSlots):
     def list_experts(self) -> LayerExperts:
         """Return the parameters of this rank's slots."""
         homes = list_weights(self.layer.experts, self._own)
-        return LayerExperts(homes, list_weights(self.clone_module, self._per_rank) if self.clone_module is not None else [])
+        clones = list_weights(self.clone_module, self._per_rank) if self.clone_module is not None else []
+        return LayerExperts(homes, clones, self._packing)
 
 
 class KnownCounts:
@@ -224,7 +227,7 @@ def _add_clones(experts: Any, slots: MegatronSlots) -> None:
 
 
 def _forget_cached_weights(module: Any) -> None:
-    """Make Transformer Engine's modules quantize their weights again, as upstream does for the model's."""
+    """Make Transformer Engine's linears of single experts quantize their weights again, as upstream does for the model's."""
     for part in module.modules():
         if hasattr(part, "is_first_microbatch"):
             part.is_first_microbatch = True
@@ -244,14 +247,9 @@ def list_weights(experts: Any, count: int) -> list[list[torch.nn.Parameter]]:
     """
     if hasattr(experts, "local_experts"):
         return [list(expert.parameters()) for expert in experts.local_experts]
-    linears = [linear for linear in (getattr(experts, f"linear_fc{n}", None) for n in (1, 2)) if linear is not None]
-    names = [f"{kind}{{}}" for kind in ("weight", "bias") if hasattr(linears[0], f"{kind}0")] if linears else []
-    if not names:
+    if not list_tensors(experts, 0):
         raise SeamError(
             f"{type(experts).__module__}.{type(experts).__name__} keeps its weights neither as local_experts nor as "
             "linear_fc1.weight0, …: --cf-eplb does not know how to clone one of its experts, drop the flag"
         )
-    return [
-        [weight for linear in linears for name in names if (weight := getattr(linear, name.format(index), None)) is not None]
-        for index in range(count)
-    ]
+    return [[getattr(linear, name) for linear, name in list_tensors(experts, index)] for index in range(count)]

@@ -1,0 +1,114 @@
+"""How experts' weights travel to clones under FP8: as FP8 data and scales, quantized at the home, half the bytes of BF16.
+
+Transformer Engine keeps the FP8 form of a weight in its module's cache, and uses it again while ``is_first_microbatch`` is False.
+A clone receives that form and puts it into its cache. Its own parameter is not read then. It holds NaN, so that a step which
+reads it all the same cannot go unseen.
+
+Only a form whose two directions are the same data travels so: one scale for a tensor, or one for each 128 x 128 block. MXFP8 has
+a scale for 32 values along rows in one direction and along columns in the other; both together are as large as BF16.
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from counterflow.errors import SeamError
+
+# What the quantizers of Transformer Engine make along rows: data and scales. The other direction is its transpose.
+FORMS = {
+    "Float8CurrentScalingQuantizer": ("_data", "_scale_inv"),
+    "Float8BlockQuantizer": ("_rowwise_data", "_rowwise_scale_inv"),
+}
+CACHE = "_fp8_workspaces"
+
+
+class EnginePacking:
+    """Packs the weights of one layer's experts, which are Transformer Engine's grouped linears: ``homes`` and ``clones``.
+
+    Weights travel quantized if the homes' last forward ran in FP8. All ranks of the expert-parallel group have run it, so both
+    ends of a transfer decide alike. In the first step they travel as they are.
+    """
+
+    def __init__(self, homes: Any, clones: Any) -> None:
+        self._homes, self._clones = homes, clones
+        self._forms: dict[tuple[int, int], Any] = {}
+
+    def pack(self, home: int) -> list[torch.Tensor]:
+        """Return what is sent of the expert at place ``home``."""
+        packed: list[torch.Tensor] = []
+        for linear, name in list_tensors(self._homes, home):
+            tensor, quantizer = getattr(linear, name), find_quantizer(linear, name)
+            packed += [tensor] if quantizer is None else _list_buffers(quantizer(tensor.detach()), quantizer)
+        return packed
+
+    def land(self, clone: int) -> list[torch.Tensor]:
+        """Return the tensors that the clone at place ``clone`` receives into, in the order of `pack`."""
+        landing: list[torch.Tensor] = []
+        homes, clones = list_tensors(self._homes, 0), list_tensors(self._clones, clone)
+        for index, ((home, own), (linear, name)) in enumerate(zip(homes, clones, strict=True)):
+            tensor, quantizer = getattr(linear, name).detach(), find_quantizer(home, own)
+            if quantizer is None:
+                self._forms.pop((clone, index), None)
+                landing.append(tensor)
+                continue
+            form = self._forms.get((clone, index))
+            if form is None:
+                form = self._forms[clone, index] = quantizer.make_empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+                tensor.fill_(math.nan)
+            landing += _list_buffers(form, quantizer)
+        return landing
+
+    def unpack(self, clone: int) -> None:
+        """Let the clone at place ``clone`` compute with what it has received."""
+        for index, (linear, name) in enumerate(list_tensors(self._clones, clone)):
+            form = self._forms.get((clone, index))
+            if form is not None:
+                # The transpose is of earlier data.
+                form.update_usage(rowwise_usage=True, columnwise_usage=False)
+                form.update_usage(rowwise_usage=True, columnwise_usage=True)
+                getattr(linear, CACHE)[name] = form
+            if name.startswith("weight"):
+                # True makes the linear quantize its weights again.
+                linear.is_first_microbatch = form is None
+
+
+def make_packing(homes: Any, clones: Any) -> EnginePacking | None:
+    """Return a packing for experts that are grouped linears of Transformer Engine; None for others, and without clones."""
+    linear = getattr(clones, "linear_fc1", None)
+    return EnginePacking(homes, clones) if hasattr(linear, "num_gemms") and hasattr(linear, "is_first_microbatch") else None
+
+
+def list_tensors(experts: Any, place: int) -> list[tuple[Any, str]]:
+    """Return the weights and biases of the expert at ``place`` of a module of grouped linears, as module and attribute."""
+    named = [(getattr(experts, f"linear_fc{n}", None), f"{kind}{place}") for n in (1, 2) for kind in ("weight", "bias")]
+    # A linear without biases has empty tensors in their place.
+    return [(linear, name) for linear, name in named if isinstance(getattr(linear, name, None), torch.nn.Parameter)]
+
+
+def find_quantizer(linear: Any, name: str) -> Any:
+    """Return a quantizer along rows, as the one by which ``linear`` quantizes a weight; None if that is not to travel.
+
+    Raises `SeamError` if the module does not keep quantizers and their results where they are known to be.
+    """
+    if not (name.startswith("weight") and getattr(linear, "fp8", False) and getattr(linear, "fp8_initialized", False)):
+        return None
+    if linear.disable_parameter_transpose_cache:
+        return None
+    if not (hasattr(linear, CACHE) and hasattr(linear, "_get_weight_quantizers")):
+        raise SeamError(
+            f"{type(linear).__mro__[1].__module__}.{type(linear).__mro__[1].__name__} keeps FP8 weights where they are not known "
+            "to be, so clones would compute with old ones: drop --cf-eplb or FP8"
+        )
+    own = linear._get_weight_quantizers()[int(name.removeprefix("weight"))]
+    is_known = type(own).__name__ in FORMS and getattr(own, "block_scaling_dim", 2) == 2
+    if not is_known or getattr(own, "with_amax_reduction", False):
+        return None
+    quantizer = own.copy()
+    quantizer.internal = False
+    quantizer.set_usage(rowwise=True, columnwise=False)
+    return quantizer
+
+
+def _list_buffers(form: Any, quantizer: Any) -> list[torch.Tensor]:
+    return [getattr(form, name) for name in FORMS[type(quantizer).__name__]]
