@@ -207,7 +207,8 @@ def main() -> None:
         resume = f"; the checkpoint of step {kept} is whole, run again to resume from it" if kept else ""
         print(f"train: {error}{f' after step {display.step}' if display.step else ''}{resume}", file=sys.stderr)
         raise SystemExit(1) from None
-    display.say(f"validation loss: {display.validation[0]:.4f} at first, {display.validation[-1]:.4f} after step {target}")
+    if display.validation:
+        display.say(f"validation loss: {display.validation[0]:.4f} at first, {display.validation[-1]:.4f} after step {target}")
     if display.balancedness:
         before, after = (sum(values) / len(values) for values in zip(*display.balancedness, strict=True))
         slower = f"the slowest rank had {1 / before - 1:.0%} more tokens than the mean, now {1 / after - 1:.0%}"
