@@ -103,13 +103,17 @@ def list_number_flags(recipe: str | None) -> list[str]:
 
 def describe_engine(options: argparse.Namespace, on_cpu: bool) -> str:
     """Return what computes Transformer Engine's layers, in one line; on the CPU, choose the GPU that MXFP8 needs."""
+    from counterflow.errors import OptionError
     from counterflow.platform import engine
 
     if not on_cpu:
         return f"Transformer Engine {engine.find_version()}, {options.fp8 or 'BF16'}"
     if options.fp8 == "mxfp8":
         os.environ.setdefault(engine.VARIABLE, "10.0")
-    return engine.describe()
+    try:
+        return engine.describe()
+    except OptionError as error:
+        raise SystemExit(f"train: {error}") from None
 
 
 def list_training_flags(options: argparse.Namespace, ranks: int, on_cpu: bool, text: Path, target: int) -> list[str]:
