@@ -103,13 +103,17 @@ def list_number_flags(recipe: str | None) -> list[str]:
 
 def describe_engine(options: argparse.Namespace, on_cpu: bool) -> str:
     """Return what computes Transformer Engine's layers, in one line; on the CPU, choose the GPU that MXFP8 needs."""
+    from counterflow.errors import OptionError
     from counterflow.platform import engine
 
     if not on_cpu:
         return f"Transformer Engine {engine.find_version()}, {options.fp8 or 'BF16'}"
     if options.fp8 == "mxfp8":
         os.environ.setdefault(engine.VARIABLE, "10.0")
-    return engine.describe()
+    try:
+        return engine.describe()
+    except OptionError as error:
+        raise SystemExit(f"train: {error}") from None
 
 
 def list_training_flags(options: argparse.Namespace, ranks: int, on_cpu: bool, text: Path, target: int) -> list[str]:
@@ -207,7 +211,8 @@ def main() -> None:
         resume = f"; the checkpoint of step {kept} is whole, run again to resume from it" if kept else ""
         print(f"train: {error}{f' after step {display.step}' if display.step else ''}{resume}", file=sys.stderr)
         raise SystemExit(1) from None
-    display.say(f"validation loss: {display.validation[0]:.4f} at first, {display.validation[-1]:.4f} after step {target}")
+    if display.validation:
+        display.say(f"validation loss: {display.validation[0]:.4f} at first, {display.validation[-1]:.4f} after step {target}")
     if display.balancedness:
         before, after = (sum(values) / len(values) for values in zip(*display.balancedness, strict=True))
         slower = f"the slowest rank had {1 / before - 1:.0%} more tokens than the mean, now {1 / after - 1:.0%}"

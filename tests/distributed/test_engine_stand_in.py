@@ -92,3 +92,12 @@ def test_files_that_do_not_fit_are_refused(
     with refuses(said):
         engine._find_files()
     assert ("Hopper" in engine.describe()) is (version == "2.19.0")
+
+
+def test_files_beside_torch_without_their_compiled_part_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "transformer_engine-2.20.2.dist-info"
+    home.mkdir()
+    (home / "METADATA").write_text("Name: transformer-engine\nVersion: 2.20.2\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with refuses("Transformer Engine 2.20.2 is installed beside torch without its compiled part, so nothing can import it"):
+        engine._find_files()

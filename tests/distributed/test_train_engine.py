@@ -29,6 +29,12 @@ def test_the_example_trains_in_fp8_and_resumes(tmp_path: Path) -> None:
     assert "resuming from the checkpoint of step 2, on to step 4" in said
 
 
+def test_a_gpu_that_is_not_known_ends_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COUNTERFLOW_CPU_CAPABILITY", "8.0")
+    code, _, errors = run_example("--te", "--platform", "cpu", "--dir", str(tmp_path))
+    assert (code, errors) == (1, "train: COUNTERFLOW_CPU_CAPABILITY=8.0 given, 9.0 (Hopper) or 10.0 (Blackwell) are allowed\n")
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -60,7 +60,8 @@ def _check_importable() -> None:
     if not is_installed():
         raise OptionError(
             f"--transformer-impl {NAME}, Megatron's default, needs Transformer Engine, which is not installed: install it, or "
-            f"give --transformer-impl local; on the CPU platform name it by that flag, then it runs over a stand-in"
+            f"give --transformer-impl local; on the CPU platform write --transformer-impl {NAME} on the command line, then it "
+            "runs over a stand-in"
         )
     if (fault := find_fault()) is not None:
         raise OptionError(f"{describe_fault(fault)}, or give --transformer-impl local")

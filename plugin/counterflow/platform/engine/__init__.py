@@ -146,6 +146,12 @@ def _find_files() -> None:
             f"Transformer Engine {version} is compiled for a GPU here and the CPU platform does not stand in for it: give "
             f"--cf-platform cuda, or {FLAG} local"
         )
+    if any(Path(str(one.locate_file(""))) != FOLDER for one in metadata.distributions(name=PACKAGE)):
+        # The processes that Megatron starts to save would import them without the stand-in.
+        raise OptionError(
+            f"Transformer Engine {version} is installed beside torch without its compiled part, so nothing can import it: run "
+            f"'{sys.executable} -m pip uninstall {PACKAGE}' and then '{INSTALL}', which puts its files elsewhere"
+        )
     if version not in VERSIONS:
         raise OptionError(
             f"{FLAG} transformer_engine on the CPU knows Transformer Engine {', '.join(VERSIONS)}, {version} is installed: run "
