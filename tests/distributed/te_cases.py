@@ -144,6 +144,7 @@ def _add_plain_numbers(cases: EngineCases) -> None:
         cases.train(f"fp32, {family}", flags)
     cases.train("fp32, dualpipev, clones", SHARDED, V, CLONES[2])
     cases.refer("bf16", BF16)
+    cases.train("bf16, no flag", BF16)
     for family, flags in FAMILIES.items():
         cases.train(f"bf16, {family}", BF16, flags)
     cases.train("bf16, dualpipev, clones", BF16, SHARDED, V, CLONES[2])

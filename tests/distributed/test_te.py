@@ -48,6 +48,12 @@ def test_bf16_to_all_printed_digits(te_runs: Runs, family: str) -> None:
     assert (sum_work(run, "queued"), sum_work(run, "left")) == (entries, [0] * 4), "weight gradients go through queues"
 
 
+def test_without_a_flag_nothing_changes(te_runs: Runs) -> None:
+    run = te_runs["bf16, no flag"]
+    assert_printed_alike(run, te_runs["bf16"])
+    assert sum_work(run, "queued") == sum_work(run, "left") == [0] * 4, "nobody would take weight gradients from a queue"
+
+
 def test_fp32_and_with_clones(te_runs: Runs) -> None:
     assert_same_steps(te_runs["fp32, dualpipev"], te_runs["fp32"], 1e-6)
     check_clones(te_runs["fp32, dualpipev, clones"], te_runs["fp32"], TOLERANCE)

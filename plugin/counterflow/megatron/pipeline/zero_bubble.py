@@ -174,8 +174,13 @@ def find_old_engine() -> str | None:
 
 
 def splits_backward(options: Options) -> bool:
-    """Tell whether linears defer weight gradients: to the W, or, in a pair, to the end of the layer's backward."""
-    return options.zero_bubble is not False and (options.overlap or options.family is None or options.family.splits)
+    """Tell whether linears defer weight gradients: to the W, or, in a pair, to the end of the layer's backward.
+
+    Without a schedule nobody would compute them.
+    """
+    if options.schedule is None or options.zero_bubble is False:
+        return False
+    return options.overlap or options.family is None or options.family.splits
 
 
 def delay_after(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
