@@ -228,7 +228,7 @@ def test_what_the_stand_in_lacks_is_refused_there_alone(
         check_engine(make_arguments(**given), SCHEDULE)
 
 
-@pytest.mark.parametrize("options", [{}, {"eplb": True}, {"record": "runs/record"}, {"schedule": "1f1b"}])
+@pytest.mark.parametrize("options", [{}, {"eplb": True}, {"schedule": "1f1b"}])
 def test_weight_gradients_wait_for_a_schedule_that_computes_them(options: dict[str, Any]) -> None:
     assert not zero_bubble.splits_backward(Options(**options))
     assert zero_bubble.splits_backward(Options(schedule="zbv"))
