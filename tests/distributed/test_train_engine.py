@@ -18,15 +18,14 @@ def run_example(*flags: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def test_the_example_trains_in_fp8_and_resumes(tmp_path: Path) -> None:
+def test_the_example_trains_and_saves_in_fp8(tmp_path: Path) -> None:
     flags = ["--dir", str(tmp_path), "--te", "--fp8", "blockwise", "--eplb", "--ranks", "2", "--iters", "2", "--platform", "cpu"]
     flags += [*SMALL, "--global-batch-size", "4", "--eval-iters", "0", "--expert-model-parallel-size", "1"]
-    for steps in (2, 4):
-        code, said, errors = run_example(*flags)
-        assert (code, errors) == (0, "")
-        assert f"step    {steps}/{steps}  loss" in said
-        assert "over a stand-in for its kernels" in said.splitlines()[1]
-    assert "resuming from the checkpoint of step 2, on to step 4" in said
+    code, said, errors = run_example(*flags)
+    assert (code, errors) == (0, "")
+    assert "step    2/2  loss" in said
+    assert "over a stand-in for its kernels" in said.splitlines()[1]
+    assert next(tmp_path.rglob("latest_checkpointed_iteration.txt")).read_text().strip() == "2"
 
 
 def test_a_gpu_that_is_not_known_ends_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
