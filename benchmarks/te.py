@@ -2,7 +2,8 @@
 
 Trains the whole grid of `tests/distributed/te_cases.py` on four CPU ranks over the stand-in, from one checkpoint for each seed
 and model. Says of each run whether its losses and gradient norms are those of plain Megatron to all digits that the log prints,
-else by how much they differ, and what the modules did. Ends with status 1 where a run fails or differs by more than `ALLOWED`.
+else by how much they differ, and what the modules did. Ends with status 1 where a run fails, leaves weight gradients in a queue,
+or differs although nothing is rounded in other groups, or by more than `ALLOWED`.
 """
 
 import argparse
@@ -17,12 +18,12 @@ from tests.support.forked_ranks import RanksError
 from tests.support.run_cases import Runs
 
 STEPS = 20
-# Relative, on losses: clones under one scale for a whole tensor.
-ALLOWED = 5e-4
+# Relative, on losses, where numbers are rounded in other groups: clones, other tokens under one scale, clipping.
+ALLOWED = 5e-3
 
 
-def compare(runs: Runs, case: dict[str, Any]) -> tuple[bool, str]:
-    """Tell whether a case's losses are near those of its reference, and say how near."""
+def compare(runs: Runs, case: dict[str, Any], *, is_rounded: bool) -> tuple[bool, str]:
+    """Tell whether a case's losses and norms are those of its reference, or near if it ``is_rounded``; say how near."""
     try:
         run, reference = runs[case["name"]], runs[case["reference"]]
     except RanksError as error:
@@ -31,7 +32,7 @@ def compare(runs: Runs, case: dict[str, Any]) -> tuple[bool, str]:
     loss, norm = find_difference(run, reference, "loss"), find_difference(run, reference, "grad_norm")
     work = {kind: [one.get(kind, 0) for one in run["work"]] for kind in ("quantized", "weights", "queued", "left")}
     said = "all printed digits" if same else f"loss {loss:.1e} norm {norm:.1e}"
-    return loss <= ALLOWED and not any(work["left"]), f"{said:<32} {work}"
+    return (same or (is_rounded and loss <= ALLOWED)) and not any(work["left"]), f"{said:<32} {work}"
 
 
 def print_steps(run: dict[str, Any]) -> list[str]:
@@ -58,7 +59,7 @@ def main() -> None:
             runs = Runs("te_worker", cases, directory)
             for case in cases:
                 if case["name"] != case["reference"] and any(part in case["name"] for part in options.only):
-                    fits, said = compare(runs, case)
+                    fits, said = compare(runs, case, is_rounded=options.clip or case.get("is_rounded", False))
                     is_good &= fits
                     print(f"{seed} {case['name']:<44} {said}", flush=True)
     raise SystemExit(not is_good)
