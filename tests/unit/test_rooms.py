@@ -29,6 +29,7 @@ ROOMS = {
     "balance": (COMMON, set()),
     "balance.kernels": (COMMON, set()),
     "balance.files": (COMMON | {"balance"}, set()),
+    "analysis": (COMMON | {"schedule"}, set()),
     "runtime": (COMMON | {"devices", "schedule"}, {"torch"}),
     "moe": (COMMON | {"devices", "balance"}, {"torch"}),
     "trainer": (COMMON | {"devices", "options", "patching", "schedule", "balance", "runtime", "moe"}, {"torch"}),
@@ -38,8 +39,8 @@ ROOMS = {
     "megatron.pipeline": (ADAPTER | SHARED | {"megatron.v_layout"}, TRAINER_WORLD),
     "megatron.experts": (ADAPTER | SHARED | {"megatron.checks"}, TRAINER_WORLD),
     "launch": (COMMON | {"options"}, set()),
-    "report": (COMMON | {"schedule", "balance"}, set()),
-    "commands": (COMMON | {"options", "platform", "megatron", "schedule", "balance", "report"}, {"torch"}),
+    "report": (COMMON | {"schedule", "balance", "analysis"}, set()),
+    "commands": (COMMON | {"options", "platform", "megatron", "schedule", "balance", "analysis", "report"}, {"torch"}),
     "__init__": (COMMON | {"options", "patching", "platform", "megatron"}, set()),
 }
 # Words of one trainer, or of one kind of device, that rooms for every trainer do without.

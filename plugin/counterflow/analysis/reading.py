@@ -1,0 +1,37 @@
+"""Any trace file to columns, by what its first bytes say."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from counterflow.analysis.blocks import SQLITE, read_start
+from counterflow.analysis.kineto import read_kineto
+from counterflow.analysis.nsight import read_nsight
+from counterflow.analysis.trace import KERNEL, Trace
+from counterflow.errors import TraceError
+
+RECORD = "torch.profiler.profile with ProfilerActivity.CUDA, nsys profile --trace cuda,nvtx, or --cf-profile"
+
+
+def read_trace(path: Path) -> Trace:
+    """Read a profiler trace that holds GPU kernels; raises `TraceError` that names the file."""
+    is_export = read_start(path).startswith(SQLITE)
+    try:
+        trace = read_nsight(path) if is_export else read_kineto(path)
+    except TraceError as error:
+        raise TraceError(f"{path} {error}" if str(error).startswith("is ") else f"{path}: {error}") from None
+    except OSError as error:
+        raise TraceError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if not (trace.work.what == KERNEL).any():
+        raise TraceError(f"{path} has no GPU kernels: {_describe(trace)}; record with {RECORD}")
+    return replace(trace, cut=f"{path} was read in part: {trace.cut}" if trace.cut else None)
+
+
+def _describe(trace: Trace) -> str:
+    """Say what a trace without kernels holds."""
+    if trace.cut:
+        return f"it was read in part only ({trace.cut}), {trace.events:,} events"
+    if not trace.events:
+        return "it holds no events"
+    held = ", ".join(f"{count:,} of {category}" for category, count in trace.categories.most_common(4))
+    left_out = f", {count:,} kernels without times" if (count := sum(trace.left_out.values())) else ""
+    return f"it holds {trace.events:,} events ({held or 'others'}){left_out}"

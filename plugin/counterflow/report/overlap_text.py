@@ -1,0 +1,176 @@
+"""Figures of profiler traces as lines for a terminal."""
+
+from collections.abc import Iterable, Sequence
+
+from counterflow.analysis.chunks import PARTS, measure_overlap, sum_parts
+from counterflow.analysis.classes import COMMUNICATION
+from counterflow.analysis.cluster import Rank
+from counterflow.analysis.comparison import Change, Comparison
+from counterflow.analysis.gains import Gain
+from counterflow.analysis.names import split_name
+from counterflow.analysis.overlap import Device, Phase
+
+MOST_PHASES, MOST_KINDS, MOST_NAMES, MOST_CHANGES = 6, 24, 3, 8
+MOST_CHARACTERS = 60
+RANK_COLUMNS = (
+    "rank", "window ms", "busy", "computation ms", "communication ms", "waiting ms", "exposed ms", "bubble", "experts ms",
+)  # fmt: skip
+# Of the window, from which on kernels that run past the next one's start are worth a word.
+MANY_CLASHES = 0.01
+
+
+def write_device(device: Device, costs_hint: str = "") -> list[str]:
+    """Return a device's summary: the line of all figures, exposed phases, costs, kinds and what is worth a word."""
+    name = f"GPU {device.label}" if device.trace.rank is None else f"rank {device.trace.rank} GPU {device.label}"
+    figures = [
+        f"{name}  window {_ms(device.window)} ms",
+        f"busy {_percent(device.busy, device.window)}",
+        f"computation {_ms(device.compute.length)} ms",
+        f"communication {_ms(device.communication.length)} ms",
+    ]
+    line = "   ".join(figures)
+    if device.communication.length:
+        line += f", {_percent(device.hidden, device.communication.length)} hidden, {_ms(device.exposed)} ms exposed"
+    return [line, *_write_phases(device.phases), *_write_costs(device, costs_hint), *_write_kinds(device), *_write_notes(device)]
+
+
+def _write_phases(phases: Sequence[Phase]) -> list[str]:
+    exposed = [phase for phase in phases if phase.exposed]
+    if not exposed:
+        return []
+    lines = ["exposed  " + "   ".join(f"{show_name(phase.name)} {_ms(phase.exposed)} ms" for phase in exposed[:MOST_PHASES])]
+    if len(exposed) > MOST_PHASES:
+        lines[0] += f"   … {len(exposed) - MOST_PHASES} more"
+    for phase in exposed[:MOST_PHASES]:
+        causes = sorted(_sum_heads(phase).items(), key=lambda item: -item[1])[:MOST_NAMES]
+        if causes:
+            lines.append(f"  {show_name(phase.name)}: " + ", ".join(f"{show_name(name)} {_ms(time)} ms" for name, time in causes))
+    return lines
+
+
+def _sum_heads(phase: Phase) -> dict[str, int]:
+    """Return what was waited for by the kernels' functions: one function has many names, with other template arguments."""
+    sums: dict[str, int] = {}
+    for name, time in phase.causes.items():
+        head = split_name(name).head or name
+        sums[head] = sums.get(head, 0) + time
+    return sums
+
+
+def _write_costs(device: Device, hint: str) -> list[str]:
+    parts = sum_parts(device)
+    if not parts:
+        return []
+    words = []
+    for part, times in parts.items():
+        words.append(f"{part} {_ms(times.compute)}" + (f" + {_ms(times.communication)}" if times.communication else "") + " ms")
+    overlap, perfect = measure_overlap(device)
+    return ["costs    " + "   ".join([*words, f"pair overlap {overlap:.2f} (perfect {perfect:.2f})"]) + hint]
+
+
+def _write_kinds(device: Device) -> list[str]:
+    rows = [["kind", "kernels", "ms", "exposed ms"]]
+    for kind, share in list(device.kinds.items())[:MOST_KINDS]:
+        rows.append([kind, f"{share.kernels:,}", _ms(share.time), _ms(share.exposed) if kind in COMMUNICATION else ""])
+    if device.copies[0]:
+        rows.append(["copies and fills", f"{device.copies[0]:,}", _ms(device.copies[1]), ""])
+    return align(rows)
+
+
+def _write_notes(device: Device) -> list[str]:
+    notes = []
+    if device.unclassified:
+        names = ", ".join(f"{show_name(name)} {_ms(time)} ms" for name, _, time in device.unclassified[:MOST_NAMES])
+        more = len(device.unclassified) - MOST_NAMES
+        notes.append(f"not classified: {names}" + (f", {more} more" if more > 0 else "") + "; --classes FILE adds families")
+    count, time = device.clashes
+    if device.window and time > MANY_CLASHES * device.window:
+        notes.append(
+            f"{count:,} kernels run past the start of the next of their stream, {_ms(time)} ms in all: broken durations (seen on "
+            "ROCm), or programmatic dependent launches"
+        )
+    if device.left_out:
+        notes.append("left out: " + ", ".join(f"{count:,} with {reason}" for reason, count in device.left_out.items()))
+    return notes
+
+
+def write_gains(gains: Iterable[Gain]) -> list[str]:
+    """Return the what-if list, a line each; gains overlap."""
+    lines = []
+    for gain in gains:
+        flags = f"   → {gain.hint}" if gain.hint else ""
+        lines.append(f"  {_ms(gain.time)} ms ({_percent(gain.time, gain.window)}) {gain.change}: {gain.assumption}{flags}")
+    return ["what if (each alone; gains overlap)", *lines] if lines else []
+
+
+def write_ranks(ranks: Sequence[Rank]) -> list[str]:
+    """Return ranks side by side, with the slowest in each respect."""
+    rows: list[Sequence[str]] = [RANK_COLUMNS]
+    for rank in ranks:
+        device = rank.device
+        waiting = "unknown" if rank.waiting is None else _ms(rank.waiting)
+        rows.append([
+            name_rank(device), _ms(device.window), _percent(device.busy, device.window), _ms(device.compute.length),
+            _ms(device.communication.length), waiting, _ms(device.exposed), f"{100 * rank.bubble:.1f} %", _ms(rank.experts),
+        ])  # fmt: skip
+    slowest = max(ranks, key=lambda rank: rank.device.compute.length)
+    mean = sum(rank.device.compute.length for rank in ranks) / len(ranks)
+    lines = align(rows)
+    if mean:
+        ratio = slowest.device.compute.length / mean
+        lines.append(f"most computation: {name_rank(slowest.device)}, {ratio:.3f} of the mean")
+    experts = [rank.experts for rank in ranks]
+    if sum(experts):
+        lines.append(f"grouped products: slowest rank {max(experts) * len(experts) / sum(experts):.3f} of the mean")
+    return lines
+
+
+def name_rank(device: Device) -> str:
+    """Return what a device is called among others."""
+    return f"GPU {device.label}" if device.trace.rank is None else f"{device.trace.rank} (GPU {device.label})"
+
+
+def write_comparison(comparison: Comparison) -> list[str]:
+    """Return what changed between two windows, the largest changes first."""
+    step = comparison.step
+    lines = [
+        f"{name_rank(comparison.after)}: step {_ms(step.after)} ms, against {_ms(step.before)} ms: {_signed(step)} ms; "
+        f"the kinds below explain {100 * comparison.explained:.1f} % of it"
+    ]
+    tables = [("kind", comparison.kinds), ("phase", comparison.phases)]
+    if any(change.name in PARTS.values() for change in comparison.parts):
+        tables.append(("part of a chunk", comparison.parts))
+    for title, changes in tables:
+        rows = [[title, "before ms", "after ms", "difference ms"]]
+        rows += [[show_name(c.name), _ms(c.before), _ms(c.after), _signed(c)] for c in changes[:MOST_CHANGES]]
+        lines += align(rows)
+    return lines
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as lines with columns of one width, the first at the left."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return lines
+
+
+def show_name(name: str) -> str:
+    """Return a name from a file on one line of printable characters, shortened."""
+    text = "".join(character if character.isprintable() else " " for character in name)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 1]}…"
+
+
+def _signed(change: Change) -> str:
+    return f"{change.difference / 1e6:+.2f}"
+
+
+def _ms(nanoseconds: float) -> str:
+    milliseconds = nanoseconds / 1e6
+    return f"{milliseconds:.1f}" if abs(milliseconds) >= 0.1 or not milliseconds else f"{milliseconds:.3g}"
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "0 %"
