@@ -92,7 +92,7 @@ def test_ranks_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert (second["waiting_us"], second["exposed_waiting_us"]) == (0, 0)
     gains = {gain["change"]: gain["gain_us"] for gain in found["what_if"]}
     assert gains == {"no stragglers": 150, "balanced experts": 150}
-    assert "most computation: 1" in run_text(files, capsys)
+    assert "most computation: 1 GPU 0" in run_text(files, capsys)
 
 
 def test_ranks_whose_kernels_do_not_match_are_not_guessed_at(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_refusal(["analyze", str(path), "--costs", str(tmp_path / "costs.json")], "no costs are known", capsys)
     assert not (tmp_path / "costs.json").exists()
     check_refusal(["analyze", str(tmp_path / "none.json")], "no such file", capsys)
-    check_refusal(["analyze", str(tmp_path)], "folder", capsys)
+    check_refusal(["analyze", str(tmp_path)], "no recorded step", capsys)
     check_refusal(["analyze", str(path), "--classes", str(path)], "cannot be read as a table", capsys)
     check_refusal(["analyze", str(path), "--against", str(tmp_path / "none.json")], "no such file", capsys)
     files = [str(make_rank(rank, 0, 50, tmp_path, step=5 + rank)) for rank in range(2)]

@@ -7,6 +7,8 @@ from typing import Any
 
 from counterflow.analysis.overlap import Device
 from counterflow.errors import TraceError
+from counterflow.schedule import Timeline, from_csv
+from counterflow.schedule.comparison import estimate_costs as estimate_recorded
 from counterflow.schedule.costs import LEAST_OVERLAP, MOST_OVERLAP
 
 SUFFIX = re.compile(r".*\(([FBW])\)")
@@ -55,6 +57,14 @@ def measure_overlap(device: Device) -> tuple[float, float]:
     return (device.window / serial, max(compute, communication) / serial) if serial else (1.0, 1.0)
 
 
+def find_costs(devices: Sequence[Device], source: str) -> dict[str, Any]:
+    """Return a costs file's content, from a timeline where the devices are ranks of one, else from their phases."""
+    trace = devices[0].trace
+    if trace.timeline is not None:
+        return estimate_record_costs(trace.timeline, source, 1.0 if trace.form == "record" else 1e-3)
+    return estimate_costs(devices, source)
+
+
 def estimate_costs(devices: Sequence[Device], source: str) -> dict[str, Any]:
     """Return a costs file's content: the mean over devices, in ms per model chunk; a window holds one micro-batch's pair.
 
@@ -73,6 +83,21 @@ def estimate_costs(devices: Sequence[Device], source: str) -> dict[str, Any]:
     overlap = _average([min(MOST_OVERLAP, max(LEAST_OVERLAP, factor)) for _, factor, _ in found])
     costs |= {"p2p": 0.0, "overlap": overlap, "reduce": 0.0, "source": source}
     return costs
+
+
+def estimate_record_costs(timeline: Timeline, source: str, unit: float = 1.0) -> dict[str, Any]:
+    """Return a costs file's content from a timeline in so many seconds a unit: the median of each kind on each stage.
+
+    Raises `ScheduleError` where the ranks' actions are no table, or a kind was never recorded alone.
+    """
+    rows = [[str(span.action) for span in timeline.spans if span.rank == rank] for rank in range(timeline.ranks)]
+    table = from_csv("\n".join(map(",".join, rows)), source)
+    costs = estimate_recorded(table, timeline)
+    scale = unit * 1e3
+    values: dict[str, Any] = {"unit": "ms"}
+    for key in ("f", "i", "w"):
+        values[key] = [round(value * scale, 6) for value in getattr(costs, key)]
+    return values | {"p2p": 0.0, "overlap": round(costs.overlap, 6), "reduce": 0.0, "source": source}
 
 
 def _average(values: Sequence[float]) -> float:

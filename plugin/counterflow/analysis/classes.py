@@ -26,7 +26,7 @@ COMMUNICATION = (
 UNCLASSIFIED = "other"
 COMPUTATION = (
     "gemm", "grouped_gemm", "attention", "conv", "norm", "softmax", "elementwise", "cast", "reduction", "indexing",
-    "permutation", "routing", "optimizer", UNCLASSIFIED,
+    "permutation", "routing", "optimizer", "action", UNCLASSIFIED,
 )  # fmt: skip
 KINDS = (*COMMUNICATION, *COMPUTATION)
 # Kinds that wait for other ranks rather than move data.

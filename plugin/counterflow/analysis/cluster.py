@@ -75,15 +75,16 @@ def compare_ranks(devices: Sequence[Device]) -> list[Rank]:
     """Return the devices side by side, waiting told from transfer where their kernels can be matched."""
     waits = _find_waits(devices)
     ranks = []
+    # Ranks of one timeline share a clock, and its makespan.
+    makespan = max(device.last for device in devices) - min(device.first for device in devices)
     for number, device in enumerate(devices):
         messages = device.kinds.get("send_recv")
-        idle = device.idle + (messages.exposed if messages else 0)
+        window = device.window if device.trace.timeline is None else makespan
+        idle = window - device.busy + (messages.exposed if messages else 0)
         experts = device.kinds.get("grouped_gemm")
         wait = waits[number]
         waiting, exposed = _measure_waits(device, *wait) if wait is not None else (None, None)
-        ranks.append(
-            Rank(device, waiting, exposed, idle / device.window if device.window else 0.0, experts.time if experts else 0)
-        )
+        ranks.append(Rank(device, waiting, exposed, idle / window if window else 0.0, experts.time if experts else 0))
     return ranks
 
 

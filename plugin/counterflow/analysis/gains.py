@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from counterflow.analysis.chunks import estimate_costs, sum_parts
+from counterflow.analysis.chunks import find_costs, sum_parts
 from counterflow.analysis.classes import IS_COMMUNICATION, KINDS, WAITING
 from counterflow.analysis.cluster import Rank
 from counterflow.analysis.intervals import unite
@@ -97,7 +97,7 @@ def compare_schedules(devices: Sequence[Device]) -> list[tuple[str, float]]:
     devices = [device for device in devices if {"F", "I"} <= set(sum_parts(device))]
     if not devices:
         return []
-    given = estimate_costs(devices, "")
+    given = {key: _average(value) for key, value in find_costs(devices, "").items() if key in ("f", "i", "w", "overlap")}
     steps = []
     for family in FAMILIES.values():
         # Of two replicas a table's step is that of twice the micro-batches.
@@ -106,6 +106,10 @@ def compare_schedules(devices: Sequence[Device]) -> list[tuple[str, float]]:
             title = f"{family.name} ep-overlap" if options else family.name
             steps.append((title, simulate(table, _scale_costs(given, table)).makespan))
     return sorted(steps, key=lambda step: step[1])
+
+
+def _average(value: float | Sequence[float]) -> float:
+    return sum(value) / len(value) if isinstance(value, Sequence) else value
 
 
 def _list_options(family: Family) -> Iterator[dict[str, bool]]:

@@ -31,10 +31,16 @@ from counterflow.analysis.trace import (
     Work,
 )
 from counterflow.arrays import Array
+from counterflow.errors import ScheduleError
+from counterflow.schedule.actions import PAIR, parse_action
+from counterflow.schedule.timeline import Span, Timeline
 
 WORK = {"kernel": KERNEL, "gpu_memcpy": COPY, "memcpy": COPY, "gpu_memset": FILL, "memset": FILL}
 LAUNCHES = {"cuda_runtime", "cuda_driver", "runtime", "driver", "hip_runtime", "hip_driver"}
+ACTIONS = {"F", "I", "W", "B", "pair"}
 STEP = re.compile(r"ProfilerStep#(\d+)")
+# Of a simulated timeline.
+MAX_RANKS = 2**12
 NO_ARGUMENTS = Arguments()
 # Reasons to leave GPU work out.
 NO_TIME, NEGATIVE = "no ts or dur", "negative dur"
@@ -47,6 +53,7 @@ class _Roles(dict[Scalar, str]):
         name = str(category).lower()
         role = "work" if name in WORK else "launch" if name in LAUNCHES else ""
         role = {"user_annotation": "range", "gpu_user_annotation": "gpu_range"}.get(name, role)
+        role = "action" if category in ACTIONS else role
         self[category] = role
         return role
 
@@ -61,11 +68,13 @@ class Collector:
         self._places, self._ids, self._roles = Index(), Index(), _Roles()
         self.left_out: Counter[tuple[Scalar, str]] = Counter()
         self.categories: Counter[str] = Counter()
+        # Of a simulation: by its picture, what `Span` takes.
+        self.spans: dict[Scalar, list[tuple[Any, str, float, float]]] = {}
 
     def add(self, events: Iterable[Event]) -> None:
         """Take what is of use of a batch."""
         roles = self._roles
-        kept: dict[str, list[Event]] = {"work": [], "launch": [], "range": [], "gpu_range": [], "": []}
+        kept: dict[str, list[Event]] = {"work": [], "launch": [], "range": [], "gpu_range": [], "action": [], "": []}
         for event in events:
             if event.ph == "X":
                 kept[roles[event.cat]].append(event)
@@ -73,6 +82,7 @@ class Collector:
         self._add_launches(kept["launch"])
         self._add_ranges(self.ranges, kept["range"], on_gpu=False)
         self._add_ranges(self.gpu_ranges, kept["gpu_range"], on_gpu=True)
+        self._add_actions(kept["action"])
         if not self.devices:
             self.categories.update(str(event.cat) for some in kept.values() for event in some)
 
@@ -124,6 +134,15 @@ class Collector:
             end=(start + length)[good],
         )
 
+    def _add_actions(self, events: list[Event]) -> None:
+        """Keep the slices of a timeline that the project's own renderer wrote, which says the action of each."""
+        events = [event for event in events if event.args is not None and isinstance(event.args.action, str)]
+        start, length, _, good = _read_spans(events)
+        for event, begin, end in zip(events, start.tolist(), (start + length).tolist(), strict=True):
+            self.spans.setdefault(event.pid, []).append(
+                (event.tid, str(event.args and event.args.action), begin / 1e6, end / 1e6)
+            )
+
     def _name(self, events: list[Event]) -> list[int]:
         names = self.names
         return [names["" if event.name is None else event.name] for event in events]
@@ -166,7 +185,21 @@ def read_kineto(path: Path) -> Trace:
         cut=document.cut,
         steps=frozenset(match[1] for name in names if (match := STEP.fullmatch(name))),
         categories=found.categories,
+        timeline=_make_timeline(found.spans),
     )
+
+
+def _make_timeline(pictures: dict[Scalar, list[tuple[Any, str, float, float]]]) -> Timeline | None:
+    """Return the first picture's timeline; a pair's slice holds its parts', which are left out."""
+    for _, rows in sorted(pictures.items(), key=lambda item: str(item[0])):
+        try:
+            spans = [Span(rank, parse_action(action), start, end) for rank, action, start, end in rows if type(rank) is int]
+        except ScheduleError:
+            continue
+        parts = {(span.rank, single) for span in spans if span.action.kind == PAIR for single in span.action.parts}
+        spans = [span for span in spans if 0 <= span.rank < MAX_RANKS and (span.rank, span.action) not in parts]
+        return Timeline(tuple(sorted(spans, key=lambda span: (span.rank, span.start)))) if spans else None
+    return None
 
 
 def _read_spans(events: Sequence[Event]) -> tuple[Array, Array, Array, Array]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from counterflow.arrays import Array
+from counterflow.schedule.timeline import Timeline
 
 KERNEL, COPY, FILL = 0, 1, 2
 NONE = -1
@@ -96,7 +97,8 @@ class Trace:
     """What one file holds; labels by number, ``left_out`` counts GPU work without usable times by device and reason.
 
     ``base`` is what the file's clock starts from, in nanoseconds of the host's clock. ``cut`` says why only a part was read.
-    ``categories`` counts what else there is in a file without GPU work.
+    ``categories`` counts what else there is in a file without GPU work; ``timeline`` is the schedule that such a file, or a
+    record, holds (in the file's milliseconds, or in seconds).
     """
 
     path: str
@@ -118,6 +120,7 @@ class Trace:
     cut: str | None = None
     steps: frozenset[str] = frozenset()
     categories: Counter[str] = field(default_factory=Counter)
+    timeline: Timeline | None = None
 
 
 WORK_TYPES = {

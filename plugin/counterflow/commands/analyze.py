@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from counterflow.analysis import Device, Family, Trace, analyze_trace, read_families, read_trace
-from counterflow.analysis.chunks import estimate_costs, sum_parts
+from counterflow.analysis import Device, Family, Trace, analyze_trace, read_families, read_traces
+from counterflow.analysis.chunks import find_costs, sum_parts
 from counterflow.analysis.cluster import Rank, check_files, compare_ranks
 from counterflow.analysis.comparison import Comparison, compare_devices, describe_comparison
 from counterflow.analysis.figures import describe_device, describe_file, describe_rank
@@ -49,7 +49,7 @@ def run_analyze(args: argparse.Namespace) -> int:
         raise TraceError(f"{len(args.traces)} traces given; allowed: {MAX_FILES} at most")
     families = read_families(args.classes) if args.classes is not None else ()
     _check_paths(args.traces)
-    traces = [read_trace(path) for path in args.traces]
+    traces = [trace for path in args.traces for trace in read_traces(path)]
     check_files(traces)
     devices = [device for trace in traces for device in analyze_trace(trace, families)]
     ranks = compare_ranks(devices)
@@ -72,12 +72,12 @@ def _check_paths(paths: Sequence[Path]) -> None:
 
 
 def _compare(path: Path, devices: Sequence[Device], families: Sequence[Family]) -> list[Comparison]:
-    return compare_devices(analyze_trace(read_trace(path), families), devices)
+    return compare_devices([d for trace in read_traces(path) for d in analyze_trace(trace, families)], devices)
 
 
 def _find_costs(devices: Sequence[Device]) -> dict[str, Any]:
     names = ", ".join(dict.fromkeys(Path(device.trace.path).name for device in devices))
-    return estimate_costs(devices, f"counterflow analyze {names}")
+    return find_costs(devices, f"counterflow analyze {names}")
 
 
 def _list_gains(devices: Sequence[Device], ranks: Sequence[Rank]) -> list[list[Gain]]:

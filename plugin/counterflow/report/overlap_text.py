@@ -21,7 +21,7 @@ MANY_CLASHES = 0.01
 
 def write_device(device: Device, costs_hint: str = "") -> list[str]:
     """Return a device's summary: the line of all figures, exposed phases, costs, kinds and what is worth a word."""
-    name = f"GPU {device.label}" if device.trace.rank is None else f"rank {device.trace.rank} GPU {device.label}"
+    name = name_rank(device) if device.trace.rank is None else f"rank {name_rank(device)}"
     figures = [
         f"{name}  window {_ms(device.window)} ms",
         f"busy {_percent(device.busy, device.window)}",
@@ -59,7 +59,8 @@ def _sum_heads(phase: Phase) -> dict[str, int]:
 
 def _write_costs(device: Device, hint: str) -> list[str]:
     parts = sum_parts(device)
-    if not parts:
+    # Of a timeline these are sums over all micro-batches.
+    if not parts or device.trace.timeline is not None:
         return []
     words = []
     for part, times in parts.items():
@@ -127,7 +128,10 @@ def write_ranks(ranks: Sequence[Rank]) -> list[str]:
 
 def name_rank(device: Device) -> str:
     """Return what a device is called among others."""
-    return f"GPU {device.label}" if device.trace.rank is None else f"{device.trace.rank} (GPU {device.label})"
+    label = show_name(f"GPU {device.label}")
+    if device.trace.timeline is not None:
+        return str(device.trace.rank)
+    return label if device.trace.rank is None else f"{device.trace.rank} {label}"
 
 
 def write_comparison(comparison: Comparison) -> list[str]:
