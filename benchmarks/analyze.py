@@ -1,4 +1,4 @@
-"""Measures the analyser of traces: agreement with an independent one, invariance, time and memory of a gigabyte."""
+"""Measures the analyser of traces: agreement with an independent one, invariance, time and memory of a gigabyte, costs."""
 
 import argparse
 import gzip
@@ -13,12 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from counterflow.analysis import analyze_trace, read_trace
+from counterflow.analysis import analyze_trace, read_trace, read_traces
+from counterflow.analysis.chunks import find_costs
 from counterflow.analysis.figures import describe_device
+from counterflow.schedule import Costs, build, simulate
+from ranks import start_ranks
 from tests.support.made_trace import EXPORTS, ORACLE, PUBLISHED, load_oracle
 from tests.unit.test_trace_figures import CHANGES, WORDS
 
 GIGABYTE = 1e9
+# Of the profiled run.
+RANKS, MICROBATCHES = 4, 12
 # What one repetition is shifted by, in microseconds and in correlations.
 SHIFT, CORRELATIONS = 2_000_000, 10**7
 NUMBERS = re.compile(rb'("ts": )(\d+)|("correlation": )(\d+)')
@@ -112,6 +117,21 @@ def measure_cost(given: argparse.Namespace) -> None:
             path.unlink()
 
 
+def measure_prediction(given: argparse.Namespace) -> None:
+    """Print how far the step that is simulated from a profile's costs is from the profiled one, on stages that sleep."""
+    for name in ("zbv", "dualpipev"):
+        with tempfile.TemporaryDirectory() as folder:
+            words = f"--schedule {name} --microbatches {MICROBATCHES} --milliseconds 20 --steps 4 --out {folder}".split()
+            start_ranks(RANKS, [sys.executable, "-W", "ignore", "-m", "benchmarks.profile_rank", *words], Path(folder))
+            devices = [device for trace in read_traces(Path(folder)) for device in analyze_trace(trace)]
+        costs = find_costs(devices, "")
+        table = build(name, RANKS, MICROBATCHES)
+        predicted = simulate(table, Costs(costs["f"], costs["i"], costs["w"], costs["p2p"], costs["overlap"])).makespan
+        spans = [span for device in devices if device.trace.timeline for span in device.trace.timeline.spans]
+        measured = 1000 * (max(span.end for span in spans) - min(span.start for span in spans))
+        print(f"{name}: {predicted:.1f} ms from costs, {measured:.1f} ms measured: {100 * (predicted / measured - 1):+.1f} %")
+
+
 def write_large(path: Path, size: float) -> int:
     """Write the published trace again and again, each time later, to about ``size`` bytes; return the bytes unpacked."""
     raw = gzip.decompress(PUBLISHED[0].read_bytes())
@@ -147,6 +167,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "agreement": measure_agreement,
     "invariance": measure_invariance,
     "cost": measure_cost,
+    "prediction": measure_prediction,
 }
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ ROOMS = {
     "analysis": (COMMON | {"schedule"}, set()),
     "runtime": (COMMON | {"devices", "schedule"}, {"torch"}),
     "moe": (COMMON | {"devices", "balance"}, {"torch"}),
-    "trainer": (COMMON | {"devices", "options", "patching", "schedule", "balance", "runtime", "moe"}, {"torch"}),
+    "trainer": (COMMON | {"devices", "options", "patching", "schedule", "balance", "runtime", "moe", "analysis"}, {"torch"}),
     "platform": (COMMON | {"patching"}, TRAINER_WORLD),
     "megatron": (ADAPTER, TRAINER_WORLD),
     "megatron.v_layout": (ADAPTER | {"megatron.state"}, TRAINER_WORLD),

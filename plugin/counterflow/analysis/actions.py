@@ -4,6 +4,7 @@ A rank is a device. An action is a kernel of kind ``action``, less the time for 
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +22,15 @@ from counterflow.analysis.trace import (
     Trace,
     Work,
 )
-from counterflow.schedule.actions import PAIR
-from counterflow.schedule.timeline import Span, Timeline, find_last_step, load_record
+from counterflow.schedule.actions import PAIR, Action
+from counterflow.schedule.annotations import name_phase
+from counterflow.schedule.timeline import Timeline, find_last_step, load_record
 
 # As families.toml knows them.
 ACTION, COMMUNICATION = "counterflow: action", "counterflow: communication"
-# What stands for an action in a phase's name: a whole backward counts as one part.
-LETTERS = {"F": "F", "I": "B", "B": "B", "W": "W"}
 NANOSECONDS = 1e9
-
-
-def name_phase(kind: str, stage: int) -> str:
-    """Return the name of the phase that an action of a stage is in: ``stage 2 (F)``; I and B are ``(B)``."""
-    return f"stage {stage} ({LETTERS[kind]})"
+# A communication under way: its name and when, in nanoseconds.
+Running = tuple[str, int, int]
 
 
 def read_record(path: Path) -> list[Trace]:
@@ -45,39 +42,43 @@ def read_record(path: Path) -> list[Trace]:
 
 def split_timeline(timeline: Timeline, path: str, form: str, step: str, unit: float = NANOSECONDS) -> list[Trace]:
     """Return a trace per rank of a timeline whose unit is so many nanoseconds."""
+
+    def scale(begin: float, end: float) -> tuple[int, int]:
+        return round(begin * unit), round(end * unit)
+
     traces = []
     for rank in range(timeline.ranks):
-        spans = [span for span in timeline.spans if span.rank == rank]
-        waits = [(one.waited, one.end) for one in timeline.communications if one.rank == rank]
-        running = [(one.issued, one.end) for one in timeline.communications if one.rank == rank]
-        traces.append(_make_trace(spans, waits, running, path, form, rank, step, unit, timeline))
+        rows = [(span.action, *scale(span.start, span.end)) for span in timeline.spans if span.rank == rank]
+        own = [one for one in timeline.communications if one.rank == rank]
+        waits = [scale(one.waited, one.end) for one in own]
+        running = [(COMMUNICATION, *scale(one.issued, one.end)) for one in own]
+        trace = make_trace(rows, waits, running, path, form, rank)
+        traces.append(replace(trace, timeline=timeline, steps=frozenset([step]) if step else frozenset()))
     return traces
 
 
-def _make_trace(
-    spans: Sequence[Span],
-    waits: Sequence[tuple[float, float]],
-    running: Sequence[tuple[float, float]],
+def make_trace(
+    rows: Sequence[tuple[Action, int, int]],
+    waits: Sequence[tuple[int, int]],
+    running: Sequence[Running],
     path: str,
     form: str,
     rank: int,
-    step: str,
-    unit: float,
-    timeline: Timeline,
 ) -> Trace:
+    """Return the trace of a rank's actions, of its waits in them and of its communications, in nanoseconds."""
     names, work, ranges = Index(), Table(**WORK_TYPES), Table(**RANGE_TYPES)
-    pieces = [(ACTION, *piece) for span in spans for piece in _cut(span.start, span.end, waits)]
-    pieces += [(COMMUNICATION, *piece) for piece in running]
-    lanes = [int(name == COMMUNICATION) for name, _, _ in pieces]
+    pieces = [(ACTION, *piece) for _, start, end in rows for piece in _cut(start, end, waits)]
+    lanes = [0] * len(pieces) + [1] * len(running)
+    pieces += running
     fixed = {"device": 0, "what": KERNEL, "process": NONE, "correlation": NONE, "collective": NONE, "group": NONE}
     work.add(
         name=names.number(name for name, _, _ in pieces),
         stream=lanes,
-        start=[round(start * unit) for _, start, _ in pieces],
-        end=[round(end * unit) for _, _, end in pieces],
+        start=[start for _, start, _ in pieces],
+        end=[end for _, _, end in pieces],
         **{name: np.full(len(pieces), value) for name, value in fixed.items()},
     )
-    labels = [(names[_name_span(span)], round(span.start * unit), round(span.end * unit)) for span in spans]
+    labels = [(names[_name_action(action)], start, end) for action, start, end in rows]
     for lane in (0, 1):
         ranges.add(
             scope=[0] * len(labels),
@@ -99,20 +100,18 @@ def _make_trace(
         launches=Launches(**Table(**LAUNCH_TYPES).close()),
         ranges=Ranges(**Table(**RANGE_TYPES).close()),
         gpu_ranges=Ranges(**ranges.close()),
-        events=len(spans),
+        events=len(rows),
         rank=rank,
-        timeline=timeline,
-        steps=frozenset([step]) if step else frozenset(),
     )
 
 
-def _name_span(span: Span) -> str:
-    if span.action.kind == PAIR:
-        return f"pair of stages {' and '.join(str(part.stage) for part in span.action.parts)}"
-    return name_phase(span.action.kind, span.action.stage)
+def _name_action(action: Action) -> str:
+    if action.kind == PAIR:
+        return f"pair of stages {' and '.join(str(part.stage) for part in action.parts)}"
+    return name_phase(action.kind, action.stage)
 
 
-def _cut(start: float, end: float, waits: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+def _cut(start: int, end: int, waits: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return what is left of an interval without some others."""
     pieces, begin = [], start
     for first, last in sorted(waits):

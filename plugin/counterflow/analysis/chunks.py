@@ -1,20 +1,23 @@
 """What a model chunk's forward, input gradient and weight gradient cost, from phases whose names end in (F), (B) or (W)."""
 
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from counterflow.analysis.overlap import Device
+from counterflow.analysis.transfers import measure_transfer
 from counterflow.errors import TraceError
-from counterflow.schedule import Timeline, from_csv
-from counterflow.schedule.comparison import estimate_costs as estimate_recorded
+from counterflow.schedule.actions import PAIR
 from counterflow.schedule.costs import LEAST_OVERLAP, MOST_OVERLAP
+from counterflow.schedule.timeline import Span
 
 SUFFIX = re.compile(r".*\(([FBW])\)")
 # A phase's suffix, and what the chunk's part is called: a (B) beside (W)'s is the input gradient alone.
 PARTS = {"F": "F", "B": "I", "W": "W"}
 MILLISECOND = 1e6
+OUTLIER = 1.5
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,13 @@ def measure_overlap(device: Device) -> tuple[float, float]:
 
 
 def find_costs(devices: Sequence[Device], source: str) -> dict[str, Any]:
-    """Return a costs file's content, from a timeline where the devices are ranks of one, else from their phases."""
-    trace = devices[0].trace
-    if trace.timeline is not None:
-        return estimate_record_costs(trace.timeline, source, 1.0 if trace.form == "record" else 1e-3)
-    return estimate_costs(devices, source)
+    """Return a costs file's content: of actions, their means; of kernels, what their phases took."""
+    if devices[0].trace.timeline is None:
+        return estimate_costs(devices, source)
+    form, pipeline = devices[0].trace.form, devices[0].trace.pipeline
+    timelines = [d.trace.timeline for d in devices if d.trace.timeline is not None and d.trace.pipeline == pipeline]
+    spans = [span for timeline in timelines for span in timeline.spans] if form == "host" else list(timelines[0].spans)
+    return estimate_spans(spans, source, 1.0 if form == "timeline" else 1e3)
 
 
 def estimate_costs(devices: Sequence[Device], source: str) -> dict[str, Any]:
@@ -85,19 +90,41 @@ def estimate_costs(devices: Sequence[Device], source: str) -> dict[str, Any]:
     return costs
 
 
-def estimate_record_costs(timeline: Timeline, source: str, unit: float = 1.0) -> dict[str, Any]:
-    """Return a costs file's content from a timeline in so many seconds a unit: the median of each kind on each stage.
+def estimate_spans(spans: Sequence[Span], source: str, scale: float) -> dict[str, Any]:
+    """Return a costs file's content from actions that took so many milliseconds a unit: the mean of each kind on each stage.
 
-    Raises `ScheduleError` where the ranks' actions are no table, or a kind was never recorded alone.
+    An action that took more than half as long again as the median of its like was held up by something else and does not count.
+
+    Where a stage has no I, its whole B counts as one, with a W of 0. A stage that ran in pairs alone has the mean of the others.
+    ``p2p`` is how long the ranks that wait for a message find it under way, where all have one clock.
     """
-    rows = [[str(span.action) for span in timeline.spans if span.rank == rank] for rank in range(timeline.ranks)]
-    table = from_csv("\n".join(map(",".join, rows)), source)
-    costs = estimate_recorded(table, timeline)
-    scale = unit * 1e3
-    values: dict[str, Any] = {"unit": "ms"}
-    for key in ("f", "i", "w"):
-        values[key] = [round(value * scale, 6) for value in getattr(costs, key)]
-    return values | {"p2p": 0.0, "overlap": round(costs.overlap, 6), "reduce": 0.0, "source": source}
+    times: dict[tuple[str, int], list[float]] = {}
+    for span in spans:
+        times.setdefault((span.action.kind, span.action.stage), []).append(span.end - span.start)
+    means = {key: _average_most(values) * scale for key, values in times.items() if key[0] != PAIR}
+    wholes = {stage: value for (kind, stage), value in means.items() if kind == "B" and ("I", stage) not in means}
+    means |= {(kind, stage): value if kind == "I" else 0.0 for stage, value in wholes.items() for kind in "IW"}
+    stages = range(1 + max(single.stage for span in spans for single in span.action.singles()))
+    costs: dict[str, Any] = {"unit": "ms"}
+    for key, kind in (("f", "F"), ("i", "I"), ("w", "W")):
+        known = [value for (other, _), value in means.items() if other == kind]
+        rest = sum(known) / len(known) if known else 0.0
+        costs[key] = [round(means.get((kind, stage), rest), 6) for stage in stages]
+    ratios = []
+    for span in spans:
+        if span.action.kind == PAIR:
+            forward, back = (part.stage for part in span.action.parts)
+            together = costs["f"][forward] + costs["i"][back] + costs["w"][back]
+            ratios += [(span.end - span.start) * scale / together] if together else []
+    overlap = min(MOST_OVERLAP, max(LEAST_OVERLAP, statistics.median(ratios))) if ratios else 1.0
+    p2p = round(max(0.0, measure_transfer(spans)) * scale, 6)
+    return costs | {"p2p": p2p, "overlap": round(overlap, 6), "reduce": 0.0, "source": source}
+
+
+def _average_most(values: Sequence[float]) -> float:
+    limit = OUTLIER * statistics.median_low(values)
+    kept = [value for value in values if value <= limit]
+    return sum(kept) / len(kept) if kept else 0.0
 
 
 def _average(values: Sequence[float]) -> float:

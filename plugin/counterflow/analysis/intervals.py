@@ -59,3 +59,25 @@ def claim(starts: Array, ends: Array) -> tuple[Array, Array]:
     upto = np.empty_like(ends)
     upto[order] = np.minimum(ends[order], bounds)
     return np.minimum(starts, upto), upto
+
+
+def subtract(union: Union, other: Union) -> Union:
+    """Return what is in a union and not in another."""
+    return _combine(union, other, wanted=0)
+
+
+def intersect(union: Union, other: Union) -> Union:
+    """Return what is in both unions."""
+    return _combine(union, other, wanted=1)
+
+
+def _combine(union: Union, other: Union, wanted: int) -> Union:
+    """Return what is in a union where the other counts ``wanted``."""
+    sizes = [len(union.starts)] * 2 + [len(other.starts)] * 2
+    times = np.concatenate([union.starts, union.ends, other.starts, other.ends])
+    order = np.argsort(times, kind="stable")
+    inside = np.cumsum(np.repeat([1, -1, 0, 0], sizes)[order])
+    covered = np.cumsum(np.repeat([0, 0, 1, -1], sizes)[order])
+    times = times[order]
+    kept = np.flatnonzero((inside[:-1] == 1) & (covered[:-1] == wanted) & (times[1:] > times[:-1]))
+    return unite(times[:-1][kept], times[1:][kept])

@@ -88,7 +88,7 @@ class Collector:
 
     def _add_work(self, events: list[Event]) -> None:
         args = [event.args or NO_ARGUMENTS for event in events]
-        start, length, timed, good = _read_spans(events)
+        start, length, timed, good = read_spans(events)
         devices = [event.pid if one.device is None else one.device for event, one in zip(events, args, strict=True)]
         if not good.all():
             for place in np.flatnonzero(~good):
@@ -112,7 +112,7 @@ class Collector:
 
     def _add_launches(self, events: list[Event]) -> None:
         events = [event for event in events if event.args is not None and event.args.correlation is not None]
-        start, _, _, good = _read_spans(events)
+        start, _, _, good = read_spans(events)
         events = list(_choose(events, good))
         self.launches.add(
             process=[self._places[event.pid] for event in events],
@@ -122,7 +122,7 @@ class Collector:
         )
 
     def _add_ranges(self, table: Table, events: list[Event], on_gpu: bool) -> None:
-        start, length, _, good = _read_spans(events)
+        start, length, _, good = read_spans(events)
         events = list(_choose(events, good))
         args = [event.args or NO_ARGUMENTS for event in events]
         scopes, lanes = self.devices if on_gpu else self._places, self.streams if on_gpu else self._places
@@ -137,7 +137,7 @@ class Collector:
     def _add_actions(self, events: list[Event]) -> None:
         """Keep the slices of a timeline that the project's own renderer wrote, which says the action of each."""
         events = [event for event in events if event.args is not None and isinstance(event.args.action, str)]
-        start, length, _, good = _read_spans(events)
+        start, length, _, good = read_spans(events)
         for event, begin, end in zip(events, start.tolist(), (start + length).tolist(), strict=True):
             self.spans.setdefault(event.pid, []).append(
                 (event.tid, str(event.args and event.args.action), begin / 1e6, end / 1e6)
@@ -202,7 +202,7 @@ def _make_timeline(pictures: dict[Scalar, list[tuple[Any, str, float, float]]]) 
     return None
 
 
-def _read_spans(events: Sequence[Event]) -> tuple[Array, Array, Array, Array]:
+def read_spans(events: Sequence[Event]) -> tuple[Array, Array, Array, Array]:
     """Return starts, durations, which have both as numbers, and which of these are of use; 0 where there is no number."""
     start, has_start = read_times([event.ts for event in events])
     length, has_length = read_times([event.dur for event in events])

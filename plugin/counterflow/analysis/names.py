@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 ANONYMOUS = re.compile(r"\(anonymous namespace\)|<unnamed>|\(anonymous\)")
-LENGTH = re.compile(r"\d+")
+LENGTH = re.compile(r"L?(\d+)")
 CLONE = re.compile(r"\s*\[clone [^\]]*\]|\.kd$")
 
 
@@ -53,7 +53,7 @@ def decode_name(name: str) -> str:
         place += 2
     parts = []
     while match := LENGTH.match(name, place):
-        place = match.end() + int(match[0][:6])
+        place = match.end() + int(match[1][:6])
         parts.append(name[match.end() : place])
         if not nested:
             break

@@ -9,7 +9,9 @@ from counterflow.analysis.trace import NONE, Ranges, Trace
 from counterflow.arrays import Array
 
 # Steps of the profiler, what communication libraries note beside their kernels, and operators under emit_nvtx.
-NO_PHASE = re.compile(r"(ProfilerStep#|nccl:|gloo:|mccl:|record_param_comms|PyTorch Profiler)|.*, (op_id|seq) = \d+")
+NO_PHASE = re.compile(
+    r"(ProfilerStep#|nccl:|gloo:|mccl:|record_param_comms|PyTorch Profiler|counterflow step )|.*, (op_id|seq) = \d+"
+)
 WITHOUT = "(none)"
 
 

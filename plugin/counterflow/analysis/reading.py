@@ -5,12 +5,15 @@ from pathlib import Path
 
 from counterflow.analysis.actions import read_record, split_timeline
 from counterflow.analysis.blocks import SQLITE, read_start
+from counterflow.analysis.host import has_actions, lay_out_host
 from counterflow.analysis.kineto import read_kineto
 from counterflow.analysis.nsight import read_nsight
 from counterflow.analysis.trace import KERNEL, Trace
 from counterflow.errors import TraceError
 
 MILLISECOND = 1e6
+# What --cf-profile calls its files.
+PROFILES = "profile-rank*.json.gz"
 RECORD = "torch.profiler.profile with ProfilerActivity.CUDA, nsys profile --trace cuda,nvtx, or --cf-profile"
 
 
@@ -20,8 +23,11 @@ def read_traces(path: Path) -> list[Trace]:
     Raises `CounterflowError` that names the file.
     """
     if path.is_dir():
-        return read_record(path)
+        profiles = sorted(path.glob(PROFILES))
+        return [trace for profile in profiles for trace in read_traces(profile)] if profiles else read_record(path)
     trace = _read_file(path)
+    if not _has_kernels(trace) and has_actions(trace):
+        return [lay_out_host(trace)]
     if trace.timeline is not None and not _has_kernels(trace):
         return split_timeline(trace.timeline, str(path), "timeline", "", MILLISECOND)
     return [_require_kernels(trace)]

@@ -98,7 +98,7 @@ class Trace:
 
     ``base`` is what the file's clock starts from, in nanoseconds of the host's clock. ``cut`` says why only a part was read.
     ``categories`` counts what else there is in a file without GPU work; ``timeline`` is the schedule that such a file, or a
-    record, holds (in the file's milliseconds, or in seconds).
+    record, holds (in the file's milliseconds, or in seconds); ``pipeline`` is the global rank of its first rank.
     """
 
     path: str
@@ -121,6 +121,7 @@ class Trace:
     steps: frozenset[str] = frozenset()
     categories: Counter[str] = field(default_factory=Counter)
     timeline: Timeline | None = None
+    pipeline: int | None = None
 
 
 WORK_TYPES = {

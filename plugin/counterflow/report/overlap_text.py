@@ -9,6 +9,7 @@ from counterflow.analysis.comparison import Change, Comparison
 from counterflow.analysis.gains import Gain
 from counterflow.analysis.names import split_name
 from counterflow.analysis.overlap import Device, Phase
+from counterflow.analysis.summary import summarize, write_ms, write_percent
 
 MOST_PHASES, MOST_KINDS, MOST_NAMES, MOST_CHANGES = 6, 24, 3, 8
 MOST_CHARACTERS = 60
@@ -22,15 +23,7 @@ MANY_CLASHES = 0.01
 def write_device(device: Device, costs_hint: str = "") -> list[str]:
     """Return a device's summary: the line of all figures, exposed phases, costs, kinds and what is worth a word."""
     name = name_rank(device) if device.trace.rank is None else f"rank {name_rank(device)}"
-    figures = [
-        f"{name}  window {_ms(device.window)} ms",
-        f"busy {_percent(device.busy, device.window)}",
-        f"computation {_ms(device.compute.length)} ms",
-        f"communication {_ms(device.communication.length)} ms",
-    ]
-    line = "   ".join(figures)
-    if device.communication.length:
-        line += f", {_percent(device.hidden, device.communication.length)} hidden, {_ms(device.exposed)} ms exposed"
+    line = f"{name}  {summarize(device)}"
     return [line, *_write_phases(device.phases), *_write_costs(device, costs_hint), *_write_kinds(device), *_write_notes(device)]
 
 
@@ -38,13 +31,15 @@ def _write_phases(phases: Sequence[Phase]) -> list[str]:
     exposed = [phase for phase in phases if phase.exposed]
     if not exposed:
         return []
-    lines = ["exposed  " + "   ".join(f"{show_name(phase.name)} {_ms(phase.exposed)} ms" for phase in exposed[:MOST_PHASES])]
+    lines = ["exposed  " + "   ".join(f"{show_name(phase.name)} {write_ms(phase.exposed)} ms" for phase in exposed[:MOST_PHASES])]
     if len(exposed) > MOST_PHASES:
         lines[0] += f"   … {len(exposed) - MOST_PHASES} more"
     for phase in exposed[:MOST_PHASES]:
         causes = sorted(_sum_heads(phase).items(), key=lambda item: -item[1])[:MOST_NAMES]
         if causes:
-            lines.append(f"  {show_name(phase.name)}: " + ", ".join(f"{show_name(name)} {_ms(time)} ms" for name, time in causes))
+            lines.append(
+                f"  {show_name(phase.name)}: " + ", ".join(f"{show_name(name)} {write_ms(time)} ms" for name, time in causes)
+            )
     return lines
 
 
@@ -64,7 +59,9 @@ def _write_costs(device: Device, hint: str) -> list[str]:
         return []
     words = []
     for part, times in parts.items():
-        words.append(f"{part} {_ms(times.compute)}" + (f" + {_ms(times.communication)}" if times.communication else "") + " ms")
+        words.append(
+            f"{part} {write_ms(times.compute)}" + (f" + {write_ms(times.communication)}" if times.communication else "") + " ms"
+        )
     overlap, perfect = measure_overlap(device)
     return ["costs    " + "   ".join([*words, f"pair overlap {overlap:.2f} (perfect {perfect:.2f})"]) + hint]
 
@@ -72,23 +69,23 @@ def _write_costs(device: Device, hint: str) -> list[str]:
 def _write_kinds(device: Device) -> list[str]:
     rows = [["kind", "kernels", "ms", "exposed ms"]]
     for kind, share in list(device.kinds.items())[:MOST_KINDS]:
-        rows.append([kind, f"{share.kernels:,}", _ms(share.time), _ms(share.exposed) if kind in COMMUNICATION else ""])
+        rows.append([kind, f"{share.kernels:,}", write_ms(share.time), write_ms(share.exposed) if kind in COMMUNICATION else ""])
     if device.copies[0]:
-        rows.append(["copies and fills", f"{device.copies[0]:,}", _ms(device.copies[1]), ""])
+        rows.append(["copies and fills", f"{device.copies[0]:,}", write_ms(device.copies[1]), ""])
     return align(rows)
 
 
 def _write_notes(device: Device) -> list[str]:
     notes = []
     if device.unclassified:
-        names = ", ".join(f"{show_name(name)} {_ms(time)} ms" for name, _, time in device.unclassified[:MOST_NAMES])
+        names = ", ".join(f"{show_name(name)} {write_ms(time)} ms" for name, _, time in device.unclassified[:MOST_NAMES])
         more = len(device.unclassified) - MOST_NAMES
         notes.append(f"not classified: {names}" + (f", {more} more" if more > 0 else "") + "; --classes FILE adds families")
     count, time = device.clashes
-    if device.window and time > MANY_CLASHES * device.window:
+    if device.trace.timeline is None and time > MANY_CLASHES * device.window:
         notes.append(
-            f"{count:,} kernels run past the start of the next of their stream, {_ms(time)} ms in all: broken durations (seen on "
-            "ROCm), or programmatic dependent launches"
+            f"{count:,} kernels run past the start of the next of their stream, {write_ms(time)} ms in all: broken durations "
+            "(seen on ROCm), or programmatic dependent launches"
         )
     if device.left_out:
         notes.append("left out: " + ", ".join(f"{count:,} with {reason}" for reason, count in device.left_out.items()))
@@ -100,7 +97,9 @@ def write_gains(gains: Iterable[Gain]) -> list[str]:
     lines = []
     for gain in gains:
         flags = f"   → {gain.hint}" if gain.hint else ""
-        lines.append(f"  {_ms(gain.time)} ms ({_percent(gain.time, gain.window)}) {gain.change}: {gain.assumption}{flags}")
+        lines.append(
+            f"  {write_ms(gain.time)} ms ({write_percent(gain.time, gain.window)}) {gain.change}: {gain.assumption}{flags}"
+        )
     return ["what if (each alone; gains overlap)", *lines] if lines else []
 
 
@@ -109,10 +108,11 @@ def write_ranks(ranks: Sequence[Rank]) -> list[str]:
     rows: list[Sequence[str]] = [RANK_COLUMNS]
     for rank in ranks:
         device = rank.device
-        waiting = "unknown" if rank.waiting is None else _ms(rank.waiting)
+        waiting = "unknown" if rank.waiting is None else write_ms(rank.waiting)
+        times = (device.compute.length, device.communication.length)
         rows.append([
-            name_rank(device), _ms(device.window), _percent(device.busy, device.window), _ms(device.compute.length),
-            _ms(device.communication.length), waiting, _ms(device.exposed), f"{100 * rank.bubble:.1f} %", _ms(rank.experts),
+            name_rank(device), write_ms(device.window), write_percent(device.busy, device.window), *map(write_ms, times),
+            waiting, write_ms(device.exposed), f"{100 * rank.bubble:.1f} %", write_ms(rank.experts),
         ])  # fmt: skip
     slowest = max(ranks, key=lambda rank: rank.device.compute.length)
     mean = sum(rank.device.compute.length for rank in ranks) / len(ranks)
@@ -138,7 +138,7 @@ def write_comparison(comparison: Comparison) -> list[str]:
     """Return what changed between two windows, the largest changes first."""
     step = comparison.step
     lines = [
-        f"{name_rank(comparison.after)}: step {_ms(step.after)} ms, against {_ms(step.before)} ms: {_signed(step)} ms; "
+        f"{name_rank(comparison.after)}: step {write_ms(step.after)} ms, against {write_ms(step.before)} ms: {_signed(step)} ms; "
         f"the kinds below explain {100 * comparison.explained:.1f} % of it"
     ]
     tables = [("kind", comparison.kinds), ("phase", comparison.phases)]
@@ -146,7 +146,7 @@ def write_comparison(comparison: Comparison) -> list[str]:
         tables.append(("part of a chunk", comparison.parts))
     for title, changes in tables:
         rows = [[title, "before ms", "after ms", "difference ms"]]
-        rows += [[show_name(c.name), _ms(c.before), _ms(c.after), _signed(c)] for c in changes[:MOST_CHANGES]]
+        rows += [[show_name(c.name), write_ms(c.before), write_ms(c.after), _signed(c)] for c in changes[:MOST_CHANGES]]
         lines += align(rows)
     return lines
 
@@ -169,12 +169,3 @@ def show_name(name: str) -> str:
 
 def _signed(change: Change) -> str:
     return f"{change.difference / 1e6:+.2f}"
-
-
-def _ms(nanoseconds: float) -> str:
-    milliseconds = nanoseconds / 1e6
-    return f"{milliseconds:.1f}" if abs(milliseconds) >= 0.1 or not milliseconds else f"{milliseconds:.3g}"
-
-
-def _percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "0 %"
