@@ -60,6 +60,7 @@ nightly: setup
 	@HOSTILE_DRAWS=2000 $(RUN_TESTS) $(BESIDE) $(WITHOUT_RANKS) --hypothesis-profile=nightly
 	@$(BIN)/python -m benchmarks.equality
 	@$(BIN)/python -m benchmarks.hybrid
+	@$(BIN)/python -m benchmarks.pairs
 	@$(BIN)/python -m benchmarks.works_with
 
 lint: setup

@@ -12,6 +12,7 @@ from counterflow.report.colours import DARK, LIGHT
 from counterflow.schedule import Span, Timeline, add_reductions, build
 from counterflow.schedule.costs import Costs
 from counterflow.schedule.simulation import simulate
+from counterflow.schedule.timeline import Communication, Turns
 
 COSTS = Costs(f=0.5, i=0.5, w=0.5, p2p=0.05, overlap=0.8)
 WIDTH = 1400
@@ -348,6 +349,39 @@ def test_nothing_is_cut_or_covered(open_page: Open, find_overlaps: Any, names: l
     page.page.screenshot(path=str(tmp_path / "screen.png"), full_page=True)  # pytest keeps it for a look
     assert page.ask("document.documentElement.scrollWidth") <= width
     assert find_overlaps(page.page) == []
+
+
+@pytest.mark.parametrize(("scheme", "colours"), [("light", LIGHT), ("dark", DARK)])
+def test_a_recorded_pair_shows_who_computes_what_is_under_way_and_where_the_rank_waits(
+    open_page: Open, scheme: str, colours: dict[str, str]
+) -> None:
+    table = build("dualpipev", 2, 4)
+    spans = [Span(rank, action, 10.0 * n, 10.0 * n + 10) for rank in range(2) for n, action in enumerate(table.actions[rank])]
+    span = next(span for span in spans if span.action.parts)
+    (f, b), rank, at = span.action.parts, span.rank, span.start
+    communications = (Communication(rank, b, at + 1, at + 6, at + 8, at + 7),)
+    turns = (Turns(rank, span.action, (at, at + 2, at + 6)),)
+    picture = Picture("recorded", table, Timeline(tuple(spans), communications=communications, turns=turns))
+    page = open_page(picture, scheme=scheme)
+    for _ in range(4):  # wide enough for all of it
+        page.page.mouse.move(*page.locate(rank, at + 5))
+        page.page.mouse.wheel(0, -200)
+        page.settle()
+    page.page.mouse.move(2, 2)
+    page.settle()
+    way = {part: "down" if part.stage >= table.ranks else "up" for part in (f, b)}
+    assert page.pixel(rank, at + 2.2, 0.2) == colours[f"{way[f]}-F"], "the F has the rank"
+    assert page.pixel(rank, at + 9.8, 0.6) == colours[f"{way[b]}-B"], "the B has it again"
+    for time, share, part in ((9.8, 0.2, f), (1.0, 0.2, f), (3.0, 0.6, b)):
+        assert page.pixel(rank, at + time, share) not in (colours[f"{way[part]}-{part.kind}"], colours["ground"]), "pale"
+    found = {page.pixel(rank, at + 6.1 + 0.02 * n, share) for n in range(80) for share in (0.2, 0.7)}
+    assert colours[f"{way[f]}-F"] not in found and colours[f"{way[b]}-B"] not in found, "the rank waits in both"
+    line = [page.pixel(rank, at + 3, 0.8 + 0.01 * n) for n in range(16)]
+    assert colours["communication"] in line
+    assert colours["communication"] not in [page.pixel(rank, at + 7.6, 0.8 + 0.01 * n) for n in range(16)], "complete by then"
+    assert "computation 8, waiting 2, communication hidden 5" in page.hover(rank, at + 3)
+    assert "here: F computes, B has a communication under way" in page.hover(rank, at + 3)
+    assert "here: B waits for its communication" in page.hover(rank, at + 7.5)
 
 
 def test_a_recorded_step_is_drawn_from_zero(open_page: Open) -> None:

@@ -57,6 +57,7 @@ def list_cases(text: Path, directory: Path) -> list[Case]:
         add(family, TWO_STAGES, start, AUXILIARY, chosen, save=SAVED if family == "zbv" else 0)
     for name, flags in CLONED.items():
         add(name, TWO_STAGES, start, AUXILIARY, flags)
+    add("dualpipev, overlapped pairs", TWO_STAGES, start, AUXILIARY, SHARDED, V, ["--cf-overlap"])
     # Optimizer state goes both ways, between layouts and cuts.
     add("megatron -> dualpipev", TWO_STAGES, AUXILIARY, cases.resume_from("megatron", SAVED), V)
     add("zbv -> megatron", TWO_STAGES, [PATTERN, TWO], AUXILIARY, cases.resume_from("zbv", SAVED), SHARDED, plugin=False)
@@ -74,6 +75,7 @@ def list_cases(text: Path, directory: Path) -> list[Case]:
     chosen = [PATTERN, f"{FOUR}/*E/*E", "--cf-schedule", "dualpipev"]
     record = ["--cf-record", str(directory / "record, MTP")]
     add("dualpipev, MTP, clones", TWO_STAGES, start, SHARDED, chosen, CLONES[1], record, steps=3)
+    add("dualpipev, MTP, overlapped pairs", TWO_STAGES, start, chosen, ["--cf-overlap"], steps=3)
 
     # What a GPTModel learned goes on as a HybridModel, two layers for each of its blocks.
     gpt = drop_flags([*base, *TWO_STAGES, *EXPERTS_IN_ALL], "--qk-layernorm")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from cases import SHARDED, SMALL, TWO_STAGES, drop_flags
 from counterflow.balance.files.recorded import read_record
 from hybrid_cases import CLONED, FAMILIES, GPT_ALONE, MADE_OF_LAYERS, PATTERN, STEPS, TWO, V
 from ranks import start_ranks
 from tests.support.comparing import TOLERANCE, assert_same_steps
 from tests.support.run_cases import Run, Runs
+from tests.support.training import SHARDED, SMALL, TWO_STAGES, drop_flags
 from train import read_flags
 
 
@@ -29,6 +29,13 @@ def test_hybrid_model_trains_like_megatron_with_clones(hybrid_runs: Runs, name: 
     run = hybrid_runs[name]
     assert_same_steps(run, hybrid_runs["megatron"])
     assert run["clones"]["computed"] and not run["clones"]["wrong"]
+
+
+def test_overlapped_pairs_change_no_bit(hybrid_runs: Runs) -> None:
+    assert hybrid_runs["dualpipev, overlapped pairs"]["steps"] == hybrid_runs["dualpipev"]["steps"]
+    said = (hybrid_runs["dualpipev, overlapped pairs"]["logs"] / "0" / "stdout.log").read_text()
+    # Stages *-, *E, *E and *E: dispatch and combine of one layer, forward and backward.
+    assert "communications of a chunk's F and B: stage 0 0 and 0, stage 1 2 and 2" in said, said[-3000:]
 
 
 def test_metrics_of_the_experts_are_logged_as_by_megatron(hybrid_runs: Runs) -> None:
@@ -54,10 +61,11 @@ def test_other_models_train_alike(hybrid_runs: Runs, kind: str) -> None:
 
 def test_prediction_layers_train_alike_and_are_numbered_behind_the_others(hybrid_runs: Runs) -> None:
     run, reference = hybrid_runs["dualpipev, MTP, clones"], hybrid_runs["megatron, MTP"]
-    assert_same_steps(run, reference)
     losses = [step["mtp_loss"] for step in reference["steps"]]
     assert None not in losses
-    assert [step["mtp_loss"] for step in run["steps"]] == pytest.approx(losses, rel=TOLERANCE)
+    for one in (run, hybrid_runs["dualpipev, MTP, overlapped pairs"]):
+        assert_same_steps(one, reference)
+        assert [step["mtp_loss"] for step in one["steps"]] == pytest.approx(losses, rel=TOLERANCE)
     record = read_record(run["directory"] / "record, MTP")
     assert record.layers.tolist() == [4, 6, 8, 10, 12], "as symbols of *-*E*E*E/*E/*E are counted"
 

@@ -9,6 +9,7 @@ import pytest
 
 from counterflow.balance.files.recorded import read_record
 from counterflow.schedule import load_record
+from counterflow.schedule.sharing import find_sharing
 
 torch = pytest.importorskip("torch")
 TRAIN = Path(__file__).resolve().parents[2] / "examples" / "pretrain_moe" / "train.py"
@@ -48,6 +49,37 @@ def test_overlapped_pairs_agree_on_cuda_streams(tmp_path: Path) -> None:
     reference = train(tmp_path / "a", "dualpipev", *flags, *start, ranks=4)
     found = train(tmp_path / "b", "dualpipev", *flags, *start, "--cf-overlap", ranks=4)
     assert found == pytest.approx(reference, rel=1e-3)
+
+
+HANDED_OVER = {
+    "alltoall": [],
+    "alltoall, recomputed": ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
+    "allgather": ["--moe-token-dispatcher-type", "allgather"],
+    "flex": ["--moe-grouped-gemm", "--moe-token-dispatcher-type", "flex", "--moe-flex-dispatcher-backend", "deepep"],
+}
+
+
+@pytest.mark.parametrize("kind", HANDED_OVER)
+def test_pairs_by_hand_over_are_recorded_on_cuda_streams(tmp_path: Path, kind: str) -> None:
+    """The losses are those without, and CUDA events give turns, waits and, of torch's own transfers, completions."""
+    if torch.cuda.device_count() < 4:
+        pytest.skip("needs four GPUs: two pipeline ranks of two expert-parallel ranks")
+    if kind == "flex":
+        pytest.importorskip("transformer_engine")
+        pytest.importorskip("deep_ep")
+    flags = ["--bf16", "--expert-model-parallel-size", "2", *HANDED_OVER[kind]]
+    train(tmp_path / "run", "dualpipev", *flags, ranks=4)
+    start = ["--load", str(tmp_path / "run" / "checkpoints"), "--finetune", "--no-load-optim", "--no-load-rng"]
+    reference = train(tmp_path / "a", "dualpipev", *flags, *start, ranks=4)
+    overlapped = [*start, "--cf-overlap", "--cf-record", str(tmp_path / "record")]
+    assert train(tmp_path / "b", "dualpipev", *flags, *overlapped, ranks=4) == pytest.approx(reference, rel=1e-3)
+    timeline = load_record(tmp_path / "record", step=5)
+    pairs = [span for span in timeline.spans if span.action.parts]
+    assert timeline.communications and len(timeline.turns) == len(pairs)
+    assert all((one.complete is None) == (kind == "flex") for one in timeline.communications)
+    found = [sharing for sharing in find_sharing(timeline) if sharing.span.action.parts]
+    assert all(part.computes for sharing in found for part in sharing.parts), "a part never had the rank"
+    assert sum(sharing.hidden for sharing in found) > 0
 
 
 def test_transformer_engine_leaves_weight_gradients_to_the_w(tmp_path: Path) -> None:

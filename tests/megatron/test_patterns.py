@@ -65,6 +65,7 @@ def test_a_cut_keeps_the_layers_and_its_segments_differ_by_one_at_most(pattern: 
         ("dualpipev", "*|E|*E|*E", "v 2"),
         ("dualpipe", "*|E|*E|*E/*E", "v 2"),
         ("auto", "*|E|*E|*E", "v 2"),
+        ("dualpipev", "*E|*E|*E|", "v 2"),
     ],
 )
 def test_segments_are_the_stages(schedule: str, pattern: str, layout: str) -> None:
@@ -115,7 +116,12 @@ def test_a_table_in_a_file_says_how_many_segments_it_takes(tmp_path: Path) -> No
         ("zbv", "*E*E", {"num_virtual_stages_per_pipeline_rank": 2},
          "--num-virtual-stages-per-pipeline-rank 2 given with --hybrid-layer-pattern '*E*E', whose segments (|) are the stages"),
         ("zbv", "*E*E", {"decoder_first_pipeline_num_layers": 1}, "to cut unevenly, give for instance '*|E|*|E'"),
-        ("1f1b", "*E|xE", {}, "'x' is not a valid layer symbol"),
+        ("1f1b", "*E|xE", {}, "'x' is no layer of this Megatron-Core; allowed are * + - D E G M (capitals, without blanks), |"),
+        ("1f1b", "* e|*E", {}, "' ' and 'e' is no layer of this Megatron-Core"),
+        ("dualpipev", "|||", {}, "'|||' has no layer before prediction layers"),
+        ("dualpipev", "/*E/*E", {}, "'/*E/*E' has no layer before prediction layers"),
+        ("1f1b", "//", {}, "'//' has no layer before prediction layers"),
+        ("1f1b", "*E|*E/*E/E", {}, "All MTP patterns must be identical"),
         ("zbv", "*|E|*|E/*E", {"untie_embeddings_and_output_weights": False}, "--mtp-num-layers 1 with tied embeddings"),
     ],
 )  # fmt: skip

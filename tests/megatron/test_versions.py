@@ -12,12 +12,10 @@ from tests.support.running import run_python
 PATCH = ROOT / "patches" / "megatron-lm" / "0.17-0.20" / "enable.patch"
 CHECKOUTS = ("MEGATRON_LM_0_17", "MEGATRON_LM_0_18", "MEGATRON_LM_0_20", "MEGATRON_LM_PATH")
 CHECK = """
-from types import SimpleNamespace
 from counterflow.megatron import install, seams
-from counterflow.megatron.pipeline.overlap import PairNodes
 from counterflow.patching import Patches
 seams.check_seams()
-install.take_seams(Patches(), [seams.OVERLAP], SimpleNamespace(pairs=PairNodes()))
+install.take_seams(Patches(), [seams.OVERLAP])
 """
 
 

@@ -44,8 +44,10 @@ def import_megatron() -> None:
     from counterflow.platform import install_cpu
 
     patches = install_cpu()
-    for name in ("pretrain_moe", "torch.distributed.checkpoint", "tensorboard", "torch._dynamo.trace_rules"):
+    for name in ("megatron.training", "torch.distributed.checkpoint", "tensorboard", "torch._dynamo.trace_rules"):
         importlib.import_module(name)
+    with suppress(ImportError):  # the example's script is for Megatron 0.19 and later
+        importlib.import_module("pretrain_moe")
     for module in pkgutil.walk_packages(counterflow.__path__, "counterflow."):
         if module.name.split(".")[1] in ("balance", "fp8", "megatron", "moe", "runtime", "trainer"):
             importlib.import_module(module.name)

@@ -36,7 +36,7 @@ ROOMS = {
     "platform": (COMMON | {"patching"}, TRAINER_WORLD),
     "megatron": (ADAPTER, TRAINER_WORLD),
     "megatron.v_layout": (ADAPTER | {"megatron.state"}, TRAINER_WORLD),
-    "megatron.pipeline": (ADAPTER | SHARED | {"megatron.v_layout"}, TRAINER_WORLD),
+    "megatron.pipeline": (ADAPTER | SHARED | {"megatron.streams", "megatron.v_layout"}, TRAINER_WORLD),
     "megatron.experts": (ADAPTER | SHARED | {"megatron.checks"}, TRAINER_WORLD),
     "launch": (COMMON | {"options"}, set()),
     "report": (COMMON | {"schedule", "balance", "analysis"}, set()),

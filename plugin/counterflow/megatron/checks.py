@@ -23,7 +23,9 @@ from counterflow.megatron.batches import (
 )
 from counterflow.megatron.batches import get_argument as _get
 from counterflow.megatron.patterns import check_logged_experts, count_predictions, find_pattern, fit_pattern, has_experts
+from counterflow.megatron.stages import check_stages, count_stages
 from counterflow.megatron.stamp import stamp_layout
+from counterflow.megatron.streams import check_streams
 from counterflow.megatron.v_layout.model import is_on_way_back, unwrap
 from counterflow.options import Options
 from counterflow.schedule.families import list_names
@@ -61,6 +63,7 @@ def prepare_arguments(args: Any, options: Options) -> None:
         chunks = 2
     _check_chunks(options.schedule, layout, chunks)
     _check_unsupported(flat, options.schedule, options.overlap)
+    check_streams(flat, options.schedule)
     if layout != STRAIGHT:
         _check_several_iterators(flat, options.schedule)
     _check_zero_bubble(flat, options)
@@ -69,6 +72,7 @@ def prepare_arguments(args: Any, options: Options) -> None:
         _check_v(flat, ranks, options.schedule)
     if count_replicas(table_layout) > 1:
         _check_crosslinked(flat, ranks, options.schedule)
+    check_stages(flatten(args), ranks, options.schedule)
     _check_batches(flat, ranks, chunks or 1, options)
     stamp_layout(args, options, f"{layout} {chunks or 1}")
     if getattr(_owner(args, flag := "overlap_moe_expert_parallel_comm"), flag, None):
@@ -125,10 +129,7 @@ def count_chunks(args: Any, ranks: int) -> int | None:
     """Return the number of model chunks per pipeline rank that the flags ask for; None if no flag names one."""
     layout = getattr(args, "pipeline_model_parallel_layout", None)
     if layout is not None:
-        from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-
-        stages = PipelineParallelLayerLayout.get_num_stages_from_str(layout) if isinstance(layout, str) else len(layout)
-        return int(max(1, stages // ranks))
+        return max(1, count_stages(layout) // ranks)
     per_chunk = getattr(args, "num_layers_per_virtual_pipeline_stage", None)
     if per_chunk is not None:
         return int(max(1, args.num_layers // ranks // per_chunk))
@@ -160,9 +161,6 @@ def _check_unsupported(args: Any, schedule: str, overlap: bool) -> None:
         "moe_paged_stash": "--moe-paged-stash",
         # Megatron may run such a step a second time. It then reads data by its own layout of the model.
         "moe_expert_rank_capacity_factor": "--moe-expert-rank-capacity-factor",
-        # Hyper-connections send several streams per micro-batch. The first flag is of 0.20, the second of the dev branch.
-        "enable_mhc_connections": "--enable-mhc-connections",
-        "enable_hyper_connections": "--enable-hyper-connections",
         "hybrid_context_parallel": "--hybrid-context-parallel",
         "use_megatron_fsdp": "--use-megatron-fsdp",
         "use_torch_fsdp2": "--use-torch-fsdp2",
@@ -462,7 +460,7 @@ def describe_model(chunks: list[Any], config: Any) -> Any:
     args.num_virtual_stages_per_pipeline_rank = len(chunks) if len(chunks) > 1 else None
     if args.pipeline_model_parallel_layout is not None or hasattr(unwrap(chunks[0]), "hybrid_layer_pattern"):
         # The stages are built already, as this layout or pattern says: there is nothing left to check.
-        args.pipeline_model_parallel_layout = args.num_layers = None
+        args.pipeline_model_parallel_layout = args.num_layers = args.moe_n_hash_layers = None
     shared = [getattr(unwrap(chunk), "share_embeddings_and_output_weights", False) for chunk in chunks]
     args.untie_embeddings_and_output_weights = not any(shared)
     return args

@@ -69,8 +69,6 @@ def fit_pattern(args: Any, owner: Any, ranks: int, layout: Layout, model_layout:
     """
     pattern = find_pattern(args)
     assert pattern is not None
-    if options.overlap:
-        raise OptionError("--cf-overlap runs Megatron's schedule plans, which HybridModel does not have: drop --cf-overlap")
     _check_symbols(pattern)
     is_open = model_layout == LOOPED and options.schedule_file is None
     chunks = {STRAIGHT: 1, V: 2, LOOPED: 2 if is_open else layout.chunks}[model_layout]
@@ -165,8 +163,17 @@ def _refuse_rivals(args: Any, pattern: str, wanted: _Wanted) -> None:
 def _check_symbols(pattern: str) -> None:
     if importlib.util.find_spec(HOME.rpartition(".")[0]) is None:
         raise OptionError(f"{FLAG} given: schedules run it as a HybridModel, which Megatron-Core has since 0.18")
-    from megatron.core.models.hybrid.hybrid_layer_allocation import parse_hybrid_pattern
+    from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_hybrid_pattern
 
+    known = sorted(Symbols.VALID_LAYERS)
+    unknown = [one for one in dict.fromkeys(pattern) if one not in (*known, PIPE, PREDICTION)]
+    if unknown:
+        raise OptionError(
+            f"{FLAG} '{pattern}': {' and '.join(map(repr, unknown))} is no layer of this Megatron-Core; allowed are "
+            f"{' '.join(known)} (capitals, without blanks), {PIPE} between stages and {PREDICTION} before prediction layers"
+        )
+    if not "".join(list_segments(pattern)):
+        raise OptionError(f"{FLAG} '{pattern}' has no layer before prediction layers: give for instance '*E|*E'")
     try:
         parse_hybrid_pattern(pattern)
     except ValueError as error:

@@ -39,6 +39,7 @@ ARGUMENTS, TRAINING, SAVING = f"{TRAINER}.arguments", f"{TRAINER}.training", f"{
 LAYERS, LINEAR = "megatron.core.tensor_parallel.layers", "LinearWithGradAccumulationAndAsyncCommunication"
 PARALLEL = "megatron.core.distributed.DistributedDataParallel"
 BUCKETS = "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup"
+LAYOUTS = "megatron.core.transformer.pipeline_parallel_layer_layout"
 HYBRID = "megatron.core.models.hybrid.hybrid_layer_allocation"
 MOE = "megatron.core.transformer.moe"
 MOE_LAYER = f"{MOE}.moe_layer.MoELayer"
@@ -61,10 +62,24 @@ STARTING = (
         )
         for versions, more in ((KNOWN[:1], ("rampup_batch_size",)), (SINCE_18, ()))
     ),
-    Seam(HYBRID, "parse_hybrid_pattern", None, (SCHEDULE,), SINCE_18, "symbols of a HybridModel's layers", ("pattern",)),
+    Seam(f"{HYBRID}.Symbols", "VALID_LAYERS", None, (SCHEDULE,), SINCE_18, "symbols of a HybridModel's layers"),
+    Seam(HYBRID, "parse_hybrid_pattern", None, (SCHEDULE,), SINCE_18, "what its pattern says", ("pattern",)),
     Seam(
-        "megatron.core.transformer.pipeline_parallel_layer_layout.PipelineParallelLayerLayout", "get_num_stages_from_str", None,
-        (SCHEDULE,), KNOWN, "the chunks that --pipeline-model-parallel-layout asks for",
+        LAYOUTS, "PipelineParallelLayerLayout", None, (SCHEDULE,), KNOWN, "what --pipeline-model-parallel-layout says",
+        ("layout", "pipeline_model_parallel_size"),
+    ),
+    Seam(
+        f"{LAYOUTS}.PipelineParallelLayerLayout", "get_num_stages_from_str", None, (SCHEDULE,), KNOWN, "the chunks it asks for",
+        ("layout",),
+    ),
+    Seam(
+        f"{LAYOUTS}.PipelineParallelLayerLayout", "validate_layer_layout", None, (SCHEDULE,), KNOWN, "whether it fits the model",
+        ("self", "num_layers", "mtp_num_layers"),
+    ),
+    Seam("megatron.core.transformer.enums", "LayerType", None, (SCHEDULE,), KNOWN, "what its stages hold"),
+    Seam(
+        "megatron.core.transformer.transformer_config", "TransformerConfig", None, (SCHEDULE,), KNOWN,
+        "whether hyper-connections may cross from stage to stage",
     ),
     Seam("megatron.core.utils", "get_model_config", None, (FLAGS, SCHEDULE, EPLB), KNOWN, "the model's config", ("model",)),
 )  # fmt: skip

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from counterflow.report.picture import write_number
+from counterflow.report.picture import write_number, write_share
 from counterflow.schedule.comparison import BEGAN_LATE, RAN_LONGER, Comparison, Parting, RankDifference
 from counterflow.schedule.costs import Costs
+from counterflow.schedule.sharing import PairTimes, Sharing, find_sharing, sum_pairs
+from counterflow.schedule.timeline import Timeline
 
 # Lines on the critical path: those who lost most.
 MOST_LOSERS = 6
@@ -21,8 +23,10 @@ def write_differences(comparison: Comparison, costs: Costs) -> str:
         f"ratio {comparison.ratio:.4f}; bubble measured {measured.bubble:.1%}, simulated {simulated.bubble:.1%}",
         f"costs per stage in ms: {_write_costs(costs)}",
     ]
+    pairs = sum_pairs_of_ranks(measured)
     for difference in comparison.ranks:
         lines += _write_rank(difference)
+        lines += _write_pairs(pairs.get(difference.rank))
     lines += _write_path(comparison)
     return "\n".join(lines) + "\n"
 
@@ -30,6 +34,7 @@ def write_differences(comparison: Comparison, costs: Costs) -> str:
 def describe_differences(comparison: Comparison, costs: Costs) -> dict[str, Any]:
     """Return the same as figures, times in seconds, actions in the notation of tables."""
     measured, simulated = comparison.measured, comparison.simulated
+    pairs = sum_pairs_of_ranks(measured)
     return {
         "measured_makespan": measured.makespan,
         "simulated_makespan": simulated.makespan,
@@ -45,11 +50,29 @@ def describe_differences(comparison: Comparison, costs: Costs) -> dict[str, Any]
                 "idle": difference.idle,
                 "simulated_idle": difference.simulated_idle,
                 "partings": [_describe_parting(parting) for parting in difference.partings],
+                # None where the record says nothing of how the parts of pairs shared the rank.
+                "pairs": asdict(pairs[difference.rank]) if difference.rank in pairs else None,
             }
             for difference in comparison.ranks
         ],
         "critical_path": [_describe_parting(parting) for parting in comparison.path],
     }
+
+
+def sum_pairs_of_ranks(timeline: Timeline) -> dict[int, PairTimes]:
+    """Return what the pairs of each rank took, of ranks that have recorded pairs."""
+    rows: dict[int, list[Sharing]] = {}
+    for sharing in find_sharing(timeline):
+        rows.setdefault(sharing.span.rank, []).append(sharing)
+    return {rank: pairs for rank, row in rows.items() if (pairs := sum_pairs(row)) is not None}
+
+
+def _write_pairs(pairs: PairTimes | None) -> list[str]:
+    if pairs is None:
+        return []
+    hidden = f"communication hidden {_write_ms(pairs.hidden)}, {write_share(pairs.hidden, pairs.hidden + pairs.waiting)} of it"
+    times = f"computation {_write_ms(pairs.computation)}, waiting {_write_ms(pairs.waiting)}"
+    return [f"  pairs:   {pairs.pairs} in {_write_ms(pairs.time)}: {times}; {hidden}"]
 
 
 def _describe_parting(parting: Parting) -> dict[str, Any]:

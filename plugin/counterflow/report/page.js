@@ -2,7 +2,8 @@
 (() => {
   const GUTTER = 60, MARGIN = 100, AXIS = 24, HEADING = 30, FOOT = 6, STRIP = 4; // pixels around the plots
   const PAIR = "X".charCodeAt(0);
-  const DIMMED = 0.16;
+  const DIMMED = 0.16, AWAY = 0.28; // opacity: of another micro-batch than the highlighted; of a part that does not have its rank
+  const DETAILED = 24; // pixels from which on a block shows how its parts shared the rank
   const pictures = JSON.parse(document.getElementById("data").textContent).pictures.map(unpackPicture);
   const total = Math.max(...pictures.map((picture) => picture.makespan)) || 1;
   const highest = Math.max(1, ...pictures.flatMap((picture) => picture.peakActivations.concat(picture.peakQueued)));
@@ -10,7 +11,7 @@
   const view = { from: 0, to: total };
   const lit = { hovered: null, pinned: null };
   const stats = { blocks: 0, frames: 0, milliseconds: 0 };
-  let colours = {}, hatch = null, width = 0, waiting = false, drag = null;
+  let colours = {}, hatch = null, stripes = null, width = 0, waiting = false, drag = null;
 
   // ---- data
   function unpackPicture(raw, index) {
@@ -18,6 +19,7 @@
     const picture = { ...raw, canvas, pen: canvas.getContext("2d"), cursor: canvas.nextElementSibling, stale: true };
     picture.rows = raw.rows.map(unpackRow);
     picture.idle = raw.idle.map((idle) => ({ ...idle, starts: Float64Array.from(idle.starts), lengths: Float64Array.from(idle.lengths) }));
+    picture.sharing = raw.sharing.map(unpackSharing);
     const ranks = raw.rows.length;
     picture.rowHeight = clamp(Math.floor(480 / ranks), 9, 32);
     picture.stripHeight = clamp(Math.floor(320 / ranks), 14, 32);
@@ -37,6 +39,29 @@
     row.backStages = Int32Array.from(raw.backStages);
     row.backMicrobatches = Int32Array.from(raw.backMicrobatches);
     return row;
+  }
+
+  function unpackSharing(raw) {
+    const sharing = { ...raw, starts: Float64Array.from(raw.starts) };
+    for (const name of ["computes", "underWay", "waits"]) {
+      const { starts, lengths, parts } = raw[name];
+      sharing[name] = { starts: Float64Array.from(starts), lengths: Float64Array.from(lengths), parts: Uint8Array.from(parts) };
+    }
+    return sharing;
+  }
+
+  /** Where in a rank's sharing the block is that begins then; -1 where nothing is recorded of it. */
+  function findShared(sharing, start) {
+    const n = findLast(sharing.starts, start);
+    return n >= 0 && sharing.starts[n] === start ? n : -1;
+  }
+
+  /** Calls with start, end and part of each interval that begins within a block; none reaches beyond its block. */
+  function visitWithin({ starts, lengths, parts }, from, to, visit) {
+    let n = findLast(starts, from);
+    while (n > 0 && starts[n - 1] >= from) n -= 1;
+    if (n < 0 || starts[n] < from) n += 1;
+    for (; n < starts.length && starts[n] < to; n++) visit(starts[n], starts[n] + lengths[n], parts[n]);
   }
 
   /** The single actions of block n of a row: one, or the F and the B of an overlapped pair. */
@@ -106,19 +131,20 @@
   }
 
   function readColours() {
-    const names = ["ground", "ink", "muted", "grid", "frame", "idle", "hatch", "activations", "queued", "reduction"];
+    const names = ["ground", "ink", "muted", "grid", "frame", "idle", "hatch", "activations", "queued", "reduction", "communication", "waiting"];
     for (const way of ["up", "down"]) for (const kind of "FBIW") names.push(`${way}-${kind}`);
     colours = findColours(names);
-    hatch = makeHatch();
+    hatch = makeHatch(colours.idle, colours.hatch);
+    stripes = makeHatch(colours.ground, colours.waiting);
   }
 
-  function makeHatch() {
+  function makeHatch(ground, line) {
     const tile = document.createElement("canvas");
     tile.width = tile.height = 6;
     const pen = tile.getContext("2d");
-    pen.fillStyle = colours.idle;
+    pen.fillStyle = ground;
     pen.fillRect(0, 0, 6, 6);
-    pen.strokeStyle = colours.hatch;
+    pen.strokeStyle = line;
     pen.beginPath();
     for (const shift of [-6, 0, 6]) { pen.moveTo(shift - 1, 7); pen.lineTo(shift + 7, -1); }
     pen.stroke();
@@ -139,7 +165,7 @@
     picture.rows.forEach((row, rank) => {
       const top = AXIS + rank * rowHeight;
       drawIdle(picture, rank, top);
-      drawRow(picture, row, top);
+      drawRow(picture, row, rank, top);
       drawReductions(picture, rank, top);
       drawMemory(picture, rank, picture.memoryTop + rank * stripHeight);
     });
@@ -210,7 +236,7 @@
     }
   }
 
-  function drawRow(picture, row, top) {
+  function drawRow(picture, row, rank, top) {
     const shown = lit.pinned ?? lit.hovered;
     let painted = -Infinity, skipped = false;
     for (let n = Math.max(0, findLast(row.starts, view.from)); n < row.starts.length && row.starts[n] < view.to; n++) {
@@ -221,7 +247,9 @@
       const thin = right - painted < 0.4 + 0.6 * ((n * 0.618034) % 1);
       skipped ||= thin;
       if (thin && (shown === null || !listParts(row, n).some((part) => part.microbatch === shown))) continue;
-      drawBlock(picture, listParts(row, n), skipped && left - painted < 1.2 ? painted : left, right, top, shown);
+      const isShared = right - left >= DETAILED && findShared(picture.sharing[rank], row.starts[n]) >= 0;
+      if (isShared) drawShared(picture, listParts(row, n), rank, row.starts[n], row.starts[n] + row.lengths[n], top, shown);
+      else drawBlock(picture, listParts(row, n), skipped && left - painted < 1.2 ? painted : left, right, top, shown);
       painted = right;
       skipped = false;
       stats.blocks += 1;
@@ -240,7 +268,43 @@
       pen.fillRect(left, top + 1 + n * partHeight, Math.max(right - left - gap, matches && shown !== null ? 1.5 : 0.5), partHeight);
       drawLabel(pen, part, left, right - gap, top + 1 + n * partHeight, partHeight);
     });
+    drawFrame(picture, parts, left, right, top, shown);
+  }
+
+  /** A recorded block: a part is pale where it does not have the rank, stripes are waits, a line is a communication under way. */
+  function drawShared(picture, parts, rank, start, end, top, shown) {
+    const { pen, rowHeight } = picture, { computes, underWay, waits } = picture.sharing[rank];
+    const left = toX(start), right = toX(end), height = (rowHeight - 2) / parts.length, line = clamp(height / 5, 1, 3);
+    const foot = parts.length > 1 ? 1.5 : 0; // the frame's
+    const alphas = parts.map((part) => (shown === null || part.microbatch === shown ? 1 : DIMMED)), widest = parts.map(() => [0, 0]);
+    const fill = (from, to, y, high) => {
+      const near = Math.max(toX(from), GUTTER), far = Math.min(toX(to), width - MARGIN);
+      if (far > near) pen.fillRect(near, y, far - near, high);
+      return [near, far];
+    };
+    const paint = (from, to, n, alpha) => {
+      pen.globalAlpha = alphas[n] * alpha;
+      pen.fillStyle = colours[`${nameDirection(picture, parts[n])}-${parts[n].kind}`];
+      const [near, far] = fill(from, to, top + 1 + n * height, height);
+      if (alpha === 1 && far - near > widest[n][1] - widest[n][0]) widest[n] = [near, far];
+    };
+    parts.forEach((_, n) => paint(start, end, n, AWAY));
+    visitWithin(computes, start, end, (from, to, n) => paint(from, to, n, 1));
+    pen.globalAlpha = Math.max(...alphas);
+    pen.fillStyle = stripes;
+    visitWithin(waits, start, end, (from, to) => fill(from, to, top + 1, rowHeight - 2));
+    pen.fillStyle = colours.communication;
+    visitWithin(underWay, start, end, (from, to, n) => fill(from, to, top + 1 + (n + 1) * height - foot - line, line));
+    parts.forEach((part, n) => {
+      pen.globalAlpha = alphas[n];
+      drawLabel(pen, part, ...widest[n], top + 1 + n * height, height);
+    });
+    drawFrame(picture, parts, left, right, top, shown);
+  }
+
+  function drawFrame({ pen, rowHeight }, parts, left, right, top, shown) {
     if (parts.length < 2 || right - left < 4) return;
+    const gap = right - left > 4 ? 1 : 0;
     pen.globalAlpha = shown === null || parts.some((part) => part.microbatch === shown) ? 1 : DIMMED;
     pen.strokeStyle = colours.frame;
     pen.lineWidth = right - left < 8 ? 0.75 : 1.5;
@@ -331,7 +395,7 @@
     const parts = listParts(row, n);
     const lower = (y - AXIS) % rowHeight >= rowHeight / 2;
     const part = parts[parts.length > 1 && lower ? 1 : 0];
-    return { type: "action", rank, parts, part, start: row.starts[n], length: row.lengths[n] };
+    return { type: "action", rank, parts, part, start: row.starts[n], length: row.lengths[n], time };
   }
 
   function findReduction({ reductions }, rank, time) {
@@ -354,7 +418,23 @@
     if (target.type === "idle") return [`rank ${target.rank} is idle`, target.reason, times];
     const names = target.parts.map((part) => part.stage + part.kind + part.microbatch);
     const words = target.parts.map((part) => `${part.kind}: stage ${part.stage}, micro-batch ${part.microbatch}, ${nameDirection(picture, part)}`);
-    return [names.join(" & ") + (names.length > 1 ? " overlapped" : ""), ...words, `rank ${target.rank}`, times];
+    const shared = describeShared(picture.sharing[target.rank], target);
+    return [names.join(" & ") + (names.length > 1 ? " overlapped" : ""), ...words, `rank ${target.rank}`, times, ...shared];
+  }
+
+  /** What is recorded of how a block's parts shared the rank, in all and under the pointer. */
+  function describeShared(sharing, { parts, start, length, time }) {
+    const n = findShared(sharing, start), here = [];
+    if (n < 0) return [];
+    const look = (intervals, words) => visitWithin(intervals, start, start + length, (from, to, part) => {
+      if (from <= time && time <= to) here.push(`${parts[part].kind} ${words}`);
+    });
+    look(sharing.computes, "computes");
+    look(sharing.waits, "waits for its communication");
+    look(sharing.underWay, "has a communication under way");
+    const [waiting, hidden] = [sharing.waiting[n], sharing.hidden[n]];
+    const sums = `computation ${writeNumber(length - waiting)}, waiting ${writeNumber(waiting)}, communication hidden ${writeNumber(hidden)}`;
+    return here.length ? [sums, `here: ${[...new Set(here)].join(", ")}`] : [sums];
   }
 
   function describeMemory({ memory }, { rank, time }) {

@@ -1,14 +1,23 @@
 """The interactive page: one HTML file without network, its data as arrays in one JSON element."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from counterflow.report import colours
 from counterflow.report.filling import fill_page
-from counterflow.report.picture import MAX_SPANS, Picture, make_legend, prepare_pictures, write_number
+from counterflow.report.picture import (
+    MAX_SPANS,
+    PAIR_COLUMNS,
+    Picture,
+    list_pair_times,
+    make_legend,
+    prepare_pictures,
+    write_number,
+)
 from counterflow.schedule.actions import PAIR, Action
 from counterflow.schedule.layouts import BIDIRECTIONAL
+from counterflow.schedule.sharing import Sharing, sum_pairs
 
 
 def render_html(pictures: Sequence[Picture]) -> str:
@@ -29,6 +38,7 @@ def render_html(pictures: Sequence[Picture]) -> str:
         kinds=[(kind, colours.KIND_NAMES[kind], colours.choose_text_colour(kind)) for kind in legend.kinds],
         paired=legend.paired,
         reductions=colours.REDUCTION_NAME if legend.reductions else None,
+        communications=legend.communications,
     )
 
 
@@ -37,7 +47,8 @@ def encode_picture(picture: Picture) -> dict[str, Any]:
 
     ``rows``: kinds as one string (X for an overlapped pair), starts, lengths, stages, micro-batches; the B's of pairs
     in order in ``backStages`` and ``backMicrobatches``. ``idle``: starts, lengths, reasons. ``reductions``: starts, lengths,
-    stages. ``memory``: levels from each time on.
+    stages. ``sharing``: of recorded communications, what each rank computed, what was under way, where it waited; the actions'
+    waits and hidden times. ``memory``: levels from each time on.
     """
     table, timeline = picture.table, picture.timeline
     # Seven digits of the makespan: far below a pixel at any zoom, a third of the size.
@@ -87,9 +98,34 @@ def encode_picture(picture: Picture) -> dict[str, Any]:
             }
             for spans in picture.split_reductions()
         ],
+        "sharing": [_encode_sharing(row, digits) for row in picture.split_sharing()],
         "memory": [_encode_levels(picture, rank, digits) for rank in range(table.ranks)],
         "peakActivations": _pad(timeline.peak_activations, table.ranks),
         "peakQueued": _pad(timeline.peak_queued, table.ranks),
+    }
+
+
+def _encode_sharing(row: Sequence[Sharing], digits: int) -> dict[str, Any]:
+    """Return a rank's intervals in order of their starts; ``parts`` says whose they are: 1 is the B of a pair, 0 is any other."""
+
+    def encode(found: Iterable[tuple[float, float, int]]) -> dict[str, Any]:
+        ordered = sorted(found)
+        return {
+            "starts": [round(start, digits) for start, _, _ in ordered],
+            "lengths": [round(end - start, digits) for start, end, _ in ordered],
+            "parts": [part for _, _, part in ordered],
+        }
+
+    def gather(name: str) -> Iterable[tuple[float, float, int]]:
+        return ((*one, n) for sharing in row for n, part in enumerate(sharing.parts) for one in getattr(part, name))
+
+    return {
+        "starts": [round(sharing.span.start, digits) for sharing in row],
+        "waiting": [round(sharing.waiting, digits) for sharing in row],
+        "hidden": [round(sharing.hidden, digits) for sharing in row],
+        "computes": encode(gather("computes")),
+        "underWay": encode(gather("under_way")),
+        "waits": encode(gather("waits")),
     }
 
 
@@ -113,10 +149,15 @@ def _describe(picture: Picture) -> dict[str, Any]:
     """Return the words and figures of a picture's part of the page."""
     table, timeline = picture.table, picture.timeline
     busy = [sum(span.end - span.start for span in row) for row in picture.split_ranks()]
+    sharing = picture.split_sharing()
+    paired = [list_pair_times(sum_pairs(row)) for row in sharing]
     columns = [busy, [timeline.makespan - time for time in busy], timeline.peak_activations, timeline.peak_queued]
     return {
         "title": picture.title,
         "size": f"{table.ranks} ranks, {table.microbatches} micro-batches, {table.layout.name} layout",
         "summary": picture.summarise(),
+        "columns": ["rank", "busy", "idle", "peak activations", "peak queued"],
         "ranks": [[rank, *map(write_number, row)] for rank, row in enumerate(zip(*columns, strict=False))],
+        "pair_columns": ["rank", *PAIR_COLUMNS],
+        "pairs": [[rank, *row] for rank, row in enumerate(paired)] if any(map(any, paired)) else [],
     }

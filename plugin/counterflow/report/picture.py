@@ -8,11 +8,13 @@ from counterflow.errors import CounterflowError
 from counterflow.report.colours import SINGLES
 from counterflow.schedule.actions import Action
 from counterflow.schedule.layouts import BIDIRECTIONAL
+from counterflow.schedule.sharing import PairTimes, Sharing, find_sharing, sum_pairs
 from counterflow.schedule.table import ScheduleTable
 from counterflow.schedule.timeline import Span, Timeline
 
 MAX_SPANS = 2_000_000
 MAX_TITLE = 200
+PAIR_COLUMNS = ("pairs", "time in pairs", "computation", "waiting", "communication hidden", "hidden share")
 NO_REASON = "a recorded step does not say why"
 
 
@@ -66,6 +68,15 @@ class Picture:
         if self.timeline.makespan > free:
             yield Idle(rank, free, self.timeline.makespan, "nothing left to do")
 
+    def split_sharing(self) -> list[list[Sharing]]:
+        """Return the actions of each rank of which a record says how their parts shared it, in order of time; else empty rows."""
+        rows: list[list[Sharing]] = [[] for _ in range(self.table.ranks)]
+        for sharing in find_sharing(self.timeline):
+            rows[sharing.span.rank].append(sharing)
+        for row in rows:
+            row.sort(key=lambda one: (one.span.start, one.span.end))
+        return rows
+
     def find_direction(self, single: Action) -> str:
         """Return where the forward pass of a single action goes: ``up`` from rank 0 to P-1, or ``down``."""
         if self.table.layout.name == BIDIRECTIONAL:
@@ -84,17 +95,24 @@ class Picture:
         }
         if timeline.peak_bytes:
             figures["peak bytes"] = write_bytes(max(timeline.peak_bytes))
+        if pairs := sum_pairs(find_sharing(timeline)):
+            figures["waiting in pairs"] = write_share(pairs.waiting, pairs.time)
+            figures["communication hidden in pairs"] = write_share(pairs.hidden, pairs.hidden + pairs.waiting)
         return figures
 
 
 @dataclass(frozen=True)
 class Legend:
-    """What occurs in some pictures: directions (up, down), kinds (F, B, I, W), overlapped pairs, reductions that take time."""
+    """What occurs in some pictures: directions (up, down), kinds (F, B, I, W), overlapped pairs, reductions that take time.
+
+    ``communications``: whether a record says how parts shared their rank.
+    """
 
     directions: list[str]
     kinds: list[str]
     paired: bool
     reductions: bool
+    communications: bool
 
 
 def make_legend(pictures: Sequence[Picture]) -> Legend:
@@ -104,7 +122,8 @@ def make_legend(pictures: Sequence[Picture]) -> Legend:
     directions = [way for way in ("up", "down") if any(way == direction for direction, _ in found)]
     kinds = [kind for kind in SINGLES if any(kind == other for _, other in found)]
     reductions = any(map(any, (picture.split_reductions() for picture in pictures)))
-    return Legend(directions, kinds, any(action.parts for _, action in actions), reductions)
+    communications = any(map(any, (picture.split_sharing() for picture in pictures)))
+    return Legend(directions, kinds, any(action.parts for _, action in actions), reductions, communications)
 
 
 def prepare_pictures(pictures: Sequence[Picture], limit: int, form: str) -> list[Picture]:
@@ -114,15 +133,22 @@ def prepare_pictures(pictures: Sequence[Picture], limit: int, form: str) -> list
     """
     if not pictures:
         raise CounterflowError(f"no picture given; {form} shows one or more: pass at least one Picture(title, table, timeline)")
-    spans = sum(len(picture.timeline.spans) for picture in pictures)
+    spans = sum(_count_spans(picture.timeline) for picture in pictures)
     if spans > limit:
-        raise CounterflowError(
-            f"{spans:,} spans given; {form} shows at most {limit:,}: draw fewer micro-batches, ranks or schedules at once"
-        )
+        given = f"{spans:,} {_name_spans(pictures)} given; {form} shows at most {limit:,}"
+        raise CounterflowError(f"{given}: draw fewer micro-batches, ranks or schedules at once")
     pictures = [replace(picture, title=clean_text(picture.title)) for picture in pictures]
     for picture in pictures:
         _check_picture(picture)
     return [_shift_to_zero(picture) for picture in pictures]
+
+
+def _name_spans(pictures: Sequence[Picture]) -> str:
+    return "spans and communications" if any(picture.timeline.communications for picture in pictures) else "spans"
+
+
+def _count_spans(timeline: Timeline) -> int:
+    return len(timeline.spans) + len(timeline.communications) + sum(len(turns.starts) for turns in timeline.turns)
 
 
 def _check_picture(picture: Picture) -> None:
@@ -156,7 +182,19 @@ def _shift_to_zero(picture: Picture) -> Picture:
     spans = tuple(replace(span, start=span.start - origin, end=span.end - origin) for span in timeline.spans)
     waits = tuple(replace(wait, start=wait.start - origin, end=wait.end - origin) for wait in timeline.waits)
     reductions = tuple(replace(span, start=span.start - origin, end=span.end - origin) for span in timeline.reductions)
-    return replace(picture, timeline=replace(timeline, spans=spans, waits=waits, reductions=reductions))
+    communications = tuple(
+        replace(
+            one,
+            issued=one.issued - origin,
+            waited=one.waited - origin,
+            end=one.end - origin,
+            complete=None if one.complete is None else one.complete - origin,
+        )
+        for one in timeline.communications
+    )
+    turns = tuple(replace(one, starts=tuple(start - origin for start in one.starts)) for one in timeline.turns)
+    shifted = replace(timeline, spans=spans, waits=waits, reductions=reductions, communications=communications, turns=turns)
+    return replace(picture, timeline=shifted)
 
 
 def write_number(value: float) -> str:
@@ -164,6 +202,19 @@ def write_number(value: float) -> str:
     digits = 0 if value == 0 else max(0, 4 - math.floor(math.log10(abs(value))))
     text = f"{value:.{digits}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def write_share(part: float, whole: float) -> str:
+    """Return a part of a whole in percent, a dash where there is no whole."""
+    return f"{part / whole:.1%}" if whole else "–"
+
+
+def list_pair_times(pairs: PairTimes | None) -> list[str]:
+    """Return what the pairs of a rank did, in words beside `PAIR_COLUMNS`; "" where there are none."""
+    if pairs is None:
+        return [""] * len(PAIR_COLUMNS)
+    times = (pairs.time, pairs.computation, pairs.waiting, pairs.hidden)
+    return [str(pairs.pairs), *map(write_number, times), write_share(pairs.hidden, pairs.hidden + pairs.waiting)]
 
 
 def write_bytes(count: float) -> str:

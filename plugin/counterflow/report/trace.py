@@ -17,8 +17,10 @@ Event = dict[str, Any]
 def render_trace(pictures: Sequence[Picture]) -> str:
     """Return the trace as JSON: a process per picture, a thread per rank, one unit of the timeline shown as 1 ms.
 
-    An overlapped pair is one slice with its F and its B, of the same length, nested in it. Idle spans are slices of category
-    ``idle`` with their reason; a rank's reductions have a thread of their own, below the ranks. Counters per rank hold live
+    An overlapped pair is one slice with its F and its B, of the same length, nested in it. What is recorded of how they shared
+    the rank is nested in these: slices of categories ``computation`` and ``waiting``; communications have two threads of their
+    own per rank, those of backwards apart, below the ranks. Idle spans are slices of category ``idle`` with their reason; a
+    rank's reductions have a thread of their own, below the ranks. Counters per rank hold live
     activations and queued weight gradients, in micro-batches of 1/P of the model. Raises `CounterflowError` for no picture, one
     without spans, or more than 2,000,000 spans in all.
     """
@@ -47,6 +49,7 @@ def _list_events(process: int, picture: Picture) -> Iterator[Event]:
         yield _describe("thread_name", process, rank, name=f"rank {rank}")
         yield _describe("thread_sort_index", process, rank, sort_index=rank)
     yield from _list_actions(process, picture)
+    yield from _list_sharing(process, picture)
     yield from _list_reductions(process, picture)
     yield from _list_idle(process, picture)
     yield from _list_counters(process, picture)
@@ -74,6 +77,25 @@ def _list_reductions(process: int, picture: Picture) -> Iterator[Event]:
         for span in row:
             args = {"action": str(span.action), "stage": span.action.stage}
             yield _slice(process, thread, f"R stage {span.action.stage}", "R", _time(span.start, span.end), args)
+
+
+def _list_sharing(process: int, picture: Picture) -> Iterator[Event]:
+    """One part of a pair has the rank at a time; communications of the two may be under way together."""
+    for rank, row in enumerate(picture.split_sharing()):
+        threads = {way: 2 * (picture.table.ranks + rank) + n for n, way in enumerate(("forwards", "backwards"))}
+        for way, thread in threads.items() if row else ():
+            yield _describe("thread_name", process, thread, name=f"communications of rank {rank}, {way}")
+            yield _describe("thread_sort_index", process, thread, sort_index=thread)
+        for sharing in row:
+            for part in sharing.parts:
+                name, args = _name(part.single), _explain(picture, part.single)
+                for start, end in part.computes:
+                    yield _slice(process, rank, f"{name} computes", "computation", _time(start, end), args)
+                for start, end in part.waits:
+                    yield _slice(process, rank, f"{name} waits", "waiting", _time(start, end), args)
+                thread = threads["forwards" if part.single.kind == "F" else "backwards"]
+                for start, end in part.under_way:
+                    yield _slice(process, thread, f"communication of {name}", "communication", _time(start, end), args)
 
 
 def _list_idle(process: int, picture: Picture) -> Iterator[Event]:

@@ -85,14 +85,15 @@ class Flow:
         self.count, self.name = self.count + 1, name
         begun = recorder.mark() if recorder is not None else None
         handle = start()
+        arrivals = recorder.watch(handle) if recorder is not None else None
         self.compute_held()
         self.hand_over()
         resumed = recorder.mark() if recorder is not None else None
         self.waits = True
         result = finish(handle)
         self.waits = False
-        if recorder is not None:
-            recorder.note(self.action, begun, resumed)
+        if recorder is not None and arrivals is not None:
+            recorder.note(self.action, begun, resumed, arrivals)
         return result
 
     def compute_held(self) -> None:
@@ -120,6 +121,8 @@ class Flow:
     def wake(self) -> None:
         """Give this flow the rank."""
         global _running
+        if self._shared.recorder is not None and self.other is not None:
+            self._shared.recorder.change_turn()
         _running = self
         self._turn.release()
 

@@ -9,13 +9,25 @@ import io
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
+
+import torch.distributed as dist
 
 from counterflow.devices import make_event, wait_for_device
 from counterflow.errors import OptionError
 from counterflow.schedule.actions import Action
-from counterflow.schedule.timeline import Communication, Span, dump_record
+from counterflow.schedule.timeline import Communication, Span, Turns, dump_record
+
+
+@dataclass
+class Arrivals:
+    """When the transfers of one communication were complete: a mark each, where they can tell."""
+
+    expected: int
+    marks: list[Any] = field(default_factory=list)
 
 
 class Recorder:
@@ -25,7 +37,9 @@ class Recorder:
         self._rank = rank
         self._use_cuda_events = use_cuda_events
         self._marks: list[tuple[Action, Any, Any]] = []
-        self._communications: list[tuple[Action, Any, Any, Any]] = []
+        self._communications: list[tuple[Action, tuple[Any, Any, Any], Arrivals]] = []
+        self._turns: list[tuple[Action, list[Any]]] = []
+        self._changes: list[Any] = []
         self._action: Action | None = None
         self._begin: Any = None
         self._base: tuple[float, Any] | None = None
@@ -43,7 +57,7 @@ class Recorder:
         if self._base is None and self._use_cuda_events:
             wait_for_device()
             self._base = (time.monotonic(), self.mark())
-        self._action, self._begin = action, None
+        self._action, self._begin, self._changes = action, None, []
 
     def begin_compute(self) -> None:
         """Begin the action's span: its input has arrived (in a pair, the first part's)."""
@@ -54,11 +68,33 @@ class Recorder:
         """End the action's span. An R, which runs beside later actions, has none."""
         if self._action is not None and self._begin is not None:
             self._marks.append((self._action, self._begin, self.mark()))
+            if self._changes:
+                self._turns.append((self._action, self._changes))
         self._action = None
 
-    def note(self, action: Action, issued: Any, resumed: Any) -> None:
+    def change_turn(self) -> None:
+        """The rank goes to the other part of the running pair; first to its B."""
+        self._changes.append(self.mark())
+
+    def watch(self, handle: Any) -> Arrivals:
+        """Return what gets a mark when each of the transfers is complete that ``handle`` stands for; others cannot tell.
+
+        On a GPU torch calls back at once, on a stream that has waited for the transfer (untested on GPU).
+        """
+        works = handle if isinstance(handle, list) and handle else [handle]
+        arrivals = Arrivals(len(works))
+        for work in works:
+            if isinstance(work, dist.Work):
+                try:
+                    work.get_future().add_done_callback(lambda _: arrivals.marks.append(self.mark()))
+                # Not every backend's transfers have a future.
+                except RuntimeError:
+                    break
+        return arrivals
+
+    def note(self, action: Action, issued: Any, resumed: Any, arrivals: Arrivals) -> None:
         """A communication of the action has ended; it was ``issued``, and waited for from ``resumed`` on."""
-        self._communications.append((action, issued, resumed, self.mark()))
+        self._communications.append((action, (issued, resumed, self.mark()), arrivals))
 
     def _seconds(self, mark: Any) -> float:
         if self._base is None:
@@ -78,8 +114,24 @@ class Recorder:
         """Return the communications of one step, in the order of their ends, and forget them; call it before `take_spans`."""
         if self._use_cuda_events:
             wait_for_device()
-        found = [Communication(self._rank, a, *map(self._seconds, times)) for a, *times in self._communications]
+        found = []
+        for action, marks, arrivals in self._communications:
+            # A part may have changed its stream meanwhile; the order is the host's.
+            issued, waited, end = accumulate(map(self._seconds, marks), max)
+            complete = None
+            if len(arrivals.marks) == arrivals.expected:
+                # The thread that says so may come late.
+                complete = min(max(issued, *map(self._seconds, arrivals.marks)), end)
+            found.append(Communication(self._rank, action, issued, waited, end, complete))
         self._communications.clear()
+        return found
+
+    def take_turns(self) -> list[Turns]:
+        """Return the turns of one step's pairs and forget them; call it before `take_spans`."""
+        if self._use_cuda_events:
+            wait_for_device()
+        found = [Turns(self._rank, pair, tuple(accumulate(map(self._seconds, marks), max))) for pair, marks in self._turns]
+        self._turns.clear()
         return found
 
 
@@ -104,14 +156,15 @@ def append_record(
     schedule: str,
     spans: list[Span],
     communications: Sequence[Communication] = (),
+    turns: Sequence[Turns] = (),
 ) -> None:
-    """Append one rank's spans and communications of a step, as a line, to ``DIR/timeline-rank<global rank>.jsonl``.
+    """Append what one rank recorded of a step, as a line, to ``DIR/timeline-rank<global rank>.jsonl``.
 
     ``step`` is the trainer's number. A step that is recorded again, after a resume, gets a second line, and the last line counts.
     ``pipeline_ranks`` are the global ranks of the pipeline, ``rank`` is this rank's place among them.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    line = dump_record(step, schedule, pipeline_ranks[0], rank, spans, communications)
+    line = dump_record(step, schedule, pipeline_ranks[0], rank, spans, communications, turns)
     with (directory / f"timeline-rank{pipeline_ranks[rank]:05d}.jsonl").open("a+b") as file:
         _drop_unfinished_line(file)
         file.write(line.encode() + b"\n")

@@ -5,11 +5,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from counterflow.errors import ScheduleError
-from counterflow.schedule.actions import REDUCTION, Action, parse_action
+from counterflow.schedule.actions import PAIR, REDUCTION, Action, parse_action
 
 MAX_RECORD_BYTES = 2**30
 MAX_LINE_BYTES = 64 * 2**20
@@ -31,9 +32,10 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Communication:
-    """One communication of an F or B in its rank's own time: under way from ``issued`` to ``end``, waited for from ``waited``.
+    """One communication of an F or B in its rank's own time: ``issued``, waited for from ``waited`` to ``end``.
 
-    Recorded under ``--cf-overlap``. Where the action is part of a pair, the rank computes the other part from ``issued`` on.
+    Recorded under ``--cf-overlap``. Where the action is part of a pair, the rank computes the other part between ``issued`` and
+    ``waited``. The transfer was ``complete`` at a time that is known of torch's own transfers; of others it is None.
     """
 
     rank: int
@@ -41,6 +43,16 @@ class Communication:
     issued: float
     waited: float
     end: float
+    complete: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """When one of a pair's parts got its rank: the B at the first of the ``starts``, the F at the second, and so on in turn."""
+
+    rank: int
+    action: Action
+    starts: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +102,8 @@ class Timeline:
     """The spans of one step of a schedule, each rank's in order; ``waits`` where simulated.
 
     ``peak_bytes`` per rank where sizes were given. ``reductions``, where simulated, run beside the spans: they keep no rank from
-    computing, and count for the makespan only. ``communications`` are recorded; those of a pair show its hand-overs.
+    computing, and count for the makespan only. ``communications`` of parts and ``turns`` of pairs are recorded under
+    ``--cf-overlap``.
     """
 
     spans: tuple[Span, ...]
@@ -98,6 +111,7 @@ class Timeline:
     peak_bytes: tuple[float, ...] | None = None
     reductions: tuple[Span, ...] = ()
     communications: tuple[Communication, ...] = ()
+    turns: tuple[Turns, ...] = ()
 
     @cached_property
     def ranks(self) -> int:
@@ -154,6 +168,7 @@ def dump_record(
     rank: int,
     spans: Iterable[Span],
     communications: Iterable[Communication] = (),
+    turns: Iterable[Turns] = (),
 ) -> str:
     """Return one rank's spans of one training step, by the trainer's number, as a line of JSON.
 
@@ -161,9 +176,16 @@ def dump_record(
     """
     rows = [[str(span.action), round(span.start, 6), round(span.end, 6)] for span in spans]
     record = {"step": step, "schedule": schedule, "pipeline": pipeline, "rank": rank, "spans": rows}
-    if found := [[str(c.action), round(c.issued, 6), round(c.waited, 6), round(c.end, 6)] for c in communications]:
+    if found := [_dump_communication(one) for one in communications]:
         record["communications"] = found
+    if changed := [[str(one.action), *(round(start, 6) for start in one.starts)] for one in turns]:
+        record["turns"] = changed
     return json.dumps(record)
+
+
+def _dump_communication(one: Communication) -> list[str | float]:
+    times = (one.issued, one.waited, one.end) + (() if one.complete is None else (one.complete,))
+    return [str(one.action), *(round(time, 6) for time in times)]
 
 
 def load_record(directory: Path, step: int, pipeline: int = 0) -> Timeline:
@@ -174,6 +196,7 @@ def load_record(directory: Path, step: int, pipeline: int = 0) -> Timeline:
     """
     rows: dict[int, list[Span]] = {}
     communications: dict[int, list[Communication]] = {}
+    turns: dict[int, list[Turns]] = {}
     for path in _list_files(directory):
         # Of one rank, which may have had another place in the pipeline before a resume.
         last = None
@@ -181,12 +204,13 @@ def load_record(directory: Path, step: int, pipeline: int = 0) -> Timeline:
             last = (record, where) if record["step"] == step else last
         if last is not None and last[0]["pipeline"] == pipeline:
             rank, spans = _parse_spans(*last)
-            rows[rank], communications[rank] = spans, _parse_communications(*last)
+            rows[rank], communications[rank], turns[rank] = spans, _parse_communications(*last), _parse_turns(*last)
     if not any(rows.values()):
         raise ScheduleError(f"{directory}: no recorded spans of step {step}, pipeline {pipeline}; record with --cf-record DIR")
     return Timeline(
         tuple(span for rank in sorted(rows) for span in rows[rank]),
         communications=tuple(one for rank in sorted(rows) for one in communications[rank]),
+        turns=tuple(one for rank in sorted(rows) for one in turns[rank]),
     )
 
 
@@ -247,28 +271,52 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
 
 def _parse_spans(record: dict[str, Any], where: str) -> tuple[int, list[Span]]:
     rank = record["rank"]
-    try:
+    with _refuse_misshapen(where):
         spans = [Span(rank, parse_action(action), float(start), float(end)) for action, start, end in record["spans"]]
         for span in spans:
             if span.action.kind == REDUCTION:
                 raise ValueError(f"{span.action}, and reductions are not recorded")
             if not -LARGEST_TIME <= span.start <= span.end <= LARGEST_TIME:
                 raise ValueError(f"{span.action} from {span.start} to {span.end}, which is no time")
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ScheduleError(f"{where}: not a recorded timeline: {_describe(error)}") from error
     return rank, spans
 
 
 def _parse_communications(record: dict[str, Any], where: str) -> list[Communication]:
-    try:
+    with _refuse_misshapen(where):
         rows = record.get("communications", [])
-        found = [Communication(record["rank"], parse_action(a), float(i), float(w), float(e)) for a, i, w, e in rows]
+        return [_parse_communication(record["rank"], parse_action(action), *map(float, times)) for action, *times in rows]
+
+
+def _parse_communication(
+    rank: int, action: Action, issued: float, waited: float, end: float, complete: float | None = None
+) -> Communication:
+    _require_order(f"a communication of {action}", issued, waited, end)
+    if complete is not None:
+        _require_order(f"a communication of {action}", issued, complete, end)
+    return Communication(rank, action, issued, waited, end, complete)
+
+
+def _parse_turns(record: dict[str, Any], where: str) -> list[Turns]:
+    """Return the turns of a line, none where it is of a version without them."""
+    with _refuse_misshapen(where):
+        rows = record.get("turns", [])
+        found = [Turns(record["rank"], parse_action(action), tuple(map(float, starts))) for action, *starts in rows]
         for one in found:
-            if not -LARGEST_TIME <= one.issued <= one.waited <= one.end <= LARGEST_TIME:
-                raise ValueError(
-                    f"a communication from {one.issued} to {one.end}, waited for from {one.waited}, which is no time"
-                )
-        return found
+            if one.action.kind != PAIR:
+                raise ValueError(f"turns of {one.action}, which is no pair")
+            _require_order(f"turns of {one.action}", *one.starts)
+    return found
+
+
+def _require_order(what: str, *times: float) -> None:
+    if not all(one <= other for one, other in pairwise((-LARGEST_TIME, *times, LARGEST_TIME))):
+        raise ValueError(f"{what} at {', '.join(f'{time:g}' for time in times[:4])}, which are no times in order")
+
+
+@contextmanager
+def _refuse_misshapen(where: str) -> Iterator[None]:
+    try:
+        yield
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ScheduleError(f"{where}: not a recorded timeline: {_describe(error)}") from error
 

@@ -119,12 +119,13 @@ class Pipeline:
             self._are_counts_told = True
             self._tell_counts(self._handover)
         communications = recorder.take_communications() if recorder is not None else []
+        turns = recorder.take_turns() if recorder is not None else []
         spans = recorder.take_spans() if recorder is not None else []
         if self._auto is not None and is_measured:
             self._auto.note(spans)
         if self._options.record is not None:
             name, ranks = program.table.name, self._channels.pipeline_ranks
-            append_record(self._options.record, ranks, self.rank, step, name, spans, communications)
+            append_record(self._options.record, ranks, self.rank, step, name, spans, communications, turns)
 
     def _tell_counts(self, handover: HandOver) -> None:
         """Say in the log of global rank 0 how many communications the chunks of its pipeline have, as the first step had them."""

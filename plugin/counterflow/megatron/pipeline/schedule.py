@@ -22,6 +22,7 @@ from counterflow.megatron.pipeline.crosslink import link_pipelines
 from counterflow.megatron.pipeline.gradient_sync import GradientSync
 from counterflow.megatron.pipeline.work import MegatronWork, Step, move_to_last_rank
 from counterflow.megatron.pipeline.zero_bubble import watch_reductions
+from counterflow.megatron.streams import count_streams
 from counterflow.megatron.v_layout.embeddings import add_embedding_gradients
 from counterflow.options import Options
 from counterflow.runtime.handover import Carried
@@ -87,13 +88,14 @@ class PipelineSchedule:
             forward_step_func, iterators, chunks, config, table, num_microbatches, groups.cp.size(), forward_only,
             collect_non_loss_data, first_val_step, [], torch.zeros([], dtype=torch.int, device=device),
         )  # fmt: skip
-        (shape,) = upstream.get_tensor_shapes(
+        (narrow,) = upstream.get_tensor_shapes(
             seq_length=seq_length, micro_batch_size=micro_batch_size, decoder_seq_length=decoder_seq_length,
             config=config, tp_group=groups.tp, cp_group=groups.cp,
         )  # fmt: skip
         # An MTP layer on a stage of its own sends its output together with its input, which is longer than what it received.
         varies = config.variable_seq_lengths or getattr(config, "mtp_standalone", False)
-        form = (Member(None if varies else tuple(shape), config.pipeline_dtype),)
+        shape = None if varies else (*narrow[:-1], narrow[-1] * count_streams(config))
+        form = (Member(shape, config.pipeline_dtype),)
         program = pipeline.prepare(table, form, forward_only=forward_only)
         if forward_only:
             pipeline.evaluate(program, MegatronWork(step, self._make_sync(step, pipeline)), form, iteration)

@@ -63,6 +63,9 @@ class MegatronWork:
         tensor = take_tensor(received)
         is_first = self._prepare_forward(stage, microbatch, tensor)
         output, num_tokens = self._forward_step(stage, microbatch, tensor, is_first)
+        if output is tensor:
+            # A stage without layers. Its output is freed once it is sent, its input not.
+            output = output.clone()
         self._keep(stage, microbatch, tensor, output, num_tokens)
         return (output,)
 
