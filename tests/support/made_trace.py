@@ -9,7 +9,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
+
+from counterflow.analysis.trace import Launches, Ranges, Trace, Work
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 ORACLE = SHARED / "tools" / "trace_oracle.py"
@@ -134,3 +137,18 @@ def write_export(path: Path, rows: Iterable[tuple[str, int, int, int, int, int]]
     connection.commit()
     connection.close()
     return path
+
+
+def make_large_trace(kernels: int) -> Trace:
+    """Return a trace of so many kernels on three streams: products of 3 us one after another, transfers now and then."""
+    number = np.arange(kernels)
+    stream = np.where(number % 10 < 8, 0, number % 10 - 7)
+    place = np.where(stream == 0, number - 2 * (number // 10), number // 10)
+    start = np.where(stream == 0, 3_200, 32_000) * place
+    length = np.where(stream == 0, 3_000, np.where(number % 1000 < 300, 9_000, 2_000))
+    name = np.where(stream == 0, number % len(COMPUTE), len(COMPUTE) + number % len(COMMUNICATE))
+    nothing, none = np.full(kernels, -1), np.empty(0, np.int64)
+    device, what = np.zeros((2, kernels), np.int8)
+    work = Work(device, stream, what, name, start, start + length, nothing, nothing, nothing, nothing)
+    ranges, launches = Ranges(none, none, none, none, none), Launches(none, none, none, none)
+    return Trace("large.json", "made", COMPUTE + COMMUNICATE, (0,), (7, 23, 24), (), (), work, launches, ranges, ranges)

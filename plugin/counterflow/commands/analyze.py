@@ -21,6 +21,7 @@ from counterflow.analysis.gains import (
 )
 from counterflow.commands.arguments import add_outputs, check_outputs, write_outputs
 from counterflow.errors import TraceError
+from counterflow.report import Findings, render_findings_html, render_findings_svg, render_findings_trace
 from counterflow.report.overlap_text import write_comparison, write_device, write_gains, write_ranks
 
 MAX_FILES = 1024
@@ -38,7 +39,7 @@ def add_analyze_command(commands: Any) -> None:
     )
     parser.add_argument("--classes", type=Path, metavar="FILE", help="families of kernels of your own, in TOML")
     parser.add_argument("--against", type=Path, metavar="TRACE", help="a trace, record or simulated timeline to compare with")
-    add_outputs(parser, "costs")
+    add_outputs(parser, "html", "svg", "trace", "costs")
     parser.set_defaults(run=run_analyze)
 
 
@@ -56,7 +57,16 @@ def run_analyze(args: argparse.Namespace) -> int:
     against = _compare(args.against, devices, families) if args.against is not None else []
     costs = _find_costs(devices) if args.costs is not None else {}
     gains = _list_gains(devices, ranks)
-    write_outputs(args, {"costs": lambda: json.dumps(costs, indent=2) + "\n"})
+    title = ", ".join(path.name for path in args.traces)
+    write_outputs(
+        args,
+        {
+            "html": lambda: render_findings_html(_gather(traces, devices, ranks, gains, against), title),
+            "svg": lambda: render_findings_svg(devices),
+            "trace": lambda: render_findings_trace(devices),
+            "costs": lambda: json.dumps(costs, indent=2) + "\n",
+        },
+    )
     if args.json:
         print(json.dumps(_describe(traces, devices, ranks, gains, against), indent=2, allow_nan=False))
     else:
@@ -86,6 +96,20 @@ def _list_gains(devices: Sequence[Device], ranks: Sequence[Rank]) -> list[list[G
     schedule = name_schedule_gain(compare_schedules(devices), max(device.window for device in devices))
     shared += [schedule] if schedule is not None else []
     return [*map(list_gains, devices), sorted(shared, key=lambda gain: -gain.time)]
+
+
+def _gather(
+    traces: Sequence[Trace],
+    devices: Sequence[Device],
+    ranks: Sequence[Rank],
+    gains: Sequence[Sequence[Gain]],
+    against: Sequence[Comparison],
+) -> Findings:
+    """Return what the page shows; of one device all gains are its own."""
+    cuts = [trace.cut for trace in traces if trace.cut]
+    if len(devices) == 1:
+        return Findings(devices, [[*gains[0], *gains[-1]]], (), (), against, cuts)
+    return Findings(devices, gains[:-1], gains[-1], ranks, against, cuts)
 
 
 def _describe(

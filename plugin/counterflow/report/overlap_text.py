@@ -22,9 +22,9 @@ MANY_CLASHES = 0.01
 
 def write_device(device: Device, costs_hint: str = "") -> list[str]:
     """Return a device's summary: the line of all figures, exposed phases, costs, kinds and what is worth a word."""
-    name = name_rank(device) if device.trace.rank is None else f"rank {name_rank(device)}"
-    line = f"{name}  {summarize(device)}"
-    return [line, *_write_phases(device.phases), *_write_costs(device, costs_hint), *_write_kinds(device), *_write_notes(device)]
+    costs = [line + costs_hint for line in write_costs(device)]
+    kinds = align(list_kinds(device))
+    return [f"{name_device(device)}  {summarize(device)}", *_write_phases(device.phases), *costs, *kinds, *list_notes(device)]
 
 
 def _write_phases(phases: Sequence[Phase]) -> list[str]:
@@ -34,13 +34,14 @@ def _write_phases(phases: Sequence[Phase]) -> list[str]:
     lines = ["exposed  " + "   ".join(f"{show_name(phase.name)} {write_ms(phase.exposed)} ms" for phase in exposed[:MOST_PHASES])]
     if len(exposed) > MOST_PHASES:
         lines[0] += f"   … {len(exposed) - MOST_PHASES} more"
-    for phase in exposed[:MOST_PHASES]:
-        causes = sorted(_sum_heads(phase).items(), key=lambda item: -item[1])[:MOST_NAMES]
-        if causes:
-            lines.append(
-                f"  {show_name(phase.name)}: " + ", ".join(f"{show_name(name)} {write_ms(time)} ms" for name, time in causes)
-            )
-    return lines
+    causes = {show_name(phase.name): list_causes(phase) for phase in exposed[:MOST_PHASES]}
+    return [*lines, *(f"  {name}: {words}" for name, words in causes.items() if words)]
+
+
+def list_causes(phase: Phase) -> str:
+    """Return the kernels that a phase's exposed time waited for, the longest first."""
+    causes = sorted(_sum_heads(phase).items(), key=lambda item: -item[1])[:MOST_NAMES]
+    return ", ".join(f"{show_name(name)} {write_ms(time)} ms" for name, time in causes)
 
 
 def _sum_heads(phase: Phase) -> dict[str, int]:
@@ -52,7 +53,8 @@ def _sum_heads(phase: Phase) -> dict[str, int]:
     return sums
 
 
-def _write_costs(device: Device, hint: str) -> list[str]:
+def write_costs(device: Device) -> list[str]:
+    """Return the line of a chunk's costs, none where no phases name its parts."""
     parts = sum_parts(device)
     # Of a timeline these are sums over all micro-batches.
     if not parts or device.trace.timeline is not None:
@@ -63,19 +65,21 @@ def _write_costs(device: Device, hint: str) -> list[str]:
             f"{part} {write_ms(times.compute)}" + (f" + {write_ms(times.communication)}" if times.communication else "") + " ms"
         )
     overlap, perfect = measure_overlap(device)
-    return ["costs    " + "   ".join([*words, f"pair overlap {overlap:.2f} (perfect {perfect:.2f})"]) + hint]
+    return ["costs    " + "   ".join([*words, f"pair overlap {overlap:.2f} (perfect {perfect:.2f})"])]
 
 
-def _write_kinds(device: Device) -> list[str]:
+def list_kinds(device: Device) -> list[list[str]]:
+    """Return the kinds of kernels as a table, its headings first."""
     rows = [["kind", "kernels", "ms", "exposed ms"]]
     for kind, share in list(device.kinds.items())[:MOST_KINDS]:
         rows.append([kind, f"{share.kernels:,}", write_ms(share.time), write_ms(share.exposed) if kind in COMMUNICATION else ""])
     if device.copies[0]:
         rows.append(["copies and fills", f"{device.copies[0]:,}", write_ms(device.copies[1]), ""])
-    return align(rows)
+    return rows
 
 
-def _write_notes(device: Device) -> list[str]:
+def list_notes(device: Device) -> list[str]:
+    """Return what is worth a word: kernels that no family knows, broken durations, what was left out."""
     notes = []
     if device.unclassified:
         names = ", ".join(f"{show_name(name)} {write_ms(time)} ms" for name, _, time in device.unclassified[:MOST_NAMES])
@@ -105,6 +109,20 @@ def write_gains(gains: Iterable[Gain]) -> list[str]:
 
 def write_ranks(ranks: Sequence[Rank]) -> list[str]:
     """Return ranks side by side, with the slowest in each respect."""
+    slowest = max(ranks, key=lambda rank: rank.device.compute.length)
+    mean = sum(rank.device.compute.length for rank in ranks) / len(ranks)
+    lines = align(list_ranks(ranks))
+    if mean:
+        ratio = slowest.device.compute.length / mean
+        lines.append(f"most computation: {name_rank(slowest.device)}, {ratio:.3f} of the mean")
+    experts = [rank.experts for rank in ranks]
+    if sum(experts):
+        lines.append(f"grouped products: slowest rank {max(experts) * len(experts) / sum(experts):.3f} of the mean")
+    return lines
+
+
+def list_ranks(ranks: Sequence[Rank]) -> list[Sequence[str]]:
+    """Return ranks side by side as a table, its headings first."""
     rows: list[Sequence[str]] = [RANK_COLUMNS]
     for rank in ranks:
         device = rank.device
@@ -114,16 +132,7 @@ def write_ranks(ranks: Sequence[Rank]) -> list[str]:
             name_rank(device), write_ms(device.window), write_percent(device.busy, device.window), *map(write_ms, times),
             waiting, write_ms(device.exposed), f"{100 * rank.bubble:.1f} %", write_ms(rank.experts),
         ])  # fmt: skip
-    slowest = max(ranks, key=lambda rank: rank.device.compute.length)
-    mean = sum(rank.device.compute.length for rank in ranks) / len(ranks)
-    lines = align(rows)
-    if mean:
-        ratio = slowest.device.compute.length / mean
-        lines.append(f"most computation: {name_rank(slowest.device)}, {ratio:.3f} of the mean")
-    experts = [rank.experts for rank in ranks]
-    if sum(experts):
-        lines.append(f"grouped products: slowest rank {max(experts) * len(experts) / sum(experts):.3f} of the mean")
-    return lines
+    return rows
 
 
 def name_rank(device: Device) -> str:
@@ -134,21 +143,33 @@ def name_rank(device: Device) -> str:
     return label if device.trace.rank is None else f"{device.trace.rank} {label}"
 
 
+def name_device(device: Device) -> str:
+    """Return what a device is called in a heading."""
+    return name_rank(device) if device.trace.rank is None else f"rank {name_rank(device)}"
+
+
 def write_comparison(comparison: Comparison) -> list[str]:
     """Return what changed between two windows, the largest changes first."""
+    tables = tabulate(comparison)
+    return [tables[0][0], *(line for _, rows in tables for line in align(rows))]
+
+
+def tabulate(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
+    """Return what changed between two windows as tables by kind, by phase and by part of a chunk, the first with a summary."""
     step = comparison.step
-    lines = [
+    summary = (
         f"{name_rank(comparison.after)}: step {write_ms(step.after)} ms, against {write_ms(step.before)} ms: {_signed(step)} ms; "
         f"the kinds below explain {100 * comparison.explained:.1f} % of it"
-    ]
+    )
     tables = [("kind", comparison.kinds), ("phase", comparison.phases)]
     if any(change.name in PARTS.values() for change in comparison.parts):
         tables.append(("part of a chunk", comparison.parts))
+    made: list[tuple[str, list[list[str]]]] = []
     for title, changes in tables:
         rows = [[title, "before ms", "after ms", "difference ms"]]
         rows += [[show_name(c.name), write_ms(c.before), write_ms(c.after), _signed(c)] for c in changes[:MOST_CHANGES]]
-        lines += align(rows)
-    return lines
+        made.append(("" if made else summary, rows))
+    return made
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
