@@ -6,6 +6,7 @@ from typing import Any
 from counterflow.analysis.chunks import measure_overlap, sum_parts
 from counterflow.analysis.cluster import Rank
 from counterflow.analysis.overlap import Device
+from counterflow.analysis.repetition import find_repetitions
 from counterflow.analysis.trace import Label, Trace
 
 
@@ -44,6 +45,19 @@ def describe_device(device: Device) -> dict[str, Any]:
             for phase in device.phases
         ],
         "chunks": describe_chunks(device),
+        "repetition": [
+            {
+                "name": unit.name,
+                "kernels": unit.kernels,
+                "repeats": unit.repeats,
+                "starts_us": [to_us(start) for start in unit.starts],
+                "us": to_us(unit.length),
+                "compute_us": to_us(unit.compute),
+                "exposed_us": to_us(unit.exposed),
+                "share_of_computation": round(unit.share, 6),
+            }
+            for unit in find_repetitions(device)
+        ],
         "copies": {"kernels": device.copies[0], "us": to_us(device.copies[1])},
         "left_out": dict(device.left_out),
         "unclassified": [{"name": name, "kernels": count, "us": to_us(time)} for name, count, time in device.unclassified],

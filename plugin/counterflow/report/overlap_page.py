@@ -27,7 +27,16 @@ from counterflow.report.lanes import (
     find_offsets,
     list_lanes,
 )
-from counterflow.report.overlap_text import list_causes, list_kinds, list_notes, list_ranks, name_device, tabulate, write_costs
+from counterflow.report.overlap_text import (
+    list_causes,
+    list_kinds,
+    list_notes,
+    list_ranks,
+    name_device,
+    tabulate,
+    write_costs,
+    write_repetitions,
+)
 from counterflow.report.picture import clean_text
 
 MOST_PHASES = 200
@@ -93,7 +102,7 @@ def _describe(device: Device, gains: Sequence[Gain]) -> dict[str, Any]:
         "kinds": list_kinds(device),
         "costs": " ".join(write_costs(device)),
         "gains": [_describe_gain(gain) for gain in gains],
-        "notes": list_notes(device),
+        "notes": [*write_repetitions(device), *list_notes(device)],
     }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from counterflow.analysis.comparison import Change, Comparison
 from counterflow.analysis.gains import Gain
 from counterflow.analysis.names import split_name
 from counterflow.analysis.overlap import Device, Phase
+from counterflow.analysis.repetition import find_repetitions
 from counterflow.analysis.summary import summarize, write_ms, write_percent
 
 MOST_PHASES, MOST_KINDS, MOST_NAMES, MOST_CHANGES = 6, 24, 3, 8
@@ -24,7 +25,14 @@ def write_device(device: Device, costs_hint: str = "") -> list[str]:
     """Return a device's summary: the line of all figures, exposed phases, costs, kinds and what is worth a word."""
     costs = [line + costs_hint for line in write_costs(device)]
     kinds = align(list_kinds(device))
-    return [f"{name_device(device)}  {summarize(device)}", *_write_phases(device.phases), *costs, *kinds, *list_notes(device)]
+    return [
+        f"{name_device(device)}  {summarize(device)}",
+        *_write_phases(device.phases),
+        *costs,
+        *write_repetitions(device),
+        *kinds,
+        *list_notes(device),
+    ]
 
 
 def _write_phases(phases: Sequence[Phase]) -> list[str]:
@@ -66,6 +74,18 @@ def write_costs(device: Device) -> list[str]:
         )
     overlap, perfect = measure_overlap(device)
     return ["costs    " + "   ".join([*words, f"pair overlap {overlap:.2f} (perfect {perfect:.2f})"])]
+
+
+def write_repetitions(device: Device) -> list[str]:
+    """Return what repeats in a trace without annotations, a line each."""
+    lines = []
+    for unit in find_repetitions(device):
+        exposed = f", {write_ms(unit.exposed)} ms exposed communication" if unit.exposed else ""
+        lines.append(
+            f"repeats  {unit.name}: {unit.kernels:,} kernels, {unit.repeats:,} times in a row, {len(unit.starts):,} such rows; "
+            f"each {write_ms(unit.length)} ms, {write_ms(unit.compute)} ms computation{exposed}"
+        )
+    return lines
 
 
 def list_kinds(device: Device) -> list[list[str]]:
