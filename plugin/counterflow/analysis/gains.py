@@ -1,23 +1,18 @@
 """What would gain how much: the window again under one assumption at a time, the largest gain first."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from counterflow.analysis.chunks import find_costs, sum_parts
+from counterflow.analysis.alternatives import Alternatives
 from counterflow.analysis.classes import IS_COMMUNICATION, KINDS, WAITING
 from counterflow.analysis.cluster import Rank
 from counterflow.analysis.intervals import unite
 from counterflow.analysis.overlap import Device
-from counterflow.schedule import FAMILIES, Costs, Family, build, simulate
 from counterflow.schedule.families.dualpipev import DUALPIPEV
-from counterflow.schedule.families.one_f_one_b import ONE_F_ONE_B
-from counterflow.schedule.table import ScheduleTable
 
-# The pipeline that schedules are compared on where a trace does not say how large its own is.
-RANKS, MICROBATCHES = 8, 32
-BASE, OVERLAPPING = ONE_F_ONE_B.name, DUALPIPEV.name
+OVERLAPPING = DUALPIPEV.name
 
 
 @dataclass(frozen=True)
@@ -92,52 +87,19 @@ def list_cluster_gains(ranks: Sequence[Rank]) -> list[Gain]:
     return sorted((gain for gain in gains if gain.time > 0), key=lambda gain: -gain.time)
 
 
-def compare_schedules(devices: Sequence[Device]) -> list[tuple[str, float]]:
-    """Return schedules under the trace's costs with the milliseconds of a step, fastest first; none where costs are unknown."""
-    devices = [device for device in devices if {"F", "I"} <= set(sum_parts(device))]
-    if not devices:
-        return []
-    given = {key: _average(value) for key, value in find_costs(devices, "").items() if key in ("f", "i", "w", "overlap")}
-    steps = []
-    for family in FAMILIES.values():
-        # Of two replicas a table's step is that of twice the micro-batches.
-        for options in _list_options(family) if family.replicas == 1 else ():
-            table = build(family.name, RANKS, MICROBATCHES, **options)
-            title = f"{family.name} ep-overlap" if options else family.name
-            steps.append((title, simulate(table, _scale_costs(given, table)).makespan))
-    return sorted(steps, key=lambda step: step[1])
-
-
-def _average(value: float | Sequence[float]) -> float:
-    return sum(value) / len(value) if isinstance(value, Sequence) else value
-
-
-def _list_options(family: Family) -> Iterator[dict[str, bool]]:
-    yield {}
-    if "ep_overlap" in family.options:
-        yield {"ep_overlap": True}
-
-
-def _scale_costs(given: dict[str, float], table: ScheduleTable) -> Costs:
-    """Return a table's costs where a rank's two chunks together take twice what is given, however many it has."""
-    share = table.layout.chunk_share / 0.5
-    f, i, w = (given[key] * share for key in ("f", "i", "w"))
-    return Costs(f, i, w, overlap=given["overlap"])
-
-
-def name_schedule_gain(steps: Sequence[tuple[str, float]], window: int) -> Gain | None:
-    """Return what the fastest schedule gains over one without overlap, as a share of the window."""
-    times = dict(steps)
-    if BASE not in times:
+def name_schedule_gain(found: Alternatives | None, window: int) -> Gain | None:
+    """Return what the fastest schedule gains over the run's own, or over what the run may be on, as a share of the window."""
+    if found is None or not found.steps[0].step < found.base.step:
         return None
-    best, time = steps[0]
+    best, base = found.steps[0], found.base
     return Gain(
-        f"schedule {best} instead of {BASE}",
-        round(window * (1 - time / times[BASE])),
+        f"schedule {best.title} instead of {base.title}",
+        round(window * (1 - best.step / base.step)),
         window,
-        f"{RANKS} pipeline ranks, {MICROBATCHES} micro-batches, two chunks a rank, each at the costs of this window; "
-        f"{time:.0f} ms a step instead of {times[BASE]:.0f}",
-        f"--cf-schedule {best.split()[0]}",
+        ("" if found.is_known else f"if the run is on {base.title} now; ")
+        + f"{found.ranks} pipeline ranks, {found.microbatches} micro-batches, chunks at the costs of this window; "
+        f"{best.step:.0f} ms a step instead of {base.step:.0f}",
+        best.flags,
     )
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from counterflow.analysis import Device, Family, Trace, analyze_trace, read_families, read_traces
+from counterflow.analysis.alternatives import list_alternatives
 from counterflow.analysis.chunks import find_costs, sum_parts
 from counterflow.analysis.cluster import Rank, check_files, compare_ranks
 from counterflow.analysis.comparison import Comparison, compare_devices, describe_comparison
 from counterflow.analysis.figures import describe_device, describe_file, describe_rank
 from counterflow.analysis.gains import (
     Gain,
-    compare_schedules,
     describe_gain,
     list_cluster_gains,
     list_gains,
@@ -93,7 +93,7 @@ def _find_costs(devices: Sequence[Device]) -> dict[str, Any]:
 def _list_gains(devices: Sequence[Device], ranks: Sequence[Rank]) -> list[list[Gain]]:
     """Return each device's gains, then those of all together."""
     shared = list_cluster_gains(ranks) if len(ranks) > 1 else []
-    schedule = name_schedule_gain(compare_schedules(devices), max(device.window for device in devices))
+    schedule = name_schedule_gain(list_alternatives(devices), max(device.window for device in devices))
     shared += [schedule] if schedule is not None else []
     return [*map(list_gains, devices), sorted(shared, key=lambda gain: -gain.time)]
 
