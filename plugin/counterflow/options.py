@@ -18,7 +18,9 @@ from typing import Any, Literal, Self, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from counterflow.bounds import show
-from counterflow.errors import CounterflowError, OptionError
+from counterflow.errors import CounterflowError, OptionError, ScheduleError
+from counterflow.schedule.costs import Costs
+from counterflow.schedule.costs_file import read_costs
 from counterflow.schedule.families import FAMILIES, Family, list_names
 from counterflow.schedule.files import read_csv
 from counterflow.schedule.table import ScheduleTable
@@ -51,6 +53,11 @@ class _Fields(BaseModel):
     )
     overlap: bool = _describe(
         "run the schedule's overlapped pairs F&B so that one side's expert all-to-all hides behind the other's compute", False
+    )
+    costs: Path | None = _describe(
+        "with --cf-schedule auto: search by the costs of this file, as counterflow analyze --costs writes it, in place of "
+        "measuring the first steps",
+        metavar="FILE",
     )
     platform: Literal["auto", "cpu", "cuda"] = _describe(
         "where ranks run; cpu: on the CPU over gloo; auto: there where no GPU is found; cuda: never", "auto"
@@ -162,6 +169,20 @@ class Options(_Fields):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _check_costs(self) -> Self:
+        if self.costs is not None and self.schedule != AUTO:
+            raise ValueError(
+                f"--cf-costs {self.costs} is for the search of --cf-schedule {AUTO} and {self.schedule or 'none'} is given: "
+                f"give --cf-schedule {AUTO}, or drop --cf-costs"
+            )
+        if self.costs is not None:
+            try:
+                _ = self.file_costs
+            except ScheduleError as error:
+                raise ValueError(f"--cf-costs: {error}") from None
+        return self
+
     @property
     def profile_steps(self) -> tuple[int, int] | None:
         """The first and the last step to profile."""
@@ -191,6 +212,11 @@ class Options(_Fields):
         """
         assert self.schedule_file is not None
         return read_csv(self.schedule_file)
+
+    @cached_property
+    def file_costs(self) -> Costs | None:
+        """The costs in the file of ``costs``, read once for these options; None without one. Raises `ScheduleError`."""
+        return read_costs(self.costs).costs if self.costs is not None else None
 
 
 def _read_steps(text: str) -> tuple[int, int] | None:

@@ -93,6 +93,22 @@ def write_simulated(path: Path, table: ScheduleTable, timeline: Timeline) -> Pat
     return path
 
 
+def test_stages_of_other_schedules_keep_their_parts_of_the_model(tmp_path: Path) -> None:
+    table = build("zbv", 2, 8)
+    uneven = Costs([1.0, 4.0, 10.0, 18.0], [3.0, 3.0, 3.0, 8.0], [2.0, 0.5, 0.5, 0.5])
+    found = find_alternatives(write_simulated(tmp_path / "s.json", table, simulate(table, uneven)))
+    steps = {one.title: one.step for one in found.steps}
+    merged = Costs([5.0, 28.0], [6.0, 11.0], [2.5, 1.0])
+    assert steps["1f1b"] == pytest.approx(simulate(build("1f1b", 2, 8), merged).makespan)
+    assert steps["interleaved"] == pytest.approx(simulate(build("interleaved", 2, 8), uneven).makespan)
+    straight = build("1f1b", 2, 8)
+    found = find_alternatives(write_simulated(tmp_path / "t.json", straight, simulate(straight, merged)))
+    halves = Costs([2.5, 2.5, 14.0, 14.0], [3.0, 3.0, 5.5, 5.5], [1.25, 1.25, 0.5, 0.5])
+    assert {one.title: one.step for one in found.steps}["interleaved"] == pytest.approx(
+        simulate(build("interleaved", 2, 8), replace(halves, i=[4.25, 4.25, 6.0, 6.0], w=0.0)).makespan
+    )
+
+
 def test_full_dualpipe_is_not_compared(tmp_path: Path) -> None:
     table = build("dualpipe", 4, 8)
     timeline = simulate(table, COSTS.spread(table.layout.last_stage + 1))

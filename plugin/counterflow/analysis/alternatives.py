@@ -120,7 +120,7 @@ def _name(family: Family, has_pairs: bool) -> tuple[str, str]:
 
 
 def _fit_costs(given: Costs, table: ScheduleTable, has_pairs: bool) -> Costs:
-    """Return a table's costs: per stage where it has the trace's stages, else means; a rank's chunks together cost the same."""
+    """Return a table's costs: a stage that the trace has in parts takes their sum, a part of a stage of the trace its share."""
     stages, share = table.layout.last_stage + 1, table.layout.chunk_share / 0.5
     f, i, w = (_fit(cost, stages, share) for cost in (given.f, given.i, given.w))
     return Costs(f, i, w, p2p=given.p2p, overlap=given.overlap if has_pairs else 1.0)
@@ -129,7 +129,12 @@ def _fit_costs(given: Costs, table: ScheduleTable, has_pairs: bool) -> Costs:
 def _fit(cost: PerStage, stages: int, share: float) -> PerStage:
     if not isinstance(cost, Sequence):
         return cost * share
-    return cost if len(cost) == stages else sum(cost) / stages
+    found = len(cost)
+    if stages % found == 0:
+        return tuple(cost[stage * found // stages] * found / stages for stage in range(stages))
+    if found % stages == 0:
+        return tuple(sum(cost[stage * found // stages : (stage + 1) * found // stages]) for stage in range(stages))
+    return sum(cost) / stages
 
 
 def _guess_base(steps: Sequence[Alternative], *, is_paired: bool) -> Alternative:

@@ -69,7 +69,13 @@ class Pipeline:
             self._profiler = profiling.StepProfiler(options, ranks, rank, is_cuda=device.type == "cuda")
         self._auto: AutoTable | None = None
         if options.schedule == AUTO:
-            self._auto = AutoTable(group, device, has_pairs=options.overlap, splits=options.zero_bubble is not False)
+            self._auto = AutoTable(
+                group,
+                device,
+                has_pairs=options.overlap,
+                splits=options.zero_bubble is not False,
+                costs=options.file_costs,
+            )
 
     def choose_table(
         self, microbatches: int, step: int, *, forward_only: bool = False, group: int | None = None
