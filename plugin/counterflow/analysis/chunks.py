@@ -1,7 +1,6 @@
 """What a model chunk's forward, input gradient and weight gradient cost, from phases whose names end in (F), (B) or (W)."""
 
 import re
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,6 @@ SUFFIX = re.compile(r".*\(([FBW])\)")
 # A phase's suffix, and what the chunk's part is called: a (B) beside (W)'s is the input gradient alone.
 PARTS = {"F": "F", "B": "I", "W": "W"}
 MILLISECOND = 1e6
-OUTLIER = 1.5
 
 
 @dataclass(frozen=True)
@@ -93,38 +91,50 @@ def estimate_costs(devices: Sequence[Device], source: str) -> dict[str, Any]:
 def estimate_spans(spans: Sequence[Span], source: str, scale: float) -> dict[str, Any]:
     """Return a costs file's content from actions that took so many milliseconds a unit: the mean of each kind on each stage.
 
-    An action that took more than half as long again as the median of its like was held up by something else and does not count.
+    All actions count, so that at their costs they take as long together as they did: a median, or a mean without outliers,
+    would leave out what held them up. For the same reason an I and a W are longer or shorter by one factor where whole B's of
+    their stage ran too, and pairs take a share of the sum of all their parts.
 
     Where a stage has no I, its whole B counts as one, with a W of 0. A stage that ran in pairs alone has the mean of the others.
     ``p2p`` is how long the ranks that wait for a message find it under way, where all have one clock.
     """
     times: dict[tuple[str, int], list[float]] = {}
     for span in spans:
-        times.setdefault((span.action.kind, span.action.stage), []).append(span.end - span.start)
-    means = {key: _average_most(values) * scale for key, values in times.items() if key[0] != PAIR}
-    wholes = {stage: value for (kind, stage), value in means.items() if kind == "B" and ("I", stage) not in means}
-    means |= {(kind, stage): value if kind == "I" else 0.0 for stage, value in wholes.items() for kind in "IW"}
+        times.setdefault((span.action.kind, span.action.stage), []).append((span.end - span.start) * scale)
     stages = range(1 + max(single.stage for span in spans for single in span.action.singles()))
+    means = {key: sum(values) / len(values) for key, values in times.items() if key[0] == "F"}
+    for stage in stages:
+        for kind, value in zip("IW", _split_backward(*(times.get((kind, stage), []) for kind in "IWB")), strict=True):
+            means |= {} if value is None else {(kind, stage): value}
     costs: dict[str, Any] = {"unit": "ms"}
     for key, kind in (("f", "F"), ("i", "I"), ("w", "W")):
         known = [value for (other, _), value in means.items() if other == kind]
         rest = sum(known) / len(known) if known else 0.0
         costs[key] = [round(means.get((kind, stage), rest), 6) for stage in stages]
-    ratios = []
-    for span in spans:
-        if span.action.kind == PAIR:
-            forward, back = (part.stage for part in span.action.parts)
-            together = costs["f"][forward] + costs["i"][back] + costs["w"][back]
-            ratios += [(span.end - span.start) * scale / together] if together else []
-    overlap = min(MOST_OVERLAP, max(LEAST_OVERLAP, statistics.median(ratios))) if ratios else 1.0
+    overlap = min(MOST_OVERLAP, max(LEAST_OVERLAP, _measure_pairs(spans, costs, scale)))
     p2p = round(max(0.0, measure_transfer(spans)) * scale, 6)
     return costs | {"p2p": p2p, "overlap": round(overlap, 6), "reduce": 0.0, "source": source}
 
 
-def _average_most(values: Sequence[float]) -> float:
-    limit = OUTLIER * statistics.median_low(values)
-    kept = [value for value in values if value <= limit]
-    return sum(kept) / len(kept) if kept else 0.0
+def _split_backward(i: list[float], w: list[float], b: list[float]) -> tuple[float | None, float | None]:
+    """Return the costs of a stage's I and W, from the times of its I's, W's and whole B's; None where none tells."""
+    if not i:
+        return (sum(b) / len(b), 0.0) if b else (None, sum(w) / len(w) if w else None)
+    mean_i, mean_w = sum(i) / len(i), sum(w) / len(w) if w else 0.0
+    expected = sum(i) + sum(w) + len(b) * (mean_i + mean_w)
+    factor = (sum(i) + sum(w) + sum(b)) / expected if expected else 1.0
+    return mean_i * factor, mean_w * factor
+
+
+def _measure_pairs(spans: Sequence[Span], costs: dict[str, Any], scale: float) -> float:
+    """Return the time of all pairs over the sum of their parts' costs; 1 without pairs."""
+    together = parts = 0.0
+    for span in spans:
+        if span.action.kind == PAIR:
+            forward, back = (part.stage for part in span.action.parts)
+            together += (span.end - span.start) * scale
+            parts += costs["f"][forward] + costs["i"][back] + costs["w"][back]
+    return together / parts if parts else 1.0
 
 
 def _average(values: Sequence[float]) -> float:
