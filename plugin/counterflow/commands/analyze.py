@@ -35,7 +35,7 @@ def add_analyze_command(commands: Any) -> None:
         type=Path,
         nargs="+",
         metavar="TRACE",
-        help="PyTorch profiler JSON or .json.gz, Nsight Systems SQLite, or a folder of --cf-record; one per rank",
+        help="PyTorch profiler JSON or .json.gz, Nsight Systems SQLite, or a folder of --cf-profile or --cf-record; one per rank",
     )
     parser.add_argument("--classes", type=Path, metavar="FILE", help="families of kernels of your own, in TOML")
     parser.add_argument("--against", type=Path, metavar="TRACE", help="a trace, record or simulated timeline to compare with")
