@@ -269,8 +269,13 @@ class AdapterContestant(PlatformContestant):
             _, self._step = make_adapter(schedule, stages, size, is_v=is_v)
 
 
-def make_adapter(schedule: str, stages: list[SleepingStage], size: Size, *, is_v: bool) -> tuple[Any, Callable[[], list[Any]]]:
-    """Return ``--cf-schedule``'s `PipelineSchedule` over this rank's stages, and what runs a step of it; on the CPU platform."""
+def make_adapter(
+    schedule: str, stages: list[SleepingStage], size: Size, *, is_v: bool, **options: Any
+) -> tuple[Any, Callable[[], list[Any]]]:
+    """Return ``--cf-schedule``'s `PipelineSchedule` over this rank's stages, and what runs a step of it; on the CPU platform.
+
+    ``options`` are further options of the plugin.
+    """
     from megatron.core import parallel_state
 
     from counterflow.megatron.pipeline.schedule import PipelineSchedule
@@ -287,7 +292,7 @@ def make_adapter(schedule: str, stages: list[SleepingStage], size: Size, *, is_v
 
     build_chunk_in_place = lay_out_as_v(build_chunk) if is_v else build_chunk
     model = [build_chunk_in_place(vp_stage=chunk, pg_collection=groups) for chunk in range(len(stages))]
-    run = PipelineSchedule(Options(schedule=schedule))
+    run = PipelineSchedule(Options(schedule=schedule, **options))
     return run, partial(run.forward_backward, **describe_step(model, size), pg_collection=groups)
 
 

@@ -27,3 +27,7 @@ class PipelineError(CounterflowError):
 
 class BalanceError(CounterflowError):
     """Loads, slots, a placement or a trace that the balancer cannot work with."""
+
+
+class TraceError(CounterflowError):
+    """A profiler trace that cannot be read or analysed."""

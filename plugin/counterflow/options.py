@@ -7,6 +7,7 @@ sources, where later ones win, and checks the values together.
 
 import argparse
 import difflib
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,10 @@ from typing import Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from counterflow.errors import CounterflowError, OptionError
+from counterflow.bounds import show
+from counterflow.errors import CounterflowError, OptionError, ScheduleError
+from counterflow.schedule.costs import Costs
+from counterflow.schedule.costs_file import read_costs
 from counterflow.schedule.families import FAMILIES, Family, list_names
 from counterflow.schedule.files import read_csv
 from counterflow.schedule.table import ScheduleTable
@@ -28,6 +32,8 @@ SPEAKING_SECONDS = 20
 # An upper limit for counts: no run has so many clones, or so many steps between plans.
 MOST = 1_000_000
 BALANCING = "eplb_"
+# A step's trace takes megabytes, and the profiler holds all of them in memory.
+MOST_PROFILED = 100
 
 # The values of the options that one source sets, by name, each checked by itself.
 Values = dict[str, Any]
@@ -48,6 +54,11 @@ class _Fields(BaseModel):
     overlap: bool = _describe(
         "run the schedule's overlapped pairs F&B so that one side's expert all-to-all hides behind the other's compute", False
     )
+    costs: Path | None = _describe(
+        "with --cf-schedule auto: search by the costs of this file, as counterflow analyze --costs writes it, in place of "
+        "measuring the first steps",
+        metavar="FILE",
+    )
     platform: Literal["auto", "cpu", "cuda"] = _describe(
         "where ranks run; cpu: on the CPU over gloo; auto: there where no GPU is found; cuda: never", "auto"
     )
@@ -64,6 +75,11 @@ class _Fields(BaseModel):
     )
     record: Path | None = _describe(
         "write every training step's timeline, and with --cf-eplb its expert loads, to DIR", metavar="DIR"
+    )
+    profile: str | None = _describe(
+        "write a torch-profiler trace of these steps with actions as annotations, for counterflow analyze; into --cf-record's "
+        "folder, else runs/profile",
+        metavar="STEP[:STEP]",
     )
     eplb: bool = _describe(
         "clone hot experts on other expert-parallel ranks and split their tokens; losses and checkpoints stay as they are", False
@@ -102,6 +118,15 @@ class _Fields(BaseModel):
             return value
         raise ValueError(f"schedule {value!r} is not known; allowed: {', '.join(SCHEDULES)} or a table FILE.csv")
 
+    @field_validator("profile", mode="before")
+    @classmethod
+    def _check_profile(cls, value: Any) -> str | None:
+        # YAML has one step as a number.
+        text = str(value) if type(value) is int else value
+        if text is not None and (not isinstance(text, str) or _read_steps(text) is None):
+            raise ValueError(f"steps {show(value)}; allowed: STEP or FIRST:LAST, from 1 up, {MOST_PROFILED} steps at most")
+        return text
+
     @field_validator("stall_limit", "eplb_clones_per_rank", "eplb_interval", "eplb_rehome_interval", mode="before")
     @classmethod
     def _refuse_truth_values(cls, value: Any) -> Any:
@@ -136,13 +161,37 @@ class Options(_Fields):
                 f"{' or '.join(list_names(pairs=True))}; Megatron's own schedule overlaps with "
                 "--overlap-moe-expert-parallel-comm"
             )
-        for name in ("record", "zero_bubble", "stall_limit"):
+        for name in ("record", "profile", "zero_bubble", "stall_limit"):
             if (value := getattr(self, name)) is not None and not (name == "record" and self.eplb):
                 raise ValueError(
                     f"{name_flag(name)} ({value} given) is for the steps of a --cf-schedule and none is given: "
                     f"add --cf-schedule {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _check_costs(self) -> Self:
+        if self.costs is not None and self.schedule != AUTO:
+            raise ValueError(
+                f"--cf-costs {self.costs} is for the search of --cf-schedule {AUTO} and {self.schedule or 'none'} is given: "
+                f"give --cf-schedule {AUTO}, or drop --cf-costs"
+            )
+        if self.costs is not None:
+            try:
+                _ = self.file_costs
+            except ScheduleError as error:
+                raise ValueError(f"--cf-costs: {error}") from None
+        return self
+
+    @property
+    def profile_steps(self) -> tuple[int, int] | None:
+        """The first and the last step to profile."""
+        return _read_steps(self.profile) if self.profile is not None else None
+
+    @property
+    def profile_folder(self) -> Path:
+        """Where profiles go: beside the record where there is one."""
+        return self.record or Path("runs/profile")
 
     @property
     def family(self) -> Family | None:
@@ -163,6 +212,20 @@ class Options(_Fields):
         """
         assert self.schedule_file is not None
         return read_csv(self.schedule_file)
+
+    @cached_property
+    def file_costs(self) -> Costs | None:
+        """The costs in the file of ``costs``, read once for these options; None without one. Raises `ScheduleError`."""
+        return read_costs(self.costs).costs if self.costs is not None else None
+
+
+def _read_steps(text: str) -> tuple[int, int] | None:
+    """Return the first and last step of STEP[:STEP]; None for what is no such thing."""
+    match = re.fullmatch(r"([1-9][0-9]{0,14})(?::([1-9][0-9]{0,14}))?", text)
+    if match is None:
+        return None
+    first, last = int(match[1]), int(match[2] or match[1])
+    return (first, last) if first <= last < first + MOST_PROFILED else None
 
 
 def name_flag(name: str) -> str:

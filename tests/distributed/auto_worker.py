@@ -27,11 +27,15 @@ MOST_STEPS = 20_000
 LAST_STEPS = 15
 
 
-def run_steps(costs: Costs, count: Callable[[int], int], steps: int = MOST_STEPS, meddle: Any = None) -> list[tuple[int, str]]:
+def run_steps(
+    costs: Costs, count: Callable[[int], int], steps: int = MOST_STEPS, meddle: Any = None, *, is_given: bool = False
+) -> list[tuple[int, str]]:
     """Choose tables for steps of uneven pace, until all is searched or ``steps`` are over; return what was chosen."""
     rank, pace, idle = dist.get_rank(), random.Random(dist.get_rank()), 0
     chosen: list[tuple[int, str]] = []
-    table = auto.AutoTable(dist.group.WORLD, CPU, has_pairs=False, splits=True)
+    given = costs if is_given else None
+    table = auto.AutoTable(dist.group.WORLD, CPU, has_pairs=False, splits=True, costs=given)
+    assert table.is_measuring != is_given
     while len(chosen) < steps and idle < LAST_STEPS:
         is_measuring, number = table.is_measuring, len(chosen) + 1
         used = table.choose(count(number), number)
@@ -77,6 +81,7 @@ def list_scenarios() -> dict[str, Callable[[], list[tuple[int, str]]]]:
         "nothing better": lambda: run_steps(EVEN, lambda number: 6),
         "killed": lambda: run_steps(UNEVEN, lambda number: 6, meddle=kill),
         "no process": search_nowhere,
+        "costs given": lambda: run_steps(UNEVEN, lambda number: 6, is_given=True),
         "ends while searching": search_long,
     }
 

@@ -33,7 +33,8 @@ def test_each_number_of_microbatches_has_a_search_and_trains_on_meanwhile(run: R
     (chosen, _), said = run
     steps = chosen["grows"]
     assert [microbatches for microbatches, _ in steps] == [grow(number) for number in range(1, len(steps) + 1)]
-    begins = {int(count): int(step) for step, count in re.findall(r"from step (\d+) on, (\d+) micro-batches run a table", said)}
+    changes = re.findall(r"from step (\d+) on, (\d+) micro-batches run a table that was found: by measured", said)
+    begins = {int(count): int(step) for step, count in changes}
     assert set(begins) == {6, 8}
     assert min(begins.values()) > 5, "three steps measure, the fourth begins the search, the fifth knows nothing yet"
     for number, (microbatches, table) in enumerate(steps, start=1):
@@ -62,3 +63,11 @@ def test_a_run_may_end_while_it_searches(run: Run) -> None:
     # The worker makes sure that the process has ended.
     (chosen, _), _ = run
     assert chosen["ends while searching"] == [(6, "zbv")] * 6
+
+
+def test_given_costs_are_searched_by_from_the_first_step_on(run: Run) -> None:
+    (chosen, _), said = run
+    steps = chosen["costs given"]
+    (begin,) = map(int, re.findall(r"from step (\d+) on, 6 micro-batches run a table that was found: by the given costs", said))
+    assert [table for _, table in steps] == ["zbv"] * (begin - 1) + ["auto"] * (len(steps) - begin + 1)
+    assert begin >= 2 and len(steps) > begin

@@ -22,6 +22,7 @@ import numpy as np
 
 from counterflow.schedule import FAMILIES, Costs, build, dump_record, simulate, to_csv
 from tests.support.made_record import make_record
+from tests.support.made_trace import make_events, write_trace
 
 # Seconds of the processor that a command may take, and the most that one gets; a command that sleeps gets the last, of the wall.
 LIMIT_SECONDS, HANG_SECONDS, SLEEP_SECONDS = 30, 120, 600
@@ -80,6 +81,8 @@ class Files:
 def make_files(folder: Path) -> Files:
     """Make the files that lines are drawn with."""
     random = np.random.default_rng(0)
+    write_trace(folder / "kernels.json.gz", make_events(0))
+    write_trace(folder / "ranks.json", make_events(1), distributedInfo={"rank": 1})
     table = to_csv(build("zbv", 2, 8))
     texts = {
         "table.csv": table, "bom.csv": "\ufeff" + table, "größe 表.csv": table, "bad.csv": "0F0,1X0\n",
@@ -113,7 +116,7 @@ def make_files(folder: Path) -> Files:
     tables = ("table.csv", "bom.csv", "größe 表.csv")
     good = {
         "schedule": (*FAMILIES, *tables), "schedules": (*FAMILIES, *tables), "loads": ("loads.npy", "loads.csv", "zeros.json"),
-        "trace": ("trace.npz", "balanced"), "record": ("timeline", "balanced"),
+        "traces": ("kernels.json.gz", "ranks.json"), "trace": ("trace.npz", "balanced"), "record": ("timeline", "balanced"),
     }  # fmt: skip
     there = tuple(sorted(path.name for path in folder.iterdir()))
     nowhere = ("missing.csv", "nowhere/x.json", "/proc/x.json", "/dev/full", "/dev/null", "x\0y")

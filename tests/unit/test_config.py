@@ -43,6 +43,10 @@ def test_without_flags_nothing_is_asked_for() -> None:
     [
         (["--cf-schedule", "zigzag"], f"schedule 'zigzag' is not known; allowed: {', '.join(SCHEDULES)} or a table FILE.csv"),
         (["--no-cf-overlay"], "--no-cf-overlay is not a flag of this version of counterflow; allowed: "),
+        (["--cf-profile", "0"], "--cf-profile: steps 0; allowed: STEP or FIRST:LAST"),
+        (["--cf-profile", "7:3"], "steps 7:3"),
+        (["--cf-profile", "1:101"], "100 steps at most"),
+        (["--cf-profile", "3"], "--cf-profile (3 given) is for the steps of a --cf-schedule and none is given"),
         (["--cf-stall-limit", "0"], "--cf-stall-limit: Input should be greater than 0 (given: '0')"),
         (["--cf-stall-limit", "soon"], "--cf-stall-limit: Input should be a valid number"),
         (["--cf-eplb-interval", "1e300"], "--cf-eplb-interval: Input should be a valid integer"),
@@ -158,3 +162,11 @@ def test_every_option_has_a_flag_with_its_words_under_one_heading() -> None:
 def test_the_page_of_options_is_made_from_them() -> None:
     page = Path(__file__).resolve().parents[2] / "docs" / "options.md"
     assert describe_options() in page.read_text(), "run: python scripts/write_options.py"
+
+
+def test_steps_to_profile_are_read_from_all_sources() -> None:
+    assert Options(schedule="1f1b", profile="7").profile_steps == (7, 7)
+    assert Options(schedule="1f1b", **read_values({"profile": 7})).profile_steps == (7, 7)
+    assert merge_options(read_flags("--cf-schedule 1f1b --cf-profile 3:12".split())).profile_steps == (3, 12)
+    assert Options(schedule="1f1b").profile_folder == Path("runs/profile")
+    assert Options(schedule="1f1b", record=Path("x")).profile_folder == Path("x")

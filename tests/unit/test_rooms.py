@@ -29,9 +29,10 @@ ROOMS = {
     "balance": (COMMON, set()),
     "balance.kernels": (COMMON, set()),
     "balance.files": (COMMON | {"balance"}, set()),
+    "analysis": (COMMON | {"schedule"}, set()),
     "runtime": (COMMON | {"devices", "schedule"}, {"torch"}),
     "moe": (COMMON | {"devices", "balance"}, {"torch"}),
-    "trainer": (COMMON | {"devices", "options", "patching", "schedule", "balance", "runtime", "moe"}, {"torch"}),
+    "trainer": (COMMON | {"devices", "options", "patching", "schedule", "balance", "runtime", "moe", "analysis"}, {"torch"}),
     "platform": (COMMON | {"patching", "platform.engine"}, TRAINER_WORLD),
     "platform.engine": (COMMON | {"patching"}, {"torch", "transformer_engine"}),
     "megatron": (ADAPTER, TRAINER_WORLD),
@@ -39,8 +40,11 @@ ROOMS = {
     "megatron.pipeline": (ADAPTER | SHARED | {"megatron.streams", "megatron.v_layout"}, TRAINER_WORLD),
     "megatron.experts": (ADAPTER | SHARED | {"megatron.checks"}, TRAINER_WORLD),
     "launch": (COMMON | {"options"}, set()),
-    "report": (COMMON | {"schedule", "balance"}, set()),
-    "commands": (COMMON | {"options", "platform", "platform.engine", "megatron", "schedule", "balance", "report"}, {"torch"}),
+    "report": (COMMON | {"schedule", "balance", "analysis"}, set()),
+    "commands": (
+        COMMON | {"options", "platform", "platform.engine", "megatron", "schedule", "balance", "analysis", "report"},
+        {"torch"},
+    ),
     "__init__": (COMMON | {"options", "patching", "platform", "platform.engine", "megatron"}, set()),
 }
 # Words of one trainer, or of one kind of device, that rooms for every trainer do without.

@@ -23,6 +23,7 @@ FILES = {
     "svg": "a picture for papers",
     "trace": "a trace for Perfetto (ui.perfetto.dev)",
     "csv": "the table, in the notation of torch.distributed.pipelining",
+    "costs": "a costs file, for schedule --costs",
     "out": "the placement; .npz writes arrays",
 }
 

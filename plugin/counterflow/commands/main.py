@@ -4,6 +4,7 @@ import argparse
 import sys
 from typing import Any
 
+from counterflow.commands.analyze import add_analyze_command
 from counterflow.commands.arguments import Parser, run_command
 from counterflow.commands.balance import add_balance_commands
 from counterflow.commands.doctor import add_doctor_command
@@ -19,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_doctor_command(commands)
     add_schedule_commands(commands)
     add_balance_commands(commands)
+    add_analyze_command(commands)
     return parser
 
 

@@ -24,6 +24,7 @@ from counterflow.report import (
 from counterflow.schedule import FAMILIES, Costs, ScheduleTable, add_reductions, build, load_record, read_csv, simulate, to_csv
 from counterflow.schedule.comparison import compare, estimate_costs, fit_record
 from counterflow.schedule.costs import LARGEST_COST, LEAST_OVERLAP, MOST_OVERLAP
+from counterflow.schedule.costs_file import read_costs
 from counterflow.schedule.families import list_names, require_size
 from counterflow.schedule.timeline import find_last_step
 from counterflow.schedule.transport import TRANSPORTS, count_receives_ahead
@@ -90,13 +91,15 @@ def _add_costs(parser: argparse.ArgumentParser, unit: str) -> None:
         "costs", f"times of one micro-batch on one {unit}, in any one unit: a number, or one per stage"
     )
     default, costs = "default: a rank's share is 1", numbers(0, LARGEST_COST)
+    group.add_argument(
+        "--costs", type=Path, metavar="FILE", help="costs per model chunk from a file of analyze; options given beside it win"
+    )
     group.add_argument("--f", type=costs, metavar="T[,T…]", help=f"forward ({default})")
     group.add_argument("--i", type=costs, metavar="T[,T…]", help=f"input gradient ({default})")
     group.add_argument("--w", type=costs, metavar="T[,T…]", help=f"weight gradient ({default})")
     group.add_argument(
         "--p2p",
         type=number(0, LARGEST_COST),
-        default=0.0,
         metavar="T",
         help="time a result takes to the next rank (default: 0)",
     )
@@ -109,7 +112,6 @@ def _add_costs(parser: argparse.ArgumentParser, unit: str) -> None:
     group.add_argument(
         "--reduce",
         type=costs,
-        default=0.0,
         metavar="T[,T…]",
         help="gradient reduction, once a step, beside what is computed; tables without reductions get them (default: 0)",
     )
@@ -137,6 +139,7 @@ def _add_record(parser: argparse.ArgumentParser) -> None:
 def run_show(args: argparse.Namespace) -> int:
     """Draw one schedule in the terminal and into the files asked for."""
     check_outputs(args)
+    _fill_costs(args)
     table = _load_table(args.schedule, args)
     if args.record is not None:
         return _show_record(args, table)
@@ -193,6 +196,7 @@ def run_compare(args: argparse.Namespace) -> int:
     from counterflow.schedule.search import list_families, merge_costs  # loads a compiler
 
     check_outputs(args)
+    _fill_costs(args)
     require_size(args.ranks, args.microbatches, args.max_chunks, MAX_COMPARED_RUNS)
     costs = _make_costs(args, 1 / args.max_chunks).spread(args.ranks * args.max_chunks)
     cap = float("inf") if args.max_activations is None else args.max_activations
@@ -223,6 +227,7 @@ def run_search(args: argparse.Namespace) -> int:
     from counterflow.schedule.search import search  # loads a compiler
 
     check_outputs(args)
+    _fill_costs(args)
     require_size(args.ranks, args.microbatches, args.max_chunks, MAX_SEARCHED_RUNS)
     if args.ranks * args.max_chunks > MAX_SEARCHED_STAGES:
         raise ScheduleError(
@@ -307,6 +312,19 @@ def _load_table(name: str, args: argparse.Namespace, of: int = 1) -> ScheduleTab
     options = {option: value for option, value in options.items() if name in list_names(option=option)}
     require_size(args.ranks, args.microbatches, options.get("vpp", 2), MAX_RUNS // of)
     return build(name, args.ranks, args.microbatches, **options)
+
+
+def _fill_costs(args: argparse.Namespace) -> None:
+    """Take from a costs file what is not given; a recorded step is in seconds, and shows no reductions."""
+    if args.costs is not None:
+        record = getattr(args, "record", None) is not None
+        file = read_costs(args.costs)
+        for name, value in file.scale("s" if record else file.unit).items():
+            if getattr(args, name) is None and not (record and name == "reduce"):
+                setattr(args, name, value)
+    for name in ("p2p", "reduce"):
+        if getattr(args, name) is None:
+            setattr(args, name, 0.0)
 
 
 def _make_costs(args: argparse.Namespace, default: float) -> Costs:

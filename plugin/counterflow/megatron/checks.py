@@ -70,6 +70,7 @@ def prepare_arguments(args: Any, options: Options) -> None:
     if layout != STRAIGHT:
         _check_several_iterators(flat, options.schedule)
     _check_zero_bubble(flat, options)
+    _check_profile(flat, options)
     _check_multi_token_prediction(flat, options.schedule, layout)
     if layout == V:
         _check_v(flat, ranks, options.schedule)
@@ -226,6 +227,15 @@ def _check_zero_bubble(args: Any, options: Options) -> None:
         raise OptionError(
             f"--cf-schedule {options.schedule} cannot split Transformer Engine's backward passes, {old}: install that, or give "
             "--no-cf-zero-bubble for whole ones"
+        )
+
+
+def _check_profile(args: Any, options: Options) -> None:
+    """Refuse ``--cf-profile`` beside Megatron's own torch profiler: a process has one at a time. Its ranges for nsys may stay."""
+    if options.profile is not None and _get(args, "profile", False) and _get(args, "use_pytorch_profiler", False):
+        raise OptionError(
+            f"--cf-profile {options.profile} and --profile --use-pytorch-profiler are both given and a process has one torch "
+            "profiler at a time: drop one of them"
         )
 
 

@@ -96,6 +96,8 @@ class Installation:
         """Check the seams of the features that the options ask for, and install them. Raises `SeamError` if one does not fit."""
         if options.record is not None:
             check_folder("--cf-record", options.record)
+        if options.profile is not None:
+            check_folder("--cf-profile", options.profile_folder)
         features = list_features(options)
         seams.check_seams(features)
         if seams.V_LAYOUT in features:

@@ -1,6 +1,9 @@
 """Schedules, balance replays and records drawn: interactive pages, pictures for papers, traces, lines for a terminal."""
 
 from counterflow.report.differences import describe_differences, write_differences
+from counterflow.report.overlap_page import Findings, render_findings_html
+from counterflow.report.overlap_svg import render_findings_svg
+from counterflow.report.overlap_trace import render_findings_trace
 from counterflow.report.page import render_html
 from counterflow.report.picture import Picture
 from counterflow.report.record import render_record_html, render_record_svg
@@ -10,8 +13,12 @@ from counterflow.report.text import render_text
 from counterflow.report.trace import render_trace
 
 __all__ = [
+    "Findings",
     "Picture",
     "describe_differences",
+    "render_findings_html",
+    "render_findings_svg",
+    "render_findings_trace",
     "render_html",
     "render_record_html",
     "render_record_svg",

@@ -19,7 +19,19 @@ BLOCKS = {
     "down-I": "#e08f3c",
     "down-W": "#fce6cf",
 }
-LIGHT = BLOCKS | {
+# Kernels: what computes is blue, what communicates orange.
+KERNELS = {
+    "products": "#2f66b8",
+    "attention": "#6397df",
+    "computing": "#a8c8f4",
+    "exchange": "#e08f3c",
+    "collective": "#f3bd7f",
+    "notify": "#ad5a0a",
+    "copying": "#8f98a3",
+    "alone": "#86b0ea",
+}
+FIXED = BLOCKS | KERNELS
+LIGHT = FIXED | {
     "ground": "#ffffff",
     "ink": "#1d1f23",
     "muted": "#59616c",
@@ -42,7 +54,7 @@ LIGHT = BLOCKS | {
     "load-3": "#eea253",
     "load-4": "#8f4304",
 }
-DARK = BLOCKS | {
+DARK = FIXED | {
     "up-W": "#c9dcf7",
     "down-W": "#f7dcbd",
     "ground": "#14171c",

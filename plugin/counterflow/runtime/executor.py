@@ -6,9 +6,9 @@ stages of the same rank (at the turn of a V), and the weight-gradient work that 
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from counterflow.errors import ScheduleError
 from counterflow.runtime.handover import HandOver
@@ -18,7 +18,7 @@ from counterflow.runtime.messages import Message, share
 from counterflow.runtime.recorder import Recorder
 from counterflow.runtime.watch import Watch
 from counterflow.runtime.weight_grads import hold_weight_grads
-from counterflow.schedule.actions import PAIR, REDUCTION
+from counterflow.schedule.actions import PAIR, REDUCTION, Action
 from counterflow.schedule.dependencies import Result
 
 
@@ -59,6 +59,16 @@ class KeepingWork(Protocol):
         """Hand what they keep to `defer_weight_grad`; is called where the B of an overlapped pair hands over."""
 
 
+class Annotations(Protocol):
+    """What notes the actions in a profiler's trace, around what they compute."""
+
+    def annotate(self, action: Action) -> AbstractContextManager[Any]:
+        """Note an action; the block in it runs when its input has arrived."""
+
+    def annotate_part(self, single: Action) -> AbstractContextManager[Any]:
+        """Note one part of a pair, on the thread that computes it."""
+
+
 def run_program(
     program: Program,
     work: Work,
@@ -67,13 +77,15 @@ def run_program(
     recorder: Recorder | None = None,
     watch: Watch | None = None,
     handover: HandOver | None = None,
+    annotations: Annotations | None = None,
 ) -> None:
     """Run the program's instructions in order.
 
     The parts of a pair run one after the other, or, with ``handover``, in turn: one computes where the other communicates. If an
-    action raises, ``watch`` tells the other ranks, and the error that is raised names the action.
+    action raises, ``watch`` tells the other ranks, and the error that is raised names the action. ``annotations`` are entered
+    around what computes.
     """
-    run = _Run(work, mailbox, recorder, handover)
+    run = _Run(work, mailbox, recorder, handover, annotations)
     if watch is not None:
         watch.mailbox, watch.handover = mailbox, handover
     try:
@@ -92,8 +104,16 @@ def run_program(
 class _Run:
     """One run of a program, with the messages and weight-gradient work that wait for a later action."""
 
-    def __init__(self, work: Work, mailbox: Mailbox, recorder: Recorder | None, handover: HandOver | None) -> None:
+    def __init__(
+        self,
+        work: Work,
+        mailbox: Mailbox,
+        recorder: Recorder | None,
+        handover: HandOver | None,
+        annotations: Annotations | None,
+    ) -> None:
         self._work, self._mailbox, self._recorder, self._handover = work, mailbox, recorder, handover
+        self._annotations = annotations
         if handover is not None:
             handover.recorder = recorder
         self._kept: dict[Result, Message] = {}
@@ -105,7 +125,7 @@ class _Run:
         if self._recorder is not None:
             self._recorder.start(instruction.action)
         if instruction.action.kind == PAIR and self._handover is not None:
-            self._run_pair(self._handover, *instruction.parts)
+            self._run_pair(self._handover, instruction.action, *instruction.parts)
         else:
             for part in instruction.parts:
                 with self._handover.run_single(part.single) if self._handover is not None else nullcontext():
@@ -120,6 +140,10 @@ class _Run:
             return
         received = self._fetch(part)
         self._begin_compute()
+        with self._annotations.annotate(part.single) if self._annotations is not None else nullcontext():
+            self._compute(part, kind, stage, microbatch, received)
+
+    def _compute(self, part: Part, kind: str, stage: int, microbatch: int, received: Message) -> None:
         if kind == "F":
             self._hand_on(part, self._work.forward(stage, microbatch, received))
             self._work.release_output(stage, microbatch)
@@ -136,24 +160,29 @@ class _Run:
             self._hand_on(part, self._work.backward(stage, microbatch, received))
             self._work.finish_backward(stage, microbatch)
 
-    def _run_pair(self, handover: HandOver, forward: Part, backward: Part) -> None:
+    def _run_pair(self, handover: HandOver, action: Action, forward: Part, backward: Part) -> None:
         """Run both parts in turn. The F's output leaves when the F has ended, the B's gradient after it: so they are received."""
         f, b = forward.single, backward.single
         received, gradient = self._fetch(forward), self._fetch(backward)
         self._begin_compute()
         gradients: list[Message] = []
 
+        notes = self._annotations
+
         def run_forward() -> None:
-            self._hand_on(forward, self._work.forward(f.stage, f.microbatch, received))
-            self._work.release_output(f.stage, f.microbatch)
+            with notes.annotate_part(f) if notes is not None else nullcontext():
+                self._hand_on(forward, self._work.forward(f.stage, f.microbatch, received))
+                self._work.release_output(f.stage, f.microbatch)
 
         def run_backward() -> None:
-            gradients.append(self._work.backward(b.stage, b.microbatch, gradient))
+            with notes.annotate_part(b) if notes is not None else nullcontext():
+                gradients.append(self._work.backward(b.stage, b.microbatch, gradient))
 
         leave = partial(self._work.leave_weight_grads, b.stage) if isinstance(self._work, KeepingWork) else None
-        handover.run_pair(f, run_forward, b, run_backward, leave)
-        self._hand_on(backward, gradients.pop())
-        self._work.finish_backward(b.stage, b.microbatch)
+        with notes.annotate(action) if notes is not None else nullcontext():
+            handover.run_pair(f, run_forward, b, run_backward, leave)
+            self._hand_on(backward, gradients.pop())
+            self._work.finish_backward(b.stage, b.microbatch)
 
     def _fetch(self, part: Part) -> Message:
         if part.receive is not None:

@@ -1,8 +1,9 @@
 """``--cf-schedule auto``: measure the costs of actions in the first steps, search a table for these costs, and use it.
 
 The model is laid out as a V, two chunks a rank. The first step warms up; the next ones are measured, under a family with split
-backward passes. Then global rank 0 collects the costs of its pipeline and starts a search in another process
-(`counterflow.schedule.search_process`). Training goes on under a family meanwhile.
+backward passes. With ``--cf-costs`` costs are known and no step is measured. Then global rank 0 collects the costs of its
+pipeline and starts a search in another process (`counterflow.schedule.search_process`). Training goes on under a family
+meanwhile.
 
 All ranks must change tables at the same step, but only rank 0 knows when the search has ended. So during a search, rank 0
 broadcasts its state, one number, in each step. The broadcast starts at the begin of a step and is waited for at the begin of the
@@ -12,7 +13,7 @@ which all ranks read that a table was found, rank 0 broadcasts the table, and al
 evaluation do not count.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,10 +47,12 @@ class AutoTable:
     """Chooses the table that ``auto`` runs; every rank of every pipeline makes the same calls.
 
     ``has_pairs``: pairs overlap (``--cf-overlap``), so they are measured too. ``splits``: an I leaves weight gradients to its W.
+    ``costs``: what to search by in place of a measurement, for a model chunk or per stage.
     """
 
-    def __init__(self, pp_group: Any, device: torch.device, *, has_pairs: bool, splits: bool) -> None:
+    def __init__(self, pp_group: Any, device: torch.device, *, has_pairs: bool, splits: bool, costs: Costs | None = None) -> None:
         self._group, self._ranks, self._device, self._splits = pp_group, pp_group.size(), device, splits
+        self._given = costs
         self._plan = MEASURED + (MEASURED_PAIRS if has_pairs else ())
         self._steps: list[list[Span]] = []
         self._tables: dict[int, ScheduleTable] = {}
@@ -63,7 +66,7 @@ class AutoTable:
     @property
     def is_measuring(self) -> bool:
         """Whether the next step is to be measured."""
-        return len(self._steps) < len(self._plan)
+        return self._given is None and len(self._steps) < len(self._plan)
 
     @property
     def is_searching(self) -> bool:
@@ -102,7 +105,7 @@ class AutoTable:
         self._searched.add(microbatches)
         self._search = _Search(microbatches, torch.empty(1, dtype=torch.int64, device=self._device))
         rows: list[Any] | None = [None] * self._ranks if self._group.rank() == 0 else None
-        if len(self._searched) == 1:
+        if self._given is None and len(self._searched) == 1:
             dist.gather_object(thin_out(self._steps[1:]), rows, group=self._group, group_dst=0)
         if dist.get_rank() != 0:
             return
@@ -110,15 +113,27 @@ class AutoTable:
         family = self._plan[-1]
         try:
             if self._costs is None:
-                measured = Timeline(tuple(span for row in rows for span in row))
-                known = build(MEASURED[0], self._ranks, microbatches)
-                self._costs = estimate_costs(known, measured, w=None if self._splits else 0.0)
+                self._costs = self._find_costs(rows, microbatches)
             # DualPipeV's peak of activations: P + 1/2 micro-batches of 1/P of the model.
             cap = min(self._ranks + 0.5, microbatches)
             self._process = SearchProcess(Task(family, self._ranks, microbatches, self._costs, cap, SEARCH_SECONDS))
-            say(f"searching a table for {microbatches} micro-batches, by measured costs; training goes on under {family}")
+            say(f"searching a table for {microbatches} micro-batches, by {self._source} costs; training goes on under {family}")
         except (ScheduleError, OSError) as error:
             self._say_failed(microbatches, error)
+
+    @property
+    def _source(self) -> str:
+        return "measured" if self._given is None else "the given"
+
+    def _find_costs(self, rows: list[Any], microbatches: int) -> Costs:
+        """Return the costs of a model chunk as this run computes it: no overlap and no split backwards where it has none."""
+        if self._given is not None:
+            costs = self._given.spread(2 * self._ranks)
+            costs = costs if len(self._plan) > len(MEASURED) else replace(costs, overlap=1.0)
+            return costs if self._splits else replace(costs, i=_add(costs.i, costs.w), w=0.0)
+        measured = Timeline(tuple(span for row in rows for span in row))
+        known = build(MEASURED[0], self._ranks, microbatches)
+        return estimate_costs(known, measured, w=None if self._splits else 0.0)
 
     def _send_state(self, search: _Search) -> None:
         """Start the broadcast of the search's state from rank 0; return at once."""
@@ -140,8 +155,8 @@ class AutoTable:
             return NOTHING
         if not answer.gain >= LEAST_GAIN:
             say(
-                f"no table found for {microbatches} micro-batches that takes less time than {family} by measured costs (bubble "
-                f"{answer.family_bubble:.1%}, searched {process.seconds:.0f} s): {family} stays in use"
+                f"no table found for {microbatches} micro-batches that takes less time than {family} by {self._source} costs "
+                f"(bubble {answer.family_bubble:.1%}, searched {process.seconds:.0f} s): {family} stays in use"
             )
             return NOTHING
         self._found = answer
@@ -167,13 +182,17 @@ class AutoTable:
 
     def _say_found(self, microbatches: int, answer: Answer, step: int) -> None:
         say(
-            f"from step {step} on, {microbatches} micro-batches run a table that was found: by measured costs a bubble of "
+            f"from step {step} on, {microbatches} micro-batches run a table that was found: by {self._source} costs a bubble of "
             f"{answer.bubble:.1%} ({self._plan[-1]} {answer.family_bubble:.1%}), a step {answer.gain:.1%} shorter, "
             f"at most {answer.activations:g} live activations"
         )
 
     def _say_failed(self, microbatches: int, error: Exception) -> None:
         say(f"the search for {microbatches} micro-batches failed ({error}): {self._plan[-1]} stays in use")
+
+
+def _add(one: Any, other: Any) -> tuple[float, ...]:
+    return tuple(sum(both) for both in zip(one, other, strict=True))
 
 
 def thin_out(steps: list[list[Span]]) -> list[Span]:

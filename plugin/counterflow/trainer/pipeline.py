@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,9 @@ from counterflow.runtime.watch import Watch, find_store
 from counterflow.schedule import ScheduleTable, build_forward_only
 from counterflow.trainer.auto import AutoTable
 from counterflow.trainer.tables import build_table, choose_layout, count_replicas
+
+if TYPE_CHECKING:
+    from counterflow.trainer.profiling import StepProfiler
 
 # Takes the global ranks of this replica's pipeline; returns those of the table, and this rank's place among them.
 Link = Callable[[list[int]], tuple[list[int], int]]
@@ -58,9 +62,20 @@ class Pipeline:
         self._watch = Watch(find_store(), ranks, rank, timeout.total_seconds())
         self._handover = HandOver(carried) if options.overlap else None
         self._are_counts_told = False
+        self._profiler: StepProfiler | None = None
+        if options.profile is not None:
+            from counterflow.trainer import profiling  # loads the analyser
+
+            self._profiler = profiling.StepProfiler(options, ranks, rank, is_cuda=device.type == "cuda")
         self._auto: AutoTable | None = None
         if options.schedule == AUTO:
-            self._auto = AutoTable(group, device, has_pairs=options.overlap, splits=options.zero_bubble is not False)
+            self._auto = AutoTable(
+                group,
+                device,
+                has_pairs=options.overlap,
+                splits=options.zero_bubble is not False,
+                costs=options.file_costs,
+            )
 
     def choose_table(
         self, microbatches: int, step: int, *, forward_only: bool = False, group: int | None = None
@@ -99,7 +114,13 @@ class Pipeline:
         is_recorded = is_measured or self._options.record is not None
         recorder = Recorder(self.rank, self._device.type == "cuda") if is_recorded else None
         mailbox = Mailbox(self._channels, form, self._device)
-        run_program(program, work, mailbox, recorder=recorder, watch=self._watch, handover=self._handover)
+        profiler = self._profiler
+        notes = profiler if profiler is not None and profiler.begin(step) else None
+        run_program(
+            program, work, mailbox, recorder=recorder, watch=self._watch, handover=self._handover, annotations=notes
+        )  # fmt: skip
+        if profiler is not None:
+            profiler.end(step)
         if self._handover is not None and not self._are_counts_told:
             self._are_counts_told = True
             self._tell_counts(self._handover)

@@ -46,7 +46,18 @@ def choose_layout(options: Options, ranks: int, chunks: int) -> Layout:
             f"--cf-schedule {options.schedule} is a table on the {layout.name} layout; this version builds Megatron "
             f"models for {STRAIGHT}, {LOOPED}, {V} and {BIDIRECTIONAL} layouts: give a table on one of them"
         )
+    _require_costs(options, layout)
     return layout
+
+
+def _require_costs(options: Options, layout: Layout) -> None:
+    """Refuse a file of costs of other stages than the layout's."""
+    if options.file_costs is None:
+        return
+    try:
+        options.file_costs.spread(layout.last_stage + 1)
+    except ScheduleError as error:
+        raise OptionError(f"--cf-costs {options.costs}: {error}, of {layout.ranks} pipeline ranks with two chunks each") from None
 
 
 def find_family(options: Options) -> Family | None:
