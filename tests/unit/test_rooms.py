@@ -16,6 +16,7 @@ ADAPTER = COMMON | {"devices", "options", "patching", "schedule", "balance", "ru
 # What the sub-rooms of the adapter share.
 SHARED = {"megatron.gradients", "megatron.loop", "megatron.state"}
 TRAINER_WORLD = {"torch", "megatron"}
+DEEPSPEED_WORLD = {"torch", "deepspeed"}
 ROOMS = {
     "errors": (set(), set()),
     "arrays": (set(), set()),
@@ -37,10 +38,12 @@ ROOMS = {
     "megatron.v_layout": (ADAPTER | {"megatron.state"}, TRAINER_WORLD),
     "megatron.pipeline": (ADAPTER | SHARED | {"megatron.streams", "megatron.v_layout"}, TRAINER_WORLD),
     "megatron.experts": (ADAPTER | SHARED | {"megatron.checks"}, TRAINER_WORLD),
+    "deepspeed": (ADAPTER, DEEPSPEED_WORLD),
+    "deepspeed.pipeline": (ADAPTER | {"deepspeed.section", "deepspeed.state"}, DEEPSPEED_WORLD),
     "launch": (COMMON | {"options"}, set()),
     "report": (COMMON | {"schedule", "balance"}, set()),
-    "commands": (COMMON | {"options", "platform", "megatron", "schedule", "balance", "report"}, {"torch"}),
-    "__init__": (COMMON | {"options", "patching", "platform", "megatron"}, set()),
+    "commands": (COMMON | {"options", "platform", "megatron", "deepspeed", "schedule", "balance", "report"}, {"torch"}),
+    "__init__": (COMMON | {"options", "patching", "platform", "megatron", "deepspeed"}, set()),
 }
 # Words of one trainer, or of one kind of device, that rooms for every trainer do without.
 FOREIGN = ("main_grad", "torch.cuda")
