@@ -1,11 +1,14 @@
 """A DeepSpeed script that knows nothing of Counterflow: it trains a small model in a pipeline and writes losses and norms.
 
-``deepspeed_worker.py MODEL CONFIG.json STEPS SEED OUT.json``; one of the four ranks writes.
+``deepspeed_worker.py CASES.json OUT.json``: each case is a mapping of what `train` takes; rank 0 writes.
 """
 
 import json
 import sys
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -25,7 +28,7 @@ class Block(nn.Module):
 
 
 class MaskedBlock(Block):
-    """Takes and returns a tuple: activations, a float mask without gradient, a truth mask."""
+    """Takes and returns a tuple: activations, a mask of floats or integers without gradient, a truth mask."""
 
     def forward(self, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x, mask, allowed = given
@@ -33,9 +36,15 @@ class MaskedBlock(Block):
 
 
 class Masks(nn.Embedding):
+    dtype = torch.int64
+
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        mask = (tokens % 3 != 0).to(self.weight.dtype).unsqueeze(-1)
+        mask = (tokens % 3 != 0).to(self.dtype).unsqueeze(-1)
         return super().forward(tokens), mask, tokens % 5 != 0
+
+
+class FloatMasks(Masks):
+    dtype = torch.float32
 
 
 class First(nn.Module):
@@ -56,9 +65,9 @@ def list_layers(model: str) -> list[object]:
         ends = [TiedLayerSpec("words", nn.Embedding, VOCABULARY, WIDTH, forward_fn=forward) for forward in (None, read_out)]
         return [ends[0], *(LayerSpec(Block) for _ in range(BLOCKS - 2)), ends[1]]
     head = LayerSpec(nn.Linear, WIDTH, VOCABULARY)
-    if model == "tuple":
+    if model in ("tuple", "floats"):
         blocks = [LayerSpec(MaskedBlock) for _ in range(BLOCKS - 2)]
-        return [LayerSpec(Masks, VOCABULARY, WIDTH), *blocks, LayerSpec(First), head]
+        return [LayerSpec(Masks if model == "tuple" else FloatMasks, VOCABULARY, WIDTH), *blocks, LayerSpec(First), head]
     return [LayerSpec(nn.Embedding, VOCABULARY, WIDTH), *(LayerSpec(Block) for _ in range(BLOCKS - 2)), head]
 
 
@@ -67,31 +76,55 @@ class Samples(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return 4096
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        text = torch.randint(VOCABULARY, (TOKENS + 1,), generator=torch.Generator().manual_seed(index))
-        return text[:-1], text[1:]
+        tokens = torch.randint(VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(index))
+        return tokens, (tokens * 5 + 3) % VOCABULARY
 
 
-def train(model: str, config: dict[str, object], steps: int, seed: int, stages: int) -> dict[str, object]:
+def draw_batches(samples: Samples, engine: Any) -> Iterator[Any]:
+    """Yield the micro-batches of this replica for ever."""
+    size, replicas = engine.train_micro_batch_size_per_gpu(), engine.dp_world_size
+    for first in count(engine.mpu.get_data_parallel_rank(), size * replicas):
+        drawn = [samples[index % len(samples)] for index in range(first, first + size * replicas, replicas)]
+        yield tuple(torch.stack(parts) for parts in zip(*drawn, strict=True))
+
+
+def train(
+    model: str,
+    config: dict[str, Any],
+    steps: int,
+    seed: int,
+    stages: int = 2,
+    is_seeded: bool = False,
+    has_loader: bool = False,
+) -> dict[str, Any]:
+    """Train and evaluate; ``has_loader``: the engine draws the samples itself."""
     torch.manual_seed(seed)
-    if stages == 1:
-        deepspeed.init_distributed("gloo")
-    module = PipelineModule(list_layers(model), num_stages=stages, loss_fn=compute_loss, partition_method="parameters")
+    # Where models of different numbers of stages are compared, a layer's weights depend on its place alone.
+    # (Upstream seeds only with plain integers, which the method "parameters" does not give.)
+    how = {"seed_layers": True, "base_seed": seed, "partition_method": "uniform"} if is_seeded else {}
+    module = PipelineModule(list_layers(model), num_stages=stages, loss_fn=compute_loss, **how)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, training_data=Samples(), config=config)
-    losses, norms = [], []
-    for _ in range(steps):
-        losses.append(engine.train_batch().item())
-        norms.append(float(engine.get_global_grad_norm() or 0))
-    loader = iter(deepspeed.utils.RepeatingLoader(engine.deepspeed_io(Samples())))
-    return {"losses": losses, "norms": norms, "evaluation": engine.eval_batch(loader).item()}
+    samples = Samples()
+    data = {"training_data": samples} if has_loader else {}
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config, **data)
+    batches, done = None if has_loader else draw_batches(samples, engine), []
+    for step in range(1, steps + 1):
+        loss = engine.train_batch(batches).item()
+        done.append({"iteration": step, "loss": loss, "grad_norm": float(engine.get_global_grad_norm()), "skipped": False})
+    loss = engine.eval_batch(draw_batches(samples, engine)).item()
+    done.append({"iteration": steps + 1, "loss": loss, "skipped": False})
+    return {"steps": done, "error": None}
+
+
+def run(argument: list[str]) -> None:
+    """Run this file as a script, under the launcher; ``argument`` are its own arguments."""
+    from counterflow.launch import main
+
+    main([__file__, *argument])
 
 
 if __name__ == "__main__":
     deepspeed.init_distributed("gloo")
-    cases = json.loads(Path(sys.argv[1]).read_text())
-    results = {}
-    for name, case in cases.items():
-        results[name] = train(case["model"], case["config"], case["steps"], case["seed"], case["stages"])
-        print(name, results[name], flush=True) if torch.distributed.get_rank() == 0 else None
+    results = {name: train(**case) for name, case in json.loads(Path(sys.argv[1]).read_text()).items()}
     if torch.distributed.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(results))

@@ -1,4 +1,4 @@
-"""Ranks on this machine, forked from one process that has imported Megatron once (`fork_server.py`)."""
+"""Ranks on this machine, forked from one process for each trainer that has imported it once (`fork_server.py`)."""
 
 import atexit
 import json
@@ -19,7 +19,14 @@ class RanksError(RuntimeError):
 
 
 def fork_ranks(
-    worker: str, argument: Any, ranks: int, logs: Path, *, alone: bool = False, timeout: float = SECONDS
+    worker: str,
+    argument: Any,
+    ranks: int,
+    logs: Path,
+    *,
+    alone: bool = False,
+    timeout: float = SECONDS,
+    trainer: str = "megatron",
 ) -> list[int | None]:
     """Have every rank call ``run(argument)`` of a worker module; return exit statuses, None for a rank that did not end in time.
 
@@ -29,7 +36,7 @@ def fork_ranks(
 
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     job = {"worker": worker, "argument": argument, "ranks": ranks, "port": store.port, "logs": str(logs)}
-    server = _start_server(os.environ.get("PYTHONPATH", ""))
+    server = _start_server(os.environ.get("PYTHONPATH", ""), trainer)
     assert server.stdin is not None and server.stdout is not None
     try:
         server.stdin.write(json.dumps({**job, "alone": alone, "timeout": timeout}) + "\n")
@@ -45,9 +52,9 @@ def fork_ranks(
     return statuses
 
 
-def run_ranks(worker: str, argument: Any, ranks: int, logs: Path) -> list[str]:
+def run_ranks(worker: str, argument: Any, ranks: int, logs: Path, *, trainer: str = "megatron") -> list[str]:
     """Have every rank call ``run(argument)`` of a worker module; return what each printed. All have to end well."""
-    statuses = fork_ranks(worker, argument, ranks, logs)
+    statuses = fork_ranks(worker, argument, ranks, logs, trainer=trainer)
     # Those that were ended because of another have less to say.
     bad = sorted((rank for rank, status in enumerate(statuses) if status != 0), key=lambda rank: statuses[rank] is None)
     if bad:
@@ -57,11 +64,11 @@ def run_ranks(worker: str, argument: Any, ranks: int, logs: Path) -> list[str]:
 
 
 @cache
-def _start_server(first: str) -> "subprocess.Popen[str]":
-    """Start the process that forks ranks, one for each ``PYTHONPATH``: it may name another Megatron."""
+def _start_server(first: str, trainer: str) -> "subprocess.Popen[str]":
+    """Start the process that forks ranks, one for each trainer and ``PYTHONPATH``: it may name another Megatron."""
     path = os.pathsep.join(filter(None, [str(ROOT), first, *sys.path]))
     server = subprocess.Popen(
-        [sys.executable, "-u", "-P", "-W", "ignore", "-m", "tests.support.fork_server"],
+        [sys.executable, "-u", "-P", "-W", "ignore", "-m", "tests.support.fork_server", trainer],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

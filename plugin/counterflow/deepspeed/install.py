@@ -96,8 +96,9 @@ class Installation:
             from counterflow.deepspeed.pipeline.engine import make_engine_class
             from counterflow.deepspeed.state import chunks_of
 
+            base: Any = PipelineEngine
             if type(self) is PipelineEngine and model in chunks_of:
-                self.__class__ = make_engine_class(PipelineEngine)
+                self.__class__ = make_engine_class(base)
                 type(self).__init__(self, *args, model=model, **kwargs)
             else:
                 init(self, *args, model=model, **kwargs)

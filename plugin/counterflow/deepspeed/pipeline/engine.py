@@ -35,7 +35,8 @@ def make_engine_class(base: Any) -> Any:
 
         def __init__(self, *args: Any, model: Any, **kwargs: Any) -> None:
             # While upstream connects ranks, first and last stage mean the first and last rank.
-            self._chunks, self._stage, self._is_connecting = chunks_of[model], None, True
+            self._chunks, self._is_connecting = chunks_of[model], True
+            self._stage: int | None = None
             super().__init__(*args, model=model, **kwargs)
             self._is_connecting = False
             # Messages go whole, so that they may have any members.

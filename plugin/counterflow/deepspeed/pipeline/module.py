@@ -113,7 +113,7 @@ def _for_each_chunk(base: Any, name: str) -> Callable[..., None]:
     return run
 
 
-def _find_base(model: Any) -> type:
+def _find_base(model: Any) -> Any:
     """Return the class to extend. A model that upstream cut into the two chunks of a V is treated as one that it did not cut."""
     from deepspeed.pipe import PipelineModule
     from deepspeed.runtime.pipe.dualpipev import DualPipeVModule

@@ -22,7 +22,7 @@ def split_linear(linear: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
     @wraps(linear)
     def run(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if _can_split(input, weight):
-            return SplitLinear.apply(linear, input, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+            return SplitLinear.apply(linear, input, weight, bias)  # type: ignore[no-any-return]
         return linear(input, weight, bias)
 
     return run
@@ -80,7 +80,7 @@ def _add_linear(weight: torch.Tensor, gradient: torch.Tensor, input: torch.Tenso
 def add_gradient(weight: Any, gradient: torch.Tensor) -> None:
     """Add a gradient that a W computed, as the hooks of the optimizer do after autograd has added one."""
     place: Place = place_of[weight]
-    optimizer = place.optimizer()
+    optimizer: Any = place.optimizer()
     if hasattr(optimizer, "_update_hp_grad"):
         # BF16_Optimizer adds what lies in .grad to a sum of its own after each backward; this one comes later.
         kept, weight.grad = weight.grad, gradient

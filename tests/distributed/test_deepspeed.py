@@ -1,0 +1,106 @@
+"""DeepSpeed under a schedule, by one key of its JSON, beside plain DeepSpeed of the same script."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import ROOT
+from tests.support.comparing import assert_same_steps
+from tests.support.forked_ranks import RanksError, run_ranks
+
+pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.slow
+
+TABLE = str(ROOT / "tests" / "data" / "dualpipev-2-4.csv")
+SCHEDULES = ["1f1b", "gpipe", "interleaved", "zb-h1", "zbv", "dualpipev", TABLE]
+SEEDS = (11, 1234)
+STEPS = 8
+
+
+def make_case(model: str, schedule: str | None, seed: int, **changes: Any) -> dict[str, Any]:
+    """Return a case of `deepspeed_worker.train`: fp32, ZeRO-1 and clipped gradients, but for ``changes`` of the config."""
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 0.5,
+        "steps_per_print": 1000,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "zero_optimization": make_zero(1),
+        **changes,
+    }
+    if schedule is not None:
+        config["counterflow"] = {"schedule": schedule}
+    return {"model": model, "config": config, "steps": STEPS, "seed": seed}
+
+
+def make_zero(stage: int, **more: Any) -> dict[str, Any]:
+    return {"stage": stage, "reduce_bucket_size": 20_000, "allgather_bucket_size": 20_000, **more}
+
+
+def make_cases() -> dict[str, dict[str, Any]]:
+    cases = {}
+    for schedule in (None, *SCHEDULES):
+        for seed in SEEDS:
+            cases[name("dense", schedule, seed)] = make_case("dense", schedule, seed)
+    for model in ("tuple", "tied"):
+        for schedule in (None, "interleaved", "zbv", "dualpipev"):
+            cases[name(model, schedule, SEEDS[0])] = make_case(model, schedule, SEEDS[0])
+    for schedule in (None, "1f1b", "dualpipev"):
+        cases[name("loader", schedule, 0)] = make_case("dense", schedule, SEEDS[0]) | {"has_loader": True}
+        bf16 = {"bf16": {"enabled": True}}
+        cases[name("bf16", schedule, 1)] = make_case("dense", schedule, SEEDS[0], **bf16)
+        cases[name("bf16-zero-0", schedule, 0)] = make_case("dense", schedule, SEEDS[0], zero_optimization=make_zero(0), **bf16)
+    for model in ("dense", "tied", "floats"):
+        # The reference computes on one rank all that the pipeline's four compute: half the micro-batches on twice the replicas.
+        one = {"stages": 1, "is_seeded": True}
+        cases[name(f"{model}-one", None, 0)] = make_case(model, None, SEEDS[0], gradient_accumulation_steps=2) | one
+        cases[name(f"{model}-one", "dualpipev", 0)] = make_case(model, "dualpipev", SEEDS[0]) | {"is_seeded": True}
+    return cases
+
+
+def name(what: str, schedule: str | None, seed: int) -> str:
+    return f"{what} {'plain' if schedule is None else Path(schedule).stem} {seed}"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_cases(make_cases(), tmp_path_factory.mktemp("deepspeed"))
+
+
+def run_cases(cases: dict[str, Any], folder: Path) -> dict[str, Any]:
+    given, out = folder / "cases.json", folder / "out.json"
+    given.write_text(json.dumps(cases))
+    run_ranks("deepspeed_worker", [str(given), str(out)], 4, folder / "logs", trainer="deepspeed")
+    return {case: {"name": case, **run} for case, run in json.loads(out.read_text()).items()}
+
+
+@pytest.mark.parametrize("case", [case for case in make_cases() if " plain " not in case])
+def test_steps_are_those_of_plain_deepspeed(trained: dict[str, Any], case: str) -> None:
+    what, _, seed = case.split()
+    plain = trained[name(what, None, int(seed))]
+    assert_same_steps(trained[case], plain)
+    assert plain["steps"][-2]["loss"] < plain["steps"][0]["loss"] - 0.1, "the model learns nothing: equal losses say nothing"
+
+
+@pytest.mark.parametrize(
+    ("changes", "section", "words"),
+    [
+        ({"zero_optimization": {"stage": 2}}, {"schedule": "zbv"}, "zero_optimization.stage 2 does not run in a pipeline"),
+        ({"gradient_accumulation_steps": 3}, {"schedule": "dualpipev"}, "3 micro-batches"),
+        ({}, {"schedule": "interleaved", "vpp": 5}, "cuts a model into 10 stages on 2 ranks and the PipelineModule has 8 layers"),
+        ({}, {"schedule": "dualpipev", "zero_buble": True}, "did you mean 'zero_bubble'"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(
+    changes: dict[str, Any], section: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    case = make_case("dense", None, 1, **changes, counterflow=section)
+    with pytest.raises(RanksError):
+        run_cases({"bad": case}, tmp_path)
+    (line,) = [
+        line for line in (tmp_path / "logs" / "0" / "stderr.log").read_text().splitlines() if line.startswith("counterflow: ")
+    ]
+    assert words in line
+    assert "--cf-" not in line, "a JSON has no flags"
