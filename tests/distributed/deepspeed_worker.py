@@ -13,6 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from torch import nn
 
 VOCABULARY, WIDTH, TOKENS, BLOCKS = 64, 16, 12, 8
@@ -88,6 +89,14 @@ def draw_batches(samples: Samples, engine: Any) -> Iterator[Any]:
         yield tuple(torch.stack(parts) for parts in zip(*drawn, strict=True))
 
 
+def make_optimizer(module: PipelineModule) -> torch.optim.Optimizer:
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not name.startswith("0."))
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    matrices, vectors = ([one for one in trained if (one.dim() > 1) == is_matrix] for is_matrix in (True, False))
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": 0.5}, {"params": vectors, "lr": 0.0}], lr=1e-2)
+
+
 def train(
     model: str,
     config: dict[str, Any],
@@ -96,23 +105,44 @@ def train(
     stages: int = 2,
     is_seeded: bool = False,
     has_loader: bool = False,
+    has_groups: bool = False,
+    is_v: bool = False,
+    save: str | None = None,
+    load: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train and evaluate; ``has_loader``: the engine draws the samples itself."""
+    """Train and evaluate; return the steps, the evaluation as one more.
+
+    ``has_loader``: the engine draws the samples itself. ``has_groups``: the script freezes the first layer and makes the
+    optimizer, with two groups of parameters. ``is_v``: upstream has cut the model into a V already. The state is saved to the
+    folder ``save`` in the end. ``load`` are arguments of ``load_checkpoint``; steps go on from there.
+    """
     torch.manual_seed(seed)
     # Where models of different numbers of stages are compared, a layer's weights depend on its place alone.
     # (Upstream seeds only with plain integers, which the method "parameters" does not give.)
     how = {"seed_layers": True, "base_seed": seed, "partition_method": "uniform"} if is_seeded else {}
-    module = PipelineModule(list_layers(model), num_stages=stages, loss_fn=compute_loss, **how)
+    made = DualPipeVModule if is_v else PipelineModule
+    module = made(list_layers(model), num_stages=stages, loss_fn=compute_loss, **how)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    given: dict[str, Any] = {"model_parameters": parameters}
+    if has_groups:
+        given = {"optimizer": make_optimizer(module)}
     samples = Samples()
     data = {"training_data": samples} if has_loader else {}
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config, **data)
+    engine, *_ = deepspeed.initialize(model=module, config=config, **given, **data)
     batches, done = None if has_loader else draw_batches(samples, engine), []
-    for step in range(1, steps + 1):
+    first = 1
+    if load is not None:
+        engine.load_checkpoint(**load)
+        first = engine.global_steps + 1
+        for _ in range((first - 1) * engine.gradient_accumulation_steps()):
+            next(batches)
+    for step in range(first, steps + 1):
         loss = engine.train_batch(batches).item()
         done.append({"iteration": step, "loss": loss, "grad_norm": float(engine.get_global_grad_norm()), "skipped": False})
     loss = engine.eval_batch(draw_batches(samples, engine)).item()
     done.append({"iteration": steps + 1, "loss": loss, "skipped": False})
+    if save is not None:
+        engine.save_checkpoint(save)
     return {"steps": done, "error": None}
 
 

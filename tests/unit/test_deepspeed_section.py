@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
+from counterflow.deepspeed import seams
+from counterflow.deepspeed.checks import explain
 from counterflow.deepspeed.section import read_config, read_section
 from counterflow.errors import OptionError
 from counterflow.options import Options
+from tests.support.running import run_python
 
 FULL = {
     "schedule": "dualpipev",
@@ -86,3 +89,32 @@ def test_bad_sections_are_refused_in_one_line(section: dict[str, Any], words: st
 def test_bad_configs_are_refused(config: Any, words: str) -> None:
     with pytest.raises(OptionError, match=words):
         read_config(config)
+
+
+@pytest.mark.slow
+def test_seams_fit_the_installed_deepspeed() -> None:
+    pytest.importorskip("deepspeed")
+    code = "from counterflow.deepspeed import seams; seams.check_seams(seams.REMEDIES); print(len(seams.list_seams()))"
+    assert int(run_python("-c", code).split()[-1]) == len(list(seams.SEAMS))
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        (FULL | {"eplb": False}, "cut into 2 stages a rank, laid out v"),
+        ({"schedule": "interleaved", "vpp": 3}, "cut into 3 stages a rank, laid out looped"),
+        ({"schedule": "1f1b"}, "are computed in the B"),
+        ({}, "nothing"),
+    ],
+)
+def test_doctor_says_what_a_config_asks_for(section: dict[str, Any], words: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"counterflow": section}))
+    assert words in "\n".join(explain(str(path)))
+
+
+def test_doctor_says_what_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"counterflow": {"schedule": "zbv"}, "zero_optimization": {"stage": 3}}))
+    with pytest.raises(OptionError, match="zero_optimization.stage 3"):
+        explain(str(path))

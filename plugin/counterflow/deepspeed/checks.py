@@ -1,10 +1,14 @@
 """Refuse what cannot work, before an engine is made."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from counterflow.deepspeed.section import Chosen
+from counterflow.deepspeed.section import KEY, Chosen, read_config, read_section
 from counterflow.errors import OptionError
+from counterflow.options import Options
+from counterflow.trainer.tables import choose_layout, count_replicas, name_model_layout
 
 WAYS = "make one: PipelineModule(layers=[…], loss_fn=…, num_stages=P); each layer takes what the one before returns"
 
@@ -12,8 +16,7 @@ WAYS = "make one: PipelineModule(layers=[…], loss_fn=…, num_stages=P); each 
 def check_run(chosen: Chosen, config: Any, model: Any) -> None:
     """Raise `OptionError` for a model or config that does not fit the options."""
     options = chosen.options
-    if options.eplb:
-        raise OptionError("eplb: this version balances no experts under DeepSpeed: drop it")
+    check_options(chosen)
     if options.schedule is None:
         return
     from deepspeed.pipe import PipelineModule
@@ -29,6 +32,19 @@ def check_run(chosen: Chosen, config: Any, model: Any) -> None:
         check_config(chosen, config)
 
 
+def check_options(chosen: Chosen) -> None:
+    """Raise `OptionError` for options that this version does not run under DeepSpeed."""
+    options = chosen.options
+    if options.eplb:
+        raise OptionError("eplb: this version balances no experts under DeepSpeed: drop it")
+    if options.overlap:
+        raise OptionError("overlap: this version overlaps no pairs under DeepSpeed: drop it")
+    if options.schedule is not None and count_replicas(choose_layout(options, 2, 2)) > 1:
+        raise OptionError(
+            f"schedule {options.schedule} joins two replicas, which this version does not under DeepSpeed: take another"
+        )
+
+
 def check_config(chosen: Chosen, config: Mapping[str, Any]) -> None:
     """Raise `OptionError` for keys of a DeepSpeed config that a schedule does not work with."""
     schedule = chosen.options.schedule
@@ -42,6 +58,30 @@ def check_config(chosen: Chosen, config: Mapping[str, Any]) -> None:
         raise OptionError(
             f"compile.deepcompile compiles whole steps, which schedule {schedule} cuts into actions: drop one of them"
         )
+
+
+def explain(path: str) -> list[str]:
+    """Return what the key of a DeepSpeed JSON asks for, a line for each part; raises `OptionError` for what is refused."""
+    section = read_config(path)
+    if section is None:
+        return [f'{path} has no key "{KEY}": DeepSpeed runs as without the plugin']
+    chosen = read_section(section)
+    options = chosen.options
+    check_options(chosen)
+    lines = [
+        f"{path}: {', '.join(f'{name} {value}' for name, value in options.model_dump(exclude_unset=True).items()) or 'nothing'}"
+    ]
+    if options.schedule is not None:
+        check_config(chosen, json.loads(Path(path).read_text()))
+        layout = choose_layout(options, 2, chosen.vpp or 2)
+        lines.append(f"a PipelineModule is cut into {layout.chunks} stages a rank, laid out {name_model_layout(layout)}")
+        lines.append(f"weight gradients of linears {'wait for their W' if splits_backward(options) else 'are computed in the B'}")
+    return lines
+
+
+def splits_backward(options: Options) -> bool:
+    """Tell whether linears leave weight gradients to a W."""
+    return options.zero_bubble is not False and (options.family is None or options.family.splits)
 
 
 def _find(config: Mapping[str, Any], section: str, key: str) -> Any:

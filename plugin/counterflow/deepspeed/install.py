@@ -73,7 +73,7 @@ class Installation:
         return read_and_initialize
 
     def _prepare(self, chosen: Chosen, config: Any, named: dict[str, Any]) -> dict[str, Any]:
-        from counterflow.deepspeed.checks import check_run
+        from counterflow.deepspeed.checks import check_run, splits_backward
         from counterflow.deepspeed.pipeline.module import convert
 
         options = chosen.options
@@ -110,11 +110,6 @@ def find_config(args: Any, others: dict[str, Any]) -> Any:
     """Return the config that a call of ``deepspeed.initialize`` will use; None if it has none."""
     given = (others.get("config"), others.get("config_params"), getattr(args, "deepspeed_config", None))
     return next((one for one in given if one is not None), None)
-
-
-def splits_backward(options: Options) -> bool:
-    """Tell whether linears leave weight gradients to a W."""
-    return options.zero_bubble is not False and (options.family is None or options.family.splits)
 
 
 def install(patches: Patches, enabled: Values, flags: Values) -> Installation:

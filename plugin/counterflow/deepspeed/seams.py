@@ -19,11 +19,16 @@ KNOWN = ("0.19",)
 
 MODULE, ENGINE = "deepspeed.runtime.pipe.module", "deepspeed.runtime.pipe.engine"
 PIPE_MODULE, PIPE_ENGINE = f"{MODULE}.PipelineModule", f"{ENGINE}.PipelineEngine"
+ENGINE_BASE = "deepspeed.runtime.engine.DeepSpeedEngine"
 FUNCTIONS = "torch.nn.functional"
 
 STARTING = (
     Seam("deepspeed", "initialize", ".read_config", (CONFIG,), KNOWN, "the config, before an engine is made",
          ("args", "model", "optimizer", "model_parameters")),
+    Seam(ENGINE_BASE, "save_checkpoint", "checkpoint.stamp_after", (CONFIG,), KNOWN, "says how a pipeline was cut",
+         ("self", "save_dir", "tag")),
+    Seam(ENGINE_BASE, "load_checkpoint", "checkpoint.guard", (CONFIG,), KNOWN, "refuses optimizer states of another cut",
+         ("self", "load_dir", "tag", "load_module_strict", "load_optimizer_states")),
     Seam(PIPE_MODULE, "_partition_layers", "pipeline.module.note_method", (CONFIG,), KNOWN,
          "how a model was cut into stages, which upstream forgets", ("self", "method")),
 )  # fmt: skip
@@ -50,6 +55,7 @@ STEPPING = (
             ("_inference_schedule", "extended: says that an evaluation is due", ("self", "micro_batches")),
             ("_exec_schedule", "extended: runs the table in place of instructions", ("self", "pipe_schedule")),
             ("_loss_stage_global_rank", "extended: the rank of the last stage", ("self",)),
+            ("clip_fp32_gradients", "extended: clips by the norm of the whole model", ("self",)),
             ("is_first_stage", "extended: asked for the chunk that runs", ("self",)),
             ("is_last_stage", "extended: asked for the chunk that runs", ("self",)),
             ("_exec_load_micro_batch", "called for each micro-batch", ("self", "buffer_id")),

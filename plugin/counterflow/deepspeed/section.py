@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from counterflow.bounds import take_whole
 from counterflow.errors import CounterflowError, OptionError
-from counterflow.options import BALANCING, Options, Values, merge_options, read_values
+from counterflow.options import BALANCING, Options, Values, merge_options, read_values, write_allowed, write_default
 from counterflow.schedule.layouts import LOOPED
 
 KEY = "counterflow"
@@ -94,6 +94,20 @@ def _require_known(section: Mapping[str, Any], names: tuple[str, ...], where: st
             close = difflib.get_close_matches(str(name), names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise OptionError(f"{where} has no key {name!r}; allowed: {', '.join(names)}{hint}")
+
+
+def describe_keys() -> str:
+    """Return a table of the section's keys in Markdown: key, what is allowed, what it does."""
+    lines = ["| key | allowed | what it does |", "| --- | --- | --- |"]
+    for name in (*NAMES, *(f"{BALANCE}.{name}" for name in INNER)):
+        if name == CHUNKS:
+            lines.append(f"| `{CHUNKS}` | 2 up | model chunks per rank of `interleaved` (default: 2) |")
+            continue
+        field = Options.model_fields[name.replace(f"{BALANCE}.", BALANCING)]
+        allowed = f"true, false, an object of `{BALANCE}.…`" if name == BALANCE else write_allowed(field)
+        words = str(speak_json(OptionError(f"{field.description}{write_default(field)}")))
+        lines.append(f"| `{name}` | " + " | ".join(cell.replace("|", "\\|") for cell in (allowed, words)) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def speak_json[E: CounterflowError](error: E) -> E:

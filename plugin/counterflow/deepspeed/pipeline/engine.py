@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
+import torch.distributed as dist
+
 from counterflow.deepspeed.pipeline.work import DeepSpeedWork
 from counterflow.deepspeed.pipeline.zero_bubble import note_weights
 from counterflow.deepspeed.section import speak_json
@@ -24,6 +27,27 @@ class Step(NamedTuple):
 
     microbatches: int
     is_evaluation: bool
+
+
+@torch.no_grad()
+def clip_by_whole_norm(model: Any, grid: Any, most: float) -> float:
+    """Scale the gradients in ``.grad`` such that their norm over all ranks of a replica is at most ``most``; return the norm."""
+    from deepspeed.runtime.utils import is_model_parallel_parameter
+
+    gradients, total = [], torch.zeros((), dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            continue
+        gradients.append(parameter.grad)
+        # Of a tied layer, and of what all tensor-parallel ranks hold, one copy counts.
+        is_first = grid.get_slice_parallel_rank() == 0 or is_model_parallel_parameter(parameter)
+        if is_first and not getattr(parameter, "ds_pipe_replicated", False):
+            total = total.to(parameter.device) + parameter.grad.float().square().sum()
+    dist.all_reduce(total, group=grid.get_model_parallel_group())
+    norm = float(total.sqrt())
+    if norm > most:
+        torch._foreach_mul_(gradients, most / (norm + 1e-6))
+    return norm
 
 
 @cache
@@ -74,6 +98,10 @@ def make_engine_class(base: Any) -> Any:
 
         def _loss_stage_global_rank(self) -> int:
             return int(self.grid.stage_to_global(self._chunks.layout.rank_of[self._chunks.layout.last_stage]))
+
+        def clip_fp32_gradients(self) -> None:
+            """Clip by the norm of the whole model; upstream counts only the first model-parallel rank's part of it."""
+            self._global_grad_norm = clip_by_whole_norm(self.module, self.grid, self.gradient_clipping())
 
         def _train_schedule(self) -> Step:
             return Step(self.micro_batches, is_evaluation=False)

@@ -48,14 +48,16 @@ class SplitLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, linear: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return ``linear(input, weight, bias)``; input [..., in], weight [out, in]."""
-        ctx.save_for_backward(input, weight)
+        ctx.save_for_backward(input)
+        # Not saved as the input is: where a checkpoint recomputes the layer, what comes back is another tensor object.
+        ctx.weight = weight
         result: torch.Tensor = linear(input, weight, bias)
         return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         """Return the gradients of input, weight and bias; of the weight None where it waits."""
-        (gradient,), (input, weight) = gradients, ctx.saved_tensors
+        (gradient,), (input,), weight = gradients, ctx.saved_tensors, ctx.weight
         _, needs_input, needs_weight, needs_bias = ctx.needs_input_grad
         input_gradient = gradient.matmul(weight) if needs_input else None
         bias_gradient = gradient.reshape(-1, gradient.shape[-1]).sum(0) if needs_bias else None
