@@ -57,6 +57,8 @@ def make_cases() -> dict[str, dict[str, Any]]:
         bf16 = {"bf16": {"enabled": True}}
         cases[name("bf16", schedule, 1)] = make_case("dense", schedule, SEEDS[0], **bf16)
         cases[name("bf16-zero-0", schedule, 0)] = make_case("dense", schedule, SEEDS[0], zero_optimization=make_zero(0), **bf16)
+    for schedule in (None, "zbv", "interleaved"):
+        cases[name("deep", schedule, 4)] = make_case("dense", schedule, SEEDS[1]) | {"stages": 4}
     for model in ("dense", "tied", "floats"):
         # The reference computes on one rank all that the pipeline's four compute: half the micro-batches on twice the replicas.
         one = {"stages": 1, "is_seeded": True}
