@@ -20,6 +20,18 @@ from counterflow.platform import install_cpu
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "pretrain_moe" / "pretrain_moe.py"
 
 
+def average_over_replicas(values: torch.Tensor | None) -> torch.Tensor | None:
+    """Average what each replica has of a loss, as Megatron does before it logs it: a replica may compute another's part."""
+    if values is None:
+        return None
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    total = values.clone()
+    torch.distributed.all_reduce(total, group=group)
+    return total / group.size()
+
+
 class Log:
     """What Megatron's loop handed to its own logging and evaluation."""
 
@@ -41,7 +53,7 @@ class Log:
 
         def training_log(loss_dict: Any, total: Any, lr: Any, iteration: int, *args: Any, **kwargs: Any) -> Any:
             loss = float(loss_dict["lm loss"]) if loss_dict else float("nan")
-            predicted = MTPLossLoggingHelper.tracker.get("loss_values")
+            predicted = average_over_replicas(MTPLossLoggingHelper.tracker.get("loss_values"))
             self.steps.append(
                 {
                     "iteration": iteration,

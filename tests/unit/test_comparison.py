@@ -196,3 +196,9 @@ def test_bad_input_gets_one_line(argv: list[str], said: str, tmp_path: Path, cap
     write_record(tmp_path, 1, run_on_paper(build("dualpipev", 4, 8)))
     show = "schedule show 1f1b --ranks 4 --microbatches 8".split()
     check_refusal([*show, *(part.format(tmp=tmp_path) for part in argv)], said, capsys)
+
+
+def test_a_record_with_pairs_that_the_table_lacks_names_the_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_record(tmp_path, 1, run_on_paper(build("interleaved", 2, 8, ep_overlap=True)))
+    show = "schedule show interleaved --ranks 2 --microbatches 8 --record".split()
+    check_refusal([*show, str(tmp_path)], "it ran with --cf-overlap: add --ep-overlap", capsys)

@@ -167,7 +167,10 @@ def _show_record(args: argparse.Namespace, table: ScheduleTable) -> int:
     try:
         ran, measured = fit_record(table, recorded)
     except ScheduleError as error:
-        raise ScheduleError(f"{args.record}, step {step}, and {args.schedule} do not fit: {error}") from None
+        ran_in_pairs = any(span.action.parts for span in recorded.spans)
+        takes_pairs = args.schedule in list_names(option="ep_overlap") and not args.ep_overlap
+        hint = "; it ran with --cf-overlap: add --ep-overlap" if ran_in_pairs and takes_pairs else ""
+        raise ScheduleError(f"{args.record}, step {step}, and {args.schedule} do not fit: {error}{hint}") from None
     found = estimate_costs(ran, measured, args.f, args.i, args.w, args.overlap)
     costs = replace(found, p2p=args.p2p, p2p_overlaps=not args.p2p_stops)
     comparison = compare(ran, measured, simulate(ran, costs), costs.p2p)

@@ -69,10 +69,10 @@ def fit_pattern(args: Any, owner: Any, ranks: int, layout: Layout, model_layout:
     """
     pattern = find_pattern(args)
     assert pattern is not None
-    _check_symbols(pattern)
     is_open = model_layout == LOOPED and options.schedule_file is None
     chunks = {STRAIGHT: 1, V: 2, LOOPED: 2 if is_open else layout.chunks}[model_layout]
     wanted = _Wanted(f"--cf-schedule {options.schedule}", ranks, chunks, is_open)
+    _check_symbols(pattern, wanted)
     _refuse_rivals(args, pattern, wanted)
     if len(list_segments(pattern)) > 1:
         return _count_chunks(pattern, wanted)
@@ -160,7 +160,7 @@ def _refuse_rivals(args: Any, pattern: str, wanted: _Wanted) -> None:
             )
 
 
-def _check_symbols(pattern: str) -> None:
+def _check_symbols(pattern: str, wanted: _Wanted) -> None:
     if importlib.util.find_spec(HOME.rpartition(".")[0]) is None:
         raise OptionError(f"{FLAG} given: schedules run it as a HybridModel, which Megatron-Core has since 0.18")
     from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_hybrid_pattern
@@ -169,11 +169,11 @@ def _check_symbols(pattern: str) -> None:
     unknown = [one for one in dict.fromkeys(pattern) if one not in (*known, PIPE, PREDICTION)]
     if unknown:
         raise OptionError(
-            f"{FLAG} '{pattern}': {' and '.join(map(repr, unknown))} is no layer of this Megatron-Core; allowed are "
+            f"{FLAG} '{pattern}': no layer of this Megatron-Core is {' or '.join(map(repr, unknown))}; allowed are "
             f"{' '.join(known)} (capitals, without blanks), {PIPE} between stages and {PREDICTION} before prediction layers"
         )
     if not "".join(list_segments(pattern)):
-        raise OptionError(f"{FLAG} '{pattern}' has no layer before prediction layers: give for instance '*E|*E'")
+        raise OptionError(f"{FLAG} '{pattern}' has no layers but those of prediction: {_propose(pattern, wanted.stages)}")
     try:
         parse_hybrid_pattern(pattern)
     except ValueError as error:
