@@ -66,18 +66,24 @@ def list_layers(model: str) -> list[object]:
         ends = [TiedLayerSpec("words", nn.Embedding, VOCABULARY, WIDTH, forward_fn=forward) for forward in (None, read_out)]
         return [ends[0], *(LayerSpec(Block) for _ in range(BLOCKS - 2)), ends[1]]
     head = LayerSpec(nn.Linear, WIDTH, VOCABULARY)
-    if model in ("tuple", "floats"):
+    if model in ("tuple", "floats", "shapes"):
         blocks = [LayerSpec(MaskedBlock) for _ in range(BLOCKS - 2)]
-        return [LayerSpec(Masks if model == "tuple" else FloatMasks, VOCABULARY, WIDTH), *blocks, LayerSpec(First), head]
+        return [LayerSpec(FloatMasks if model == "floats" else Masks, VOCABULARY, WIDTH), *blocks, LayerSpec(First), head]
     return [LayerSpec(nn.Embedding, VOCABULARY, WIDTH), *(LayerSpec(Block) for _ in range(BLOCKS - 2)), head]
 
 
 class Samples(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """``run``: how many samples that follow each other have the same length; 0 for all."""
+
+    def __init__(self, run: int = 0) -> None:
+        self.run = run
+
     def __len__(self) -> int:
         return 4096
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = torch.randint(VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(index))
+        length = TOKENS - index // self.run % 3 if self.run else TOKENS
+        tokens = torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(index))
         return tokens, (tokens * 5 + 3) % VOCABULARY
 
 
@@ -121,12 +127,13 @@ def train(
     # (Upstream seeds only with plain integers, which the method "parameters" does not give.)
     how = {"seed_layers": True, "base_seed": seed, "partition_method": "uniform"} if is_seeded else {}
     made = DualPipeVModule if is_v else PipelineModule
-    module = made(list_layers(model), num_stages=stages, loss_fn=compute_loss, **how)
+    is_dynamic = model == "shapes"
+    module = made(list_layers(model), num_stages=stages, loss_fn=compute_loss, dynamic_shape=is_dynamic, **how)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     given: dict[str, Any] = {"model_parameters": parameters}
     if has_groups:
         given = {"optimizer": make_optimizer(module)}
-    samples = Samples()
+    samples = Samples(run=4 if is_dynamic else 0)
     data = {"training_data": samples} if has_loader else {}
     engine, *_ = deepspeed.initialize(model=module, config=config, **given, **data)
     batches, done = None if has_loader else draw_batches(samples, engine), []

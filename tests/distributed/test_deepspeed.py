@@ -47,6 +47,11 @@ def make_cases() -> dict[str, dict[str, Any]]:
     for model in ("tuple", "tied"):
         for schedule in (None, "interleaved", "zbv", "dualpipev"):
             cases[name(model, schedule, SEEDS[0])] = make_case(model, schedule, SEEDS[0])
+    for schedule in (None, "interleaved", "dualpipev"):
+        cases[name("shapes", schedule, 0)] = make_case("shapes", schedule, SEEDS[0])
+        # Two uses of one parameter on one rank are one sum there, and two sums that are added in plain DeepSpeed: equal in fp32.
+        sums = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        cases[name("tied-bf16", schedule, 0)] = make_case("tied", schedule, SEEDS[1], **sums)
     for schedule in (None, "1f1b", "dualpipev"):
         cases[name("loader", schedule, 0)] = make_case("dense", schedule, SEEDS[0]) | {"has_loader": True}
         mixed = {"zero_allow_untested_optimizer": True}
