@@ -4,6 +4,8 @@
 """
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from itertools import count
@@ -26,6 +28,17 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.down(nn.functional.silu(self.up(self.norm(x))))
+
+
+class Mixer(Block):
+    """Mixes the places of a sequence too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + self.mix(x.transpose(1, 2)).transpose(1, 2))
 
 
 class MaskedBlock(Block):
@@ -69,7 +82,8 @@ def list_layers(model: str) -> list[object]:
     if model in ("tuple", "floats", "shapes"):
         blocks = [LayerSpec(MaskedBlock) for _ in range(BLOCKS - 2)]
         return [LayerSpec(FloatMasks if model == "floats" else Masks, VOCABULARY, WIDTH), *blocks, LayerSpec(First), head]
-    return [LayerSpec(nn.Embedding, VOCABULARY, WIDTH), *(LayerSpec(Block) for _ in range(BLOCKS - 2)), head]
+    block = Mixer if model == "mixed" else Block
+    return [LayerSpec(nn.Embedding, VOCABULARY, WIDTH), *(LayerSpec(block) for _ in range(BLOCKS - 2)), head]
 
 
 class Samples(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -95,6 +109,12 @@ def draw_batches(samples: Samples, engine: Any) -> Iterator[Any]:
         yield tuple(torch.stack(parts) for parts in zip(*drawn, strict=True))
 
 
+def die(batches: Iterator[Any]) -> Iterator[Any]:
+    """Yield one micro-batch, then die in the middle of the step."""
+    yield next(batches)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def make_optimizer(module: PipelineModule) -> torch.optim.Optimizer:
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(not name.startswith("0."))
@@ -114,13 +134,16 @@ def train(
     has_groups: bool = False,
     is_v: bool = False,
     save: str | None = None,
+    save_at: int = 0,
+    kill: list[int] | None = None,
     load: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate; return the steps, the evaluation as one more.
 
     ``has_loader``: the engine draws the samples itself. ``has_groups``: the script freezes the first layer and makes the
     optimizer, with two groups of parameters. ``is_v``: upstream has cut the model into a V already. The state is saved to the
-    folder ``save`` in the end. ``load`` are arguments of ``load_checkpoint``; steps go on from there.
+    folder ``save`` in the end, or after step ``save_at``. ``kill`` is a rank, and the step in which it dies. ``load`` are
+    arguments of ``load_checkpoint``; steps go on from there.
     """
     torch.manual_seed(seed)
     # Where models of different numbers of stages are compared, a layer's weights depend on its place alone.
@@ -144,11 +167,15 @@ def train(
         for _ in range((first - 1) * engine.gradient_accumulation_steps()):
             next(batches)
     for step in range(first, steps + 1):
+        if kill is not None and kill == [torch.distributed.get_rank(), step]:
+            batches = die(batches)
         loss = engine.train_batch(batches).item()
         done.append({"iteration": step, "loss": loss, "grad_norm": float(engine.get_global_grad_norm()), "skipped": False})
+        if save is not None and step == save_at:
+            engine.save_checkpoint(save)
     loss = engine.eval_batch(draw_batches(samples, engine)).item()
     done.append({"iteration": steps + 1, "loss": loss, "skipped": False})
-    if save is not None:
+    if save is not None and not save_at:
         engine.save_checkpoint(save)
     return {"steps": done, "error": None}
 

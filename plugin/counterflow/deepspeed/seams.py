@@ -69,7 +69,10 @@ STEPPING = (
 )  # fmt: skip
 
 SPLITTING = (
-    Seam(FUNCTIONS, "linear", "pipeline.zero_bubble.split_linear", (ZERO_BUBBLE,), KNOWN, "weight gradients wait for the W"),
+    *(
+        Seam(FUNCTIONS, name, f"pipeline.zero_bubble.split_{name}", (ZERO_BUBBLE,), KNOWN, "weight gradients wait for the W")
+        for name in ("linear", "embedding", "conv1d", "conv2d", "conv3d")
+    ),
     Seam("deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer", "process_gradients", None, (ZERO_BUBBLE,), KNOWN,
          "takes a weight's gradient after the W", ("self", "param", "i")),
     Seam("deepspeed.runtime.bf16_optimizer.BF16_Optimizer", "_update_hp_grad", None, (ZERO_BUBBLE,), KNOWN,
