@@ -1,11 +1,9 @@
 """Refuse what cannot work, before an engine is made."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from counterflow.deepspeed.section import KEY, Chosen, read_config, read_section
+from counterflow.deepspeed.section import KEY, Chosen, load_config, read_config, read_section
 from counterflow.errors import OptionError
 from counterflow.options import Options
 from counterflow.trainer.tables import choose_layout, count_replicas, name_model_layout
@@ -28,8 +26,8 @@ def check_run(chosen: Chosen, config: Any, model: Any) -> None:
             f"schedule {options.schedule} needs at least 2 pipeline ranks and num_stages is 1: give the PipelineModule "
             "num_stages 2 or more, or drop the schedule"
         )
-    if isinstance(config, Mapping):
-        check_config(chosen, config)
+    if config is not None:
+        check_config(chosen, load_config(config))
 
 
 def check_options(chosen: Chosen) -> None:
@@ -72,7 +70,7 @@ def explain(path: str) -> list[str]:
         f"{path}: {', '.join(f'{name} {value}' for name, value in options.model_dump(exclude_unset=True).items()) or 'nothing'}"
     ]
     if options.schedule is not None:
-        check_config(chosen, json.loads(Path(path).read_text()))
+        check_config(chosen, load_config(path))
         layout = choose_layout(options, 2, chosen.vpp or 2)
         lines.append(f"a PipelineModule is cut into {layout.chunks} stages a rank, laid out {name_model_layout(layout)}")
         lines.append(f"weight gradients of linears {'wait for their W' if splits_backward(options) else 'are computed in the B'}")

@@ -4,7 +4,9 @@ Two things differ from the flags. The options of balancing stand in an object, w
 And ``vpp`` gives the model chunks per rank of the family ``interleaved``, which Megatron has a flag of its own for.
 """
 
+import base64
 import difflib
+import importlib.util
 import json
 import re
 from collections.abc import Mapping
@@ -34,15 +36,26 @@ class Chosen(NamedTuple):
     vpp: int | None = None
 
 
+def load_config(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
+    """Return a DeepSpeed config that is given as DeepSpeed takes it: a dictionary, or the path or base64 of (H)JSON."""
+    if isinstance(config, Mapping):
+        return config
+    # DeepSpeed brings it; without DeepSpeed, plain JSON can be explained.
+    reader = importlib.import_module("hjson") if importlib.util.find_spec("hjson") else json
+    try:
+        path = Path(config)
+        is_file = path.suffix == ".json" or path.is_file()
+        loaded = reader.loads(path.read_text() if is_file else base64.urlsafe_b64decode(str(config)).decode())
+    except (OSError, ValueError) as error:
+        raise OptionError(f"DeepSpeed config {str(config)[:80]!r} cannot be read as JSON: {error}") from None
+    if not isinstance(loaded, Mapping):
+        raise OptionError("a DeepSpeed config is an object of keys and values; another JSON value given")
+    return loaded
+
+
 def read_config(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any] | None:
-    """Return the section in a DeepSpeed config, a dictionary or the path of a JSON file; None if there is none."""
-    if not isinstance(config, Mapping):
-        try:
-            config = json.loads(Path(config).read_text())
-        except (OSError, ValueError) as error:
-            raise OptionError(f"DeepSpeed config {str(config)[:80]!r} cannot be read as JSON: {error}") from None
-        if not isinstance(config, Mapping):
-            raise OptionError("a DeepSpeed config is an object of keys and values; another JSON value given")
+    """Return the section in a DeepSpeed config (`load_config`); None if there is none."""
+    config = load_config(config)
     if (near := difflib.get_close_matches(KEY, [str(key) for key in config], n=1, cutoff=0.8)) and KEY not in config:
         # DeepSpeed ignores keys that it does not know.
         raise OptionError(f"DeepSpeed config: key {near[0]!r} is not known; did you mean {KEY!r}?")
@@ -65,9 +78,8 @@ def read_section(section: Mapping[str, Any] | None, *others: Values) -> Chosen:
         if vpp is not None:
             take_whole(vpp, CHUNKS, 2, error=OptionError)
             if options.family is None or options.family.layout != LOOPED:
-                raise OptionError(
-                    f"{CHUNKS} {vpp} given, and schedule {options.schedule} has its own number of chunks: drop {CHUNKS}"
-                )
+                other = f"schedule {options.schedule} has its own number of chunks" if options.schedule else "no schedule"
+                raise OptionError(f"{CHUNKS} {vpp} given, and {other}: drop {CHUNKS}, or choose interleaved")
         return Chosen(options, vpp)
     except CounterflowError as error:
         raise speak_json(error) from None
