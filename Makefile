@@ -4,14 +4,19 @@
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 
-# make train takes: SCHEDULE=1f1b|interleaved|dualpipev|FILE.csv  EPLB=1  ITERS=n  RANKS=n  PLATFORM=auto|cpu|cuda
+# make train takes: TRAINER=megatron|deepspeed
+#                   SCHEDULE=1f1b|interleaved|dualpipev|FILE.csv  EPLB=1  ITERS=n  RANKS=n  PLATFORM=auto|cpu|cuda
 #                   TE=1  FP8=delayed|tensorwise|blockwise|mxfp8  DIR=folder  FRESH=1  ARGS="further Megatron flags"
+TRAINER := megatron
+EXAMPLE_megatron := examples/pretrain_moe/train.py
+EXAMPLE_deepspeed := examples/pretrain_deepspeed/train.py
 TRAIN := $(if $(SCHEDULE),--schedule $(SCHEDULE)) $(if $(EPLB),--eplb) $(if $(ITERS),--iters $(ITERS)) $(if $(RANKS),--ranks $(RANKS)) \
 	$(if $(PLATFORM),--platform $(PLATFORM)) $(if $(filter-out 0,$(TE)),--te) $(if $(FP8),--fp8 $(FP8)) \
 	$(if $(DIR),--dir $(DIR)) $(if $(FRESH),--fresh) $(ARGS)
 
 help:
 	@echo "make train   train a real Megatron-Core MoE model under DualPipeV on this machine (SCHEDULE= EPLB=1 TE=1 FP8=blockwise ...)"
+	@echo "make train TRAINER=deepspeed   the same for a DeepSpeed PipelineModule"
 	@echo "make check   while editing: lint, types and the fast unit tests, in a minute (TESTS=\"tests/unit/test_eplb.py\" ...)"
 	@echo "make test-unit   all tests that start no ranks"
 	@echo "make test-ranks  the tests that train, on four ranks of the CPU"
@@ -33,7 +38,7 @@ help:
 setup: .venv/.installed
 
 train: setup
-	@$(BIN)/python examples/pretrain_moe/train.py $(TRAIN)
+	@$(BIN)/python $(or $(EXAMPLE_$(TRAINER)),$(error TRAINER=$(TRAINER) given; allowed: megatron, deepspeed)) $(TRAIN)
 
 # PYTEST="further options of pytest"
 RUN_TESTS := $(BIN)/python -m pytest $(PYTEST)

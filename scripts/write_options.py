@@ -3,6 +3,7 @@ family by its value in counterflow.schedule.families."""
 
 from pathlib import Path
 
+from counterflow.deepspeed.section import describe_keys
 from counterflow.options import describe_options
 from counterflow.schedule.families import describe_families
 
@@ -20,8 +21,11 @@ This page is written by `python scripts/write_options.py`.
 
 
 def main() -> None:
-    """Write the page of options, and in that of schedules what lies between the head of the table and the end of the pictures."""
+    """Write the page of options, DeepSpeed's table of keys, and the table of schedules up to the end of the pictures."""
     (DOCS / "options.md").write_text(HEAD + describe_options(), encoding="utf-8")
+    page, table = DOCS / "deepspeed.md", describe_keys()
+    before, _, rest = page.read_text(encoding="utf-8").partition(table.splitlines()[0])
+    page.write_text(before + table + rest[rest.index("\n\n") + 1 :], encoding="utf-8")
     page, table = DOCS / "schedules.md", describe_families()
     before, _, rest = page.read_text(encoding="utf-8").partition(table.splitlines()[0])
     after = rest.partition("```text")[2].partition("```")[2]

@@ -3,8 +3,10 @@
 Importing changes nothing; `enable` (or ``python -m counterflow.launch SCRIPT``) installs the seams.
 """
 
+import ast
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from counterflow.options import Options, read_flags, read_values
@@ -12,11 +14,14 @@ from counterflow.patching import Patches
 from counterflow.version import __version__
 
 if TYPE_CHECKING:
+    from counterflow.deepspeed.install import Installation as DeepSpeedInstallation
     from counterflow.megatron.install import Installation
+
+MEGATRON, DEEPSPEED = "megatron", "deepspeed"
 
 __all__ = ["Options", "__version__", "enable", "find_data_rank", "lay_out_chunks"]
 
-_installation: "Installation | None" = None
+_installation: "Installation | DeepSpeedInstallation | None" = None
 
 
 def enable(options: Options | Mapping[str, Any] | None = None) -> Patches:
@@ -35,6 +40,8 @@ def enable(options: Options | Mapping[str, Any] | None = None) -> Patches:
     if (installation := _find_installation()) is not None:
         installation.require_same(values | flags)
         return installation.patches
+    if find_trainer(Path(sys.argv[0])) == DEEPSPEED:
+        return _enable_deepspeed(values, flags)
 
     from counterflow.platform import install_cpu, needs_cpu
     from counterflow.platform.engine import asks_for_engine
@@ -65,7 +72,7 @@ def lay_out_chunks(build_chunk: Callable[..., Any]) -> Callable[..., Any]:
     ``megatron.training`` does this by itself.
     """
     installation = _find_installation()
-    if installation is None or installation.options is None:
+    if installation is None or installation.options is None or find_trainer(Path(sys.argv[0])) == DEEPSPEED:
         return build_chunk
     from counterflow.megatron.v_layout.model import lay_out_for
 
@@ -84,6 +91,31 @@ def find_data_rank(vp_stage: int) -> int:
     return get_data_rank() if installation is None else installation.find_data_rank(vp_stage)
 
 
-def _find_installation() -> "Installation | None":
+def _enable_deepspeed(values: dict[str, Any], flags: dict[str, Any]) -> Patches:
+    global _installation
+    from counterflow.deepspeed.install import install
+
+    patches = Patches()
+    try:
+        _installation = install(patches, values, flags)
+    except BaseException:
+        patches.undo()
+        raise
+    return patches
+
+
+def find_trainer(script: Path) -> str:
+    """Return the trainer of a script: DeepSpeed if it is imported already or the script imports it, and Megatron is not."""
+    imported = {name for name in (DEEPSPEED, MEGATRON) if name in sys.modules}
+    try:
+        nodes = list(ast.walk(ast.parse(script.read_bytes())))
+    except (OSError, SyntaxError, ValueError):
+        nodes = []
+    imported |= {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {(node.module or "").split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    return DEEPSPEED if DEEPSPEED in imported and MEGATRON not in imported else MEGATRON
+
+
+def _find_installation() -> "Installation | DeepSpeedInstallation | None":
     """Return the installation in force; None before `enable` and after its undo."""
     return _installation if _installation is not None and _installation.patches else None

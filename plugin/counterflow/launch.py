@@ -26,6 +26,9 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE + add_flags(argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)).format_help().rstrip())
         raise SystemExit(0 if argv else 2)
+    # DeepSpeed's launcher puts the script's first argument before the script.
+    if argv[0].startswith("--local_rank=") and len(argv) > 1:
+        argv = [argv[1], argv[0], *argv[2:]]
     script = Path(argv[0])
     try:
         if not script.is_file():

@@ -49,7 +49,8 @@ class _Fields(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schedule: str | None = _describe(
-        f"pipeline schedule: {', '.join(SCHEDULES)}, or a table in CSV; without it Megatron's own runs", metavar="NAME|FILE.csv"
+        f"pipeline schedule: {', '.join(SCHEDULES)}, or a table in CSV; without it the trainer's own runs",
+        metavar="NAME|FILE.csv",
     )
     overlap: bool = _describe(
         "run the schedule's overlapped pairs F&B so that one side's expert all-to-all hides behind the other's compute", False
@@ -68,7 +69,7 @@ class _Fields(BaseModel):
     )
     stall_limit: float | None = _describe(
         "how long to wait for another pipeline rank before every rank says where it stood and ends "
-        "(default: --distributed-timeout-minutes)",
+        "(default: the trainer's, Megatron's --distributed-timeout-minutes)",
         metavar="SECONDS",
         gt=0,
         allow_inf_nan=False,
@@ -239,7 +240,7 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "counterflow", "DualPipe schedules, expert balancing and the CPU platform (counterflow plugin)"
     )
     for name, field in Options.model_fields.items():
-        words = f"{field.description}{_write_default(field)}".replace("%", "%%")
+        words = f"{field.description}{write_default(field)}".replace("%", "%%")
         how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         if not _is_switch(field):
             how = {"choices": _list_choices(field), "metavar": _find_metavar(field)}
@@ -260,7 +261,8 @@ def _find_metavar(field: Any) -> str | None:
     return metavar
 
 
-def _write_default(field: Any) -> str:
+def write_default(field: Any) -> str:
+    """Return an option's default in words, for the end of its description; nothing where that is plain."""
     # A switch that is off by default needs no mention. If the default is None, the description says what happens.
     return f" (default: {field.default})" if field.default is not None and field.default is not False else ""
 
@@ -271,12 +273,13 @@ def describe_options() -> str:
     for name, field in Options.model_fields.items():
         flag = name_flag(name)
         shown = f"`{flag}`, `{flag.replace('--', '--no-', 1)}`" if _is_switch(field) else f"`{flag}`"
-        cells = (shown, f"`{name}`", _write_allowed(field), f"{field.description}{_write_default(field)}")
+        cells = (shown, f"`{name}`", write_allowed(field), f"{field.description}{write_default(field)}")
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _write_allowed(field: Any) -> str:
+def write_allowed(field: Any) -> str:
+    """Return the values that an option allows, in Markdown."""
     if _is_switch(field):
         return "true, false"
     if choices := _list_choices(field):

@@ -17,7 +17,7 @@ CHECKS = "attention current_scaling block_scaling histories adam stale_transpose
 
 
 def check(name: str, logs: Path, *arguments: Any, capability: str = HOPPER, ranks: int = 1) -> None:
-    run_ranks("te_checks", {"check": f"check_{name}", "arguments": arguments}, ranks, logs, capability)
+    run_ranks("te_checks", {"check": f"check_{name}", "arguments": arguments}, ranks, logs, capability=capability)
 
 
 @pytest.mark.parametrize("numbers", NUMBERS)

@@ -13,6 +13,7 @@ import pytest
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 import counterflow
+from counterflow.deepspeed import seams as deepspeed
 from counterflow.errors import OptionError, SeamError
 from counterflow.megatron import install, seams
 from counterflow.megatron.seams import KNOWN, SEAMS, list_seams
@@ -123,8 +124,9 @@ print(json.dumps([imported, enabled, state() == before, torch.cuda.is_available(
 def test_doctor_says_that_all_fits() -> None:
     report = json.loads(run_python("-m", "counterflow.commands.main", "doctor", "--json"))
     assert report["fits"] is True
-    assert [seam["symbol"] for seam in report["seams"]] == [seam.path for seam in SEAMS]
-    assert not {feature for seam in SEAMS for feature in seam.features} ^ set(report["remedies"])
+    known = [*SEAMS, *(deepspeed.SEAMS if report["packages"]["deepspeed"] else ())]
+    assert [seam["symbol"] for seam in report["seams"]] == [seam.path for seam in known]
+    assert not {feature for seam in known for feature in seam.features} ^ set(report["remedies"])
     text = run_python("-m", "counterflow.commands.main", "doctor")
     assert "every seam fits" in text
     assert report["packages"]["megatron-core"] in text

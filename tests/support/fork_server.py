@@ -1,4 +1,4 @@
-"""Starts ranks as forks of one process that has imported Megatron: a start takes a tenth of a second, and every case has one.
+"""Starts ranks as forks of one process that has imported a trainer, the one named: it takes a tenth of a second for each case.
 
 Reads jobs as JSON lines from stdin and answers each by a line: the exit statuses of its ranks, None for one that did not end in
 time. A job is {"worker", "argument", "ranks", "port", "logs", "alone", "timeout"}: every rank calls the worker module's
@@ -32,13 +32,14 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    import_megatron(engine="--engine" in sys.argv)
+    imports = {"megatron": import_megatron, "engine": partial(import_megatron, engine=True), "deepspeed": import_deepspeed}
+    imports[sys.argv[1]]()
     for line in sys.stdin:
         answers.write(json.dumps(run_job(json.loads(line))) + "\n")
         answers.flush()
 
 
-def import_megatron(*, engine: bool) -> None:
+def import_megatron(*, engine: bool = False) -> None:
     """Do once what every rank would do alike, without starting a thread: forks have only the one that forks.
 
     With ``engine``, Megatron finds Transformer Engine over the CPU platform's stand-in.
@@ -57,6 +58,24 @@ def import_megatron(*, engine: bool) -> None:
     read_arguments_once()
     patches.undo()
     # A rank's garbage collections leave out what was imported here: they would copy its memory and take a second per checkpoint.
+    gc.collect()
+    gc.freeze()
+
+
+def import_deepspeed() -> None:
+    """As `import_megatron`, for DeepSpeed on the CPU."""
+    import counterflow
+
+    os.environ |= {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
+    import deepspeed
+
+    # Otherwise it compiles an extension when ranks meet.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for name in ("pipe.engine", "pipe.dualpipev", "zero.stage_1_and_2", "zero.muon.muon_optimizer", "bf16_optimizer"):
+        importlib.import_module(f"deepspeed.runtime.{name}")
+    for module in pkgutil.walk_packages(counterflow.__path__, "counterflow."):
+        if module.name.split(".")[1] in ("balance", "deepspeed", "moe", "runtime", "trainer"):
+            importlib.import_module(module.name)
     gc.collect()
     gc.freeze()
 

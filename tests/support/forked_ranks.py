@@ -1,4 +1,4 @@
-"""Ranks on this machine, forked from one process that has imported Megatron once (`fork_server.py`)."""
+"""Ranks on this machine, forked from one process for each trainer that has imported it once (`fork_server.py`)."""
 
 import atexit
 import json
@@ -27,6 +27,7 @@ def fork_ranks(
     alone: bool = False,
     timeout: float = SECONDS,
     capability: str | None = None,
+    trainer: str = "megatron",
 ) -> list[int | None]:
     """Have every rank call ``run(argument)`` of a worker module; return exit statuses, None for a rank that did not end in time.
 
@@ -37,7 +38,7 @@ def fork_ranks(
 
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     job = {"worker": worker, "argument": argument, "ranks": ranks, "port": store.port, "logs": str(logs)}
-    server = _start_server(os.environ.get("PYTHONPATH", ""), capability)
+    server = _start_server(os.environ.get("PYTHONPATH", ""), "engine" if capability else trainer, capability)
     assert server.stdin is not None and server.stdout is not None
     try:
         server.stdin.write(json.dumps({**job, "alone": alone, "timeout": timeout}) + "\n")
@@ -53,9 +54,11 @@ def fork_ranks(
     return statuses
 
 
-def run_ranks(worker: str, argument: Any, ranks: int, logs: Path, capability: str | None = None) -> list[str]:
+def run_ranks(
+    worker: str, argument: Any, ranks: int, logs: Path, *, capability: str | None = None, trainer: str = "megatron"
+) -> list[str]:
     """Have every rank call ``run(argument)`` of a worker module; return what each printed. All have to end well."""
-    statuses = fork_ranks(worker, argument, ranks, logs, capability=capability)
+    statuses = fork_ranks(worker, argument, ranks, logs, capability=capability, trainer=trainer)
     # Those that were ended because of another have less to say.
     bad = sorted((rank for rank, status in enumerate(statuses) if status != 0), key=lambda rank: statuses[rank] is None)
     if bad:
@@ -65,11 +68,11 @@ def run_ranks(worker: str, argument: Any, ranks: int, logs: Path, capability: st
 
 
 @cache
-def _start_server(first: str, capability: str | None) -> "subprocess.Popen[str]":
-    """Start the process that forks ranks, one for each ``PYTHONPATH``, which may name another Megatron, and each kind of GPU."""
+def _start_server(first: str, imported: str, capability: str | None) -> "subprocess.Popen[str]":
+    """Start the process that forks ranks, one for each ``PYTHONPATH``, which may name another Megatron, and each kind of ranks."""
     path = os.pathsep.join(filter(None, [str(ROOT), first, *sys.path]))
     server = subprocess.Popen(
-        [*(sys.executable, "-u", "-P", "-W", "ignore", "-m", "tests.support.fork_server"), *(["--engine"] if capability else [])],
+        [sys.executable, "-u", "-P", "-W", "ignore", "-m", "tests.support.fork_server", imported],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

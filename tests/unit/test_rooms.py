@@ -16,6 +16,7 @@ ADAPTER = COMMON | {"devices", "options", "patching", "schedule", "balance", "ru
 # What the sub-rooms of the adapter share.
 SHARED = {"megatron.gradients", "megatron.loop", "megatron.state"}
 TRAINER_WORLD = {"torch", "megatron"}
+DEEPSPEED_WORLD = {"torch", "deepspeed"}
 ROOMS = {
     "errors": (set(), set()),
     "arrays": (set(), set()),
@@ -39,13 +40,15 @@ ROOMS = {
     "megatron.v_layout": (ADAPTER | {"megatron.state"}, TRAINER_WORLD),
     "megatron.pipeline": (ADAPTER | SHARED | {"megatron.streams", "megatron.v_layout"}, TRAINER_WORLD),
     "megatron.experts": (ADAPTER | SHARED | {"megatron.checks"}, TRAINER_WORLD),
+    "deepspeed": (ADAPTER, DEEPSPEED_WORLD),
+    "deepspeed.pipeline": (ADAPTER | {"deepspeed.section", "deepspeed.state"}, DEEPSPEED_WORLD),
     "launch": (COMMON | {"options"}, set()),
     "report": (COMMON | {"schedule", "balance", "analysis"}, set()),
     "commands": (
-        COMMON | {"options", "platform", "platform.engine", "megatron", "schedule", "balance", "analysis", "report"},
+        COMMON | {"options", "platform", "platform.engine", "megatron", "deepspeed", "schedule", "balance", "analysis", "report"},
         {"torch"},
     ),
-    "__init__": (COMMON | {"options", "patching", "platform", "platform.engine", "megatron"}, set()),
+    "__init__": (COMMON | {"options", "patching", "platform", "platform.engine", "megatron", "deepspeed"}, set()),
 }
 # Words of one trainer, or of one kind of device, that rooms for every trainer do without.
 FOREIGN = ("main_grad", "torch.cuda")

@@ -55,15 +55,19 @@ class Report:
 
 def add_doctor_command(commands: Any) -> None:
     """Add ``doctor`` to a parser's commands."""
-    doctor = commands.add_parser("doctor", help="list versions, the platform, and whether each seam into Megatron fits")
+    doctor = commands.add_parser(
+        "doctor", help="list versions, the platform, and whether each seam into Megatron and DeepSpeed fits"
+    )
+    doctor.add_argument("--deepspeed-config", metavar="FILE", help="say what its key counterflow asks for, and what is refused")
     doctor.add_argument("--json", action="store_true", help="print the report as JSON")
     doctor.set_defaults(run=run_doctor)
 
 
 def examine() -> Report:
-    """Look at this machine and at the installed Megatron; imports it, changes nothing."""
+    """Look at this machine and at the installed Megatron and DeepSpeed; imports them, changes nothing."""
     import torch
 
+    from counterflow.deepspeed import seams as deepspeed
     from counterflow.megatron.engine_checks import describe_fault, find_fault
     from counterflow.megatron.seams import REMEDIES, SEAMS, list_seams
     from counterflow.platform import engine, needs_cpu
@@ -72,8 +76,9 @@ def examine() -> Report:
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        due = list_seams()
-        seams = tuple(describe_seam(seam, is_due=seam in due) for seam in SEAMS)
+        has_deepspeed = find_package("deepspeed") is not None
+        due, known = [*list_seams(), *deepspeed.list_seams()], (*SEAMS, *(deepspeed.SEAMS if has_deepspeed else ()))
+        seams = tuple(describe_seam(seam, is_due=seam in due) for seam in known)
     return Report(
         counterflow=__version__,
         python=sys.version.split()[0],
@@ -83,7 +88,7 @@ def examine() -> Report:
         platform="cpu" if needs_cpu("auto") else "cuda",
         schedules=SCHEDULES,
         seams=seams,
-        remedies=REMEDIES,
+        remedies=REMEDIES | (deepspeed.REMEDIES if has_deepspeed else {}),
     )
 
 
@@ -126,6 +131,11 @@ def print_report(report: Report) -> None:
 
 def run_doctor(arguments: argparse.Namespace) -> int:
     """Print the report; status 1 where a seam does not fit."""
+    if arguments.deepspeed_config is not None:
+        from counterflow.deepspeed.checks import explain
+
+        print("\n".join(explain(arguments.deepspeed_config)))
+        return 0
     report = examine()
     if arguments.json:
         print(json.dumps({**asdict(report), "fits": report.fits}, indent=2))

@@ -1,0 +1,97 @@
+"""The stamp of a pipeline's checkpoint, and its guard.
+
+DeepSpeed saves weights by the layer, but optimizer states by the pipeline rank: read under another layout they would load without
+an error and be wrong. So a checkpoint says by which cut its states were saved. Weights load under every layout; so do states in a
+universal checkpoint, which has them by the name of the parameter, and names have the layer's number.
+"""
+
+import inspect
+import json
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from counterflow.deepspeed.state import chunks_of
+from counterflow.errors import OptionError
+from counterflow.schedule.layouts import STRAIGHT
+
+FILE, LATEST = "counterflow.json", "latest"
+
+
+def stamp_after(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the engine's ``save_checkpoint``: beside the checkpoint's files stands which layers each pipeline rank held."""
+    signature = inspect.signature(save_checkpoint)
+
+    @wraps(save_checkpoint)
+    def save(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = save_checkpoint(self, *args, **kwargs)
+        if self.module in chunks_of and dist.get_rank() == 0:
+            given = signature.bind(self, *args, **kwargs).arguments
+            tag = given.get("tag") or f"global_step{self.global_steps}"
+            (Path(given["save_dir"]) / str(tag) / FILE).write_text(json.dumps(describe_cut(self.module)) + "\n")
+        return result
+
+    return save
+
+
+def guard(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the engine's ``load_checkpoint``: optimizer states that were saved under another layout are refused."""
+    signature = inspect.signature(load_checkpoint)
+
+    @wraps(load_checkpoint)
+    def load(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        has_states = given["load_optimizer_states"] and not given["load_module_only"]
+        if _has_layers(self) and has_states and not self.load_universal_checkpoint():
+            require_same_cut(self.module, Path(given["load_dir"]), given["tag"])
+        return load_checkpoint(self, *args, **kwargs)
+
+    return load
+
+
+def describe_cut(model: Any) -> dict[str, Any]:
+    """Return the layout of a PipelineModule and the first layer of each of its stages."""
+    chunks = chunks_of.get(model)
+    layout = f"{chunks.layout.name} {chunks.layout.chunks}" if chunks is not None else f"{STRAIGHT} 1"
+    return {"layout": layout, "ranks": model.num_pipeline_stages(), "parts": [int(part) for part in model.parts]}
+
+
+def require_same_cut(model: Any, folder: Path, tag: str | None) -> None:
+    """Raise `OptionError` if a checkpoint's optimizer states were saved under another layout than this model's."""
+    mine = describe_cut(model)
+    theirs = _read_stamp(folder, tag)
+    if theirs is None:
+        # Plain DeepSpeed's: one stage a rank, cut as this model was when it was made.
+        theirs = {**mine, "layout": f"{STRAIGHT} 1"}
+    if mine != theirs:
+        raise OptionError(
+            f"the checkpoint in {folder} has optimizer states of a {_say(theirs)} and this run's model is a {_say(mine)}: load "
+            "its weights alone (load_checkpoint(…, load_optimizer_states=False)), resume under a schedule of the same layout, or "
+            'convert it by deepspeed\'s ds_to_universal and load that ("checkpoint": {"load_universal": true})'
+        )
+
+
+def _say(cut: dict[str, Any]) -> str:
+    name, chunks = cut["layout"].split()
+    return (
+        f"{name} layout with {chunks} chunk{'s' if chunks != '1' else ''} per rank on {cut['ranks']} ranks (parts {cut['parts']})"
+    )
+
+
+def _read_stamp(folder: Path, tag: str | None) -> dict[str, Any] | None:
+    """Return a checkpoint's stamp; None if it has none, or if there is no checkpoint, of which DeepSpeed says more."""
+    latest = folder / LATEST
+    if tag is None:
+        tag = latest.read_text().strip() if latest.is_file() else ""
+    path = folder / str(tag) / FILE
+    found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    return found
+
+
+def _has_layers(engine: Any) -> bool:
+    return hasattr(engine.module, "num_pipeline_stages") and hasattr(engine.module, "parts")

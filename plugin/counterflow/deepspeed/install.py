@@ -1,0 +1,119 @@
+"""Put the options of a DeepSpeed JSON in force when a script calls ``deepspeed.initialize``."""
+
+import importlib
+from collections.abc import Callable
+from functools import wraps
+from operator import attrgetter
+from typing import Any
+
+from counterflow.deepspeed import seams
+from counterflow.deepspeed.section import Chosen, read_config, read_section, speak_json
+from counterflow.errors import CounterflowError, OptionError
+from counterflow.options import Options, Values
+from counterflow.patching import Patches
+from counterflow.runtime.recorder import check_folder
+
+
+class Installation:
+    """What is in force in this process; ``patches`` is the undo log.
+
+    ``enabled`` has the options that were passed to ``enable()``, ``flags`` those of the command line.
+    """
+
+    def __init__(self, patches: Patches, enabled: Values, flags: Values) -> None:
+        self.patches = patches
+        # Those of the last engine that was made under a schedule or with balanced experts.
+        self.options: Options | None = None
+        self._given = enabled | flags
+        self._features: set[str] = set()
+
+    def take(self, *features: str) -> None:
+        """Check the seams of features that are not in force yet, and install them."""
+        due = [feature for feature in features if feature not in self._features]
+        seams.check_seams(due)
+        for seam in seams.list_seams():
+            if seam.wrap is not None and set(due) & set(seam.features):
+                home, _, name = seam.wrap.rpartition(".")
+                found = attrgetter(name)(importlib.import_module(f"counterflow.deepspeed.{home}") if home else self)
+                seam.take(self.patches, found)
+        self._features |= set(due)
+
+    def require_same(self, asked: Values) -> None:
+        """Raise `OptionError` if an option in ``asked`` has another value in force."""
+        for name, value in asked.items():
+            if name not in self._given or self._given[name] != value:
+                raise OptionError(
+                    f"{name} {value} is asked for and counterflow is on already without it (by the launcher or an earlier "
+                    "enable()): give all options in one place"
+                )
+
+    def find_data_rank(self, chunk: int) -> int:
+        """Raise `OptionError`: DeepSpeed deals samples itself."""
+        raise OptionError("find_data_rank() is for loops over megatron.core; DeepSpeed's engine deals samples itself")
+
+    def read_config(self, initialize: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap ``deepspeed.initialize``: the key in its config decides what the engine runs."""
+
+        @wraps(initialize)
+        def read_and_initialize(
+            args: Any = None, model: Any = None, optimizer: Any = None, model_parameters: Any = None, **others: Any
+        ) -> Any:
+            named = {"args": args, "model": model, "optimizer": optimizer, "model_parameters": model_parameters}
+            config = find_config(args, others)
+            section = read_config(config) if config is not None else None
+            if section is None and not self._given:
+                return initialize(**named, **others)
+            try:
+                chosen = read_section(section, self._given)
+                named = self._prepare(chosen, config, named)
+                return initialize(**named, **others)
+            except CounterflowError as error:
+                raise speak_json(error) from None
+
+        return read_and_initialize
+
+    def _prepare(self, chosen: Chosen, config: Any, named: dict[str, Any]) -> dict[str, Any]:
+        from counterflow.deepspeed.checks import check_run, splits_backward
+        from counterflow.deepspeed.pipeline.module import convert
+
+        options = chosen.options
+        if options.record is not None:
+            check_folder("record", options.record)
+        check_run(chosen, config, named["model"])
+        self.options = options
+        if options.schedule is None:
+            return named
+        self.take(seams.SCHEDULE, *([seams.ZERO_BUBBLE] if splits_backward(options) else []))
+        return named | convert(named["model"], chosen, named["optimizer"], named["model_parameters"])
+
+    def choose_engine(self, init: Callable[..., None]) -> Callable[..., None]:
+        """Wrap how DeepSpeed's pipeline engine is made: for a model in chunks it becomes one that runs tables."""
+
+        @wraps(init)
+        def make(self: Any, *args: Any, model: Any = None, **kwargs: Any) -> None:
+            from deepspeed.runtime.pipe.engine import PipelineEngine
+
+            from counterflow.deepspeed.pipeline.engine import make_engine_class
+            from counterflow.deepspeed.state import chunks_of
+
+            base: Any = PipelineEngine
+            if type(self) is PipelineEngine and model in chunks_of:
+                self.__class__ = make_engine_class(base)
+                type(self).__init__(self, *args, model=model, **kwargs)
+            else:
+                init(self, *args, model=model, **kwargs)
+
+        return make
+
+
+def find_config(args: Any, others: dict[str, Any]) -> Any:
+    """Return the config that a call of ``deepspeed.initialize`` will use; None if it has none."""
+    given = (others.get("config"), others.get("config_params"), getattr(args, "deepspeed_config", None))
+    return next((one for one in given if one is not None), None)
+
+
+def install(patches: Patches, enabled: Values, flags: Values) -> Installation:
+    """Wrap ``deepspeed.initialize``, and what has to be noted of a model before."""
+    installation = Installation(patches, enabled, flags)
+    installation.take(seams.CONFIG)
+    return installation

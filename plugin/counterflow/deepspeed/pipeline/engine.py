@@ -1,0 +1,132 @@
+"""DeepSpeed's pipeline engine with a table in place of its instructions.
+
+The engine stays upstream's: data loading, loss aggregation, `train_batch`, `eval_batch`, timers and monitors. Where upstream
+makes a schedule, this engine makes a `Step`. Where upstream runs instructions, the executor runs the table of the step; then the
+reductions and the optimizer step follow, as upstream's own instructions.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from counterflow.deepspeed.pipeline.work import DeepSpeedWork
+from counterflow.deepspeed.pipeline.zero_bubble import note_weights
+from counterflow.deepspeed.section import speak_json
+from counterflow.deepspeed.state import chunks_of
+from counterflow.errors import CounterflowError
+from counterflow.options import AUTO
+from counterflow.trainer.pipeline import Pipeline
+
+
+class Step(NamedTuple):
+    """A step that is due, where upstream has a list of instructions."""
+
+    microbatches: int
+    is_evaluation: bool
+
+
+@torch.no_grad()
+def clip_by_whole_norm(model: Any, grid: Any, most: float) -> float:
+    """Scale the gradients in ``.grad`` such that their norm over all ranks of a replica is at most ``most``; return the norm."""
+    from deepspeed.runtime.utils import is_model_parallel_parameter
+
+    gradients, total = [], torch.zeros((), dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            continue
+        gradients.append(parameter.grad)
+        # Of a tied layer, and of what all tensor-parallel ranks hold, one copy counts.
+        is_first = grid.get_slice_parallel_rank() == 0 or is_model_parallel_parameter(parameter)
+        if is_first and not getattr(parameter, "ds_pipe_replicated", False):
+            total = total.to(parameter.device) + parameter.grad.float().square().sum()
+    dist.all_reduce(total, group=grid.get_model_parallel_group())
+    norm = float(total.sqrt())
+    if norm > most:
+        torch._foreach_mul_(gradients, most / (norm + 1e-6))
+    return norm
+
+
+@cache
+def make_engine_class(base: Any) -> Any:
+    """Return a subclass of DeepSpeed's pipeline engine that runs tables."""
+
+    class TableEngine(base):  # type: ignore[misc]
+        """A pipeline engine whose model holds chunks."""
+
+        def __init__(self, *args: Any, model: Any, **kwargs: Any) -> None:
+            # While upstream connects ranks, first and last stage mean the first and last rank.
+            self._chunks, self._is_connecting = chunks_of[model], True
+            self._stage: int | None = None
+            super().__init__(*args, model=model, **kwargs)
+            self._is_connecting = False
+            # Messages go whole, so that they may have any members.
+            self.is_pipe_partitioned = self.is_grad_partitioned = False
+            chunks = self._chunks
+            group = self.grid.get_pipe_parallel_group()
+            self._pipeline = Pipeline(chunks.chosen.options, group, chunks.layout.chunks, self.device)
+            if chunks.chosen.options.schedule != AUTO:
+                # What the table refuses is refused before the first step.
+                self._pipeline.choose_table(self.micro_batches, 1)
+            note_weights(self.optimizer)
+
+        @contextmanager
+        def run_stage(self, stage: int) -> Iterator[None]:
+            """Let the engine and the model be of one stage inside the block."""
+            before, self._stage = self._stage, stage
+            self.module.activate(self._chunks.stages.index(stage))
+            try:
+                yield
+            finally:
+                self._stage = before
+
+        def is_first_stage(self) -> bool:
+            """Tell whether the stage that runs, or else one on this rank, is the first."""
+            return self._is_stage(0, 0)
+
+        def is_last_stage(self) -> bool:
+            """Tell whether the stage that runs, or else one on this rank, is the last."""
+            return self._is_stage(self._chunks.layout.last_stage, self.num_stages - 1)
+
+        def _is_stage(self, stage: int, rank: int) -> bool:
+            if self._is_connecting:
+                return bool(self.stage_id == rank)
+            return self._chunks.holds(stage) if self._stage is None else self._stage == stage
+
+        def _loss_stage_global_rank(self) -> int:
+            return int(self.grid.stage_to_global(self._chunks.layout.rank_of[self._chunks.layout.last_stage]))
+
+        def clip_fp32_gradients(self) -> None:
+            """Clip by the norm of the whole model; upstream counts only the first model-parallel rank's part of it."""
+            self._global_grad_norm = clip_by_whole_norm(self.module, self.grid, self.gradient_clipping())
+
+        def _train_schedule(self) -> Step:
+            return Step(self.micro_batches, is_evaluation=False)
+
+        def _inference_schedule(self, micro_batches: int) -> Step:
+            return Step(micro_batches, is_evaluation=True)
+
+        def _exec_schedule(self, step: Step) -> None:
+            try:
+                self._run(step)
+            except CounterflowError as error:
+                raise speak_json(error) from error.__cause__
+
+        def _run(self, step: Step) -> None:
+            number = self.global_steps + 1
+            self.fwd_outputs: list[Any] = []
+            work = DeepSpeedWork(self, self._chunks, step.microbatches, is_evaluation=step.is_evaluation)
+            table = self._pipeline.choose_table(step.microbatches, number, forward_only=step.is_evaluation)
+            program = self._pipeline.prepare(table, None, forward_only=step.is_evaluation)
+            if step.is_evaluation:
+                self._pipeline.evaluate(program, work, None, number)
+                return
+            self._pipeline.train(program, work, None, number)
+            self._exec_reduce_tied_grads()
+            self._exec_reduce_grads()
+            self._exec_optimizer_step()
+
+    return TableEngine

@@ -1,0 +1,266 @@
+"""Cut a PipelineModule into the model chunks of a schedule, in place.
+
+The model is built before DeepSpeed reads its config, one stage a rank. Layers that another rank needs under the schedule are
+built there again and get the weights of the rank that held them. So the model is the one that the script made: whatever it drew,
+loaded or froze. Parameters that stay on their rank are the same objects as before.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import cache, wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from counterflow.deepspeed.section import Chosen
+from counterflow.deepspeed.state import Chunks, chunks_of, method_of
+from counterflow.errors import OptionError
+from counterflow.schedule.layouts import lay_named
+from counterflow.trainer.tables import choose_layout, name_model_layout
+
+
+def note_method(partition_layers: Callable[..., None]) -> Callable[..., None]:
+    """Wrap how a model is cut into stages: note the method, by which it may be cut again."""
+
+    @wraps(partition_layers)
+    def note(self: Any, method: str = "uniform") -> None:
+        method_of[self] = method
+        partition_layers(self, method)
+
+    return note
+
+
+def convert(model: Any, chosen: Chosen, optimizer: Any, parameters: Iterable[Any] | None) -> dict[str, Any]:
+    """Cut a model into the chunks of the schedule (a collective call); return the arguments that name its parameters.
+
+    ``optimizer`` and ``parameters`` are those of ``deepspeed.initialize``; they get the parameters that this rank has then.
+    """
+    if model not in method_of:
+        raise OptionError("the PipelineModule was made before counterflow was on: call counterflow.enable() before it is made")
+    ranks, rank = model.num_pipeline_stages(), model.stage_id
+    layout = choose_layout(chosen.options, ranks, chosen.vpp or 2)
+    layout = lay_named(name_model_layout(layout), ranks, layout.chunks)
+    stages = layout.last_stage + 1
+    if len(model._layer_specs) < stages:
+        raise OptionError(
+            f"schedule {chosen.options.schedule} cuts a model into {stages} stages on {ranks} ranks and the PipelineModule has "
+            f"{len(model._layer_specs)} layers: give it {stages} or more, or a smaller num_stages"
+        )
+    given = [_Grouping(one) for one in (getattr(optimizer, "param_groups", None), parameters)]
+    owners, held = [model.stage_owner(layer) for layer in range(model._num_layers)], _list_held(model)
+    sources: dict[Any, Any] = held | dict(model.tied_modules)
+    bounds = _cut(model, stages)
+    chunks = Chunks(chosen, layout, rank, [bounds[stage] for stage in layout.stages[rank]])
+    chunks_of[model] = chunks
+    model.__class__ = make_chunked(_find_base(model))
+    _build_chunks(model, chunks, held)
+    _move_layers(model, owners, sources, given)
+    model.tied_comms = model._index_tied_modules()
+    model._synchronize_tied_weights()
+    model.activate(0)
+    _, new_parameters = (one.regroup(model) for one in given)
+    return {"optimizer": optimizer, "model_parameters": new_parameters}
+
+
+@cache
+def make_chunked(base: Any) -> Any:
+    """Return a subclass of a PipelineModule's class that holds several chunks, of which one at a time is its forward."""
+
+    class Chunked(base):  # type: ignore[misc]
+        """A PipelineModule in chunks."""
+
+        def activate(self, chunk: int) -> None:
+            """Let ``forward``, and what looks at this rank's layers, be of one chunk."""
+            chunks = chunks_of[self]
+            self.forward_funcs = chunks.functions[chunk]
+            self._local_start, self._local_stop = chunks.bounds[chunk]
+            if chunks.recomputed:
+                self.is_checkpointable_results = chunks.recomputed[chunk]
+
+        def stage_owner(self, layer_idx: int) -> int:
+            """Return the pipeline rank that holds a layer."""
+            return chunks_of[self].layout.rank_of[super().stage_owner(layer_idx)]
+
+        def _precompute_checkpointable_values(self) -> None:
+            chunks = chunks_of[self]
+            chunks.recomputed = []
+            found = []
+            for chunk in range(len(chunks.bounds)):
+                self.activate(chunk)
+                # Upstream computes them once for each interval.
+                self.is_checkpointable_results_interval = None
+                super()._precompute_checkpointable_values()
+                found.append(self.is_checkpointable_results)
+            chunks.recomputed = found
+            self.activate(0)
+
+    for name in ("save_state_dict", "load_state_dir", "compile"):
+        setattr(Chunked, name, _for_each_chunk(base, name))
+    # Upstream looks at the names of some users' classes.
+    Chunked.__name__, Chunked.__qualname__ = base.__name__, base.__qualname__
+    return Chunked
+
+
+def _for_each_chunk(base: Any, name: str) -> Callable[..., None]:
+    @wraps(getattr(base, name))
+    def run(self: Any, *args: Any, **kwargs: Any) -> None:
+        for chunk in range(len(chunks_of[self].bounds)):
+            self.activate(chunk)
+            getattr(base, name)(self, *args, **kwargs)
+        self.activate(0)
+
+    return run
+
+
+def _find_base(model: Any) -> Any:
+    """Return the class to extend. A model that upstream cut into the two chunks of a V is treated as one that it did not cut."""
+    from deepspeed.pipe import PipelineModule
+    from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
+
+    if type(model) is DualPipeVModule:
+        return PipelineModule
+    if isinstance(model, DualPipeVModule):
+        raise OptionError(
+            f"{type(model).__name__} extends DualPipeVModule: let it extend PipelineModule, the schedule makes the V"
+        )
+    return type(model)
+
+
+def _list_held(model: Any) -> dict[int, nn.Module]:
+    """Return the modules of layers on this rank, by layer; those of tied layers are left out."""
+    return {int(name): module for name, module in model.named_children() if name.isdecimal()}
+
+
+def _cut(model: Any, stages: int) -> list[tuple[int, int]]:
+    """Let upstream cut the model into ``stages``; return the layers of each."""
+    from deepspeed.pipe import PipelineModule
+
+    model.num_stages = stages
+    # Upstream builds layers to count their parameters; random numbers go on as if it had not.
+    with _keep_random():
+        PipelineModule._partition_layers(model, method_of[model])
+    return list(zip(model.parts[:-1], model.parts[1:], strict=True))
+
+
+def _keep_random() -> Any:
+    return torch.random.fork_rng()
+
+
+def _build_chunks(model: Any, chunks: Chunks, held: dict[int, nn.Module]) -> None:
+    """Build the layers of all chunks; layers of ``held`` are there already."""
+    from deepspeed.accelerator import get_accelerator
+
+    for layer in held:
+        del model._modules[str(layer)]
+    specs, model.fwd_map = model._layer_specs, {}
+    # A layer that is a module is taken as it is.
+    model._layer_specs = [held.get(layer, spec) for layer, spec in enumerate(specs)]
+    with _keep_random():
+        for start, stop in chunks.bounds:
+            model._set_bounds(start, stop)
+            model.forward_funcs = []
+            model._build()
+            chunks.functions.append(model.forward_funcs)
+    model._layer_specs = specs
+    needed = {_find_key(specs[layer]) for start, stop in chunks.bounds for layer in range(start, stop)}
+    for key in set(model.tied_modules) - needed:
+        del model.tied_modules[key], model.tied_weight_attrs[key]
+    model.to(get_accelerator().device_name(model.local_rank))
+
+
+def _find_key(spec: Any) -> str | None:
+    """Return the key of a tied layer, None of another."""
+    return getattr(spec, "key", None)
+
+
+def _list_moves(specs: list[Any], owners: list[int], homes: list[int]) -> list[tuple[int, int, int]]:
+    """Return the layers that move, each with the pipeline rank that held it and the one that needs it; tied ones once a rank."""
+    holders: dict[Any, set[int]] = {}
+    names = [_find_key(spec) or layer for layer, spec in enumerate(specs)]
+    for name, owner in zip(names, owners, strict=True):
+        holders.setdefault(name, set()).add(owner)
+    moves = []
+    for layer, (name, owner, home) in enumerate(zip(names, owners, homes, strict=True)):
+        if home not in holders[name]:
+            holders[name].add(home)
+            moves.append((layer, owner, home))
+    return moves
+
+
+def _move_layers(model: Any, owners: list[int], sources: dict[Any, Any], given: list["_Grouping"]) -> None:
+    """Send the state of each layer from the rank that held it to the one that needs it, one layer after the other."""
+    specs = model._layer_specs
+    for layer, owner, home in _list_moves(specs, owners, [model.stage_owner(one) for one in range(len(specs))]):
+        key = _find_key(specs[layer])
+        if model.stage_id == owner:
+            _send_state(sources[key or layer], model, home, given)
+        elif model.stage_id == home:
+            _receive_state(model.tied_modules[key] if key else model._modules.get(str(layer)), model, owner, given)
+
+
+def _send_state(module: Any, model: Any, home: int, given: list["_Grouping"]) -> None:
+    group, receiver = model._grid.get_pipe_parallel_group(), model._grid.stage_to_global(home)
+    state = _list_state(module)
+    header = {name: (tuple(one.shape), one.dtype, one.requires_grad, [g.find(one) for g in given]) for name, one in state.items()}
+    dist.send_object_list([header], receiver, group)
+    for tensor in state.values():
+        dist.send(tensor.detach().contiguous(), receiver, group)
+
+
+def _receive_state(module: Any, model: Any, owner: int, given: list["_Grouping"]) -> None:
+    group, sender = model._grid.get_pipe_parallel_group(), model._grid.stage_to_global(owner)
+    box: list[Any] = [None]
+    dist.recv_object_list(box, sender, group)
+    state, device = _list_state(module), next((one.device for one in model.parameters()), torch.device("cpu"))
+    if set(state) != set(box[0]):
+        raise OptionError(
+            f"a layer of type {type(module).__name__} holds {', '.join(sorted(box[0]))} on one rank and "
+            f"{', '.join(sorted(state))} where it is built anew: its LayerSpec must build what the model holds"
+        )
+    for name, (shape, dtype, is_trained, places) in box[0].items():
+        buffer = torch.empty(shape, dtype=dtype, device=device)
+        dist.recv(buffer, sender, group)
+        state[name].data = buffer
+        if isinstance(state[name], nn.Parameter):
+            state[name].requires_grad_(is_trained)
+        for grouping, place in zip(given, places, strict=True):
+            grouping.put(state[name], place)
+
+
+def _list_state(module: Any) -> dict[str, torch.Tensor]:
+    """Return a layer's parameters and buffers by name; none of a layer that is a plain function."""
+    return dict([*module.named_parameters(), *module.named_buffers()]) if isinstance(module, nn.Module) else {}
+
+
+class _Grouping:
+    """The parameter groups that a script gave: tensors, or dictionaries as torch's optimizers take them."""
+
+    def __init__(self, source: Iterable[Any] | None) -> None:
+        self._source = source
+        items = [] if source is None else list(source)
+        self._is_plain = not any(isinstance(item, dict) for item in items)
+        self._groups: list[dict[str, Any]] = [{"params": items}] if self._is_plain else items
+        # By identity; the parameters themselves are kept, so that no other gets the number of one that is gone.
+        self._places: dict[int, tuple[Any, int]] = {}
+        for place, group in enumerate(self._groups):
+            group["params"] = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
+            for parameter in group["params"]:
+                self.put(parameter, place)
+
+    def find(self, parameter: Any) -> int | None:
+        """Return the group of a parameter."""
+        return self._places.get(id(parameter), (None, None))[1]
+
+    def put(self, parameter: Any, place: int | None) -> None:
+        """Note the group of a parameter."""
+        if place is not None:
+            self._places[id(parameter)] = parameter, place
+
+    def regroup(self, model: Any) -> Any:
+        """Put the parameters that this rank has now in the groups, in place; return the groups in the form that they had."""
+        for place, group in enumerate(self._groups):
+            group["params"] = [parameter for parameter in model.parameters() if self.find(parameter) == place]
+        if self._source is None:
+            return None
+        return self._groups[0]["params"] if self._is_plain else self._groups

@@ -1,0 +1,108 @@
+"""One F and one B of a stage, by the engine's own functions."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from counterflow.deepspeed.state import Chunks
+from counterflow.errors import ScheduleError
+from counterflow.runtime.executor import Work
+from counterflow.runtime.messages import Message, run_backward
+
+
+class DeepSpeedWork(Work):
+    """The forwards and backwards of one step of an engine.
+
+    The engine keeps what belongs to a micro-batch in numbered buffers. Here each (stage, micro-batch) has its own.
+    """
+
+    def __init__(self, engine: Any, chunks: Chunks, microbatches: int, *, is_evaluation: bool) -> None:
+        self._engine, self._chunks, self._microbatches, self._is_evaluation = engine, chunks, microbatches, is_evaluation
+        self._graphs: dict[tuple[int, int], tuple[Message, Message, Any]] = {}
+        engine._reserve_pipe_buffers(microbatches * len(chunks.stages))
+        self._buffers = engine.pipe_buffers
+
+    def forward(self, stage: int, microbatch: int, received: Message) -> Message:
+        """Run the stage by the engine; return what it hands on."""
+        engine, buffer, last = self._engine, self._find_buffer(stage, microbatch), self._chunks.layout.last_stage
+        self._load(stage, microbatch, buffer)
+        if received:
+            self._buffers["inputs"][buffer] = unpack(received)
+        with engine.run_stage(stage):
+            engine._exec_forward_pass(buffer)
+        outputs = self._take(buffer)
+        message = () if stage == last else pack(outputs, stage)
+        if not self._is_evaluation:
+            self._graphs[stage, microbatch] = received, message, engine.loss if stage == last else None
+        return message
+
+    def backward(self, stage: int, microbatch: int, received: Message) -> Message:
+        """Run the stage's backward: of the last by the engine, which scales losses; of others from the gradients of outputs."""
+        engine = self._engine
+        inputs, outputs, loss = self._graphs.pop((stage, microbatch))
+        with engine.run_stage(stage):
+            if stage != self._chunks.layout.last_stage:
+                with _be_in_backward(engine):
+                    return run_backward(inputs, outputs, received)
+            engine.loss = loss
+            engine._exec_backward_pass(self._find_buffer(stage, microbatch))
+        return tuple(None if member is None or not member.requires_grad else member.grad for member in inputs)
+
+    def _find_buffer(self, stage: int, microbatch: int) -> int:
+        return self._chunks.stages.index(stage) * self._microbatches + microbatch
+
+    def _load(self, stage: int, microbatch: int, buffer: int) -> None:
+        """Let the engine draw a micro-batch, once on each rank that needs it: inputs of the first stage, labels of the last."""
+        chunks, last = self._chunks, self._chunks.layout.last_stage
+        if stage == 0 or (stage == last and not chunks.holds(0)):
+            self._engine._exec_load_micro_batch(buffer)
+        if stage == 0 and last != 0 and chunks.holds(last):
+            labels = self._buffers["labels"]
+            labels[self._find_buffer(last, microbatch)], labels[buffer] = labels[buffer], None
+
+    def _take(self, buffer: int) -> Any:
+        """Return the output in a buffer, and empty it."""
+        outputs = self._buffers["outputs"][buffer]
+        for name in ("inputs", "labels", "outputs", "output_tensors"):
+            self._buffers[name][buffer] = None
+        return outputs
+
+
+@contextmanager
+def _be_in_backward(engine: Any) -> Iterator[None]:
+    """Do around the backward of a stage that is not the last what the engine does around its own."""
+    from deepspeed.utils import timer
+
+    names = (timer.BACKWARD_MICRO_TIMER, timer.BACKWARD_GLOBAL_TIMER, timer.BACKWARD_INNER_MICRO_TIMER)
+    timers = (
+        [engine.timers(name) for name in (*names, timer.BACKWARD_INNER_GLOBAL_TIMER)] if engine.wall_clock_breakdown() else []
+    )
+    for one in timers:
+        one.start()
+    if engine.using_bf16_optimizer:
+        engine.optimizer.clear_lp_grads()
+    engine._running_engine_backward = True
+    try:
+        yield
+    finally:
+        engine._running_engine_backward = False
+    if engine.using_bf16_optimizer:
+        engine.optimizer.update_hp_grads(clear_lp_grads=False)
+    for one in reversed(timers):
+        one.stop()
+
+
+def pack(outputs: Any, stage: int) -> Message:
+    """Return a stage's output as a message. After a tuple of one comes None: a single tensor is a message of one."""
+    if isinstance(outputs, torch.Tensor):
+        return (outputs,)
+    if not isinstance(outputs, tuple | list) or not outputs or not all(isinstance(one, torch.Tensor) for one in outputs):
+        raise ScheduleError(f"stage {stage} hands on a {type(outputs).__name__}; a tensor or a tuple of tensors is expected")
+    return (outputs[0], None) if len(outputs) == 1 else tuple(outputs)
+
+
+def unpack(message: Message) -> Any:
+    """Return what `pack` made a message of."""
+    return message[0] if len(message) == 1 else tuple(member for member in message if member is not None)

@@ -1,0 +1,102 @@
+"""All symbols of DeepSpeed, and of torch for its models, that the plugin replaces, extends, calls or reads.
+
+``wrap`` is the name of a function of this package, or, with a dot before it, of an attribute of the run's `Installation`.
+"""
+
+from collections.abc import Collection
+from importlib import metadata
+
+from counterflow.trainer.seam import Seam
+from counterflow.trainer.seam import check_seams as check_all
+
+CONFIG, SCHEDULE, ZERO_BUBBLE = "DeepSpeed's JSON", "DeepSpeed's schedule", "DeepSpeed's zero bubble"
+REMEDIES = {
+    CONFIG: "run the script without counterflow",
+    SCHEDULE: 'drop "schedule" from the key "counterflow"',
+    ZERO_BUBBLE: 'give "zero_bubble": false in the key "counterflow"',
+}
+KNOWN = ("0.19",)
+
+MODULE, ENGINE = "deepspeed.runtime.pipe.module", "deepspeed.runtime.pipe.engine"
+PIPE_MODULE, PIPE_ENGINE = f"{MODULE}.PipelineModule", f"{ENGINE}.PipelineEngine"
+ENGINE_BASE = "deepspeed.runtime.engine.DeepSpeedEngine"
+FUNCTIONS = "torch.nn.functional"
+
+STARTING = (
+    Seam("deepspeed", "initialize", ".read_config", (CONFIG,), KNOWN, "the config, before an engine is made",
+         ("args", "model", "optimizer", "model_parameters")),
+    Seam(ENGINE_BASE, "save_checkpoint", "checkpoint.stamp_after", (CONFIG,), KNOWN, "says how a pipeline was cut",
+         ("self", "save_dir", "tag")),
+    Seam(ENGINE_BASE, "load_checkpoint", "checkpoint.guard", (CONFIG,), KNOWN, "refuses optimizer states of another cut",
+         ("self", "load_dir", "tag", "load_module_strict", "load_optimizer_states")),
+    Seam(PIPE_MODULE, "_partition_layers", "pipeline.module.note_method", (CONFIG,), KNOWN,
+         "how a model was cut into stages, which upstream forgets", ("self", "method")),
+)  # fmt: skip
+
+STEPPING = (
+    Seam(PIPE_ENGINE, "__init__", ".choose_engine", (SCHEDULE,), KNOWN, "the engine of a model with a schedule"),
+    Seam(PIPE_MODULE, "_build", None, (SCHEDULE,), KNOWN, "builds the layers of a chunk that other ranks held", ("self",)),
+    *(
+        Seam(PIPE_MODULE, symbol, None, (SCHEDULE,), KNOWN, why)
+        for symbol, why in (
+            ("stage_owner", "extended: the rank that holds a layer"),
+            ("save_state_dict", "extended: saves every chunk"),
+            ("load_state_dir", "extended: loads every chunk"),
+            ("compile", "extended: compiles every chunk"),
+            ("_precompute_checkpointable_values", "extended: which layers of every chunk are recomputed"),
+            ("_index_tied_modules", "the groups of ranks that hold a tied layer"),
+            ("_synchronize_tied_weights", "tied layers are alike on all their ranks"),
+        )
+    ),
+    *(
+        Seam(PIPE_ENGINE, symbol, None, (SCHEDULE,), KNOWN, why, parameters)
+        for symbol, why, parameters in (
+            ("_train_schedule", "extended: says that a training step is due", ("self",)),
+            ("_inference_schedule", "extended: says that an evaluation is due", ("self", "micro_batches")),
+            ("_exec_schedule", "extended: runs the table in place of instructions", ("self", "pipe_schedule")),
+            ("_loss_stage_global_rank", "extended: the rank of the last stage", ("self",)),
+            ("clip_fp32_gradients", "extended: clips by the norm of the whole model", ("self",)),
+            ("is_first_stage", "extended: asked for the chunk that runs", ("self",)),
+            ("is_last_stage", "extended: asked for the chunk that runs", ("self",)),
+            ("_exec_load_micro_batch", "called for each micro-batch", ("self", "buffer_id")),
+            ("_exec_forward_pass", "called for each F", ("self", "buffer_id")),
+            ("_exec_backward_pass", "called for each B of the last stage", ("self", "buffer_id")),
+            ("_exec_reduce_tied_grads", "called after the table", ("self",)),
+            ("_exec_reduce_grads", "called after the table", ("self",)),
+            ("_exec_optimizer_step", "called after the table", ("self",)),
+        )
+    ),
+)  # fmt: skip
+
+SPLITTING = (
+    *(
+        Seam(FUNCTIONS, name, f"pipeline.zero_bubble.split_{name}", (ZERO_BUBBLE,), KNOWN, "weight gradients wait for the W")
+        for name in ("linear", "embedding", "conv1d", "conv2d", "conv3d")
+    ),
+    Seam("deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer", "process_gradients", None, (ZERO_BUBBLE,), KNOWN,
+         "takes a weight's gradient after the W", ("self", "param", "i")),
+    Seam("deepspeed.runtime.bf16_optimizer.BF16_Optimizer", "_update_hp_grad", None, (ZERO_BUBBLE,), KNOWN,
+         "takes a weight's gradient after the W", ("self", "lp", "group_idx", "param_idx", "clear_lp_grads")),
+)  # fmt: skip
+
+SEAMS = (*STARTING, *STEPPING, *SPLITTING)
+
+
+def find_version() -> str:
+    """Return the version of the DeepSpeed that is installed."""
+    try:
+        return metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def list_seams() -> list[Seam]:
+    """Return the seams of the DeepSpeed version that is installed; none without DeepSpeed."""
+    version = find_version()
+    return [] if version == "not installed" else [seam for seam in SEAMS if seam.is_due(version, KNOWN)]
+
+
+def check_seams(features: Collection[str]) -> None:
+    """Raise `SeamError`, which names version, symbol and remedy, if a seam of these features does not fit."""
+    for feature in features:
+        check_all(list_seams(), feature, f"deepspeed {find_version()}", f"deepspeed {KNOWN[0]}", REMEDIES[feature])

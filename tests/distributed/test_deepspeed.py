@@ -1,0 +1,179 @@
+"""DeepSpeed under a schedule, by one key of its JSON, beside plain DeepSpeed of the same script."""
+
+import json
+from itertools import batched
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import ROOT
+from tests.support.comparing import assert_same_steps
+from tests.support.forked_ranks import RanksError, run_ranks
+
+pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.slow
+
+TABLE = str(ROOT / "tests" / "data" / "dualpipev-2-4.csv")
+SCHEDULES = ["1f1b", "gpipe", "interleaved", "zb-h1", "zbv", "dualpipev", TABLE]
+SEEDS = (11, 1234)
+STEPS = 8
+TOGETHER = 4
+
+
+def make_case(model: str, schedule: str | None, seed: int, **changes: Any) -> dict[str, Any]:
+    """Return a case of `deepspeed_worker.train`: fp32, ZeRO-1 and clipped gradients, but for ``changes`` of the config."""
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 0.5,
+        "steps_per_print": 1000,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "zero_optimization": make_zero(1),
+        **changes,
+    }
+    if schedule is not None:
+        config["counterflow"] = {"schedule": schedule}
+    return {"model": model, "config": config, "steps": STEPS, "seed": seed}
+
+
+def make_zero(stage: int, **more: Any) -> dict[str, Any]:
+    return {"stage": stage, "reduce_bucket_size": 20_000, "allgather_bucket_size": 20_000, **more}
+
+
+def make_cases() -> dict[str, dict[str, Any]]:
+    cases = {}
+    for schedule in (None, *SCHEDULES):
+        for seed in SEEDS:
+            cases[name("dense", schedule, seed)] = make_case("dense", schedule, seed)
+    for model in ("tuple", "tied"):
+        for schedule in (None, "interleaved", "zbv", "dualpipev"):
+            cases[name(model, schedule, SEEDS[0])] = make_case(model, schedule, SEEDS[0])
+    for schedule in (None, "zb-h1", "zbv"):
+        cases[name("mixed", schedule, 0)] = make_case("mixed", schedule, SEEDS[1])
+    for schedule in (None, "interleaved", "dualpipev"):
+        cases[name("shapes", schedule, 0)] = make_case("shapes", schedule, SEEDS[0])
+        # Two uses of one parameter on one rank are one sum there, and two sums that are added in plain DeepSpeed: equal in fp32.
+        sums = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        cases[name("tied-bf16", schedule, 0)] = make_case("tied", schedule, SEEDS[1], **sums)
+    for schedule in (None, "1f1b", "dualpipev"):
+        cases[name("loader", schedule, 0)] = make_case("dense", schedule, SEEDS[0]) | {"has_loader": True}
+        mixed = {"zero_allow_untested_optimizer": True}
+        cases[name("groups", schedule, 0)] = make_case("dense", schedule, SEEDS[0], **mixed) | {"has_groups": True}
+        recompute = {"pipeline": {"activation_checkpoint_interval": 1, "use_reentrant": False}}
+        cases[name("recompute", schedule, 0)] = make_case("dense", schedule, SEEDS[0], **recompute)
+        cases[name("v", schedule, 0)] = make_case("tied", schedule, SEEDS[0]) | {"is_v": True}
+        bf16 = {"bf16": {"enabled": True}}
+        cases[name("bf16", schedule, 1)] = make_case("dense", schedule, SEEDS[0], **bf16)
+        cases[name("bf16-zero-0", schedule, 0)] = make_case("dense", schedule, SEEDS[0], zero_optimization=make_zero(0), **bf16)
+    for schedule in (None, "zbv", "interleaved"):
+        cases[name("deep", schedule, 4)] = make_case("dense", schedule, SEEDS[1]) | {"stages": 4}
+    for model in ("dense", "tied", "floats"):
+        # The reference computes on one rank all that the pipeline's four compute: half the micro-batches on twice the replicas.
+        one = {"stages": 1, "is_seeded": True}
+        cases[name(f"{model}-one", None, 0)] = make_case(model, None, SEEDS[0], gradient_accumulation_steps=2) | one
+        # fp32 at ZeRO-0 clips by another norm in plain DeepSpeed's pipeline.
+        zero = make_case(model, "zbv", SEEDS[0], zero_optimization=make_zero(0)) | {"is_seeded": True}
+        cases[name(f"{model}-one", "zbv", 0)] = zero
+        cases[name(f"{model}-one", "dualpipev", 0)] = make_case(model, "dualpipev", SEEDS[0]) | {"is_seeded": True}
+    return cases
+
+
+def name(what: str, schedule: str | None, seed: int) -> str:
+    return f"{what} {'plain' if schedule is None else Path(schedule).stem} {seed}"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_cases(make_cases(), tmp_path_factory.mktemp("deepspeed"))
+
+
+def run_cases(cases: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Run the cases in order, a few in each set of ranks: threads of the groups that DeepSpeed makes stay until a rank ends."""
+    done: dict[str, Any] = {}
+    for number, names in enumerate(batched(cases, TOGETHER)):
+        given, out = folder / f"cases-{number}.json", folder / f"out-{number}.json"
+        given.write_text(json.dumps({name: cases[name] for name in names}))
+        run_ranks("deepspeed_worker", [str(given), str(out)], 4, folder / "logs" / str(number), trainer="deepspeed")
+        done |= json.loads(out.read_text())
+    return {case: {"name": case, **run} for case, run in done.items()}
+
+
+def read_line(folder: Path) -> str:
+    """Return the line that the plugin wrote on rank 0 of the first set of ranks, the only one."""
+    written = (folder / "logs" / "0" / "0" / "stderr.log").read_text()
+    (line,) = [line for line in written.splitlines() if line.startswith("counterflow: ")]
+    return line
+
+
+@pytest.mark.parametrize("case", [case for case in make_cases() if " plain " not in case])
+def test_steps_are_those_of_plain_deepspeed(trained: dict[str, Any], case: str) -> None:
+    what, _, seed = case.split()
+    plain = trained[name(what, None, int(seed))]
+    assert_same_steps(trained[case], plain)
+    assert plain["steps"][-2]["loss"] < plain["steps"][0]["loss"] - 0.1, "the model learns nothing: equal losses say nothing"
+
+
+@pytest.mark.parametrize(
+    ("changes", "section", "words"),
+    [
+        ({"zero_optimization": {"stage": 2}}, {"schedule": "zbv"}, "zero_optimization.stage 2 does not run in a pipeline"),
+        ({"gradient_accumulation_steps": 3}, {"schedule": "dualpipev"}, "3 micro-batches"),
+        ({}, {"schedule": "interleaved", "vpp": 5}, "cuts a model into 10 stages on 2 ranks and the PipelineModule has 8 layers"),
+        ({}, {"schedule": "dualpipev", "zero_buble": True}, "did you mean 'zero_bubble'"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(
+    changes: dict[str, Any], section: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    case = make_case("dense", None, 1, **changes, counterflow=section)
+    with pytest.raises(RanksError):
+        run_cases({"bad": case}, tmp_path)
+    line = read_line(tmp_path)
+    assert words in line
+    assert "--cf-" not in line, "a JSON has no flags"
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return run_cases(make_resumptions(folder), folder) | {"folder": folder}
+
+
+def make_resumptions(folder: Path) -> dict[str, Any]:
+    """Return runs of half the steps that save, and runs of the other half that load: "saver, loader"."""
+    plain, other = str(folder / "plain"), str(folder / "zbv")
+    half, seed = {"steps": STEPS // 2}, SEEDS[0]
+    cases = {"whole": make_case("tied", None, seed)}
+    cases["plain"] = make_case("tied", None, seed) | half | {"save": plain}
+    cases["zbv"] = make_case("tied", "zbv", seed) | half | {"save": other}
+    # Another seed: what is not loaded is not alike by chance.
+    for schedule, where in (("1f1b", plain), ("gpipe", plain), ("dualpipev", other)):
+        cases[f"{schedule} resumes"] = make_case("tied", schedule, seed + 1) | {"load": {"load_dir": where}}
+    for schedule, where in (("dualpipev", plain), ("interleaved", other), (None, other)):
+        weights = {"load_dir": where, "load_module_only": True}
+        cases[f"weights {schedule}"] = make_case("tied", schedule, seed + 1) | {"load": weights, "steps": 0}
+    return cases
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "dualpipev"])
+def test_training_resumes_where_the_layout_is_the_same(resumed: dict[str, Any], schedule: str) -> None:
+    run = resumed[f"{schedule} resumes"]
+    assert [step["iteration"] for step in run["steps"]] == list(range(STEPS // 2 + 1, STEPS + 2))
+    assert_same_steps(run, resumed["whole"])
+
+
+@pytest.mark.parametrize("schedule", ["dualpipev", "interleaved", None])
+def test_weights_load_under_every_layout(resumed: dict[str, Any], schedule: str | None) -> None:
+    (evaluation,) = resumed[f"weights {schedule}"]["steps"]
+    assert evaluation["loss"] == pytest.approx(resumed["plain"]["steps"][-1]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("schedule", "saver"), [("dualpipev", "plain"), (None, "zbv"), ("1f1b", "zbv")])
+def test_optimizer_states_of_another_layout_are_refused(
+    resumed: dict[str, Any], schedule: str | None, saver: str, tmp_path: Path
+) -> None:
+    case = make_case("tied", schedule, 1) | {"load": {"load_dir": str(resumed["folder"] / saver)}}
+    with pytest.raises(RanksError):
+        run_cases({"bad": case}, tmp_path)
+    assert "load_optimizer_states=False" in read_line(tmp_path)
