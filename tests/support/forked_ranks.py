@@ -69,7 +69,7 @@ def run_ranks(
 
 @cache
 def _start_server(first: str, imported: str, capability: str | None) -> "subprocess.Popen[str]":
-    """Start the process that forks ranks, one for each ``PYTHONPATH``, which may name another Megatron, and each kind of ranks."""
+    """Start the process that forks ranks, one for each ``PYTHONPATH`` (it may name another Megatron) and each kind of ranks."""
     path = os.pathsep.join(filter(None, [str(ROOT), first, *sys.path]))
     server = subprocess.Popen(
         [sys.executable, "-u", "-P", "-W", "ignore", "-m", "tests.support.fork_server", imported],
