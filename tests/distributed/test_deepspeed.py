@@ -51,6 +51,9 @@ def make_cases() -> dict[str, dict[str, Any]]:
             cases[name(model, schedule, SEEDS[0])] = make_case(model, schedule, SEEDS[0])
     for schedule in (None, "zb-h1", "zbv"):
         cases[name("mixed", schedule, 0)] = make_case("mixed", schedule, SEEDS[1])
+        # DeepSpeed itself says that it switches the first off in a pipeline.
+        zero = make_zero(1, overlap_comm=True, contiguous_gradients=True)
+        cases[name("overlap-comm", schedule, 0)] = make_case("tied", schedule, SEEDS[1], zero_optimization=zero)
     for schedule in (None, "interleaved", "dualpipev"):
         cases[name("shapes", schedule, 0)] = make_case("shapes", schedule, SEEDS[0])
         # Two uses of one parameter on one rank are one sum there, and two sums that are added in plain DeepSpeed: equal in fp32.
