@@ -136,6 +136,11 @@ class _Fields(BaseModel):
         return value
 
 
+def _escape(text: str) -> str:
+    """Write bytes of a path that are no text as escapes, since messages are UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class Options(_Fields):
     """All options of a run, checked together; each field has a flag ``--cf-<name>`` and a key of the same name."""
 
@@ -174,14 +179,14 @@ class Options(_Fields):
     def _check_costs(self) -> Self:
         if self.costs is not None and self.schedule != AUTO:
             raise ValueError(
-                f"--cf-costs {self.costs} is for the search of --cf-schedule {AUTO} and {self.schedule or 'none'} is given: "
+                f"--cf-costs {_escape(str(self.costs))} is for the search of --cf-schedule {AUTO} and {self.schedule or 'none'} is given: "
                 f"give --cf-schedule {AUTO}, or drop --cf-costs"
             )
         if self.costs is not None:
             try:
                 _ = self.file_costs
             except ScheduleError as error:
-                raise ValueError(f"--cf-costs: {error}") from None
+                raise ValueError(f"--cf-costs: {_escape(str(error))}") from None
         return self
 
     @property

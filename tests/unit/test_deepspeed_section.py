@@ -57,7 +57,7 @@ def test_a_config_is_a_dictionary_or_a_file(tmp_path: Path) -> None:
     [
         ({"schedul": "1f1b"}, "did you mean 'schedule'"),
         ({"eplb": {"clones_per_ranks": 1}}, "did you mean 'clones_per_rank'"),
-        ({"eplb_interval": 1}, "allowed: schedule, overlap, zero_bubble"),
+        ({"eplb_interval": 1}, "allowed: schedule, overlap, costs, zero_bubble"),
         ({"platform": "cpu"}, "no key 'platform'"),
         ({"eplb": 1}, "true, false or an object"),
         ({"schedule": "dualpip"}, "schedule 'dualpip' is not known"),
