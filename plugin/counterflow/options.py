@@ -178,8 +178,9 @@ class Options(_Fields):
     @model_validator(mode="after")
     def _check_costs(self) -> Self:
         if self.costs is not None and self.schedule != AUTO:
+            given, schedule = _escape(str(self.costs)), self.schedule or "none"
             raise ValueError(
-                f"--cf-costs {_escape(str(self.costs))} is for the search of --cf-schedule {AUTO} and {self.schedule or 'none'} is given: "
+                f"--cf-costs {given} is for the search of --cf-schedule {AUTO} and {schedule} is given: "
                 f"give --cf-schedule {AUTO}, or drop --cf-costs"
             )
         if self.costs is not None:
