@@ -100,7 +100,7 @@ def list_buffers(form: Any) -> list[torch.Tensor]:
 
 def digest_weights(weights: list[torch.Tensor]) -> str:
     """Return a digest of an expert's bits."""
-    parts = [weight.detach().contiguous().view(torch.uint8).numpy().tobytes() for weight in weights]
+    parts = [weight.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes() for weight in weights]
     return hashlib.sha1(b"".join(parts)).hexdigest()
 
 

@@ -56,11 +56,11 @@ def use_recipe(numbers: str) -> Any:
     return te.autocast(enabled=True, recipe=make_recipe(numbers)) if numbers not in ("fp32", "bf16") else nullcontext()
 
 
-def build(kind: str, dtype: torch.dtype, *, delays: bool = False) -> Any:
+def build(kind: str, dtype: torch.dtype, *, delays: bool = False, device: str = "cpu") -> Any:
     import transformer_engine.pytorch as te
 
     torch.manual_seed(7)
-    given: dict[str, Any] = {"params_dtype": dtype, "device": "cpu"}
+    given: dict[str, Any] = {"params_dtype": dtype, "device": device}
     if kind in NORMS:
         return getattr(te, kind)(128, **given)
     given["delay_wgrad_compute"] = delays

@@ -1,6 +1,7 @@
 """One rank of a training case: runs the example's unmodified Megatron script and collects what it logged per step.
 
-A case is {"name", "flags", "plugin"}, and may have a "script" of its own and "files" that are written first.
+A case is {"name", "flags", "plugin"}, and may have a "script" of its own, "files" that are written first, and the "platform" cuda
+in place of the CPU.
 """
 
 import json
@@ -108,7 +109,13 @@ def run_case(case: dict[str, Any], around: Callable[[], AbstractContextManager[A
     sys.argv = [script, *case["flags"]]
     for path, text in case.get("files", {}).items():
         write_at_once(Path(path), text)
-    counterflow.enable() if case["plugin"] else install_cpu(engine=asks_for_engine(case["flags"]))
+    on_gpus = case.get("platform") == "cuda"
+    if case["plugin"]:
+        counterflow.enable()
+    elif not on_gpus:
+        install_cpu(engine=asks_for_engine(case["flags"]))
+    if on_gpus:
+        keep_helpers()
     log = Log()
     log.attach()
     error, inside, begin = None, None, time.perf_counter()
@@ -131,6 +138,13 @@ def run_case(case: dict[str, Any], around: Callable[[], AbstractContextManager[A
         "seconds": seconds,
         "inside": inside,
     }
+
+
+def keep_helpers() -> None:
+    """Let Megatron not compile the helper of its data sets, which its wheel ships built: it has no makefile."""
+    from megatron.core.datasets import utils
+
+    utils.compile_helpers = lambda: None
 
 
 def write_at_once(path: Path, text: str) -> None:

@@ -32,22 +32,28 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    imports = {"megatron": import_megatron, "engine": partial(import_megatron, engine=True), "deepspeed": import_deepspeed}
+    imports = {
+        "megatron": import_megatron,
+        "engine": partial(import_megatron, engine=True),
+        "gpus": partial(import_megatron, on_gpus=True),
+        "deepspeed": import_deepspeed,
+    }
     imports[sys.argv[1]]()
     for line in sys.stdin:
         answers.write(json.dumps(run_job(json.loads(line))) + "\n")
         answers.flush()
 
 
-def import_megatron(*, engine: bool = False) -> None:
+def import_megatron(*, engine: bool = False, on_gpus: bool = False) -> None:
     """Do once what every rank would do alike, without starting a thread: forks have only the one that forks.
 
-    With ``engine``, Megatron finds Transformer Engine over the CPU platform's stand-in.
+    With ``engine``, Megatron finds Transformer Engine over the CPU platform's stand-in. ``on_gpus``, it finds what is installed.
     """
     import counterflow
+    from counterflow.patching import Patches
     from counterflow.platform import install_cpu
 
-    patches = install_cpu(engine=engine)
+    patches = Patches() if on_gpus else install_cpu(engine=engine)
     for name in ("megatron.training", "torch.distributed.checkpoint", "tensorboard", "torch._dynamo.trace_rules"):
         importlib.import_module(name)
     with suppress(ImportError):  # the example's script is for Megatron 0.19 and later
@@ -138,6 +144,10 @@ def be_rank(job: dict[str, Any], rank: int) -> None:
             os.dup2(os.open(path, os.O_RDONLY if not descriptor else os.O_WRONLY | os.O_CREAT), descriptor)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["ranks"])}
         os.environ |= {"LOCAL_WORLD_SIZE": str(job["ranks"]), "MASTER_ADDR": "localhost", "MASTER_PORT": str(job["port"])}
+        if sys.argv[1] == "gpus":
+            from tests.support.gpus import count_gpus, place_rank
+
+            os.environ |= place_rank(rank, job["ranks"], count_gpus())
         # As under torchrun, the store is in no rank: it outlives them.
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         importlib.import_module(job["worker"]).run(job["argument"])

@@ -79,6 +79,8 @@ def _start_server(first: str, imported: str, capability: str | None) -> "subproc
         env={
             **os.environ,
             **({"COUNTERFLOW_CPU_CAPABILITY": capability} if capability else {}),
+            # A machine with GPUs runs the CPU's tests too. Asked in another way, CUDA would be at work before the fork.
+            **({"PYTORCH_NVML_BASED_CUDA_CHECK": "1"} if imported == "gpus" else {"CUDA_VISIBLE_DEVICES": ""}),
             "PYTHONPATH": path,
             "OMP_NUM_THREADS": "1",
         },

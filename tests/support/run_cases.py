@@ -50,6 +50,8 @@ def run_case(worker: str, case: Case, directory: Path, ranks: int = RANKS) -> Ru
     """Run one case by a worker module of ``tests/distributed``; return what it logged, and where its files and logs are."""
     name = case["name"]
     results, logs = directory / f"{name}.json", directory / "logs" / name
-    run_ranks(worker, {"case": case, "results": str(results)}, ranks, logs, capability=case.get("capability"))
+    argument = {"case": case, "results": str(results)}
+    trainer = "gpus" if case.get("platform") == "cuda" else "megatron"
+    run_ranks(worker, argument, ranks, logs, capability=case.get("capability"), trainer=trainer)
     run: Run = json.loads(results.read_text())
     return {**run, "directory": directory, "logs": logs}

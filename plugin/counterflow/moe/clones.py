@@ -21,6 +21,7 @@ from counterflow.balance.cluster import Cluster
 from counterflow.balance.moves import arrange_rounds
 from counterflow.balance.placement import EMPTY, Placement
 from counterflow.devices import find_device
+from counterflow.groups import open_process_group
 from counterflow.moe.gradients import GradientStore
 
 # The most tensors that an expert has. A (layer, slot) has twice as many tags: first those of weights, then those of gradients.
@@ -290,14 +291,8 @@ def find_timeout(group: dist.ProcessGroup) -> timedelta:
 
 
 def open_group(experts: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Open a process group for the clones, with the ranks and the timeout of ``experts``, the trainer's expert-parallel group.
-
-    Every rank of the run has to call this, even one without clones. torch names a group by how many groups the rank has opened
-    before, and a group that is opened later, for a checkpoint, say, needs the same name on all ranks.
-    """
-    ranks = dist.get_process_group_ranks(experts)
-    group = dist.new_group(ranks, find_timeout(experts), use_local_synchronization=True, group_desc="CF_CLONES")
-    assert isinstance(group, dist.ProcessGroup)
+    """Open a process group for the clones, with the ranks and the timeout of ``experts``, the trainer's expert-parallel group."""
+    group = open_process_group(dist.get_process_group_ranks(experts), find_timeout(experts), "CF_CLONES")
     # The first batch of transfers in a group may need all of its ranks, but not all of them take part in it.
     dist.barrier(group=group)
     return group

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from counterflow.errors import ScheduleError
+from counterflow.groups import open_process_group
 from counterflow.runtime.lowering import Program, Transfer
 from counterflow.runtime.messages import (
     HEADER_SIZE,
@@ -42,12 +43,10 @@ class Channels:
         self.rank = rank
         self.timeout = timeout
         # Collective over these ranks alone: the other pipelines make their own.
-        higher = dist.new_group(pipeline_ranks, timeout, use_local_synchronization=True, group_desc="CF_HIGHER")
-        lower = dist.new_group(pipeline_ranks, timeout, use_local_synchronization=True, group_desc="CF_LOWER")
-        assert isinstance(higher, dist.ProcessGroup) and isinstance(lower, dist.ProcessGroup)  # this rank is in them
-        self._to_higher, self._to_lower = higher, lower
+        self._to_higher = open_process_group(pipeline_ranks, timeout, "CF_HIGHER")
+        self._to_lower = open_process_group(pipeline_ranks, timeout, "CF_LOWER")
         # A group counts its ranks in the order of their global ranks, which need not be the pipeline's.
-        self._place_of = [dist.get_group_rank(higher, global_rank) for global_rank in pipeline_ranks]
+        self._place_of = [dist.get_group_rank(self._to_higher, global_rank) for global_rank in pipeline_ranks]
 
     def start_send(self, tensor: torch.Tensor, receiver: int, tag: int) -> dist.Work:
         """Start sending to a pipeline rank; the group's own call, since ``dist.isend`` around it takes as long again."""

@@ -24,7 +24,6 @@ from counterflow.megatron.checks import check_loop
 from counterflow.megatron.experts.balanced_model import BalancedModel
 from counterflow.megatron.loop import find_arguments, number_iteration
 from counterflow.megatron.state import layer_slots, of_chunk
-from counterflow.moe.clones import open_group
 from counterflow.moe.planning import compile_planner
 from counterflow.options import Options
 from counterflow.trainer.balancing_log import announce_clones, describe_step, end_step
@@ -133,8 +132,6 @@ class ExpertBalancer:
         if _find_slots(chunks):
             self._model = BalancedModel(self._options, chunks)
             self._model.load_loads(_find_loads_folder("load"), microbatches)
-        else:
-            open_group(parallel_state.get_expert_model_parallel_group())
         announce_clones(self._model, self._options.eplb_clones_per_rank)
 
     def _evaluate(self, run: Callable[[], Any]) -> Any:
