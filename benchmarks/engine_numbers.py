@@ -17,6 +17,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("te
 
 NUMBERS = ("bf16", "delayed", "tensorwise", "blockwise")
 ROWS = 256
+BLOCK = 128
 # Relative, in norm: products of the same FP8 values that are added in another order, and rounded to BF16.
 BOUND = 5e-3
 
@@ -105,8 +106,17 @@ def list_forms(module: Any) -> list[tuple[str, dict[str, torch.Tensor]]]:
         quantizer.internal = False
         quantizer.set_usage(rowwise=True, columnwise=False)
         form = quantizer(parameter.detach())
-        forms.append((name, {part: getattr(form, part).view(-1) for part in names}))
+        high, wide = (-(-size // BLOCK) for size in parameter.shape)
+        # What pads the scales of blocks is not filled.
+        forms.append(
+            (name, {part: cut(getattr(form, part), high, wide) if "scale" in part else getattr(form, part) for part in names})
+        )
     return forms
+
+
+def cut(scales: torch.Tensor, high: int, wide: int) -> torch.Tensor:
+    """Return the scales of ``high`` x ``wide`` blocks, or the one scale of a tensor."""
+    return scales[:high, :wide].contiguous() if scales.dim() == 2 else scales
 
 
 def compare_numbers(gpu: dict[str, torch.Tensor], cpu: dict[str, torch.Tensor]) -> "list[tuple[str, bool]]":

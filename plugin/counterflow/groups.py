@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from counterflow.errors import SeamError
+from counterflow.patching import Patches
 
 
 def open_process_group(ranks: list[int], timeout: timedelta, name: str) -> dist.ProcessGroup:
@@ -20,17 +21,18 @@ def open_process_group(ranks: list[int], timeout: timedelta, name: str) -> dist.
     chosen = _digest(f"{name} {ranks}")
     while chosen in taken:
         chosen = _digest(chosen)
-    choose = getattr(distributed_c10d, "_process_group_name", None)
+    patches = Patches()
+    patches.set(distributed_c10d, "_process_group_name", lambda *_, **__: chosen)
+    # Where ranks are bound to devices, NCCL would split this group from that of all ranks, and wait for all of them.
+    patches.set(distributed_c10d, "_get_split_source", lambda *_: None)
     try:
-        distributed_c10d._process_group_name = lambda *_, **__: chosen  # type: ignore[assignment]
         group = dist.new_group(ranks, timeout, use_local_synchronization=True, group_desc=name)
     finally:
-        if choose is not None:
-            distributed_c10d._process_group_name = choose
+        patches.undo()
     assert isinstance(group, dist.ProcessGroup)  # this rank is in it
-    if choose is None or group.group_name != chosen:
+    if group.group_name != chosen:
         raise SeamError(
-            "torch.distributed.distributed_c10d._process_group_name names no process groups here: install torch 2.6 to 2.14"
+            "torch.distributed.distributed_c10d._process_group_name names no process groups: install torch 2.6 to 2.14"
         )
     return group
 

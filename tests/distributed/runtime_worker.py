@@ -274,7 +274,7 @@ def run(what: str) -> None:
     dist.init_process_group("gloo", timeout=TIMEOUT)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     channels = Channels(list(range(ranks)), rank, TIMEOUT)
-    for sender, receiver in ((0, 1), (1, 0)):
+    for sender, receiver in ((0, 1), (1, 0)) if rank < 2 else ():
         waits = channels.pick_group(sender, receiver)._get_backend(CPU).options._timeout
         assert waits == TIMEOUT, f"a rank that stops answering would be waited for {waits}"
     {"tensors": check_tensors, "messages": check_messages}[what](channels, ranks)

@@ -24,7 +24,7 @@ ROOMS = {
     "compiling": (set(), set()),
     "patching": (set(), set()),
     "devices": (set(), {"torch"}),
-    "groups": (COMMON, {"torch"}),
+    "groups": (COMMON | {"patching"}, {"torch"}),
     "bounds": (COMMON, set()),
     "options": (COMMON | {"schedule"}, set()),
     "schedule": (COMMON, set()),

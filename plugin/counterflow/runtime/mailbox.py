@@ -3,6 +3,7 @@
 import zlib
 from collections import deque
 from datetime import timedelta
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from counterflow.errors import ScheduleError
 from counterflow.groups import open_process_group
+from counterflow.runtime.lanes import Lanes, QueuedTransfer
 from counterflow.runtime.lowering import Program, Transfer
 from counterflow.runtime.messages import (
     HEADER_SIZE,
@@ -29,10 +31,10 @@ HEADER = -1
 
 
 class Channels:
-    """Two process groups over the pipeline's ranks: one for traffic to higher ranks, one to lower.
+    """One process group for each pair of ranks that send to each other, and each direction.
 
-    NCCL runs the transfers of a pair of ranks one after the other. With both directions in one group,
-    two ranks that each send before they receive would wait for each other for ever.
+    NCCL runs the transfers of a group one after the other. With both directions in one group, two ranks that each send before
+    they receive would wait for each other for ever; so could a rank that receives from one side what it sends on to the other.
 
     ``pipeline_ranks`` are the global ranks of the pipeline, in pipeline order; a transfer that takes longer
     than ``timeout`` fails.
@@ -42,23 +44,31 @@ class Channels:
         self.pipeline_ranks = pipeline_ranks
         self.rank = rank
         self.timeout = timeout
-        # Collective over these ranks alone: the other pipelines make their own.
-        self._to_higher = open_process_group(pipeline_ranks, timeout, "CF_HIGHER")
-        self._to_lower = open_process_group(pipeline_ranks, timeout, "CF_LOWER")
-        # A group counts its ranks in the order of their global ranks, which need not be the pipeline's.
-        self._place_of = [dist.get_group_rank(self._to_higher, global_rank) for global_rank in pipeline_ranks]
+        self._groups: dict[tuple[int, int], dist.ProcessGroup] = {}
+        self._lanes: Lanes | None = None
 
-    def start_send(self, tensor: torch.Tensor, receiver: int, tag: int) -> dist.Work:
+    def start_send(self, tensor: torch.Tensor, receiver: int, tag: int) -> dist.Work | QueuedTransfer:
         """Start sending to a pipeline rank; the group's own call, since ``dist.isend`` around it takes as long again."""
-        return self.pick_group(self.rank, receiver).send([tensor], self._place_of[receiver], tag)
+        group = self._groups[self.rank, receiver]
+        place = 1 - group.rank()
+        if self._lanes is None:
+            return group.send([tensor], place, tag)
+        return self._lanes.send(self.rank, receiver, partial(group.send, [tensor], place, tag))
 
-    def start_receive(self, buffer: torch.Tensor, sender: int, tag: int) -> dist.Work:
+    def start_receive(self, buffer: torch.Tensor, sender: int, tag: int) -> dist.Work | QueuedTransfer:
         """Start receiving from a pipeline rank."""
-        return self.pick_group(sender, self.rank).recv([buffer], self._place_of[sender], tag)
+        group = self._groups[sender, self.rank]
+        place = 1 - group.rank()
+        if self._lanes is None:
+            return group.recv([buffer], place, tag)
+        return self._lanes.receive(sender, self.rank, partial(group.recv, [buffer], place, tag))
 
     def pick_group(self, sender: int, receiver: int) -> dist.ProcessGroup:
-        """Return the group for messages from ``sender`` to ``receiver`` (pipeline ranks)."""
-        return self._to_higher if sender < receiver else self._to_lower
+        """Return the group for messages from ``sender`` to ``receiver`` (pipeline ranks); the first time, both have to ask."""
+        if (sender, receiver) not in self._groups:
+            ranks = [self.pipeline_ranks[sender], self.pipeline_ranks[receiver]]
+            self._groups[sender, receiver] = open_process_group(ranks, self.timeout, f"CF_{sender}_TO_{receiver}")
+        return self._groups[sender, receiver]
 
     def connect(self, program: Program, form: Form | None, device: torch.device) -> None:
         """Before a table's first run: compare tables across all ranks, then connect each directed pair in one order.
@@ -86,13 +96,14 @@ class Channels:
                 f"ranks {_shorten(others)} send messages of another form than rank {first} (here {describe_form(form)}): "
                 "give every rank of a pipeline the same count, shapes and types"
             )
+        if device.type == "cuda" and self._lanes is None:
+            self._lanes = Lanes(self.timeout)
         pairs = {(s, r) for s in range(table.ranks) for r in _list_receivers(program, s)}
         for sender, receiver in sorted(pairs):
-            group = self.pick_group(sender, receiver)
             if self.rank == sender:
-                dist.send(mine, self.pipeline_ranks[receiver], group=group)
+                dist.send(mine, self.pipeline_ranks[receiver], group=self.pick_group(sender, receiver))
             elif self.rank == receiver:
-                dist.recv(mine, self.pipeline_ranks[sender], group=group)
+                dist.recv(mine, self.pipeline_ranks[sender], group=self.pick_group(sender, receiver))
 
 
 def _shorten(ranks: list[int]) -> str:
@@ -120,7 +131,7 @@ class Waiting(NamedTuple):
 
 
 # A member that is being received: its place in the message, its buffer, its transfer, and whether it needs a gradient.
-_Coming = tuple[int, torch.Tensor, dist.Work, bool]
+_Coming = tuple[int, torch.Tensor, dist.Work | QueuedTransfer, bool]
 
 
 class Mailbox:
@@ -142,12 +153,12 @@ class Mailbox:
         self._travels = {"F": outputs, "B": [(index, member) for index, member in outputs if member.returns]}
         self._is_alone = form is not None and len(form) == 1
         self._waiting: tuple[Transfer, int] | None = None
-        self._sent: dict[int, list[tuple[torch.Tensor, dist.Work]]] = {}
+        self._sent: dict[int, list[tuple[torch.Tensor, dist.Work | QueuedTransfer]]] = {}
         self._posted: dict[int, list[_Coming]] = {}
         # If shapes vary: the messages that each peer sends next, in its order, and those received before they were needed.
         self._expected: dict[int, deque[Transfer]] = {}
         self._taken: dict[int, Message] = {}
-        # Waiting on a GPU orders streams and returns; a time limit there would stop the host instead.
+        # On a GPU, lanes have the limit.
         self._limit = (channels.timeout,) if device.type == "cpu" else ()
 
     def post(self, transfers: tuple[Transfer, ...]) -> None:
