@@ -321,7 +321,6 @@ BALANCING = (
     Seam(PARALLEL, "remove_forward_pre_hook_handles", None, (EPLB,), KNOWN, "whether parameters are gathered behind forwards"),
     Seam(BUCKETS, "finish_param_sync", None, (EPLB,), KNOWN, "homes are gathered before they are sent", ("self",)),
     Seam(STATE, "get_expert_model_parallel_world_size", None, (EPLB,), KNOWN, "whether there is anything to balance"),
-    Seam(STATE, "get_expert_model_parallel_group", None, (EPLB,), KNOWN, "the expert-parallel ranks"),
     Seam(STATE, "get_expert_data_parallel_group", None, (EPLB,), KNOWN, "the replicas of an expert"),
     Seam(STATE, "get_tensor_and_data_parallel_group", None, (EPLB,), KNOWN, "the ranks that hold the same layers"),
     Seam(OPTIMIZER, "model_param_group_index_map", None, (REHOMING,), KNOWN, "whether a rank has a shard of a parameter's state"),
