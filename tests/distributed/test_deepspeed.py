@@ -151,9 +151,10 @@ def make_resumptions(folder: Path) -> dict[str, Any]:
     cases["plain"] = make_case("tied", None, seed) | half | {"save": plain}
     cases["zbv"] = make_case("tied", "zbv", seed) | half | {"save": other}
     # Another seed: what is not loaded is not alike by chance.
-    for schedule, where in (("1f1b", plain), ("gpipe", plain), ("dualpipev", other)):
-        cases[f"{schedule} resumes"] = make_case("tied", schedule, seed + 1) | {"load": {"load_dir": where}}
-    for schedule, where in (("dualpipev", plain), ("interleaved", other), (None, other)):
+    for same, where in (("1f1b", plain), ("gpipe", plain), ("dualpipev", other)):
+        cases[f"{same} resumes"] = make_case("tied", same, seed + 1) | {"load": {"load_dir": where}}
+    layouts: tuple[tuple[str | None, str], ...] = (("dualpipev", plain), ("interleaved", other), (None, other))
+    for schedule, where in layouts:
         weights = {"load_dir": where, "load_module_only": True}
         cases[f"weights {schedule}"] = make_case("tied", schedule, seed + 1) | {"load": weights, "steps": 0}
     return cases
