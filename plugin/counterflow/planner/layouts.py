@@ -51,7 +51,10 @@ class Recompute:
 
 @dataclass(frozen=True)
 class Training:
-    """What a step computes: tokens, batch, number formats. ``routing``: ``forced``, ``natural`` or a file."""
+    """What a step computes: tokens, batch, number formats. ``routing``: ``forced``, ``natural`` or a file.
+
+    ``fp8_params``: weights are kept in FP8 alone (``--fp8-param-gather``); None where that is not stated.
+    """
 
     seq_length: int
     global_batch_size: int
@@ -61,7 +64,7 @@ class Training:
     main_params: str = "fp32"
     exp_avg: str = "fp32"
     exp_avg_sq: str = "fp32"
-    fp8_params: bool = False
+    fp8_params: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class Layout:
     fused_attention: bool = True
     cross_entropy_fusion: bool = False
     expandable_segments: bool = False
+    paged_stash: bool = False
     max_connections: int | None = None
     pipeline_layout: str | None = None
     first_stage_layers: int | None = None
@@ -128,12 +132,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class Plan:
-    """A completed plan; ``notes`` say in words what was not stated and is assumed."""
+    """A completed plan; ``notes`` say in words what was not stated and is assumed.
+
+    ``unstated`` are keys of the plan that were left out: what they might be widens the interval of an estimate.
+    """
 
     model: ModelShape
     training: Training
     layout: Layout
     notes: tuple[str, ...] = ()
+    unstated: frozenset[str] = frozenset()
 
     @property
     def microbatches(self) -> int:
@@ -160,7 +168,10 @@ def complete_plan(config: PlanConfig) -> Plan:
     training = _complete_training(config, layout, notes)
     layout = _complete_split(model, layout, notes)
     notes += [f"flag {show(word)} is not modelled" for word in config.unread_flags]
-    plan = Plan(model, training, layout, tuple(notes))
+    left = {
+        key for section in (config.training, config.layout) for key in type(section).model_fields if getattr(section, key) is None
+    }
+    plan = Plan(model, training, layout, tuple(notes), frozenset(left))
     check_plan(plan)
     return plan
 
@@ -178,7 +189,7 @@ def _complete_training(config: PlanConfig, layout: Layout, notes: list[str]) -> 
     return Training(
         seq, size, precision, routing, given.main_grads_dtype or "fp32", given.main_params_dtype or "fp32",
         given.exp_avg_dtype or "fp32", given.exp_avg_sq_dtype or "fp32",
-        precision == "mxfp8" if given.fp8_param_gather is None else given.fp8_param_gather,
+        given.fp8_param_gather,
     )  # fmt: skip
 
 
@@ -205,6 +216,8 @@ def complete_layout(config: PlanConfig, model: ModelShape, notes: list[str]) -> 
     schedule, vpp = _complete_schedule(config, pp, notes)
     granularity, modules, method, layers = read_recompute(given.recompute)
     graph = given.cuda_graph or ()
+    # Whoever lists Megatron's flags lists these two, which its command line has off.
+    is_default = not set(given.words) & {"sp", "dist_optimizer", "tied", "untied", "swiglu"}
     return Layout(
         tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp, dp=dp,
         micro_batch_size=_choose(given.micro_batch_size, 1, "micro_batch_size", notes),
@@ -212,8 +225,8 @@ def complete_layout(config: PlanConfig, model: ModelShape, notes: list[str]) -> 
         overlap=bool(given.overlap),
         recompute=Recompute(granularity, modules, method, layers),
         dispatcher=given.dispatcher or "alltoall",
-        sequence_parallel=tp > 1 if given.sequence_parallel is None else given.sequence_parallel and tp > 1,
-        distributed_optimizer=given.distributed_optimizer is not False,
+        sequence_parallel=tp > 1 and (is_default or experts > 0 if given.sequence_parallel is None else given.sequence_parallel),
+        distributed_optimizer=is_default if given.distributed_optimizer is None else given.distributed_optimizer,
         fsdp=bool(given.fsdp),
         overlap_grad_reduce=given.overlap_grad_reduce is not False,
         overlap_param_gather=given.overlap_param_gather is not False,
@@ -224,6 +237,7 @@ def complete_layout(config: PlanConfig, model: ModelShape, notes: list[str]) -> 
         fused_attention=given.fused_attention is not False,
         cross_entropy_fusion=bool(given.cross_entropy_fusion),
         expandable_segments=bool(given.expandable_segments),
+        paged_stash=bool(given.paged_stash),
         max_connections=given.max_connections,
         pipeline_layout=given.pipeline_model_parallel_layout,
         first_stage_layers=given.num_layers_in_first_pipeline_stage,

@@ -366,9 +366,8 @@ def _parse_pattern(text: str) -> list[int]:
     while inner.startswith("(") and inner.endswith(")"):
         inner = inner[1:-1]
     for term in inner.split("+"):
-        match = re.fullmatch(r"\(?\[([01](?:,[01])*)\](?:\*(\d{1,6}))?\)?(?:\*(\d{1,6}))?", term)
+        match = re.fullmatch(r"\[([01](?:,[01])*)\](?:\*(\d{1,6}))?", term)
         if match is None:
             return []
-        times = int(match[2] or 1) * int(match[3] or 1)
-        found += [int(one) for one in match[1].split(",")] * min(times, MOST_LAYERS)
+        found += [int(one) for one in match[1].split(",")] * min(int(match[2] or 1), MOST_LAYERS)
     return found
