@@ -4,9 +4,9 @@ Counted is what Megatron-Core with Transformer Engine's modules keeps: the input
 each tensor once. The dry run (`counterflow.megatron.dry_run`) counts the same on the real modules.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from counterflow.planner.layouts import Layout, Stage, Training
+from counterflow.planner.layouts import Layout, Recompute, Stage, Training
 from counterflow.planner.models import LINEAR, MLA, AttentionShape, FFNShape, LayerShape, ModelShape, MoEShape
 
 BF16, FP32 = 2, 4
@@ -178,40 +178,46 @@ def _size_moe(moe: MoEShape, hidden: int, s: _Sizes) -> Held:
     return Held(norm + router + experts + shared, queued, working, ahead)
 
 
-def size_stage(stage: Stage, model: ModelShape, layout: Layout, training: Training, imbalance: float = 1.0) -> dict[str, Held]:
-    """Return what a micro-batch holds in a stage, by part: ``layers``, ``head`` (logits and loss), ``mtp``, ``embedding``."""
-    tokens = layout.micro_batch_size * training.seq_length / layout.cp
-    part = tokens / layout.tp if layout.sequence_parallel else tokens
-    found = {"layers": _size_layers(stage, layout, training, imbalance)}
-    if stage.embedding:
-        found["embedding"] = Held(8 * tokens, 0.0, BF16 * part * model.hidden, BF16 * part * model.hidden)
-    if stage.head:
-        found["head"] = _size_head(model, layout, tokens, part)
-    if stage.mtp and model.mtp is not None:
-        one = size_layer(model.mtp, layout, training, imbalance).join(_size_head(model, layout, tokens, part))
-        # Two norms and the projection of both halves.
-        both = BF16 * part * model.hidden * 6
-        found["mtp"] = Held((one.kept + both) * stage.mtp, (one.queued + both) * stage.mtp, one.working, one.ahead)
-    return found
+class StageSizes:
+    """Sizes of the stages of one plan; equal layers are sized once."""
 
+    def __init__(self, model: ModelShape, layout: Layout, training: Training, imbalance: float = 1.0) -> None:
+        self._model, self._layout, self._training, self._imbalance = model, layout, training, imbalance
+        self._plain = replace(layout, recompute=Recompute())
+        self._layers: dict[tuple[int, bool], Held] = {}
 
-def _size_layers(stage: Stage, layout: Layout, training: Training, imbalance: float) -> Held:
-    sizes: dict[int, Held] = {}
-    total = Held()
-    recompute = layout.recompute
-    plain = Layout(**{**vars(layout), "recompute": type(recompute)()}) if recompute.method == "block" else layout
-    for index, layer in enumerate(stage.layers):
-        is_plain = recompute.method == "block" and index >= (recompute.layers or 0)
-        key = id(layer) * 2 + is_plain
-        if key not in sizes:
-            sizes[key] = size_layer(layer, plain if is_plain else layout, training, imbalance)
-        one = sizes[key]
-        if recompute.method == "uniform" and (recompute.layers or 1) > 1:
-            group = min(recompute.layers or 1, len(stage.layers))
-            # One input a group; the layers of a group are all there when it is run again.
-            one = Held(one.kept / group, one.queued, one.working * group, one.ahead)
-        total = total.join(one)
-    return total
+    def size(self, stage: Stage) -> dict[str, Held]:
+        """Return what a micro-batch holds in a stage, by part: ``layers``, ``head`` (logits and loss), ``mtp``, ``embedding``."""
+        model, layout = self._model, self._layout
+        tokens = layout.micro_batch_size * self._training.seq_length / layout.cp
+        part = tokens / layout.tp if layout.sequence_parallel else tokens
+        found = {"layers": self._size_layers(stage)}
+        if stage.embedding:
+            found["embedding"] = Held(8 * tokens, 0.0, BF16 * part * model.hidden, BF16 * part * model.hidden)
+        if stage.head:
+            found["head"] = _size_head(model, layout, tokens, part)
+        if stage.mtp and model.mtp is not None:
+            one = self._size_layer(model.mtp, False).join(_size_head(model, layout, tokens, part))
+            # Two norms and the projection of both halves.
+            both = BF16 * part * model.hidden * 6
+            found["mtp"] = Held((one.kept + both) * stage.mtp, (one.queued + both) * stage.mtp, one.working, one.ahead)
+        return found
+
+    def _size_layer(self, layer: LayerShape, is_plain: bool) -> Held:
+        key = (id(layer), is_plain)
+        if key not in self._layers:
+            layout = self._plain if is_plain else self._layout
+            self._layers[key] = size_layer(layer, layout, self._training, self._imbalance)
+        return self._layers[key]
+
+    def _size_layers(self, stage: Stage) -> Held:
+        recompute, total = self._layout.recompute, Held()
+        every = min(recompute.layers or 1, len(stage.layers)) if recompute.method == "uniform" else 1
+        for index, layer in enumerate(stage.layers):
+            one = self._size_layer(layer, recompute.method == "block" and index >= (recompute.layers or 0))
+            # Of a group one input is kept, and all its layers are there when it is run again.
+            total = total.join(Held(one.kept / every, one.queued, one.working * every, one.ahead))
+        return total
 
 
 def _size_head(model: ModelShape, layout: Layout, tokens: float, part: float) -> Held:

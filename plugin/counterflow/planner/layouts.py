@@ -1,6 +1,7 @@
 """How a model lies on GPUs: sizes of all parallelisms, completed from a plan, checked, and the layers of each stage."""
 
 import re
+import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,20 +15,12 @@ from counterflow.schedule.layouts import BIDIRECTIONAL, LOOPED, V
 from counterflow.schedule.table import ScheduleTable
 
 MOST_STAGES = 4096
+with (Path(__file__).parent / "families.toml").open("rb") as _file:
+    _FAMILIES = tomllib.load(_file)
 # Schedules of other trainers, and the family here that is most like them.
-NEAREST = {
-    "v-half": "zbv",
-    "v-min": "zbv",
-    "v-zb": "zbv",
-    "zb-v": "zbv",
-    "zero-bubble": "zb-h1",
-    "zb-h2": "zb-h1",
-    "zb1p": "zb-h1",
-    "vpp": "interleaved",
-    "virtual": "interleaved",
-    "interleaved-1f1b": "interleaved",
-    "dualpipe-v": "dualpipev",
-}
+NEAREST: dict[str, str] = _FAMILIES["nearest"]
+PLAIN_STRAIGHT: str = _FAMILIES["default"]["straight"]
+PLAIN_LOOPED: str = _FAMILIES["default"]["looped"]
 AUTO = "auto"
 
 
@@ -84,7 +77,7 @@ class Layout:
     etp: int = 1
     dp: int = 1
     micro_batch_size: int = 1
-    schedule: str = "1f1b"
+    schedule: str = PLAIN_STRAIGHT
     asked_schedule: str | None = None
     overlap: bool = False
     recompute: Recompute = field(default_factory=Recompute)
@@ -287,8 +280,8 @@ def _complete_schedule(config: PlanConfig, pp: int, notes: list[str]) -> tuple[s
     vpp = given.vpp or (stages // pp if stages else None)
     if asked is not None and asked.lower().endswith(".csv"):
         return asked, vpp or 1
-    name = (asked or ("interleaved" if (vpp or 1) > 1 else "1f1b")).lower().replace("_", "-")
-    name = "1f1b" if name == AUTO else name
+    plain = PLAIN_LOOPED if (vpp or 1) > 1 else PLAIN_STRAIGHT
+    name = plain if asked in (None, AUTO) else asked.lower().replace("_", "-")
     if name in NEAREST:
         notes.append(f"schedule {asked} is planned as {NEAREST[name]}, the nearest family")
         name = NEAREST[name]
@@ -298,17 +291,14 @@ def _complete_schedule(config: PlanConfig, pp: int, notes: list[str]) -> tuple[s
             f"layout.schedule {show(asked)} is not known; allowed: {', '.join(FAMILIES)}{suggest(str(asked), allowed)}"
         )
     chunks = {V: 2, BIDIRECTIONAL: 2, LOOPED: vpp or 2}.get(FAMILIES[name].layout, 1)
-    if pp == 1 and chunks > 1:
-        return "1f1b", 1
-    if name == "1f1b" and (vpp or 1) > 1:
-        return "interleaved", vpp or 1
-    if name == "interleaved" and chunks == 1:
-        return "1f1b", 1
+    if pp == 1 and chunks > 1 or name == PLAIN_LOOPED and chunks == 1:
+        # One rank, or one chunk, leaves nothing to interleave.
+        return PLAIN_STRAIGHT, 1
+    if name == PLAIN_STRAIGHT and (vpp or 1) > 1:
+        return PLAIN_LOOPED, vpp or 1
     if vpp is not None and vpp != chunks:
-        raise PlanError(
-            f"layout.vpp {vpp} given; schedule {name} has {chunks} model chunk{'s' * (chunks > 1)} on a rank: drop vpp"
-        )
-    if name == "interleaved" and vpp is None:
+        raise PlanError(f"layout.vpp {vpp} given; {name} has {chunks} model chunk{'s' * (chunks > 1)} on a rank: drop vpp")
+    if vpp is None and FAMILIES[name].layout == LOOPED:
         notes.append("vpp is not stated: 2")
     return name, chunks
 

@@ -9,8 +9,12 @@ blocks. Sources: end-of-iteration memory of published runs lies 0.1 to 3 GB abov
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
-from counterflow.planner.activations import BF16, FP32, Held, size_stage
+import numpy as np
+
+from counterflow.arrays import Array
+from counterflow.planner.activations import BF16, FP32, Held, StageSizes
 from counterflow.planner.layouts import Layout, Plan, Recompute, Stage, build_table, place_layers
 from counterflow.planner.models import LINEAR, MLA, LayerShape, ModelShape
 from counterflow.schedule.table import ScheduleTable
@@ -64,12 +68,22 @@ class MemoryEstimate:
     outside: tuple[float, float, float] = OUTSIDE
 
     @property
+    def per_rank(self) -> tuple[float, ...]:
+        """Peaks by pipeline rank, in GiB."""
+        return tuple(one.peak / GIB for one in self.ranks)
+
+    @property
+    def parts(self) -> dict[str, tuple[float, ...]]:
+        """Each part by pipeline rank, in bytes."""
+        return {name: tuple(one.parts[name] for one in self.ranks) for name in self.ranks[0].parts}
+
+    @property
     def worst(self) -> RankMemory:
         """The rank that needs most."""
         return max(self.ranks, key=lambda one: one.peak)
 
     def tell_fit(self, card_bytes: float) -> bool | None:
-        """Return whether the plan fits a card: True if the high end is at most 95 % of it, False if the low end is more, or None."""
+        """Return whether the plan fits a card: True where the high end is at most 95 % of it, False where the low end is more."""
         low = max(one.low for one in self.ranks) * self.fragmentation[0] + self.outside[0]
         high = max(one.high for one in self.ranks) * self.fragmentation[1] + self.outside[1]
         if high <= 0.95 * card_bytes:
@@ -177,16 +191,74 @@ def estimate_memory(plan: Plan, table: ScheduleTable | None = None, imbalance: f
     tokens of a rank over the mean of its expert group; without it 1 where routing is forced, else an interval. Raises `PlanError`
     where layers do not divide, `ScheduleError` for sizes that the schedule does not allow.
     """
-    table = build_steady_table(plan) if table is None else table
+    rows = _list_plan_rows(plan) if table is None else list_rows(table)
     low, likely, high = choose_imbalance(plan, imbalance)
     cases = [_Case(relax_plan(plan), low), _Case(plan, likely), _Case(tighten_plan(plan), high)]
     ranks = []
     for rank in range(plan.layout.pp):
         # A table of full DualPipe has two rows for each pipeline rank.
-        rows = {rank, table.ranks - 1 - rank} if table.ranks == 2 * plan.layout.pp else {rank}
-        ranks.append(max((_estimate_rank(cases, table, row, rank) for row in rows), key=lambda one: one.peak))
+        own = {rank, len(rows) - 1 - rank} if len(rows) == 2 * plan.layout.pp else {rank}
+        ranks.append(max((_estimate_rank(cases, *rows[row], rank) for row in own), key=lambda one: one.peak))
     fragmentation = EXPANDABLE_FRAGMENTATION if plan.layout.expandable_segments else FRAGMENTATION
     return MemoryEstimate(tuple(ranks), tuple(cases[1].held), fragmentation)
+
+
+@dataclass(frozen=True)
+class _States:
+    """The different states of a row of a table: for each, counts by chunk (arrays ``[states, chunks]``).
+
+    ``live`` activations, ``queued`` weight gradients, and which chunks are at work: ``back`` in a B or I, ``ahead`` in an F.
+    """
+
+    live: Array
+    queued: Array
+    back: Array
+    ahead: Array
+    paired: Array
+
+
+def _list_states(table: ScheduleTable, row: int) -> _States:
+    """Return the states of a row while its actions run; most of a table only repeats them."""
+    own = {stage: chunk for chunk, stage in enumerate(table.layout.stages[row])}
+    live, queued = [0] * len(own), [0] * len(own)
+    found: dict[tuple[tuple[int, ...], ...], None] = {}
+    for action in table.actions[row]:
+        singles = tuple(action.singles())
+        back, ahead = [0] * len(own), [0] * len(own)
+        for one in singles:
+            if one.kind == "F":
+                live[own[one.stage]] += 1
+                ahead[own[one.stage]] = 1
+            elif one.kind in "BI":
+                back[own[one.stage]] = 1
+        found[(tuple(live), tuple(queued), tuple(back), tuple(ahead), (int(len(singles) > 1),))] = None
+        for one in singles:
+            activations, waiting = HELD_AFTER[one.kind]
+            queued[own[one.stage]] += waiting
+            live[own[one.stage]] += min(activations, 0)
+    return _States(*(np.array(part, dtype=np.float64) for part in zip(*found, strict=True)))
+
+
+Rows = tuple[tuple[tuple[int, ...], _States], ...]
+
+
+def list_rows(table: ScheduleTable) -> Rows:
+    """Return the stages of each rank of a table, and the states that it passes."""
+    return tuple((table.layout.stages[row], _list_states(table, row)) for row in range(table.ranks))
+
+
+def _list_plan_rows(plan: Plan) -> Rows:
+    """Return the rows of the plan's table with no more micro-batches than it takes until it only repeats."""
+    layout = plan.layout
+    microbatches = min(plan.microbatches, STEADY * max(layout.pp, 2))
+    if layout.schedule.lower().endswith(".csv"):
+        return list_rows(build_table(layout, microbatches))
+    return _list_family_rows(layout.schedule, layout.pp, layout.vpp, layout.overlap, microbatches)
+
+
+@lru_cache(maxsize=256)
+def _list_family_rows(schedule: str, pp: int, vpp: int, overlap: bool, microbatches: int) -> Rows:
+    return list_rows(build_table(Layout(schedule=schedule, pp=pp, vpp=vpp, overlap=overlap), microbatches))
 
 
 def relax_plan(plan: Plan) -> Plan:
@@ -215,7 +287,8 @@ class _Case:
     def __init__(self, plan: Plan, imbalance: float) -> None:
         self.plan = plan
         self.stages = place_layers(plan.model, plan.layout)
-        self.parts = [size_stage(stage, plan.model, plan.layout, plan.training, imbalance) for stage in self.stages]
+        sizes = StageSizes(plan.model, plan.layout, plan.training, imbalance)
+        self.parts = [sizes.size(stage) for stage in self.stages]
         self.held = [_join(parts) for parts in self.parts]
 
     def count_static(self, own: Sequence[int]) -> dict[str, float]:
@@ -229,12 +302,6 @@ class _Case:
                     expert_size = layer.moe.expert.count_parameters(layer.hidden) / self.plan.layout.etp
         static = size_static(parameters, self.plan, moe_layers, expert_size)
         return static | {"buffers": _size_buffers(self.plan, own, self.stages)}
-
-
-def build_steady_table(plan: Plan) -> ScheduleTable:
-    """Return the plan's table with no more micro-batches than it takes until it only repeats."""
-    most = STEADY * max(plan.layout.pp, 2)
-    return build_table(plan.layout, min(plan.microbatches, most))
 
 
 def choose_imbalance(plan: Plan, given: float | None) -> tuple[float, float, float]:
@@ -256,16 +323,16 @@ def _join(parts: dict[str, Held]) -> Held:
     return total
 
 
-def _estimate_rank(cases: Sequence[_Case], table: ScheduleTable, row: int, rank: int) -> RankMemory:
-    own = table.layout.stages[row]
+def _estimate_rank(cases: Sequence[_Case], own: Sequence[int], states: _States, rank: int) -> RankMemory:
     totals = []
     for case, allowance, share, spread in zip(cases, FRAMEWORK, FRAMEWORK_SHARE, ACTIVATION_SPREAD, strict=True):
         parts = case.count_static(own)
         static = sum(parts.values())
         parts["framework"] = allowance + share * static
-        peak, live, queued, working = _follow_row(table, row, case.held)
-        logits = sum(count * case.parts[stage]["head"].kept for stage, count in live.items() if "head" in case.parts[stage])
-        kept = sum(count * case.held[stage].kept for stage, count in live.items())
+        peak, live, queued, working = _find_peak(states, [case.held[stage] for stage in own])
+        counts = list(zip(own, map(float, live), strict=True))
+        logits = sum(count * case.parts[stage]["head"].kept for stage, count in counts if "head" in case.parts[stage])
+        kept = sum(count * case.held[stage].kept for stage, count in counts)
         parts |= {"activations": kept - logits, "logits": logits, "queued": queued, "working": working}
         totals.append((parts, static + parts["framework"], static + parts["framework"] + peak * spread))
     parts, static, peak = totals[1]
@@ -283,31 +350,14 @@ def _size_buffers(plan: Plan, own: Sequence[int], stages: Sequence[Stage]) -> fl
     return messages + words
 
 
-def _follow_row(table: ScheduleTable, row: int, held: list[Held]) -> tuple[float, dict[int, int], float, float]:
-    """Return the peak of a row's activations, the live micro-batches by stage, the queued bytes and the working bytes at it."""
-    live: dict[int, int] = {}
-    waiting: dict[int, int] = {}
-    now = queue = peak = 0.0
-    best: tuple[dict[int, int], float, float] = ({}, 0.0, 0.0)
-    for action in table.actions[row]:
-        singles = tuple(action.singles())
-        working = sum(
-            (held[one.stage].working if one.kind in "BI" else held[one.stage].ahead) for one in singles if one.kind in "BIF"
-        )
-        for one in singles:
-            activations, queued = HELD_AFTER[one.kind]
-            if one.kind == "F":
-                live[one.stage] = live.get(one.stage, 0) + 1
-                now += held[one.stage].kept
-        share = now * PAIR_SHARE if len(singles) > 1 else 0.0
-        if now + queue + working + share > peak:
-            peak = now + queue + working + share
-            best = (dict(live), queue, working + share)
-        for one in singles:
-            activations, queued = HELD_AFTER[one.kind]
-            if one.kind != "F" and activations:
-                live[one.stage] -= 1
-                now -= held[one.stage].kept
-            waiting[one.stage] = waiting.get(one.stage, 0) + queued
-            queue += queued * held[one.stage].queued
-    return peak, *best
+def _find_peak(states: _States, held: Sequence[Held]) -> tuple[float, Array, float, float]:
+    """Return the peak of a row's activations, and at it the live micro-batches by chunk, the queued and the working bytes.
+
+    ``held`` is by chunk. At a peak of the same size the first state counts.
+    """
+    kept, queue, back, ahead = (np.array([getattr(one, name) for one in held]) for name in ("kept", "queued", "working", "ahead"))
+    live, queued = states.live @ kept, states.queued @ queue
+    working = states.back @ back + states.ahead @ ahead + states.paired[:, 0] * PAIR_SHARE * live
+    total = live + queued + working
+    best = int(np.argmax(total))
+    return float(total[best]), states.live[best], float(queued[best]), float(working[best])
