@@ -39,7 +39,7 @@ QUANTIZED = {"fp8-delayed": 2.0, "fp8-tensorwise": 2.0, "fp8-blockwise": 2.0, "m
 # What a pair of an F and a B with expert overlap adds to activations.
 PAIR_SHARE = 0.004
 # Micro-batches for each pipeline rank after which a table only repeats.
-STEADY = 4
+STEADY = 2
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,20 @@ def count_replicated(layer: LayerShape) -> int:
     return (2 * a.head_dim if a.qk_norm else 0) + (h if a.out_bias else 0)
 
 
+def _count_equal(layers: Sequence[LayerShape]) -> list[tuple[LayerShape, int]]:
+    """Return each different layer, by identity, and how often it is there."""
+    found: dict[int, tuple[LayerShape, int]] = {}
+    for layer in layers:
+        found[id(layer)] = (layer, found.get(id(layer), (layer, 0))[1] + 1)
+    return list(found.values())
+
+
 def count_stage(stage: Stage, model: ModelShape, layout: Layout) -> Parameters:
     """Return the parameters of a stage that one rank holds; an MTP stage keeps an embedding, and a head, of its own."""
     total = Parameters()
-    for layer in stage.layers:
-        total += count_layer(layer, layout)
+    for layer, times in _count_equal(stage.layers):
+        one = count_layer(layer, layout)
+        total += Parameters(times * one.dense, times * one.experts, times * one.linear)
     table = model.pad_vocab(layout.tp) * model.hidden / layout.tp
     if stage.embedding or stage.mtp:
         total += Parameters(dense=table + (model.positions * model.hidden if stage.embedding else 0))
