@@ -32,6 +32,7 @@ ROOMS = {
     "balance.kernels": (COMMON, set()),
     "balance.files": (COMMON | {"balance"}, set()),
     "analysis": (COMMON | {"schedule"}, set()),
+    "planner": (COMMON | {"schedule", "balance", "analysis"}, set()),
     "runtime": (COMMON | {"devices", "groups", "schedule"}, {"torch"}),
     "moe": (COMMON | {"devices", "groups", "balance"}, {"torch"}),
     "trainer": (COMMON | {"devices", "options", "patching", "schedule", "balance", "runtime", "moe", "analysis"}, {"torch"}),
