@@ -106,6 +106,8 @@ def main() -> None:
         if match := SHOWN.match(line):
             reached[0] = int(match["step"])
             print(line, flush=True)
+        elif line.startswith("counterflow: "):
+            print(line.removeprefix("counterflow: "), flush=True)
 
     try:
         logs = start_ranks(

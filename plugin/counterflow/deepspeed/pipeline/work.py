@@ -1,5 +1,6 @@
 """One F and one B of a stage, by the engine's own functions."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,6 +50,19 @@ class DeepSpeedWork(Work):
             engine.loss = loss
             engine._exec_backward_pass(self._find_buffer(stage, microbatch))
         return tuple(None if member is None or not member.requires_grad else member.grad for member in inputs)
+
+    def list_layers(self) -> dict[str, torch.nn.Module]:
+        """Return the layers of this rank's chunks by their places in the PipelineModule; plain functions and tied layers not."""
+        chunks = self._chunks
+        places = [
+            (layer, function)
+            for (start, _), functions in zip(chunks.bounds, chunks.functions, strict=True)
+            for layer, function in enumerate(functions, start)
+            if isinstance(function, torch.nn.Module)
+        ]
+        # A tied module may be two layers, and its hooks do not know of which they are called.
+        times = Counter(id(function) for _, function in places)
+        return {str(layer): function for layer, function in places if times[id(function)] == 1}
 
     def _find_buffer(self, stage: int, microbatch: int) -> int:
         return self._chunks.stages.index(stage) * self._microbatches + microbatch
