@@ -67,6 +67,11 @@ def list_layers(dense: int) -> list[LayerSpec]:
     return [LayerSpec(nn.Embedding, VOCABULARY, WIDTH), *blocks, LayerSpec(nn.Linear, WIDTH, VOCABULARY)]
 
 
+def build(layer: LayerSpec, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return layer.build()  # type: ignore[no-any-return]
+
+
 class Plain(nn.Sequential):
     """The same model without a pipeline. ``recompute``: checkpointed with reentrance, or without."""
 
@@ -108,9 +113,12 @@ class PlainRun:
 
     def evaluate(self) -> float:
         self.engine.eval()
+        batches, losses = draw_batches(self.engine, torch.distributed.get_rank(), torch.distributed.get_world_size()), []
         with torch.no_grad():
-            tokens, labels = next(draw_batches(self.engine, torch.distributed.get_rank(), 4))
-            loss = compute_loss(self.engine(tokens), labels)
+            for _ in range(self.engine.gradient_accumulation_steps()):
+                tokens, labels = next(batches)
+                losses.append(compute_loss(self.engine(tokens), labels))
+        loss = torch.stack(losses).mean()
         torch.distributed.all_reduce(loss)
         self.engine.train()
         return float(loss) / torch.distributed.get_world_size()
@@ -127,7 +135,9 @@ class PipelineRun:
         return float(self.engine.train_batch(self.batches))
 
     def evaluate(self) -> float:
-        return float(self.engine.eval_batch(draw_batches(self.engine, self.engine.mpu.get_data_parallel_rank(), 2)))
+        return float(
+            self.engine.eval_batch(draw_batches(self.engine, self.engine.mpu.get_data_parallel_rank(), self.engine.dp_world_size))
+        )
 
 
 def train(
@@ -145,12 +155,13 @@ def train(
 
     ``stages``: of the pipeline, 0 for none. ``load`` are arguments of ``load_checkpoint``; steps go on from there.
     """
-    torch.manual_seed(seed)
     layers = list_layers(dense)
+    # A layer's weights depend on its place alone, so that runs with and without a pipeline can be compared.
     if stages:
-        model: Any = PipelineModule(layers, num_stages=stages, loss_fn=compute_loss, partition_method="uniform")
+        how = {"seed_layers": True, "base_seed": seed, "partition_method": "uniform"}
+        model: Any = PipelineModule(layers, num_stages=stages, loss_fn=compute_loss, **how)
     else:
-        model = Plain(*(layer.build() for layer in layers))
+        model = Plain(*(build(layer, seed + index) for index, layer in enumerate(layers)))
         model.recompute = recompute
     engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=[*model.parameters()])
     run = PipelineRun(engine) if stages else PlainRun(engine)

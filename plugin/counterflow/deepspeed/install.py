@@ -93,9 +93,9 @@ class Installation:
     def _finish(self, options: Options, engine: Any) -> None:
         """Prepare an engine that was made."""
         from counterflow.deepspeed.experts.balancing import attach
-        from counterflow.deepspeed.norms import note_stages
+        from counterflow.deepspeed.stages import note_stages
 
-        if (options.schedule is not None or options.eplb) and getattr(engine, "pipeline_parallelism", False):
+        if (options.schedule is not None or options.eplb) and engine._config.expert_parallel_config.enabled:
             note_stages(engine)
         if options.eplb:
             attach(engine, options)

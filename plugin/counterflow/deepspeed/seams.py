@@ -106,9 +106,11 @@ BALANCING = (
          ("self", "step")),
     Seam(ZERO, "reduce_ready_partitions_and_remove_grads", "experts.balancing.wait_for_clones", (EXPERTS,), KNOWN,
          "an expert's gradient waits for those of its clones", ("self", "param", "i")),
-    Seam(ZERO, "scaled_global_norm", "norms.count_stages_alike", (EXPERTS, SCHEDULE), KNOWN,
+    Seam("deepspeed.module_inject.auto_ep.AutoEP", "_raise_no_moe_layers_detected", "stages.let_stages_be_dense",
+         (EXPERTS, SCHEDULE), KNOWN, "a stage may have no MoE layers", ("self", "presets_to_try")),
+    Seam(ZERO, "scaled_global_norm", "stages.count_stages_alike", (EXPERTS, SCHEDULE), KNOWN,
          "stages with and without MoE layers sum their norms once", ("self", "norm_type")),
-    Seam(ZERO, "_model_parallel_all_reduce", "norms.leave_to_one_sum", (EXPERTS, SCHEDULE), KNOWN,
+    Seam(ZERO, "_model_parallel_all_reduce", "stages.leave_to_one_sum", (EXPERTS, SCHEDULE), KNOWN,
          "upstream sums once for each group of parameters, whose number differs by stage", ("self", "tensor", "op")),
 )  # fmt: skip
 

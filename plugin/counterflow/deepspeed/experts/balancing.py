@@ -22,8 +22,9 @@ import torch.distributed as dist
 from counterflow.deepspeed.experts.layer import AutoEPSlots
 from counterflow.deepspeed.experts.optimizer_state import take_state
 from counterflow.deepspeed.section import speak_json
+from counterflow.deepspeed.stages import list_layers
 from counterflow.deepspeed.state import balancer_of, holder_of, slots_of
-from counterflow.errors import CounterflowError, OptionError
+from counterflow.errors import CounterflowError
 from counterflow.moe.gradients import GradientStore, PlainGradients, SummedGradients
 from counterflow.moe.planning import compile_planner
 from counterflow.options import Options
@@ -114,9 +115,7 @@ class Balancer:
 
 def attach(engine: Any, options: Options) -> None:
     """Give the layers of an engine slots (a collective call)."""
-    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-
-    layers = [(name, one) for name, one in engine.module.named_modules() if isinstance(one, AutoEPMoELayer)]
+    layers = list_layers(engine)
     if engine._config.expert_parallel_config.autoep_size == 1:
         if dist.get_rank() == 0:
             print(
@@ -125,10 +124,6 @@ def attach(engine: Any, options: Options) -> None:
                 flush=True,
             )
         return
-    found = torch.tensor([len(layers)], device=engine.device)
-    dist.all_reduce(found)
-    if not found:
-        raise OptionError("eplb: AutoEP replaced no layer of this model: set expert_parallel.moe_layer_pattern, or drop eplb")
     compile_planner()
     for number, (_, layer) in zip(_number([name for name, _ in layers]), layers, strict=True):
         slots_of[layer] = AutoEPSlots(layer, number, options)
