@@ -44,6 +44,7 @@ ROOMS = {
     "megatron.experts": (ADAPTER | SHARED | {"megatron.checks"}, TRAINER_WORLD),
     "deepspeed": (ADAPTER, DEEPSPEED_WORLD),
     "deepspeed.pipeline": (ADAPTER | {"deepspeed.section", "deepspeed.state"}, DEEPSPEED_WORLD),
+    "deepspeed.experts": (ADAPTER | {"deepspeed.section", "deepspeed.stages", "deepspeed.state"}, DEEPSPEED_WORLD),
     "launch": (COMMON | {"options"}, set()),
     "report": (COMMON | {"schedule", "balance", "analysis"}, set()),
     "commands": (

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -49,3 +49,11 @@ method_of: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 chunks_of: WeakKeyDictionary[Any, Chunks] = WeakKeyDictionary()
 # The place of each weight of a model that runs tables.
 place_of: Any = WeakTensorKeyDictionary()
+# The `counterflow.deepspeed.experts.layer.AutoEPSlots` of each of AutoEP's layers.
+slots_of: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+# The `counterflow.deepspeed.experts.balancing.Balancer` of each engine with slots, and a reference to it for each weight of its
+# experts.
+balancer_of: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+holder_of: Any = WeakTensorKeyDictionary()
+# Optimizers of stages that do not all have MoE layers.
+uneven_optimizers: WeakSet[Any] = WeakSet()

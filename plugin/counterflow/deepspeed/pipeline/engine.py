@@ -32,17 +32,27 @@ class Step(NamedTuple):
 @torch.no_grad()
 def clip_by_whole_norm(model: Any, grid: Any, most: float) -> float:
     """Scale the gradients in ``.grad`` such that their norm over all ranks of a replica is at most ``most``; return the norm."""
+    from deepspeed.moe.utils import is_moe_param
     from deepspeed.runtime.utils import is_model_parallel_parameter
+    from deepspeed.utils import groups
 
     gradients, total = [], torch.zeros((), dtype=torch.float32)
+    experts: dict[str, torch.Tensor] = {}
     for parameter in model.parameters():
         if parameter.grad is None:
             continue
         gradients.append(parameter.grad)
+        if is_moe_param(parameter):
+            square = parameter.grad.float().square().sum()
+            experts[parameter.group_name] = experts.get(parameter.group_name, 0.0) + square
+            continue
         # Of a tied layer, and of what all tensor-parallel ranks hold, one copy counts.
         is_first = grid.get_slice_parallel_rank() == 0 or is_model_parallel_parameter(parameter)
         if is_first and not getattr(parameter, "ds_pipe_replicated", False):
             total = total.to(parameter.device) + parameter.grad.float().square().sum()
+    for name, square in experts.items():
+        dist.all_reduce(square, group=groups._get_expert_parallel_group(name))
+        total = total.to(square.device) + square
     dist.all_reduce(total, group=grid.get_model_parallel_group())
     norm = float(total.sqrt())
     if norm > most:
