@@ -73,6 +73,12 @@ SPLITTING = (
         Seam(FUNCTIONS, name, f"pipeline.zero_bubble.split_{name}", (ZERO_BUBBLE,), KNOWN, "weight gradients wait for the W")
         for name in ("linear", "embedding", "conv1d", "conv2d", "conv3d")
     ),
+    Seam("torch", "matmul", "pipeline.zero_bubble.split_matmul", (ZERO_BUBBLE,), KNOWN, "weight gradients wait for the W",
+         alone=True),
+    Seam("torch.autograd", "backward", "pipeline.zero_bubble.split_backward", (ZERO_BUBBLE,), KNOWN,
+         "a backward from a loss may be split in its graph", ("tensors",), alone=True),
+    Seam("torch.Tensor", "register_hook", "pipeline.zero_bubble.split_hooks", (ZERO_BUBBLE,), KNOWN,
+         "the nodes of tensors with hooks run once", ("self", "hook")),
     Seam("deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer", "process_gradients", None, (ZERO_BUBBLE,), KNOWN,
          "takes a weight's gradient after the W", ("self", "param", "i")),
     Seam("deepspeed.runtime.bf16_optimizer.BF16_Optimizer", "_update_hp_grad", None, (ZERO_BUBBLE,), KNOWN,

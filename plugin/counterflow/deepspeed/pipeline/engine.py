@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from counterflow.deepspeed.pipeline.work import DeepSpeedWork
-from counterflow.deepspeed.pipeline.zero_bubble import note_weights
+from counterflow.deepspeed.pipeline.zero_bubble import split_model
 from counterflow.deepspeed.section import speak_json
 from counterflow.deepspeed.state import chunks_of
 from counterflow.errors import CounterflowError
@@ -71,7 +71,7 @@ def make_engine_class(base: Any) -> Any:
             if chunks.chosen.options.schedule != AUTO:
                 # What the table refuses is refused before the first step.
                 self._pipeline.choose_table(self.micro_batches, 1)
-            note_weights(self.optimizer)
+            split_model(self)
 
         @contextmanager
         def run_stage(self, stage: int) -> Iterator[None]:
