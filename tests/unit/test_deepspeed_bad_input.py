@@ -56,7 +56,6 @@ def test_configs_that_do_not_fit_a_schedule_are_refused(config: dict[str, Any], 
     ("section", "words"),
     [
         ({"eplb": True}, "eplb: "),
-        ({"schedule": "dualpipev", "overlap": True}, "overlap: "),
         ({"schedule": "dualpipe"}, "schedule dualpipe joins two replicas"),
     ],
 )

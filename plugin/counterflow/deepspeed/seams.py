@@ -10,10 +10,12 @@ from counterflow.trainer.seam import Seam
 from counterflow.trainer.seam import check_seams as check_all
 
 CONFIG, SCHEDULE, ZERO_BUBBLE = "DeepSpeed's JSON", "DeepSpeed's schedule", "DeepSpeed's zero bubble"
+OVERLAP = "DeepSpeed's overlapped pairs"
 REMEDIES = {
     CONFIG: "run the script without counterflow",
     SCHEDULE: 'drop "schedule" from the key "counterflow"',
     ZERO_BUBBLE: 'give "zero_bubble": false in the key "counterflow"',
+    OVERLAP: 'drop "overlap" from the key "counterflow"',
 }
 KNOWN = ("0.19",)
 
@@ -85,7 +87,14 @@ SPLITTING = (
          "takes a weight's gradient after the W", ("self", "lp", "group_idx", "param_idx", "clear_lp_grads")),
 )  # fmt: skip
 
-SEAMS = (*STARTING, *STEPPING, *SPLITTING)
+PAIRING = (
+    Seam("deepspeed.comm.comm", "all_to_all_single", "pipeline.overlap.hand_over_in", (OVERLAP,), KNOWN,
+         "the other part of a pair computes meanwhile"),
+    Seam("deepspeed.runtime.activation_checkpointing.checkpointing", "get_cuda_rng_tracker", None, (OVERLAP,), KNOWN,
+         "each part of a pair has its own random states"),
+)  # fmt: skip
+
+SEAMS = (*STARTING, *STEPPING, *SPLITTING, *PAIRING)
 
 
 def find_version() -> str:
