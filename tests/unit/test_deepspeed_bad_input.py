@@ -55,7 +55,6 @@ def test_configs_that_do_not_fit_a_schedule_are_refused(config: dict[str, Any], 
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ({"schedule": "dualpipev", "overlap": True}, "overlap: "),
         ({"schedule": "dualpipe"}, "schedule dualpipe joins two replicas"),
     ],
 )

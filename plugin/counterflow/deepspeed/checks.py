@@ -39,8 +39,6 @@ def check_run(chosen: Chosen, config: Any, model: Any) -> None:
 def check_options(chosen: Chosen) -> None:
     """Raise `OptionError` for options that this version does not run under DeepSpeed."""
     options = chosen.options
-    if options.overlap:
-        raise OptionError("overlap: this version overlaps no pairs under DeepSpeed: drop it")
     if options.schedule is not None and count_replicas(choose_layout(options, 2, 2)) > 1:
         raise OptionError(
             f"schedule {options.schedule} joins two replicas, which this version does not under DeepSpeed: take another"
@@ -130,8 +128,8 @@ def explain(path: str) -> list[str]:
 
 
 def splits_backward(options: Options) -> bool:
-    """Tell whether linears leave weight gradients to a W."""
-    return options.zero_bubble is not False and (options.family is None or options.family.splits)
+    """Tell whether linears leave weight gradients: to a W, or, in a pair, to behind its next communication."""
+    return options.zero_bubble is not False and (options.overlap or options.family is None or options.family.splits)
 
 
 def _find(config: Mapping[str, Any], section: str, key: str) -> Any:

@@ -148,8 +148,8 @@ def describe_counts(counts: list[tuple[int, int, int]]) -> str:
     """Return a line for the log: of each stage, the communications of its F and of its B (or I)."""
     if not any(forward or backward for _, forward, backward in counts):
         return (
-            "counterflow: --cf-overlap: no stage has a communication to overlap (no experts, or none on other ranks): the parts "
-            "of a pair run one after the other"
+            "counterflow: overlapped pairs: no stage has a communication to overlap (no experts, or none on other ranks): the "
+            "parts of a pair run one after the other"
         )
     found = ", ".join(f"stage {stage} {forward} and {backward}" for stage, forward, backward in counts)
-    return f"counterflow: --cf-overlap: communications of a chunk's F and B: {found}"
+    return f"counterflow: overlapped pairs: communications of a chunk's F and B: {found}"

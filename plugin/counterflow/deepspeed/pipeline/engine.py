@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from counterflow.deepspeed.pipeline.overlap import list_carried
 from counterflow.deepspeed.pipeline.work import DeepSpeedWork
-from counterflow.deepspeed.pipeline.zero_bubble import note_weights
+from counterflow.deepspeed.pipeline.zero_bubble import split_model
 from counterflow.deepspeed.section import speak_json
 from counterflow.deepspeed.state import chunks_of
 from counterflow.errors import CounterflowError
@@ -70,28 +71,35 @@ def make_engine_class(base: Any) -> Any:
         def __init__(self, *args: Any, model: Any, **kwargs: Any) -> None:
             # While upstream connects ranks, first and last stage mean the first and last rank.
             self._chunks, self._is_connecting = chunks_of[model], True
-            self._stage: int | None = None
+            self.running_stage: int | None = None
             super().__init__(*args, model=model, **kwargs)
             self._is_connecting = False
             # Messages go whole, so that they may have any members.
             self.is_pipe_partitioned = self.is_grad_partitioned = False
             chunks = self._chunks
             group = self.grid.get_pipe_parallel_group()
-            self._pipeline = Pipeline(chunks.chosen.options, group, chunks.layout.chunks, self.device)
+            carried = list_carried(self) if chunks.chosen.options.overlap else ()
+            self._pipeline = Pipeline(chunks.chosen.options, group, chunks.layout.chunks, self.device, carried=carried)
             if chunks.chosen.options.schedule != AUTO:
                 # What the table refuses is refused before the first step.
                 self._pipeline.choose_table(self.micro_batches, 1)
-            note_weights(self.optimizer)
+            split_model(self)
 
         @contextmanager
         def run_stage(self, stage: int) -> Iterator[None]:
             """Let the engine and the model be of one stage inside the block."""
-            before, self._stage = self._stage, stage
-            self.module.activate(self._chunks.stages.index(stage))
+            before = self.running_stage
+            self.set_stage(stage)
             try:
                 yield
             finally:
-                self._stage = before
+                self.running_stage = before
+
+        def set_stage(self, stage: int | None) -> None:
+            """Let the engine and the model be of one stage, or of none in particular."""
+            self.running_stage = stage
+            if stage is not None:
+                self.module.activate(self._chunks.stages.index(stage))
 
         def is_first_stage(self) -> bool:
             """Tell whether the stage that runs, or else one on this rank, is the first."""
@@ -104,7 +112,7 @@ def make_engine_class(base: Any) -> Any:
         def _is_stage(self, stage: int, rank: int) -> bool:
             if self._is_connecting:
                 return bool(self.stage_id == rank)
-            return self._chunks.holds(stage) if self._stage is None else self._stage == stage
+            return self._chunks.holds(stage) if self.running_stage is None else self.running_stage == stage
 
         def _loss_stage_global_rank(self) -> int:
             return int(self.grid.stage_to_global(self._chunks.layout.rank_of[self._chunks.layout.last_stage]))
