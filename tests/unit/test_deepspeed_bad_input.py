@@ -57,7 +57,6 @@ def test_configs_that_do_not_fit_a_schedule_are_refused(config: dict[str, Any], 
     [
         ({"eplb": True}, "eplb: "),
         ({"schedule": "dualpipev", "overlap": True}, "overlap: "),
-        ({"schedule": "dualpipe"}, "schedule dualpipe joins two replicas"),
     ],
 )
 def test_what_this_version_does_not_do_is_refused(section: dict[str, Any], words: str) -> None:

@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch.distributed as dist
+
 from counterflow.deepspeed.section import KEY, Chosen, load_config, read_config, read_section
 from counterflow.errors import OptionError
 from counterflow.options import Options
+from counterflow.trainer.crosslink import require_pairs
 from counterflow.trainer.tables import choose_layout, count_replicas, name_model_layout
 
 WAYS = "make one: PipelineModule(layers=[…], loss_fn=…, num_stages=P); each layer takes what the one before returns"
@@ -26,6 +29,9 @@ def check_run(chosen: Chosen, config: Any, model: Any) -> None:
             f"schedule {options.schedule} needs at least 2 pipeline ranks and num_stages is 1: give the PipelineModule "
             "num_stages 2 or more, or drop the schedule"
         )
+    if count_replicas(choose_layout(options, 2, 2)) > 1:
+        replicas = model._grid.get_data_parallel_world_size()
+        require_pairs(options.schedule, replicas, dist.get_world_size() // replicas)
     if config is not None:
         check_config(chosen, load_config(config))
 
@@ -37,10 +43,6 @@ def check_options(chosen: Chosen) -> None:
         raise OptionError("eplb: this version balances no experts under DeepSpeed: drop it")
     if options.overlap:
         raise OptionError("overlap: this version overlaps no pairs under DeepSpeed: drop it")
-    if options.schedule is not None and count_replicas(choose_layout(options, 2, 2)) > 1:
-        raise OptionError(
-            f"schedule {options.schedule} joins two replicas, which this version does not under DeepSpeed: take another"
-        )
 
 
 def check_config(chosen: Chosen, config: Mapping[str, Any]) -> None:
