@@ -26,7 +26,7 @@ def open_process_group(ranks: list[int], timeout: timedelta, name: str, backend:
     # Where ranks are bound to devices, NCCL would split this group from that of all ranks, and wait for all of them.
     patches.set(distributed_c10d, "_get_split_source", lambda *_: None)
     try:
-        group = dist.new_group(ranks, timeout, backend, use_local_synchronization=True, group_desc=name)
+        group = dist.new_group(ranks, timeout, backend=backend, use_local_synchronization=True, group_desc=name)
     finally:
         patches.undo()
     assert isinstance(group, dist.ProcessGroup)  # this rank is in it
