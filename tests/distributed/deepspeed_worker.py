@@ -156,7 +156,7 @@ def train(
     given: dict[str, Any] = {"model_parameters": parameters}
     if has_groups:
         given = {"optimizer": make_optimizer(module)}
-    samples = Samples(run=4 if is_dynamic else 0)
+    samples = Samples(run=4 if is_dynamic or model == "changing" else 0)
     data = {"training_data": samples} if has_loader else {}
     engine, *_ = deepspeed.initialize(model=module, config=config, **given, **data)
     batches, done = None if has_loader else draw_batches(samples, engine), []

@@ -64,6 +64,8 @@ STEPPING = (
             ("clip_fp32_gradients", "extended: clips by the norm of the whole model", ("self",)),
             ("is_first_stage", "extended: asked for the chunk that runs", ("self",)),
             ("is_last_stage", "extended: asked for the chunk that runs", ("self",)),
+            ("_next_batch", "extended: on cross-linked replicas labels are the partner's", ("self",)),
+            ("reset_activation_shape", "extended: the next step announces shapes anew", ("self",)),
             ("_exec_load_micro_batch", "called for each micro-batch", ("self", "buffer_id")),
             ("_exec_forward_pass", "called for each F", ("self", "buffer_id")),
             ("_exec_backward_pass", "called for each B of the last stage", ("self", "buffer_id")),
