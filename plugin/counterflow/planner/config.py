@@ -166,6 +166,7 @@ class LayoutSection(_Section):
     fused_attention: bool | None = None
     cross_entropy_fusion: bool | None = None
     expandable_segments: bool | None = None
+    paged_stash: bool | None = None
     max_connections: int | None = _count()
     pipeline_model_parallel_layout: str | None = None
     num_layers_in_first_pipeline_stage: int | None = _count()
@@ -368,6 +369,7 @@ _WORDS: dict[str, tuple[str, str, Any]] = {
     "sp": ("layout", "sequence_parallel", True),
     "dist_optimizer": ("layout", "distributed_optimizer", True),
     "fsdp": ("layout", "fsdp", True),
+    "paged stash": ("layout", "paged_stash", True),
     "expandable_segments": ("layout", "expandable_segments", True),
     "ce_fusion": ("layout", "cross_entropy_fusion", True),
     "full cuda graph": ("layout", "cuda_graph", "full_iteration"),

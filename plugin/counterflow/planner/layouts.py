@@ -1,6 +1,7 @@
 """How a model lies on GPUs: sizes of all parallelisms, completed from a plan, checked, and the layers of each stage."""
 
 import re
+import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,20 +15,12 @@ from counterflow.schedule.layouts import BIDIRECTIONAL, LOOPED, V
 from counterflow.schedule.table import ScheduleTable
 
 MOST_STAGES = 4096
+with (Path(__file__).parent / "families.toml").open("rb") as _file:
+    _FAMILIES = tomllib.load(_file)
 # Schedules of other trainers, and the family here that is most like them.
-NEAREST = {
-    "v-half": "zbv",
-    "v-min": "zbv",
-    "v-zb": "zbv",
-    "zb-v": "zbv",
-    "zero-bubble": "zb-h1",
-    "zb-h2": "zb-h1",
-    "zb1p": "zb-h1",
-    "vpp": "interleaved",
-    "virtual": "interleaved",
-    "interleaved-1f1b": "interleaved",
-    "dualpipe-v": "dualpipev",
-}
+NEAREST: dict[str, str] = _FAMILIES["nearest"]
+PLAIN_STRAIGHT: str = _FAMILIES["default"]["straight"]
+PLAIN_LOOPED: str = _FAMILIES["default"]["looped"]
 AUTO = "auto"
 
 
@@ -51,7 +44,10 @@ class Recompute:
 
 @dataclass(frozen=True)
 class Training:
-    """What a step computes: tokens, batch, number formats. ``routing``: ``forced``, ``natural`` or a file."""
+    """What a step computes: tokens, batch, number formats. ``routing``: ``forced``, ``natural`` or a file.
+
+    ``fp8_params``: weights are kept in FP8 alone (``--fp8-param-gather``); None where that is not stated.
+    """
 
     seq_length: int
     global_batch_size: int
@@ -61,7 +57,7 @@ class Training:
     main_params: str = "fp32"
     exp_avg: str = "fp32"
     exp_avg_sq: str = "fp32"
-    fp8_params: bool = False
+    fp8_params: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ class Layout:
     etp: int = 1
     dp: int = 1
     micro_batch_size: int = 1
-    schedule: str = "1f1b"
+    schedule: str = PLAIN_STRAIGHT
     asked_schedule: str | None = None
     overlap: bool = False
     recompute: Recompute = field(default_factory=Recompute)
@@ -98,6 +94,7 @@ class Layout:
     fused_attention: bool = True
     cross_entropy_fusion: bool = False
     expandable_segments: bool = False
+    paged_stash: bool = False
     max_connections: int | None = None
     pipeline_layout: str | None = None
     first_stage_layers: int | None = None
@@ -128,12 +125,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class Plan:
-    """A completed plan; ``notes`` say in words what was not stated and is assumed."""
+    """A completed plan; ``notes`` say in words what was not stated and is assumed.
+
+    ``unstated`` are keys of the plan that were left out: what they might be widens the interval of an estimate.
+    """
 
     model: ModelShape
     training: Training
     layout: Layout
     notes: tuple[str, ...] = ()
+    unstated: frozenset[str] = frozenset()
 
     @property
     def microbatches(self) -> int:
@@ -160,7 +161,10 @@ def complete_plan(config: PlanConfig) -> Plan:
     training = _complete_training(config, layout, notes)
     layout = _complete_split(model, layout, notes)
     notes += [f"flag {show(word)} is not modelled" for word in config.unread_flags]
-    plan = Plan(model, training, layout, tuple(notes))
+    left = {
+        key for section in (config.training, config.layout) for key in type(section).model_fields if getattr(section, key) is None
+    }
+    plan = Plan(model, training, layout, tuple(notes), frozenset(left))
     check_plan(plan)
     return plan
 
@@ -178,7 +182,7 @@ def _complete_training(config: PlanConfig, layout: Layout, notes: list[str]) -> 
     return Training(
         seq, size, precision, routing, given.main_grads_dtype or "fp32", given.main_params_dtype or "fp32",
         given.exp_avg_dtype or "fp32", given.exp_avg_sq_dtype or "fp32",
-        precision == "mxfp8" if given.fp8_param_gather is None else given.fp8_param_gather,
+        given.fp8_param_gather,
     )  # fmt: skip
 
 
@@ -205,6 +209,8 @@ def complete_layout(config: PlanConfig, model: ModelShape, notes: list[str]) -> 
     schedule, vpp = _complete_schedule(config, pp, notes)
     granularity, modules, method, layers = read_recompute(given.recompute)
     graph = given.cuda_graph or ()
+    # Whoever lists Megatron's flags lists these two, which its command line has off.
+    is_default = not set(given.words) & {"sp", "dist_optimizer", "tied", "untied", "swiglu"}
     return Layout(
         tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp, dp=dp,
         micro_batch_size=_choose(given.micro_batch_size, 1, "micro_batch_size", notes),
@@ -212,8 +218,8 @@ def complete_layout(config: PlanConfig, model: ModelShape, notes: list[str]) -> 
         overlap=bool(given.overlap),
         recompute=Recompute(granularity, modules, method, layers),
         dispatcher=given.dispatcher or "alltoall",
-        sequence_parallel=tp > 1 if given.sequence_parallel is None else given.sequence_parallel and tp > 1,
-        distributed_optimizer=given.distributed_optimizer is not False,
+        sequence_parallel=tp > 1 and (is_default or experts > 0 if given.sequence_parallel is None else given.sequence_parallel),
+        distributed_optimizer=is_default if given.distributed_optimizer is None else given.distributed_optimizer,
         fsdp=bool(given.fsdp),
         overlap_grad_reduce=given.overlap_grad_reduce is not False,
         overlap_param_gather=given.overlap_param_gather is not False,
@@ -224,6 +230,7 @@ def complete_layout(config: PlanConfig, model: ModelShape, notes: list[str]) -> 
         fused_attention=given.fused_attention is not False,
         cross_entropy_fusion=bool(given.cross_entropy_fusion),
         expandable_segments=bool(given.expandable_segments),
+        paged_stash=bool(given.paged_stash),
         max_connections=given.max_connections,
         pipeline_layout=given.pipeline_model_parallel_layout,
         first_stage_layers=given.num_layers_in_first_pipeline_stage,
@@ -273,8 +280,8 @@ def _complete_schedule(config: PlanConfig, pp: int, notes: list[str]) -> tuple[s
     vpp = given.vpp or (stages // pp if stages else None)
     if asked is not None and asked.lower().endswith(".csv"):
         return asked, vpp or 1
-    name = (asked or ("interleaved" if (vpp or 1) > 1 else "1f1b")).lower().replace("_", "-")
-    name = "1f1b" if name == AUTO else name
+    plain = PLAIN_LOOPED if (vpp or 1) > 1 else PLAIN_STRAIGHT
+    name = plain if asked in (None, AUTO) else asked.lower().replace("_", "-")
     if name in NEAREST:
         notes.append(f"schedule {asked} is planned as {NEAREST[name]}, the nearest family")
         name = NEAREST[name]
@@ -284,17 +291,14 @@ def _complete_schedule(config: PlanConfig, pp: int, notes: list[str]) -> tuple[s
             f"layout.schedule {show(asked)} is not known; allowed: {', '.join(FAMILIES)}{suggest(str(asked), allowed)}"
         )
     chunks = {V: 2, BIDIRECTIONAL: 2, LOOPED: vpp or 2}.get(FAMILIES[name].layout, 1)
-    if pp == 1 and chunks > 1:
-        return "1f1b", 1
-    if name == "1f1b" and (vpp or 1) > 1:
-        return "interleaved", vpp or 1
-    if name == "interleaved" and chunks == 1:
-        return "1f1b", 1
+    if pp == 1 and chunks > 1 or name == PLAIN_LOOPED and chunks == 1:
+        # One rank, or one chunk, leaves nothing to interleave.
+        return PLAIN_STRAIGHT, 1
+    if name == PLAIN_STRAIGHT and (vpp or 1) > 1:
+        return PLAIN_LOOPED, vpp or 1
     if vpp is not None and vpp != chunks:
-        raise PlanError(
-            f"layout.vpp {vpp} given; schedule {name} has {chunks} model chunk{'s' * (chunks > 1)} on a rank: drop vpp"
-        )
-    if name == "interleaved" and vpp is None:
+        raise PlanError(f"layout.vpp {vpp} given; {name} has {chunks} model chunk{'s' * (chunks > 1)} on a rank: drop vpp")
+    if vpp is None and FAMILIES[name].layout == LOOPED:
         notes.append("vpp is not stated: 2")
     return name, chunks
 

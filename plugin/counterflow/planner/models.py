@@ -245,11 +245,14 @@ def shape_model(name: str, args: Mapping[str, Any], stated: set[str] | None = No
     attention = _shape_attention(args)
     ffn, moe = _shape_ffn(args), _shape_moe(args)
     bias = args.get("normalization", "LayerNorm" if not args.get("swiglu") else "RMSNorm") == "LayerNorm"
-    layers = []
+    layers: list[LayerShape] = []
+    # Equal layers are one object, so that what is counted for one is found again by identity.
+    shapes: dict[tuple[AttentionShape, bool], LayerShape] = {}
     for index, is_moe in enumerate(read_layer_freq(args.get("moe_layer_freq", 1), args["num_layers"])):
         has_experts = is_moe and moe is not None
         own = _vary_attention(attention, args, index)
-        layers.append(LayerShape(args["hidden_size"], own, None if has_experts else ffn, moe if has_experts else None, bias))
+        one = LayerShape(args["hidden_size"], own, None if has_experts else ffn, moe if has_experts else None, bias)
+        layers.append(shapes.setdefault((own, has_experts), one))
     count = args.get("mtp_num_layers", 0)
     positions = args.get("max_position_embeddings", 0) if args.get("position_embedding_type", "rope") == "learned_absolute" else 0
     return ModelShape(
@@ -366,9 +369,8 @@ def _parse_pattern(text: str) -> list[int]:
     while inner.startswith("(") and inner.endswith(")"):
         inner = inner[1:-1]
     for term in inner.split("+"):
-        match = re.fullmatch(r"\(?\[([01](?:,[01])*)\](?:\*(\d{1,6}))?\)?(?:\*(\d{1,6}))?", term)
+        match = re.fullmatch(r"\[([01](?:,[01])*)\](?:\*(\d{1,6}))?", term)
         if match is None:
             return []
-        times = int(match[2] or 1) * int(match[3] or 1)
-        found += [int(one) for one in match[1].split(",")] * min(times, MOST_LAYERS)
+        found += [int(one) for one in match[1].split(",")] * min(int(match[2] or 1), MOST_LAYERS)
     return found
