@@ -45,7 +45,9 @@ class Clock:
         durations[self.pairs] *= costs.overlap
         ends = np.zeros(len(durations) + 1)
         _run(self.order, self.before, self.needs, self.far, durations, costs.p2p, ends)
-        return max(float(ends.max()), self._reduce(ends, spread_over(costs.reduce, self.stages, "reduce"))), float(durations.sum())
+        return max(float(ends.max()), self._reduce(ends, spread_over(costs.reduce, self.stages, "reduce"))), float(
+            durations.sum()
+        )
 
     def _reduce(self, ends: Array, times: tuple[float, ...]) -> float:
         last = 0.0

@@ -32,6 +32,7 @@ class GPU:
     gpus_per_node: int
     pcie: float
     units: int
+    sustained: float
     source: str
 
     def find_peak(self, precision: str) -> float:
@@ -93,7 +94,7 @@ def _read_gpu(name: str, entry: Mapping[str, Any]) -> GPU:
     return GPU(
         name, entry["family"], {key: value * 1e12 for key, value in entry["peak_tflops"].items()}, entry["hbm_gbps"] * GIGA,
         entry["memory_gib"], entry["nvlink_gbps"] * GIGA, entry["nvlink_domain"], entry["network_gbps"] * GIGA,
-        entry["gpus_per_node"], entry["pcie_gbps"] * GIGA, entry["units"], entry["source"],
+        entry["gpus_per_node"], entry["pcie_gbps"] * GIGA, entry["units"], entry.get("sustained", 1.0), entry["source"],
     )  # fmt: skip
 
 

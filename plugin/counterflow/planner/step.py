@@ -7,11 +7,11 @@ after it (gathering weights, the optimizer, the host) is added.
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from counterflow.errors import PlanError
 from counterflow.planner.clock import Clock, compile_table
 from counterflow.planner.layouts import Layout, Plan, Stage, build_table, place_layers
+from counterflow.planner.measured import apply_measured
+from counterflow.planner.memory import Parameters, count_stage
 from counterflow.planner.times import (
-    NOTHING,
     Setting,
     Times,
     Work,
@@ -20,8 +20,10 @@ from counterflow.planner.times import (
     time_layer,
     time_mtp,
 )
-from counterflow.schedule import Costs, ScheduleTable
-from counterflow.schedule.layouts import BIDIRECTIONAL
+from counterflow.schedule import Costs
+from counterflow.schedule.costs_file import CostsFile
+from counterflow.schedule.families import FAMILIES
+from counterflow.schedule.layouts import lay_named
 
 # Bytes of optimizer state that a step of Adam reads and writes for each parameter, with all of it in FP32: gradient, master
 # weight, two moments, and the weight in BF16.
@@ -121,20 +123,6 @@ def time_p2p(plan: Plan, setting: Setting) -> float:
     return 2.0 * setting.shared * plan.model.hidden / rate + P2P_LATENCY
 
 
-def count_stage(stage: Stage, plan: Plan) -> tuple[float, float]:
-    """Return a GPU's parameters of a stage: dense ones, and those of experts."""
-    layout, model = plan.layout, plan.model
-    dense = experts = 0.0
-    layers = [*stage.layers, *([model.mtp] * stage.mtp if model.mtp is not None else [])]
-    for layer in layers:
-        parts = layer.parameters
-        experts += parts["experts"] / (layout.ep * layout.etp)
-        dense += (parts["attention"] + parts["dense"] + parts["shared"]) / layout.tp + parts["norms"] + parts["router"]
-    vocab = model.pad_vocab(layout.tp) * model.hidden / layout.tp
-    dense += vocab * (stage.embedding + stage.head + (stage.mtp > 0 and not stage.embedding))
-    return dense, experts + 0.0
-
-
 def find_group_rate(setting: Setting, size: int, stride: int) -> float:
     """Return the rate of a data-parallel ring: between domains, all members of one share their network ports."""
     cluster = setting.cluster
@@ -146,16 +134,16 @@ def find_group_rate(setting: Setting, size: int, stride: int) -> float:
     )
 
 
-def time_groups(setting: Setting, dense: float, experts: float, size: float) -> float:
+def time_groups(setting: Setting, held: Parameters, size: float) -> float:
     """Return the time to scatter or gather ``size`` bytes of each parameter over data-parallel ranks."""
     layout = setting.layout
     seconds = 0.0
     ranks = layout.dp * layout.cp
     if ranks > 1:
-        seconds += dense * size * (ranks - 1) / ranks / find_group_rate(setting, ranks, layout.tp)
-    if layout.edp > 1 and experts:
+        seconds += held.dense * size * (ranks - 1) / ranks / find_group_rate(setting, ranks, layout.tp)
+    if layout.edp > 1 and held.experts:
         rate = find_group_rate(setting, layout.edp, layout.ep * layout.etp)
-        seconds += experts * size * (layout.edp - 1) / layout.edp / rate
+        seconds += held.experts * size * (layout.edp - 1) / layout.edp / rate
     return seconds
 
 
@@ -163,16 +151,16 @@ def time_reduction(stage: Stage, plan: Plan, setting: Setting) -> float:
     """Return the time to reduce the gradients of a stage, once a step."""
     if plan.layout.fsdp:
         return 0.0
-    dense, experts = count_stage(stage, plan)
+    held = count_stage(stage, plan.model, plan.layout)
     rounds = 1.0 if plan.layout.distributed_optimizer else 2.0
-    return rounds * time_groups(setting, dense, experts, setting.grad_bytes)
+    return rounds * time_groups(setting, held, setting.grad_bytes)
 
 
 def _add_shards(work: Work, stage: Stage, plan: Plan, setting: Setting) -> Work:
     """Add gathering a stage's weights before its forward and its backward, and scattering its gradients."""
-    dense, experts = count_stage(stage, plan)
-    gather = time_groups(setting, dense, experts, 2.0)
-    scatter = time_groups(setting, dense, experts, float(setting.grad_bytes))
+    held = count_stage(stage, plan.model, plan.layout)
+    gather = time_groups(setting, held, 2.0)
+    scatter = time_groups(setting, held, float(setting.grad_bytes))
     return work + Work(Times(shards=gather), Times(shards=gather + scatter))
 
 
@@ -180,34 +168,35 @@ def time_ends(plan: Plan, setting: Setting, stages: tuple[Stage, ...]) -> tuple[
     """Return seconds of gathering weights before the step, of the optimizer, and of the host, of the slowest pipeline rank."""
     layout = plan.layout
     gather = optimizer = 0.0
+    homes = list_homes(layout)
     for rank in range(layout.pp):
-        held = [stage for index, stage in enumerate(stages) if _find_rank(layout, index) == rank]
-        counts = [count_stage(stage, plan) for stage in held]
-        dense, experts = sum(one for one, _ in counts), sum(two for _, two in counts)
+        held = Parameters()
+        for stage in (stages[index] for index in homes[rank]):
+            held += count_stage(stage, plan.model, layout)
         shards = layout.distributed_optimizer or layout.fsdp
-        own = dense / (layout.dp * layout.cp if shards else 1) + experts / (layout.edp if shards else 1)
+        own = held.dense / (layout.dp * layout.cp if shards else 1) + held.experts / (layout.edp if shards else 1)
         adam = own * ADAM_BYTES * (1 - layout.optimizer_offload) / setting.memory_rate
         # Gradients go to the host and weights come back; the host's Adam is bound by its memory.
         moved = own * layout.optimizer_offload * 6.0 / setting.cluster.gpu.pcie
         adam += moved + own * layout.optimizer_offload * ADAM_BYTES / HOST_ADAM_RATE
         optimizer = max(optimizer, adam)
         if layout.distributed_optimizer and not layout.fsdp and not layout.overlap_param_gather:
-            gather = max(gather, time_groups(setting, dense, experts, 2.0))
+            gather = max(gather, time_groups(setting, held, 2.0))
     return gather, optimizer, 1e-3 * setting.constants["general.step_ms"]
 
 
-def _find_rank(layout: Layout, stage: int) -> int:
-    if layout.vpp == 2 and layout.pp > 1 and not _is_looped(layout.schedule):
-        return min(stage, layout.stages - 1 - stage)
-    return stage % layout.pp
+@lru_cache(maxsize=256)
+def _list_homes(key: tuple[str, int, int]) -> tuple[tuple[int, ...], ...]:
+    schedule, pp, vpp = key
+    if schedule.lower().endswith(".csv"):
+        return build_table(Layout(schedule=schedule), 1).layout.stages
+    family = FAMILIES[schedule]
+    return lay_named(family.layout, pp * family.replicas, vpp).stages[:pp]
 
 
-@lru_cache
-def _is_looped(schedule: str) -> bool:
-    from counterflow.schedule.families import FAMILIES
-    from counterflow.schedule.layouts import LOOPED, STRAIGHT
-
-    return schedule in FAMILIES and FAMILIES[schedule].layout in (LOOPED, STRAIGHT)
+def list_homes(layout: Layout) -> tuple[tuple[int, ...], ...]:
+    """Return the stages that each pipeline rank holds."""
+    return _list_homes((layout.schedule, layout.pp, layout.vpp))
 
 
 # Micro-batches of a longer step repeat themselves: so many rounds of the pipeline are simulated, the rest goes on at the pace of
@@ -245,11 +234,11 @@ def run_table(layout: Layout, microbatches: int, costs: Costs) -> tuple[float, f
     return whole, (busy + rounds * (busy - busy_before)) / (whole * clock.ranks)
 
 
-def time_step(plan: Plan, setting: Setting, given: Costs | None = None) -> Step:
-    """Return the step of a plan; ``given`` costs, measured, take the place of the model's."""
+def time_step(plan: Plan, setting: Setting, measured: CostsFile | None = None) -> Step:
+    """Return the step of a plan; costs that were measured take the place of the model's."""
     stages = place_layers(plan.model, plan.layout)
     chunks = cost_chunks(plan, setting)
-    costs = given or chunks.costs
+    costs = chunks.costs if measured is None else apply_measured(measured, chunks.costs).spread(plan.layout.stages)
     makespan, busy = run_table(plan.layout, plan.microbatches, costs)
     without, _ = run_table(plan.layout, plan.microbatches, replace(costs, reduce=0.0))
     before, optimizer, host = time_ends(plan, setting, stages)
@@ -265,7 +254,9 @@ def share_causes(plan: Plan, chunks: ChunkCosts, makespan: float, busy: float) -
     layout, count = plan.layout, plan.microbatches
     totals = dict.fromkeys(("compute", "tensor parallel", "context parallel", "experts' exchange", "host"), 0.0)
     taken = 0.0
-    for work, f, i, w in zip(chunks.work, *(_as_list(part) for part in (chunks.costs.f, chunks.costs.i, chunks.costs.w)), strict=True):
+    for work, f, i, w in zip(
+        chunks.work, *(_as_list(part) for part in (chunks.costs.f, chunks.costs.i, chunks.costs.w)), strict=True
+    ):
         whole = work.f + work.i + work.w
         exact = f + i + w
         taken += exact

@@ -27,6 +27,8 @@ DEPTH_BYTES = 512.0
 HALF_KEYS = 384.0
 # A backward of attention has 2.5 times the products of its forward, at 0.8 of the efficiency.
 ATTENTION_BACKWARD = 2.5 / 0.8
+# Speed of attention in FP8 over BF16: the exponentials stay as they are.
+FP8_ATTENTION = 1.4
 # Kernels of a forward: launches of an eager step, counted in Megatron-Core's and Transformer Engine's modules.
 ATTENTION_KERNELS, DENSE_KERNELS, ROUTER_KERNELS, DISPATCH_KERNELS, EXPERT_KERNELS = 22.0, 8.0, 22.0, 30.0, 10.0
 # A grouped product launches one kernel an expert, from C++: a share of a Python launch. Scaled formats cast and swizzle each.
@@ -35,7 +37,9 @@ SCALED_KERNELS = 10.0
 # Launches of a backward's two halves, over those of the forward.
 BACKWARD_KERNELS, WEIGHT_KERNELS = 1.1, 0.4
 # Passes through memory of an activation with biases, over those of a fused one.
-BIASED_PASSES = 4.0
+BIASED_PASSES = 5.0
+# And the launches of an expert's biases, one expert after the other.
+BIASED_KERNELS = 4.0
 LATENCY = {"alltoall": 30e-6, "allgather": 30e-6, "deepep": 15e-6, "hybridep": 12e-6}
 HOP_LATENCY = 10e-6
 
@@ -105,6 +109,8 @@ class Setting:
     layout: Layout
     training: Training
     imbalance: float = 1.0
+    fp8_attention: bool = False
+    fused_permute: bool = False
 
     @property
     def tokens(self) -> float:
@@ -160,7 +166,7 @@ def time_products(
     precision = precision or setting.training.precision
     gpu, name = setting.cluster.gpu, pick_format(setting, precision)
     size = {"bf16": 2.0, "nvfp4": 0.5625}.get(name, 1.0)
-    peak = gpu.find_peak(precision) * setting.constants[f"gemm.{gpu.family}.{name}"]
+    peak = gpu.find_peak(precision) * gpu.sustained * setting.constants[f"gemm.{gpu.family}.{name}"]
     if count > 1:
         peak *= setting.constants["general.grouped"]
     tiles = count * max(rows / TILE_ROWS, 1.0) * max(columns / TILE_COLUMNS, 1.0)
@@ -277,7 +283,7 @@ def time_core(a: AttentionShape, setting: Setting) -> Work:
     # A ring computes its part in as many calls as there are ranks, and adds up their results.
     rate = gpu.find_peak("bf16") * setting.constants[f"attention.{gpu.family}"] * width / (1.0 + HALF_KEYS * layout.cp / keys)
     sums = 16.0 * (layout.cp - 1) * setting.tokens * heads * a.v_head_dim / setting.memory_rate
-    forward = operations / rate + sums
+    forward = operations / rate / (FP8_ATTENTION if setting.fp8_attention else 1.0) + sums
     if not layout.fused_attention:
         scores = setting.tokens * seq * heads * 16.0 / setting.memory_rate
         return Work(Times(attention=forward + scores), Times(attention=forward * ATTENTION_BACKWARD + 2.0 * scores))
@@ -350,7 +356,7 @@ def time_moe(layer: LayerShape, moe: MoEShape, setting: Setting) -> Work:
     )
     # Rows in and out of the experts, once, or once more where the exchange wants them sorted by rank.
     passes = 2.0 if layout.dispatcher in ("alltoall", "allgather") else 1.0
-    permute = move(setting, 8.0 * passes * routed * h)
+    permute = move(setting, (4.0 if setting.fused_permute else 8.0 * passes) * routed * h)
     slowest = (experts + permute + _time_act(moe, setting) + time_exchange(moe, h, setting)) * setting.imbalance
     router = time_products(setting, setting.shared, moe.experts, h, precision="bf16", written=4.0)
     routing = Work(Times(gemm=router), Times(gemm=router), Times(gemm=router)) + move(
@@ -362,7 +368,7 @@ def time_moe(layer: LayerShape, moe: MoEShape, setting: Setting) -> Work:
 
 def _launch_moe(moe: MoEShape, local: float, setting: Setting) -> Work:
     per_expert = SCALED_KERNELS_PER_EXPERT if setting.is_scaled else KERNELS_PER_EXPERT
-    experts = EXPERT_KERNELS + 2.0 * per_expert * local
+    experts = EXPERT_KERNELS + (2.0 * per_expert + (BIASED_KERNELS if moe.expert.bias else 0.0)) * local
     dense = (DENSE_KERNELS + (SCALED_KERNELS / 2 if setting.is_scaled else 0)) if moe.shared is not None else 0.0
     # One dispatch kernel takes the place of sorting, counting and exchanging.
     exchange = DISPATCH_KERNELS * (1.0 if setting.layout.dispatcher in ("alltoall", "allgather") else 0.6)
@@ -385,7 +391,7 @@ def _time_act(moe: MoEShape, setting: Setting) -> Work:
     if setting.is_fused:
         return Work()
     routed, size = count_expert_tokens(moe, setting), moe.expert.size / setting.layout.etp
-    # With biases the activation is no fused kernel: adding, cutting, clamping, multiplying pass through memory one by one.
+    # Biases are added expert by expert, and the pieces joined.
     passes = (3.0 if moe.expert.gated else 2.0) * (BIASED_PASSES if moe.expert.bias else 1.0)
     return move(setting, 2.0 * routed * size * passes)
 
