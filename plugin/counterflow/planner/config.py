@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from counterflow.bounds import show
 from counterflow.errors import PlanError
@@ -22,6 +22,13 @@ MOST = 10**7
 PRECISIONS = ("bf16", "fp16", "fp32", "fp8-delayed", "fp8-tensorwise", "fp8-blockwise", "mxfp8", "nvfp4")
 DISPATCHERS = ("alltoall", "allgather", "deepep", "hybridep")
 ROUTINGS = ("forced", "natural")
+# What Megatron's precision-aware optimizer keeps in which formats.
+DTYPES = {
+    "main_grads_dtype": ("fp32", "bf16"),
+    "main_params_dtype": ("fp32", "fp16"),
+    "exp_avg_dtype": ("fp32", "fp16", "bf16", "fp8"),
+    "exp_avg_sq_dtype": ("fp32", "fp16", "bf16", "fp8"),
+}
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
 _MODULE_NAMES = {"norm": "layernorm", "act": "moe_act", "shared_expert": "shared_experts", "up_proj": "mla_up_proj"}
 
@@ -130,11 +137,12 @@ class TrainingSection(_Section):
     def _name_precision(cls, value: str | None) -> str | None:
         return None if value is None else name_precision(value)
 
-    @field_validator("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+    @field_validator(*DTYPES)
     @classmethod
-    def _check_type(cls, value: str | None) -> str | None:
-        if value is not None and value not in ("fp32", "bf16", "fp16", "fp8"):
-            raise ValueError(f"{show(value)}; allowed: fp32, bf16, fp16, fp8")
+    def _check_type(cls, value: str | None, info: ValidationInfo) -> str | None:
+        allowed = DTYPES[info.field_name or ""]
+        if value is not None and value not in allowed:
+            raise ValueError(f"allowed: {', '.join(allowed)}")
         return value
 
 
@@ -179,7 +187,7 @@ class LayoutSection(_Section):
     @classmethod
     def _check_dispatcher(cls, value: str | None) -> str | None:
         if value is not None and value.lower() not in DISPATCHERS:
-            raise ValueError(f"{show(value)}; allowed: {', '.join(DISPATCHERS)}{suggest(value, DISPATCHERS)}")
+            raise ValueError(f"allowed: {', '.join(DISPATCHERS)}{suggest(value, DISPATCHERS)}")
         return None if value is None else value.lower()
 
     @field_validator("recompute")

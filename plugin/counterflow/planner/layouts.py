@@ -8,7 +8,7 @@ from pathlib import Path
 from counterflow.bounds import show
 from counterflow.errors import PlanError
 from counterflow.planner.config import PlanConfig, read_recompute, suggest
-from counterflow.planner.models import LayerShape, ModelShape, build_model
+from counterflow.planner.models import MLA, LayerShape, ModelShape, build_model
 from counterflow.schedule.families import FAMILIES, build
 from counterflow.schedule.files import read_csv
 from counterflow.schedule.layouts import BIDIRECTIONAL, LOOPED, V
@@ -208,6 +208,8 @@ def complete_layout(config: PlanConfig, model: ModelShape, notes: list[str]) -> 
     dp = _complete_dp(config, tp, pp, cp, ep * etp, notes)
     schedule, vpp = _complete_schedule(config, pp, notes)
     granularity, modules, method, layers = read_recompute(given.recompute)
+    modules = _keep_own(modules, model, notes)
+    granularity = "selective" if modules else None if granularity == "selective" else granularity
     graph = given.cuda_graph or ()
     # Whoever lists Megatron's flags lists these two, which its command line has off.
     is_default = not set(given.words) & {"sp", "dist_optimizer", "tied", "untied", "swiglu"}
@@ -215,7 +217,7 @@ def complete_layout(config: PlanConfig, model: ModelShape, notes: list[str]) -> 
         tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp, dp=dp,
         micro_batch_size=_choose(given.micro_batch_size, 1, "micro_batch_size", notes),
         schedule=schedule, asked_schedule=given.schedule,
-        overlap=bool(given.overlap),
+        overlap=bool(given.overlap) and _can_overlap(schedule, pp, ep if experts else 1, notes),
         recompute=Recompute(granularity, modules, method, layers),
         dispatcher=given.dispatcher or "alltoall",
         sequence_parallel=tp > 1 and (is_default or experts > 0 if given.sequence_parallel is None else given.sequence_parallel),
@@ -238,6 +240,18 @@ def complete_layout(config: PlanConfig, model: ModelShape, notes: list[str]) -> 
         account_for_embedding=bool(given.account_for_embedding_in_pipeline_split),
         account_for_loss=bool(given.account_for_loss_in_pipeline_split),
     )  # fmt: skip
+
+
+def _keep_own(modules: frozenset[str], model: ModelShape, notes: list[str]) -> frozenset[str]:
+    """Return the modules that the model has; a line in ``notes`` for others."""
+    has = {"core_attn", "layernorm"}
+    has |= {"mlp"} if any(layer.ffn is not None for layer in model.layers) else set()
+    has |= {"moe", "moe_act"} if any(layer.moe is not None for layer in model.layers) else set()
+    has |= {"shared_experts"} if any(layer.moe is not None and layer.moe.shared is not None for layer in model.layers) else set()
+    has |= {"mla_up_proj"} if any(layer.attention.kind == MLA for layer in model.layers) else set()
+    if lacking := sorted(modules - has):
+        notes.append(f"recompute of {', '.join(lacking)} is left out: the model has no such part")
+    return modules & has
 
 
 def count_gpus(config: PlanConfig) -> int | None:
@@ -301,6 +315,18 @@ def _complete_schedule(config: PlanConfig, pp: int, notes: list[str]) -> tuple[s
     if vpp is None and FAMILIES[name].layout == LOOPED:
         notes.append("vpp is not stated: 2")
     return name, chunks
+
+
+def _can_overlap(schedule: str, pp: int, ep: int, notes: list[str]) -> bool:
+    """Return whether a schedule has pairs whose expert communication can hide; a line in ``notes`` where it has not."""
+    if ep == 1:
+        notes.append("overlap is planned off: there is no expert communication to hide")
+        return False
+    family = FAMILIES.get(schedule)
+    if pp > 1 and family is not None and not (family.pairs or "ep_overlap" in family.options):
+        notes.append(f"overlap is planned off: schedule {schedule} has no pairs of an F and a B")
+        return False
+    return True
 
 
 def _complete_split(model: ModelShape, layout: Layout, notes: list[str]) -> Layout:
@@ -450,6 +476,11 @@ def check_plan(plan: Plan) -> None:
         f"ep {layout.ep} x etp {layout.etp} does not divide tp {layout.tp} x cp {layout.cp} x dp {layout.dp}: "
         f"change ep, or give more GPUs",
     )
+    if training.precision == "fp8-delayed" and (modules := layout.recomputes & {"layernorm", "moe_act"}):
+        raise PlanError(
+            f"recompute {', '.join(sorted(modules))} given with precision fp8-delayed, which Megatron refuses: "
+            f"give another precision, or leave it out"
+        )
     place_layers(model, layout)
 
 
