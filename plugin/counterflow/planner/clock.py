@@ -44,7 +44,7 @@ class Clock:
         durations = f[self.parts[:, 0]] + i[self.parts[:, 1]] + w[self.parts[:, 2]]
         durations[self.pairs] *= costs.overlap
         ends = np.zeros(len(durations) + 1)
-        _run(self.order, self.before, self.needs, self.far, durations, costs.p2p, ends)
+        _run(self.order, self.before, self.needs, self.far, durations, costs.p2p, ends)  # type: ignore[no-untyped-call]
         return max(float(ends.max()), self._reduce(ends, spread_over(costs.reduce, self.stages, "reduce"))), float(
             durations.sum()
         )
@@ -131,7 +131,7 @@ def compile_table(table: ScheduleTable) -> Clock:
 def _sort(before: Array, needs: Array) -> Array:
     """Return the actions in an order in which each comes after what it needs."""
     order = np.empty(len(before), dtype=np.int64)
-    found = _sort_fast(before, needs, order)
+    found = _sort_fast(before, needs, order)  # type: ignore[no-untyped-call]
     if found < len(before):
         raise ScheduleError("the ranks of the table wait for each other for ever")
     return order

@@ -70,7 +70,7 @@ class Cluster:
         return ranks <= self.domain
 
     def find_rate(self, ranks: int, stride: int = 1) -> float:
-        """Return the rate at which a ring of ``ranks``, each ``stride`` behind the other, moves data: that of its slowest link."""
+        """Return the rate of a ring of ``ranks``, each ``stride`` behind the other: that of its slowest link."""
         return self.nvlink if self.is_local(ranks * stride) else self.network
 
     def count_domains(self, ranks: int) -> int:

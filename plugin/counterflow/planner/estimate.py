@@ -67,16 +67,21 @@ def make_setting(assumed: Assumed, cluster: Cluster, constants: Constants) -> Se
     )  # fmt: skip
 
 
-def estimate_plan(assumed: Assumed, cluster: Cluster, constants: Constants, measured: CostsFile | None = None) -> Estimate:
+def estimate_plan(
+    assumed: Assumed,
+    cluster: Cluster,
+    constants: Constants,
+    measured: CostsFile | None = None,
+    memory: MemoryEstimate | None = None,
+) -> Estimate:
     """Return the estimate of a complete plan; ``measured`` costs, where given, take the place of the model's."""
     plan = assumed.plan
     setting = make_setting(assumed, cluster, constants)
     step = time_step(plan, setting, measured)
-    memory = estimate_memory(plan)
+    memory = estimate_memory(plan) if memory is None else memory
     spread = math.exp(constants.sigma)
-    return Estimate(
-        plan, setting, step, memory, memory.tell_fit(cluster.memory_gib * GIB), step.seconds / spread, step.seconds * spread
-    )
+    fits = memory.tell_fit(cluster.memory_gib * GIB)
+    return Estimate(plan, setting, step, memory, fits, step.seconds / spread, step.seconds * spread)
 
 
 def describe(estimate: Estimate, price: float | None = None) -> dict[str, Any]:

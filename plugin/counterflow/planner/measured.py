@@ -1,6 +1,8 @@
 """Measured costs of a model chunk in place of the model's own."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from counterflow.errors import PlanError, ScheduleError
 from counterflow.planner.layouts import Plan
@@ -26,13 +28,7 @@ def read_measured(path: Path, plan: Plan) -> CostsFile:
 
 def apply_measured(measured: CostsFile, costs: Costs) -> Costs:
     """Return the costs with those of the file in their place, in seconds."""
-    given = {name: _as_tuple(value) for name, value in measured.scale("s").items()}
-    return Costs(**{**_as_fields(costs), **given})
-
-
-def _as_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _as_fields(costs: Costs) -> dict[str, object]:
-    return {name: getattr(costs, name) for name in ("f", "i", "w", "p2p", "overlap", "reduce")}
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in measured.scale("s").items()
+    }
+    return replace(costs, **given)

@@ -201,7 +201,7 @@ def list_homes(layout: Layout) -> tuple[tuple[int, ...], ...]:
 
 # Micro-batches of a longer step repeat themselves: so many rounds of the pipeline are simulated, the rest goes on at the pace of
 # the last of them.
-ROUNDS = 6
+ROUNDS = 4
 
 
 @lru_cache(maxsize=512)
@@ -253,13 +253,10 @@ def share_causes(plan: Plan, chunks: ChunkCosts, makespan: float, busy: float) -
     """Return where the makespan goes, as means over pipeline ranks, in seconds."""
     layout, count = plan.layout, plan.microbatches
     totals = dict.fromkeys(("compute", "tensor parallel", "context parallel", "experts' exchange", "host"), 0.0)
-    taken = 0.0
-    for work, f, i, w in zip(
-        chunks.work, *(_as_list(part) for part in (chunks.costs.f, chunks.costs.i, chunks.costs.w)), strict=True
-    ):
+    times = (_as_list(part) for part in (chunks.costs.f, chunks.costs.i, chunks.costs.w))
+    for work, f, i, w in zip(chunks.work, *times, strict=True):
         whole = work.f + work.i + work.w
         exact = f + i + w
-        taken += exact
         totals["compute"] += whole.compute
         totals["tensor parallel"] += whole.tensor
         totals["context parallel"] += whole.context

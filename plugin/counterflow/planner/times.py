@@ -162,7 +162,7 @@ def pick_format(setting: Setting, precision: str) -> str:
 def time_products(
     setting: Setting, rows: float, columns: float, depth: float, count: float = 1.0, precision: str = "", written: float = 2.0
 ) -> float:
-    """Return the time of ``count`` products [rows x depth] x [depth x columns]; ``written``: bytes of an element of the result."""
+    """Return the time of ``count`` products [rows x depth] x [depth x columns]; ``written``: bytes of an element of a result."""
     precision = precision or setting.training.precision
     gpu, name = setting.cluster.gpu, pick_format(setting, precision)
     size = {"bf16": 2.0, "nvfp4": 0.5625}.get(name, 1.0)
