@@ -68,9 +68,7 @@ class Runs:
 
     def predict(self, constants: Constants) -> Array:
         """Return the seconds of each run's step."""
-        return np.array(
-            [time_step(one.plan, make_setting(one, cluster, constants)).seconds for one, cluster in self._plans]
-        )
+        return np.array([time_step(one.plan, make_setting(one, cluster, constants)).seconds for one, cluster in self._plans])
 
 
 def _complete(config: PlanConfig) -> tuple[Assumed, Cluster]:
@@ -188,5 +186,3 @@ def tell_apart(first: float, second: float, sigma: float, shared: float = 0.75) 
     Plans of one model on one cluster share ``shared`` of the error: what is off for one is off for its neighbour.
     """
     return abs(math.log(first / second)) > sigma * math.sqrt(2.0 * (1.0 - shared))
-
-

@@ -77,9 +77,7 @@ class _Choice:
     assumed: Assumed = field(compare=False)
 
 
-def search_layouts(
-    config: PlanConfig, constants: Constants | None = None, *, seconds: float = 50.0, keep: int = 10
-) -> Found:
+def search_layouts(config: PlanConfig, constants: Constants | None = None, *, seconds: float = 50.0, keep: int = 10) -> Found:
     """Search the layouts of a plan for about so many seconds; raises `PlanError` where no layout fits its cluster."""
     begun, constants = time.monotonic(), constants or Constants()
     cluster = build_cluster(config.cluster)
@@ -138,9 +136,7 @@ def _is_telling(name: str, value: Any) -> bool:
     return value not in (None, False, "none")
 
 
-def _list_choices(
-    config: PlanConfig, cluster: Cluster, constants: Constants, rejected: list[Rejected]
-) -> Iterator[_Choice]:
+def _list_choices(config: PlanConfig, cluster: Cluster, constants: Constants, rejected: list[Rejected]) -> Iterator[_Choice]:
     """Yield what is left open, but for schedules, with bounds; reasons of what cannot be go to ``rejected``."""
     model, gpus = build_model(config.model), count_gpus(config)
     assert gpus is not None
@@ -172,7 +168,8 @@ def list_sizes(config: PlanConfig, model: ModelShape, cluster: Cluster, gpus: in
     cps = _pick(given.cp, [1, 2, 4, 8, 16] if seq >= CONTEXT_FROM else [1])
     eps = _pick(given.ep, _divide(experts) if experts > 1 else [1])
     recomputes = [given.recompute] if given.recompute is not None else ["none", SELECTIVE, "full"]
-    clones = _pick(given.clones_per_rank, list(CLONES) if config.training.routing not in (None, "forced") and experts > 1 else [0])
+    is_uneven = config.training.routing not in (None, "forced") and experts > 1
+    clones = _pick(given.clones_per_rank, list(CLONES) if is_uneven else [0])
     batches = _pick(given.micro_batch_size, list(MICRO_BATCHES))
     for tp, pp, cp, ep, batch, recompute, clone in product(tps, pps, cps, eps, batches, recomputes, clones):
         whole = gpus // (tp * pp * cp)
@@ -282,7 +279,9 @@ def find_smallest(config: PlanConfig, cluster: Cluster, above: int) -> int | Non
         sizes.sort(key=lambda one: (one["recompute"] != "full", -one["pp"] * one["tp"] * one["ep"]))
         for fields in sizes[:40]:
             try:
-                plan = complete_choice(larger, {**fields, "schedule": PLAIN_STRAIGHT, "vpp": None, "overlap": False}, cluster).plan
+                plan = complete_choice(
+                    larger, {**fields, "schedule": PLAIN_STRAIGHT, "vpp": None, "overlap": False}, cluster
+                ).plan
                 if estimate_memory(plan).tell_fit(cluster.memory_gib * GIB):
                     return gpus
             except (PlanError, ScheduleError):

@@ -244,12 +244,12 @@ def time_attention(layer: LayerShape, setting: Setting) -> Work:
         down = time_linear(setting, setting.shared, h, a.q_lora + a.kv_lora + a.rope_dim)
         projections = down + _time_up(a, setting)
         rotated = a.heads * (a.head_dim + a.qk_nope + 2 * a.v_head_dim) / tp
-        first = a.q_lora + a.kv_lora
+        first = float(a.q_lora + a.kv_lora)
     else:
         groups = max(a.kv_heads / tp, 1.0)
         queries = a.heads * a.head_dim * (2 if a.output_gate else 1) / tp
-        keys = a.heads * a.v_head_dim / tp + groups * a.head_dim if a.kind == LINEAR else groups * a.head_dim
-        projections = time_linear(setting, tokens, h, queries + 2 * keys)
+        width = a.heads * a.v_head_dim / tp + groups * a.head_dim if a.kind == LINEAR else groups * a.head_dim
+        projections = time_linear(setting, tokens, h, queries + 2 * width)
         rotated = queries + groups * a.head_dim
         first = rotated if a.qk_norm else 0.0
     out = time_linear(setting, tokens, a.heads * a.v_head_dim / tp, h)
