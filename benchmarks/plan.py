@@ -160,9 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Score the planner on published runs, and on CPU ranks that sleep.")
     parser.add_argument("part", nargs="?", choices=("score", "fit", "cpu"), default="score")
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "plan_truth.csv", help="the table of published runs")
-    parser.add_argument(
-        "--rules", type=Path, default=SHARED / "tools" / "plan_rows.py", help="reads its rows and scores estimates"
-    )
+    parser.add_argument("--rules", type=Path, default=SHARED / "tools" / "plan_rows.py", help="reads rows, scores estimates")
     parser.add_argument("--held-out", action="store_true", help="fit without each family of models in turn: some minutes")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench-plan", metavar="DIR", help="where runs of cpu go")
