@@ -49,9 +49,21 @@ ROOMS = {
     "deepspeed.pipeline": (ADAPTER | {"deepspeed.section", "deepspeed.state"}, DEEPSPEED_WORLD),
     "deepspeed.experts": (ADAPTER | {"deepspeed.section", "deepspeed.stages", "deepspeed.state"}, DEEPSPEED_WORLD),
     "launch": (COMMON | {"options"}, set()),
-    "report": (COMMON | {"schedule", "balance", "analysis"}, set()),
+    "report": (COMMON | {"schedule", "balance", "analysis", "planner"}, set()),
     "commands": (
-        COMMON | {"options", "platform", "platform.engine", "megatron", "deepspeed", "schedule", "balance", "analysis", "report"},
+        COMMON
+        | {
+            "options",
+            "platform",
+            "platform.engine",
+            "megatron",
+            "deepspeed",
+            "schedule",
+            "balance",
+            "analysis",
+            "planner",
+            "report",
+        },
         {"torch"},
     ),
     "__init__": (COMMON | {"options", "patching", "platform", "platform.engine", "megatron", "deepspeed"}, set()),
