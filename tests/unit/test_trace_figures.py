@@ -205,7 +205,7 @@ def test_kernels_past_the_next_of_their_stream_are_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_layers_are_those_open_where_their_kernels_were_launched(seed: int, tmp_path: Path) -> None:
-    random, events = Random(seed), []
+    random, events = Random(seed), list[Event]()
     expected: dict[tuple[str, bool], int] = {}
     names = ("10 (F)", "9 (B)", "mtp 1 (F)", "9 (W)")
     # Two threads, a layer open on each; a third has none.

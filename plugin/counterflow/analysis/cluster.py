@@ -119,7 +119,7 @@ def _find_waits(devices: Sequence[Device]) -> list[tuple[Array, Array] | None]:
 def _sort_operations(device: Device) -> dict[tuple[str, str, int | None], tuple[Array, Array]]:
     """Return starts and ends of the kernels that all ranks run, in order, by kind, process group and pipeline rank."""
     work, trace = device.trace.work, device.trace
-    rank = _find_pipeline_rank(trace)
+    rank = find_pipeline_rank(trace)
     table = {}
     for kind in TOGETHER:
         rows = device.rows[device.kind_of == KINDS.index(kind)]
@@ -130,7 +130,7 @@ def _sort_operations(device: Device) -> dict[tuple[str, str, int | None], tuple[
     return table
 
 
-def _find_pipeline_rank(trace: Trace) -> int | None:
+def find_pipeline_rank(trace: Trace) -> int | None:
     """Return the pipeline rank of a trace with actions: other ranks run other stages, and so other collectives."""
     if trace.timeline is None:
         return None
