@@ -21,11 +21,13 @@ class RankError(RuntimeError):
     """A rank ended badly; the message says which and how."""
 
 
-def start_ranks(count: int, command: list[str], logs: Path, on_line: Callable[[str], None] | None = None) -> Path:
+def start_ranks(
+    count: int, command: list[str], logs: Path, on_line: Callable[[str], None] | None = None, speaker: int = -1
+) -> Path:
     """Run ``command`` on ``count`` ranks and wait; return the folder of their logs, ``<rank>/stdout.log``.
 
-    Each line that the last rank prints goes to ``on_line``. Raises `RankError` when a rank fails; the
-    others are ended then.
+    Each line that the rank ``speaker`` prints, counted from behind if negative, goes to ``on_line``. Raises `RankError` when a
+    rank fails; the others are ended then.
     """
     run = f"run-{uuid.uuid4().hex[:8]}"
     config = LaunchConfig(
@@ -46,7 +48,7 @@ def start_ranks(count: int, command: list[str], logs: Path, on_line: Callable[[s
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with _follow(lambda: _find_attempt(logs, run), f"{count - 1}/stdout.log", on_line):
+        with _follow(lambda: _find_attempt(logs, run), f"{speaker % count}/stdout.log", on_line):
             elastic_launch(config, entrypoint=command[0])(*command[1:])
     except ChildFailedError as error:
         raise RankError(_describe_failure(error, _find_attempt(logs, run))) from None
