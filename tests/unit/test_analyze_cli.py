@@ -10,9 +10,11 @@ from counterflow.analysis import analyze_trace, read_trace
 from counterflow.analysis.cluster import compare_ranks
 from counterflow.analysis.comparison import compare_devices
 from counterflow.analysis.gains import list_cluster_gains, list_gains
-from tests.support.made_trace import EPOCH, PUBLISHED, Event, make_events, make_kernel, make_range, write_trace
+from tests.support import ROOT
+from tests.support.made_trace import EPOCH, PUBLISHED, Event, make_events, make_kernel, make_launch, make_range, write_trace
 from tests.support.running import check_refusal, run_command
 
+PROFILE = ROOT / "examples" / "profile"
 DISPATCH, NOTIFY = "void deep_ep::internode::dispatch<8>(int)", "void deep_ep::internode::cached_notify<8>(int)"
 
 
@@ -192,3 +194,47 @@ def test_a_trace_with_phases_compares_with_a_simulation(tmp_path: Path, capsys: 
     for one in found:
         assert sum(row["difference_us"] for row in one["parts"]) == pytest.approx(one["step"]["difference_us"], rel=0.02)
         assert {"F", "I"} <= {row["name"] for row in one["parts"]}
+
+
+def make_chunk(path: Path, dispatch: int) -> Path:
+    """Write a forward, a backward and weight gradients one after the other, a dispatch of so many us exposed in the first two."""
+    events, time = [], EPOCH
+    for number, (name, compute) in enumerate((("mlp(F)", 100), ("mlp(B)", 120), ("mlp(W)", 60))):
+        for kernel, length in (("gemm", compute), *([(DISPATCH, dispatch)] if number < 2 else [])):
+            correlation = len(events) + 1
+            events += [make_kernel(kernel, time, length, 7, correlation=correlation), make_launch(correlation, time)]
+            events.append(make_range(name, time - 1, 2))
+            time += length
+    return write_trace(path, events)
+
+
+def test_pairs_are_assumed_to_hide_what_they_can_where_none_ran(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = analyze([make_chunk(tmp_path / "t.json", 80)], capsys)
+    chunks = found["devices"][0]["chunks"]
+    assert (chunks["pair_overlap"], chunks["perfect_overlap"]) == (1.0, round(280 / 440, 6))
+    (gain,) = found["what_if"]
+    assert (
+        "with overlapped pairs instead of 1f1b" in gain["change"]
+        and "hide all they can (0.64 of their parts)" in gain["assumption"]
+    )
+    assert gain["flags"].endswith("--cf-overlap")
+
+
+def test_what_one_file_cannot_tell_is_said_and_gains_are_ranked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make_chunk(tmp_path / "t.json", 80)
+    (said,) = analyze([path], capsys)["what_if_unknown"]
+    assert said.startswith("no stragglers, balanced experts: give the traces of several ranks")
+    lines = run_text([path, "--html", tmp_path / "p.html"], capsys).splitlines()
+    times = [float(line.split()[0]) for line in lines if " %) " in line]
+    assert len(times) > 1 and times == sorted(times, reverse=True)
+    assert (
+        "no stragglers, balanced experts" in lines[-1] and "no stragglers, balanced experts" in (tmp_path / "p.html").read_text()
+    )
+    plain = write_trace(tmp_path / "u.json", [make_kernel("gemm", EPOCH, 5)])
+    assert any(said.startswith("another schedule: ") for said in analyze([plain], capsys)["what_if_unknown"])
+
+
+def test_a_rank_of_a_pipeline_alone_tells_no_other_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (path,) = sorted(PROFILE.glob("*00000*"))
+    found = analyze([path], capsys)
+    assert found["what_if"] == [] and any("all ranks of a pipeline" in said for said in found["what_if_unknown"])

@@ -1,14 +1,14 @@
 """Other schedules at a trace's costs: simulated steps, on the pipeline that the trace shows or on one that stands for any."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from counterflow.analysis.chunks import find_costs, sum_parts
+from counterflow.analysis.chunks import find_costs, measure_overlap, sum_parts
 from counterflow.analysis.overlap import Device
 from counterflow.errors import ScheduleError
 from counterflow.schedule import FAMILIES, Costs, Family, build, simulate
 from counterflow.schedule.actions import REDUCTION
-from counterflow.schedule.costs import PerStage
+from counterflow.schedule.costs import LEAST_OVERLAP, PerStage
 from counterflow.schedule.families.one_f_one_b import ONE_F_ONE_B
 from counterflow.schedule.layouts import LOOPED
 from counterflow.schedule.table import ScheduleTable
@@ -32,13 +32,17 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Alternatives:
-    """Schedules on a pipeline of this size, fastest first, and the one that the trace's own run is taken for."""
+    """Schedules on a pipeline of this size, fastest first, and the one that the trace's own run is taken for.
+
+    ``assumed`` is the overlap of pairs where the trace ran none; None where it is the trace's.
+    """
 
     ranks: int
     microbatches: int
     steps: tuple[Alternative, ...]
     base: Alternative
     is_known: bool
+    assumed: float | None
 
 
 def list_alternatives(devices: Sequence[Device]) -> Alternatives | None:
@@ -49,6 +53,8 @@ def list_alternatives(devices: Sequence[Device]) -> Alternatives | None:
         return None
     found = find_costs(devices, "")
     given = Costs(*(found[key] for key in ("f", "i", "w", "p2p", "overlap")))
+    assumed = _assume_overlap(devices) if not spans and given.overlap >= PAIRED else None
+    pairs = given if assumed is None else replace(given, overlap=assumed)
     ranks, microbatches = _measure_pipeline(spans) if spans else (RANKS, MICROBATCHES)
     steps, own = [], []
     for family, has_pairs in _list_variants():
@@ -57,7 +63,7 @@ def list_alternatives(devices: Sequence[Device]) -> Alternatives | None:
         except ScheduleError:
             continue
         steps.append(
-            Alternative(*_name(family, has_pairs), has_pairs, simulate(table, _fit_costs(given, table, has_pairs)).makespan)
+            Alternative(*_name(family, has_pairs), has_pairs, simulate(table, _fit_costs(pairs, table, has_pairs)).makespan)
         )
         own += steps[-1:] if spans and _is_run_of(table, spans) else []
     if not steps:
@@ -66,7 +72,13 @@ def list_alternatives(devices: Sequence[Device]) -> Alternatives | None:
     # Of a family with pairs both variants run the same table; the costs tell whether its pairs overlapped.
     own.sort(key=lambda one: one.has_pairs != (given.overlap < PAIRED))
     base = own[0] if own else _guess_base(steps, is_paired=not spans and given.overlap < PAIRED)
-    return Alternatives(ranks, microbatches, tuple(steps), base, bool(own))
+    return Alternatives(ranks, microbatches, tuple(steps), base, bool(own), assumed)
+
+
+def _assume_overlap(devices: Sequence[Device]) -> float:
+    """Return what pairs of these kernels take of their parts' time if all that can be hidden is: the mean over devices."""
+    perfect = [measure_overlap(device)[1] for device in devices]
+    return min(1.0, max(LEAST_OVERLAP, sum(perfect) / len(perfect)))
 
 
 def _list_variants() -> Iterator[tuple[Family, bool]]:
