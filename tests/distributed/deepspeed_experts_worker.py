@@ -207,7 +207,7 @@ def scatter() -> None:
         width, bare = placement.cluster.slots_per_rank[0], planning.clear_clones(placement)
         experts, homes = bare.experts.copy(), bare.homes.copy()  # type: ignore[union-attr]
         for layer in range(len(experts)):
-            slots = drawn.integers(EXPERTS // placement.cluster.ranks) + width * np.arange(2)
+            slots = drawn.integers(homes.shape[1] // placement.cluster.ranks) + width * np.arange(2)
             homes[layer, experts[layer, slots]] = slots[::-1]
             experts[layer, slots] = experts[layer, slots[::-1]]
         return SimpleNamespace(placement=Placement(placement.cluster, experts, homes))
