@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -184,7 +185,7 @@ def train(
 
 
 def scatter() -> None:
-    """Let every step have another placement: plans are drawn."""
+    """Let every step have another placement: plans are drawn, and so are homes where they may move."""
     import numpy as np
 
     from counterflow.balance.placement import EMPTY, Placement
@@ -202,7 +203,16 @@ def scatter() -> None:
             experts[layer, slot] = drawn.choice([*others, EMPTY])
         return Placement(placement.cluster, experts, placement.homes)
 
-    planning.plan_next = plan
+    def exchange_homes(forecasts: Any, placement: Placement, horizon: int, *, traffic_weight: float = 0.0) -> Any:
+        width, bare = placement.cluster.slots_per_rank[0], planning.clear_clones(placement)
+        experts, homes = bare.experts.copy(), bare.homes.copy()  # type: ignore[union-attr]
+        for layer in range(len(experts)):
+            slots = drawn.integers(EXPERTS // placement.cluster.ranks) + width * np.arange(2)
+            homes[layer, experts[layer, slots]] = slots[::-1]
+            experts[layer, slots] = experts[layer, slots[::-1]]
+        return SimpleNamespace(placement=Placement(placement.cluster, experts, homes))
+
+    planning.plan_next, planning.plan_homes = plan, exchange_homes
 
 
 def run(argument: list[str]) -> None:

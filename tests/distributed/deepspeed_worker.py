@@ -159,7 +159,7 @@ def train(
     given: dict[str, Any] = {"model_parameters": parameters}
     if has_groups:
         given = {"optimizer": make_optimizer(module)}
-    samples = Samples(run=4 if is_dynamic else 0)
+    samples = Samples(run=4 if is_dynamic or model == "changing" else 0)
     data = {"training_data": samples} if has_loader else {}
     engine, *_ = deepspeed.initialize(model=module, config=config, **given, **data)
     batches, done = None if has_loader else draw_batches(samples, engine), []
@@ -173,8 +173,10 @@ def train(
         if kill is not None and kill == [torch.distributed.get_rank(), step]:
             batches = die(batches)
         loss = engine.train_batch(batches).item()
-        norm, skipped = float(engine.get_global_grad_norm()), engine.skipped_steps - sum(one["skipped"] for one in done)
-        done.append({"iteration": step, "loss": loss, "grad_norm": norm, "skipped": bool(skipped)})
+        # Plain DeepSpeed at ZeRO-0 in fp32 has no norm.
+        norm, skipped = engine.get_global_grad_norm(), engine.skipped_steps - sum(one["skipped"] for one in done)
+        numbers = {"loss": loss} if norm is None else {"loss": loss, "grad_norm": float(norm)}
+        done.append({"iteration": step, **numbers, "skipped": bool(skipped)})
         if save is not None and step == save_at:
             engine.save_checkpoint(save)
     loss = engine.eval_batch(draw_batches(samples, engine)).item()

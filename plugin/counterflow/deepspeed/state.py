@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
+
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from counterflow.deepspeed.section import Chosen
 from counterflow.schedule.layouts import Layout
@@ -38,5 +40,13 @@ class Chunks:
 method_of: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 # The chunks of each model that runs tables.
 chunks_of: WeakKeyDictionary[Any, Chunks] = WeakKeyDictionary()
+# The `counterflow.deepspeed.experts.layer.AutoEPSlots` of each of AutoEP's layers.
+slots_of: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+# The `counterflow.deepspeed.experts.balancing.Balancer` of each engine with slots, and a reference to it for each weight of its
+# experts.
+balancer_of: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+holder_of: Any = WeakTensorKeyDictionary()
+# Optimizers of stages that do not all have MoE layers.
+uneven_optimizers: WeakSet[Any] = WeakSet()
 # Of each model that runs tables, which stages are split in their autograd graph.
 graphs_of: WeakKeyDictionary[Any, GraphSplits] = WeakKeyDictionary()

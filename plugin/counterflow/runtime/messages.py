@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from counterflow.errors import ScheduleError
+from counterflow.schedule.dependencies import Result
 
 # Runs a backward from roots and their gradients; tells whether it has.
 Start = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], bool]
@@ -49,6 +50,42 @@ class Member(NamedTuple):
 
 Form = tuple[Member, ...]
 """The members of every stage's output: the same on all ranks, and between all stages."""
+
+
+class Announced:
+    """What each stage hands on and gives back, by its first message: the headers of one run say it, later runs send none.
+
+    It is for programs whose stages each hand on tensors of their own, the same for every micro-batch. A mailbox notes and reads
+    them. A message that differs is refused; ``remedy`` says what allows it. All ranks have to take an empty one in the same runs.
+    """
+
+    def __init__(self, remedy: str) -> None:
+        self._remedy = remedy
+        self._first: dict[tuple[str, int], list[Member | None]] = {}
+        self.is_complete = False
+
+    def list_sent(self, message: Result) -> list[tuple[int, Member]]:
+        """Return the members that are sent of a message, each with its place."""
+        return [(index, member) for index, member in enumerate(self._first[message[:2]]) if member is not None]
+
+    def count(self, message: Result) -> int:
+        """Return how many members a message has, missing ones too."""
+        return len(self._first[message[:2]])
+
+    def require_like(self, message: Result, members: list[Member | None]) -> None:
+        """Note the members of a stage's first message; raise `ScheduleError` for a later one with others."""
+        first = self._first.setdefault(message[:2], members)
+        if members != first:
+            what = "gradients of " if message.kind == "B" else ""
+            now, before = (", ".join(map(str, them)) for them in (members, first))
+            raise ScheduleError(
+                f"stage {message.stage} gave {what}{now} for micro-batch {message.microbatch} and {before} before: {self._remedy}"
+            )
+
+
+def list_members(message: Message) -> list[Member | None]:
+    """Return the members of a message; ``gradient`` says whether one needs a gradient."""
+    return [one if one is None else Member(tuple(one.shape), one.dtype, one.requires_grad) for one in message]
 
 
 def share(message: Message) -> Message:
