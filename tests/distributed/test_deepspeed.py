@@ -49,6 +49,11 @@ def make_cases() -> dict[str, dict[str, Any]]:
     for model in ("tuple", "tied"):
         for schedule in (None, "interleaved", "zbv", "dualpipev", "dualpipe"):
             cases[name(model, schedule, SEEDS[0])] = make_case(model, schedule, SEEDS[0])
+    # Two steps are skipped, until the scale fits.
+    fp16 = {"fp16": {"enabled": True, "initial_scale_power": 19, "loss_scale_window": 3, "hysteresis": 1}}
+    for schedule in (None, "zbv", "1f1b"):
+        cases[name("fp16", schedule, 0)] = make_case("dense", schedule, SEEDS[0], **fp16)
+        cases[name("fp16-zero-0", schedule, 0)] = make_case("dense", schedule, SEEDS[0], zero_optimization=make_zero(0), **fp16)
     for schedule in (None, "zb-h1", "zbv"):
         cases[name("mixed", schedule, 0)] = make_case("mixed", schedule, SEEDS[1])
         # DeepSpeed itself says that it switches the first off in a pipeline.
@@ -116,6 +121,7 @@ def test_steps_are_those_of_plain_deepspeed(trained: dict[str, Any], case: str) 
     plain = trained[name(what, None, int(seed))]
     assert_same_steps(trained[case], plain)
     assert plain["steps"][-2]["loss"] < plain["steps"][0]["loss"] - 0.1, "the model learns nothing: equal losses say nothing"
+    assert any(step["skipped"] for step in plain["steps"]) == (what == "fp16"), "a scale that is too large skips steps, no other"
 
 
 @pytest.mark.parametrize(

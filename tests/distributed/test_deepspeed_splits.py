@@ -59,13 +59,16 @@ def make_expert_cases() -> dict[str, Any]:
     recompute = {"pipeline": {"activation_checkpoint_interval": 1, "use_reentrant": False}}
     cases = {}
     for kind, changes in {"fp32": {}, "bf16": HALF, "recomputed": recompute}.items():
-        paired = [{"schedule": schedule, "overlap": True} for schedule in ("dualpipev", "interleaved")]
-        whole = [{"schedule": schedule} for schedule in ("dualpipev", "interleaved", "zbv")]
+        paired = [{"schedule": schedule, "overlap": True} for schedule in ("dualpipev", "interleaved", "dualpipe")]
+        whole = [{"schedule": schedule} for schedule in ("dualpipev", "interleaved", "dualpipe", "zbv")]
         for section in [None, *paired, *whole] if kind == "fp32" else [None, paired[0], whole[0]]:
-            name = "plain" if section is None else section["schedule"] + (" in pairs" if "overlap" in section else "")
+            name = "plain" if section is None else section["schedule"] + " in pairs" * ("overlap" in section)
             experts = {"expert_parallel": {**sharded, "use_grouped_mm": False}}
             config = make_config(section, gradient_clipping=0.5, **changes, **experts)
             cases[f"{kind} {name}"] = {"config": config, "steps": STEPS, "seed": 1234, "stages": 2}
+            if kind == "fp32" and name.startswith(("plain", "dualpipev")):
+                cloned = config if section is None else config | {"counterflow": section | {"eplb": True}}
+                cases[f"clones {name}"] = {**cases[f"{kind} {name}"], "config": cloned}
     return cases
 
 

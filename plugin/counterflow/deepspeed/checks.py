@@ -118,7 +118,9 @@ def explain(path: str) -> list[str]:
         check_config(chosen, load_config(path))
         layout = choose_layout(options, 2, chosen.vpp or 2)
         lines.append(f"a PipelineModule is cut into {layout.chunks} stages a rank, laid out {name_model_layout(layout)}")
-        lines.append(f"weight gradients of linears {'wait for their W' if splits_backward(options) else 'are computed in the B'}")
+        lines.append(f"weight gradients {'wait for their W' if splits_backward(options) else 'are computed in the B'}")
+    if options.overlap and not _find(load_config(path), "expert_parallel", "enabled"):
+        lines.append("overlap: no expert_parallel is enabled, so pairs hide only communications that the model itself marks")
     return lines
 
 
