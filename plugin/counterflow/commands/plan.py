@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from counterflow.commands.arguments import add_outputs, check_outputs, number, print_table, whole, write_outputs
+from counterflow.commands.arguments import add_outputs, check_outputs, number, whole, write_outputs
 from counterflow.errors import PlanError
 from counterflow.planner.calibration import Fit, fit_constants, read_runs, tell_apart
 from counterflow.planner.cluster import build_cluster
@@ -22,7 +22,6 @@ from counterflow.planner.search import Found, search_layouts, split_evenly
 from counterflow.planner.searched import Searched, search_table
 from counterflow.report.plan_page import PlanView, render_plan_html
 from counterflow.report.plan_text import (
-    HEADINGS,
     list_row,
     write_changes,
     write_compared,
@@ -30,6 +29,7 @@ from counterflow.report.plan_text import (
     write_flags,
     write_price,
     write_rejected,
+    write_rows,
     write_waterfall,
 )
 from counterflow.schedule.files import to_csv
@@ -149,8 +149,7 @@ def run_search(args: argparse.Namespace) -> int:
         return 0
     is_searched = best.searched is not None
     rows = [list_row(one, place, place == 1 and is_searched) for place, one in enumerate(best.estimates, 1)]
-    print_table(HEADINGS, rows, left=3)
-    lines = [*_write_ties(best.estimates), *write_rejected(found), *write_price(winner, args.price)]
+    lines = [*write_rows(rows), *_write_ties(best.estimates), *write_rejected(found), *write_price(winner, args.price)]
     lines += _write_saving(found, winner, config, args)
     print("\n".join([*lines, *_write_fit(fit), *_write_flags(winner, args)]))
     return 0

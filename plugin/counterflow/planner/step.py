@@ -83,7 +83,8 @@ def cost_chunks(plan: Plan, setting: Setting) -> ChunkCosts:
         key = (stage.layers, stage.embedding, stage.head, stage.mtp)
         if key not in found:
             found[key] = time_stage(stage, plan, setting)
-        works.append(_add_shards(found[key], stage, plan, setting) if layout.fsdp else found[key])
+        work = _add_shards(found[key], stage, plan, setting) if layout.fsdp else found[key]
+        works.append(work * setting.constants["general.scale"])
     pairs = [pair_up(work, setting) for work in works]
     ratio = sum(paired for paired, _ in pairs) / max(sum(parts for _, parts in pairs), 1e-30)
     overlap = ratio if layout.overlap else 1.0
@@ -261,7 +262,9 @@ def share_causes(plan: Plan, chunks: ChunkCosts, makespan: float, busy: float) -
         totals["tensor parallel"] += whole.tensor
         totals["context parallel"] += whole.context
         totals["experts' exchange"] += whole.expert
-        totals["host"] += exact - whole.compute - whole.tensor - whole.context - whole.expert
+        # What an action takes longer is the host's; what it takes less, as without a pipeline's table, is hidden communication.
+        rest = exact - whole.compute - whole.tensor - whole.context - whole.expert
+        totals["host" if rest > 0 else "experts' exchange"] += rest
     shares = {name: value * count / layout.pp for name, value in totals.items()}
     computed = busy * makespan
     # What overlapped pairs hide is hidden communication.
