@@ -46,9 +46,21 @@ ROOMS = {
     "deepspeed": (ADAPTER, DEEPSPEED_WORLD),
     "deepspeed.pipeline": (ADAPTER | {"deepspeed.section", "deepspeed.state"}, DEEPSPEED_WORLD),
     "launch": (COMMON | {"options"}, set()),
-    "report": (COMMON | {"schedule", "balance", "analysis"}, set()),
+    "report": (COMMON | {"schedule", "balance", "analysis", "planner"}, set()),
     "commands": (
-        COMMON | {"options", "platform", "platform.engine", "megatron", "deepspeed", "schedule", "balance", "analysis", "report"},
+        COMMON
+        | {
+            "options",
+            "platform",
+            "platform.engine",
+            "megatron",
+            "deepspeed",
+            "schedule",
+            "balance",
+            "analysis",
+            "planner",
+            "report",
+        },
         {"torch"},
     ),
     "__init__": (COMMON | {"options", "patching", "platform", "platform.engine", "megatron", "deepspeed"}, set()),
