@@ -55,7 +55,7 @@ def predict_held_out(runs: Sequence[Run], status: Any) -> dict[str, float]:
     for family in sorted({name_family(run) for run in runs}):
         status.update(f"fitting without {family}")
         own = [run for run in runs if name_family(run) == family]
-        fit = fit_constants([run for run in runs if name_family(run) != family], Constants(priors=True))
+        fit = fit_constants([run for run in runs if name_family(run) != family], Constants(priors=True), own=False)
         found |= dict(zip((run.name for run in own), Runs(own).predict(fit.constants).tolist(), strict=True))
     return found
 
@@ -135,7 +135,7 @@ def run_fit(given: argparse.Namespace) -> int:
     rules = load_module(given.rules)
     runs = list_runs(rules.read(given.data), rules)
     with Console(stderr=True).status("fitting"):
-        fit = fit_constants(runs, Constants(priors=True))
+        fit = fit_constants(runs, Constants(priors=True), own=False)
     text = store.PATH.read_text(encoding="utf-8")
     for name, constant in read_constants().items():
         value = fit.constants[name]

@@ -4,11 +4,10 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from counterflow.commands.arguments import add_outputs, check_outputs, number, print_table, whole, write_outputs
+from counterflow.commands.arguments import add_outputs, check_outputs, number, whole, write_outputs
 from counterflow.errors import PlanError
 from counterflow.planner.calibration import Fit, fit_constants, read_runs, tell_apart
 from counterflow.planner.cluster import build_cluster
@@ -17,12 +16,10 @@ from counterflow.planner.constants import Constants
 from counterflow.planner.emission import emit_deepspeed, emit_megatron
 from counterflow.planner.estimate import Estimate, describe, estimate_config
 from counterflow.planner.explain import compare_measured, explain_step, try_changes
-from counterflow.planner.memory import MemoryEstimate
 from counterflow.planner.search import Found, search_layouts, split_evenly
 from counterflow.planner.searched import Searched, search_table
 from counterflow.report.plan_page import PlanView, render_plan_html
 from counterflow.report.plan_text import (
-    HEADINGS,
     list_row,
     write_changes,
     write_compared,
@@ -30,6 +27,7 @@ from counterflow.report.plan_text import (
     write_flags,
     write_price,
     write_rejected,
+    write_rows,
     write_waterfall,
 )
 from counterflow.schedule.files import to_csv
@@ -81,11 +79,9 @@ def _estimate(args: argparse.Namespace, config: PlanConfig, fit: Fit | None) -> 
 
 def _dry_run(estimate: Estimate) -> Estimate:
     """Return the estimate with the memory that the real model's code needs."""
-    try:
-        dry_run = import_module("counterflow.megatron.dry_run")  # loads torch and Megatron
-    except ImportError as error:
-        raise PlanError(f"--memory dry-run: {error}") from None
-    memory: MemoryEstimate = dry_run.measure_memory(estimate.plan)
+    from counterflow.megatron.dry_run import measure_memory  # loads torch and Megatron
+
+    memory = measure_memory(estimate.plan)
     return replace(estimate, memory=memory, fits=memory.tell_fit(estimate.setting.cluster.memory_gib * 2**30))
 
 
@@ -149,8 +145,7 @@ def run_search(args: argparse.Namespace) -> int:
         return 0
     is_searched = best.searched is not None
     rows = [list_row(one, place, place == 1 and is_searched) for place, one in enumerate(best.estimates, 1)]
-    print_table(HEADINGS, rows, left=3)
-    lines = [*_write_ties(best.estimates), *write_rejected(found), *write_price(winner, args.price)]
+    lines = [*write_rows(rows), *_write_ties(best.estimates), *write_rejected(found), *write_price(winner, args.price)]
     lines += _write_saving(found, winner, config, args)
     print("\n".join([*lines, *_write_fit(fit), *_write_flags(winner, args)]))
     return 0

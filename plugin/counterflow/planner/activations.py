@@ -49,6 +49,12 @@ class _Sizes:
     rows: float
     layout: Layout
     seq: int
+    precision: str
+
+    @property
+    def is_delayed(self) -> bool:
+        """Whether scales are those of past steps."""
+        return self.precision == "fp8-delayed"
 
     @property
     def is_quantized(self) -> bool:
@@ -72,7 +78,7 @@ def _measure(layer: LayerShape, layout: Layout, training: Training, imbalance: f
     part = whole / layout.tp if layout.sequence_parallel else whole
     topk = layer.moe.topk if layer.moe is not None else 0
     rows = part * topk * layout.etp * imbalance
-    return _Sizes(whole, part, SAVED[training.precision], rows, layout, training.seq_length)
+    return _Sizes(whole, part, SAVED[training.precision], rows, layout, training.seq_length, training.precision)
 
 
 def _size_parts(layer: LayerShape, sizes: _Sizes) -> Held:
@@ -83,15 +89,18 @@ def _size_parts(layer: LayerShape, sizes: _Sizes) -> Held:
     return attention.join(_size_dense(layer.ffn, layer.hidden, sizes))
 
 
-def _size_norm(hidden: int, sizes: _Sizes, has_linear: bool) -> float:
-    """Return the bytes of a norm: its input, a number per token, and its output unless that is computed again."""
+def _size_norm(hidden: int, sizes: _Sizes, has_linear: bool, is_fused: bool) -> float:
+    """Return the bytes of a norm: its input, a number per token, and its output unless that is computed again.
+
+    A norm in one module with the linear behind it is not computed again.
+    """
     saved = sizes.saved if has_linear else BF16
-    output = 0 if "layernorm" in sizes.layout.recomputes else saved * hidden
+    output = 0 if "layernorm" in sizes.layout.recomputes and not is_fused else saved * hidden
     return sizes.part * (BF16 * hidden + FP32 + output)
 
 
 def _size_attention(a: AttentionShape, hidden: int, s: _Sizes) -> Held:
-    norm, tp = _size_norm(hidden, s, has_linear=True), s.layout.tp
+    norm, tp = _size_norm(hidden, s, has_linear=True, is_fused=a.kind != MLA), s.layout.tp
     heads = a.heads / tp
     if a.kind == LINEAR:
         return _size_delta(a, hidden, norm, s)
@@ -100,8 +109,15 @@ def _size_attention(a: AttentionShape, hidden: int, s: _Sizes) -> Held:
     out = s.whole * values
     # Queries, keys and values as attention takes them; its output, which is the projection's input too.
     inputs = BF16 * s.whole * (queries + (queries + values if a.kind == MLA else 2 * keys))
-    kept = inputs + BF16 * out + (s.saved * out if s.is_quantized else 0.0)
-    kept += FP32 * s.whole * heads if s.layout.fused_attention else _size_scores(heads, s)
+    # With delayed scales the projection keeps a quantized copy of its input too.
+    kept = inputs + BF16 * out + (s.saved * out if s.is_delayed else 0.0)
+    if "core_attn" in s.layout.recomputes:
+        # Values are a part of what the first linear made, which stays whole; a kernel would have taken a copy.
+        kept += 0.0 if a.kind == MLA else BF16 * s.whole * (queries + keys)
+    elif s.layout.fused_attention:
+        kept += FP32 * s.whole * heads
+    else:
+        kept += _size_scores(heads, s) + (0.0 if a.kind == MLA else BF16 * s.whole * (queries + keys))
     first = 0.0
     if a.kind == MLA:
         ranks = a.q_lora + a.kv_lora
@@ -123,8 +139,8 @@ def _size_attention(a: AttentionShape, hidden: int, s: _Sizes) -> Held:
 
 
 def _size_scores(heads: float, s: _Sizes) -> float:
-    """Return the bytes of attention's softmax where no fused kernel avoids it."""
-    return 0.0 if "core_attn" in s.layout.recomputes else BF16 * heads * s.whole * s.seq
+    """Return the bytes of attention's softmax and its mask where no fused kernel avoids them."""
+    return BF16 * heads * s.whole * s.seq + s.seq * s.seq / s.layout.cp
 
 
 def _size_delta(a: AttentionShape, hidden: int, norm: float, s: _Sizes) -> Held:
@@ -144,7 +160,7 @@ def _size_ffn(ffn: FFNShape, tokens: float, parts: int, s: _Sizes) -> tuple[floa
 
 
 def _size_dense(ffn: FFNShape, hidden: int, s: _Sizes) -> Held:
-    norm = _size_norm(hidden, s, has_linear=True)
+    norm = _size_norm(hidden, s, has_linear=True, is_fused=True)
     first, inner = _size_ffn(ffn, s.whole, s.layout.tp, s)
     kept = BF16 * first + s.saved * inner
     working = BF16 * (first + inner + hidden * (s.whole + 2 * s.part))
@@ -156,7 +172,7 @@ def _size_dense(ffn: FFNShape, hidden: int, s: _Sizes) -> Held:
 
 
 def _size_moe(moe: MoEShape, hidden: int, s: _Sizes) -> Held:
-    norm = _size_norm(hidden, s, has_linear=False)
+    norm = _size_norm(hidden, s, has_linear=False, is_fused=False)
     recomputes, layout = s.layout.recomputes, s.layout
     first, inner = _size_ffn(moe.expert, s.rows, layout.etp, s)
     # Logits, scores and probabilities in FP32, the map of tokens to experts, and the order of tokens.
@@ -198,8 +214,8 @@ class StageSizes:
             found["head"] = _size_head(model, layout, tokens, part)
         if stage.mtp and model.mtp is not None:
             one = self._size_layer(model.mtp, False).join(_size_head(model, layout, tokens, part))
-            # Two norms and the projection of both halves.
-            both = BF16 * part * model.hidden * 6
+            # Both halves, their norms and what is projected; recomputed with the layer.
+            both = BF16 * part * model.hidden * (0 if layout.recompute.granularity == "full" else 4)
             found["mtp"] = Held((one.kept + both) * stage.mtp, (one.queued + both) * stage.mtp, one.working, one.ahead)
         return found
 

@@ -58,7 +58,7 @@ class Clock:
             for (mine, stage), (other, _) in zip(row, self.reductions[self.peers[rank]], strict=True):
                 free = max(free, ends[mine], ends[other]) + times[stage]
             last = max(last, free)
-        return last
+        return float(last)
 
 
 def _as_tuple(cost: object) -> tuple[float, ...]:

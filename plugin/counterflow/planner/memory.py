@@ -7,7 +7,7 @@ What no formula knows is stated as an allowance with an interval: buffers of fra
 blocks. Sources: end-of-iteration memory of published runs lies 0.1 to 3 GB above weights, gradients and optimizer state.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -193,16 +193,34 @@ def size_static(parameters: Parameters, plan: Plan, moe_layers: int = 0, expert_
     return {"weights": weights, "gradients": grads, "optimizer": optimizer, "clones": clones}
 
 
-def estimate_memory(plan: Plan, table: ScheduleTable | None = None, imbalance: float | None = None) -> MemoryEstimate:
+@dataclass(frozen=True)
+class Measured:
+    """What the real modules of a stage hold: parameters of one rank, and the bytes that a micro-batch keeps."""
+
+    parameters: Parameters
+    kept: float
+
+
+def estimate_memory(
+    plan: Plan,
+    table: ScheduleTable | None = None,
+    imbalance: float | None = None,
+    measured: Mapping[int, Measured] | None = None,
+) -> MemoryEstimate:
     """Return the memory of every pipeline rank of a plan under its table.
 
     Without a table, that of the plan's schedule is built, with as many micro-batches as its peak needs. ``imbalance`` is the
     tokens of a rank over the mean of its expert group; without it 1 where routing is forced, else an interval. Raises `PlanError`
-    where layers do not divide, `ScheduleError` for sizes that the schedule does not allow.
+    where layers do not divide, `ScheduleError` for sizes that the schedule does not allow. ``measured``, by stage, takes the
+    place of what the formula says.
     """
     rows = _list_plan_rows(plan) if table is None else list_rows(table)
     low, likely, high = choose_imbalance(plan, imbalance)
     cases = [_Case(relax_plan(plan), low), _Case(plan, likely), _Case(tighten_plan(plan), high)]
+    if measured is not None:
+        ratios = {stage: one.kept / max(cases[1].held[stage].kept, 1.0) for stage, one in measured.items()}
+        for case in cases[1:]:
+            case.take(measured, ratios)
     ranks = []
     for rank in range(plan.layout.pp):
         # A table of full DualPipe has two rows for each pipeline rank.
@@ -299,12 +317,19 @@ class _Case:
         sizes = StageSizes(plan.model, plan.layout, plan.training, imbalance)
         self.parts = [sizes.size(stage) for stage in self.stages]
         self.held = [_join(parts) for parts in self.parts]
+        self.parameters = [count_stage(stage, plan.model, plan.layout) for stage in self.stages]
+
+    def take(self, measured: Mapping[int, Measured], ratios: Mapping[int, float]) -> None:
+        """Put what was measured in the place of the formula's; ``ratios`` scale what a stage keeps."""
+        for stage, one in measured.items():
+            self.held[stage] = replace(self.held[stage], kept=self.held[stage].kept * ratios[stage])
+            self.parameters[stage] = one.parameters
 
     def count_static(self, own: Sequence[int]) -> dict[str, float]:
         """Return the bytes that a rank with the stages ``own`` holds all the time, by part."""
         parameters, moe_layers, expert_size = Parameters(), 0, 0.0
         for stage in own:
-            parameters += count_stage(self.stages[stage], self.plan.model, self.plan.layout)
+            parameters += self.parameters[stage]
             for layer in self.stages[stage].layers:
                 if layer.moe is not None:
                     moe_layers += 1

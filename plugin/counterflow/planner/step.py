@@ -83,7 +83,8 @@ def cost_chunks(plan: Plan, setting: Setting) -> ChunkCosts:
         key = (stage.layers, stage.embedding, stage.head, stage.mtp)
         if key not in found:
             found[key] = time_stage(stage, plan, setting)
-        works.append(_add_shards(found[key], stage, plan, setting) if layout.fsdp else found[key])
+        work = _add_shards(found[key], stage, plan, setting) if layout.fsdp else found[key]
+        works.append(work * setting.constants["general.scale"])
     pairs = [pair_up(work, setting) for work in works]
     ratio = sum(paired for paired, _ in pairs) / max(sum(parts for _, parts in pairs), 1e-30)
     overlap = ratio if layout.overlap else 1.0
@@ -201,7 +202,7 @@ def list_homes(layout: Layout) -> tuple[tuple[int, ...], ...]:
 
 # Micro-batches of a longer step repeat themselves: so many rounds of the pipeline are simulated, the rest goes on at the pace of
 # the last of them.
-ROUNDS = 4
+ROUNDS = 6
 
 
 @lru_cache(maxsize=512)
@@ -243,7 +244,7 @@ def time_step(plan: Plan, setting: Setting, measured: CostsFile | None = None) -
     without, _ = run_table(plan.layout, plan.microbatches, replace(costs, reduce=0.0))
     before, optimizer, host = time_ends(plan, setting, stages)
     seconds = makespan + before + optimizer + host
-    causes = share_causes(plan, chunks, without, busy)
+    causes = share_causes(plan, chunks, without, busy * makespan / without if without else 0.0)
     causes |= {"gradient reduction": makespan - without, "weight gather": before, "optimizer": optimizer, "host and rest": host}
     bubble = 1.0 - busy * makespan / without if without else 0.0
     return Step(seconds, makespan, bubble, causes, costs, before, optimizer + host)
@@ -261,7 +262,9 @@ def share_causes(plan: Plan, chunks: ChunkCosts, makespan: float, busy: float) -
         totals["tensor parallel"] += whole.tensor
         totals["context parallel"] += whole.context
         totals["experts' exchange"] += whole.expert
-        totals["host"] += exact - whole.compute - whole.tensor - whole.context - whole.expert
+        # What an action takes longer is the host's; what it takes less, as without a pipeline's table, is hidden communication.
+        rest = exact - whole.compute - whole.tensor - whole.context - whole.expert
+        totals["host" if rest > 0 else "experts' exchange"] += rest
     shares = {name: value * count / layout.pp for name, value in totals.items()}
     computed = busy * makespan
     # What overlapped pairs hide is hidden communication.

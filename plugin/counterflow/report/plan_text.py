@@ -111,17 +111,27 @@ def _write(seconds: float | None) -> str:
     return "–" if seconds is None else f"{seconds:.4g} s"
 
 
-def write_rejected(found: Found, most: int = 6) -> list[str]:
-    """Return the commonest reasons with one layout each."""
-    counts = Counter(one.reason for one in found.rejected if not one.reason.startswith("at least"))
+def write_rows(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows below `HEADINGS`, in columns as wide as what they hold."""
+    lines = [HEADINGS, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
+    return ["   ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def write_rejected(found: Found, most: int = 3) -> list[str]:
+    """Return how many layouts were tried and rejected, and why: the first that need too much memory, then other reasons."""
     slower = sum(one.reason.startswith("at least") for one in found.rejected)
     lines = [f"{found.tried} layouts tried in {found.seconds:.0f} s, {len(found.rejected) - slower} rejected"]
     if slower:
-        lines[0] += f", {slower} sizes cannot be faster than those shown"
+        lines[0] += f"; {slower} sizes cannot be faster than those shown"
     if found.untried:
-        lines[0] += f", {found.untried} sizes left untried: give more --seconds, or fix some in layout:"
-    for reason, count in counts.most_common(most):
-        example = next(one.layout for one in found.rejected if one.reason == reason)
+        lines[0] += f"; {found.untried} sizes left untried: give more --seconds, or fix some in layout:"
+    too_large = [one for one in found.rejected if one.reason.startswith("rank ")]
+    others = [one for one in found.rejected if not one.reason.startswith(("rank ", "at least"))]
+    lines += [f"  why not: {one.layout}: {one.reason}" for one in too_large[:most]]
+    lines += [f"  … and {len(too_large) - most} more that need too much memory"] if len(too_large) > most else []
+    for reason, count in Counter(one.reason for one in others).most_common(most):
+        example = next(one.layout for one in others if one.reason == reason)
         lines.append(f"  why not: {example}: {reason}" + (f" (and {count - 1} more)" if count > 1 else ""))
     return lines
 
