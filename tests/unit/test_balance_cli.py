@@ -257,7 +257,9 @@ def test_bad_input_gets_one_line(argv: str, said: str, tmp_path: Path, trace: Pa
     check_refusal(["balance", *[part.format(**names) for part in argv.split()]], said.format(**names), capsys)
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["plan", "--help"], ["replay", "--help"], ["show", "--help"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["plan", "--help"], ["replay", "--help"], ["workload", "--help"], ["show", "--help"]]
+)
 def test_help_is_there(argv: list[str], command: Command) -> None:
     out = command("balance", *argv)
     assert "usage: counterflow balance" in out

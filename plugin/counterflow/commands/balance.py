@@ -1,4 +1,4 @@
-"""``counterflow balance``: plan where experts go, replay recorded routing, show what a training run recorded."""
+"""``counterflow balance``: plan where experts go, replay recorded routing, make loads to replay, show what a run recorded."""
 
 import argparse
 import io
@@ -17,8 +17,10 @@ from counterflow.balance.files.recorded import RecordedBalance, read_record
 from counterflow.balance.files.serving import MAX_FIRST_LAYER, render_sglang, render_vllm
 from counterflow.balance.loads import LARGEST_LOAD
 from counterflow.balance.placement import count_copies, divide_loads, measure_balancedness
+from counterflow.balance.workloads import WORKLOADS, make_workload
 from counterflow.commands.arguments import add_outputs, check_outputs, number, print_table, whole, write_outputs
 from counterflow.errors import OptionError
+from counterflow.report.files import check_output, write_output
 
 if TYPE_CHECKING:
     from counterflow.balance.planning import Plan
@@ -31,9 +33,9 @@ WORST_LAYERS = 5
 
 
 def add_balance_commands(commands: Any) -> None:
-    """Add ``balance plan``, ``replay`` and ``show`` to the command's parser."""
+    """Add ``balance plan``, ``replay``, ``workload`` and ``show`` to the command's parser."""
     balance = commands.add_parser(
-        "balance", help="plan where experts and their copies go, replay recorded routing, show a record"
+        "balance", help="plan where experts and their copies go, replay recorded or made-up routing, show a record"
     )
     kinds = balance.add_subparsers(required=True, metavar="COMMAND")
     plan = kinds.add_parser("plan", help="place experts and their copies for these loads")
@@ -79,6 +81,7 @@ def add_balance_commands(commands: Any) -> None:
     )
     replay.add_argument("--key", default="counts", metavar="NAME", help="the trace's array in an .npz (default: counts)")
     replay.set_defaults(run=run_replay)
+    _add_workload(kinds)
     show = kinds.add_parser("show", help="show how a training run's experts were balanced")
     show.add_argument("record", type=Path, metavar="DIR", help="folder that a run with --cf-eplb --cf-record DIR wrote")
     show.set_defaults(run=run_show)
@@ -87,6 +90,26 @@ def add_balance_commands(commands: Any) -> None:
     for parser in (plan, replay):
         parser.add_argument("--ranks", type=count, required=True, metavar="R", help="expert-parallel ranks")
         parser.add_argument("--nodes", type=count, default=1, metavar="N", help="nodes that the ranks are on (default: 1)")
+
+
+def _add_workload(kinds: Any) -> None:
+    parser = kinds.add_parser("workload", help="make a trace of a kind that imbalance is measured with")
+    parser.add_argument(
+        "kind", metavar="KIND", help="; ".join(f"{kind}: {what}" for kind, what in WORKLOADS.items()).replace("%", "%%")
+    )
+    sizes = {
+        "microbatches": (160, "micro-batches; 8 make a step"),
+        "layers": (2, "layers"),
+        "experts": (64, "experts of a layer"),
+        "ranks": (8, "ranks on which they lie in order"),
+        "tokens": (16384, "tokens of a micro-batch"),
+        "top-k": (6, "experts that each token goes to"),
+    }
+    for name, (size, what) in sizes.items():
+        parser.add_argument(f"--{name}", type=whole(1), default=size, metavar="N", help=f"{what} (default: {size})")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the random numbers (default: 0)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the trace, .npz, that replay reads")
+    parser.set_defaults(run=run_workload)
 
 
 def _add_plan_outputs(parser: argparse.ArgumentParser) -> None:
@@ -142,6 +165,21 @@ def run_replay(args: argparse.Namespace) -> int:
         print(json.dumps(figures, indent=2))
     else:
         _print_replay(done, figures)
+    return 0
+
+
+def run_workload(args: argparse.Namespace) -> int:
+    """Make a trace of made-up routing and write it."""
+    if args.out.suffix != ".npz":
+        raise OptionError(f"--out {args.out}; allowed: a name that ends in .npz")
+    check_output("--out", args.out)
+    sizes = (args.microbatches, args.layers, args.experts, args.ranks, args.tokens, args.top_k)
+    counts = make_workload(args.kind, *sizes, args.seed)
+    file = io.BytesIO()
+    np.savez_compressed(file, counts=counts.astype(np.int32))
+    write_output("--out", args.out, file.getvalue())
+    batches, layers, experts = counts.shape
+    print(f"{args.kind}: {batches} micro-batches, {layers} layers, {experts} experts, seed {args.seed}; written to {args.out}")
     return 0
 
 
