@@ -9,42 +9,48 @@ from counterflow.balance.costs import HOME, Costs
 from counterflow.balance.homes import place_homes, search_homes
 from counterflow.balance.placement import Placement
 
-# The gate looks back as far as ahead, at most so many steps, and at so many micro-batches of them.
-MOST_STEPS = 32
-SAMPLES = 8
-# By how much a move has to gain more than it costs, since what is judged by a few micro-batches is partly chance.
-MARGIN = 2.0
+# The gate looks back so many steps at most and at least, and takes so many of their micro-batches to plan from and to judge by.
+MOST_STEPS, LEAST_STEPS = 32, 4
+PLANNED_FROM, JUDGED_BY = 8, 16
+# A gain counts by what is left of it after so many standard errors, since micro-batches differ by chance.
+ERRORS = 2.0
+# A swap is undone where it gains less than so many times what its transfers take of every rank's time.
+UNDO = 4.0
 
 Judge = Callable[[Array, Array, Placement], Array]
-"""From ``[samples, layers, experts]`` to plan from, as many to judge by, and a placement: seconds of a micro-batch, by layer."""
+"""From loads to plan from and to judge by, ``[samples, layers, experts]``, and a placement: ``[samples, layers]`` seconds."""
 
 
 def settle_homes(past: Array, placement: Placement, step: int, costs: Costs, judge: Judge) -> Placement:
     """Return ``placement``, with other homes in the layers where these pay for their move.
 
-    ``past``, ``int64[micro-batches, layers, experts]``, are the loads so far; ``step`` micro-batches make a step. What held in
-    the last steps is expected to hold for as many more. Homes are found from every second step and judged by the steps between,
-    so that homes which fit one step's load, or chance, do not seem to gain. A move costs the time in which the busiest rank
-    receives its new homes, weights, masters and moments, which nothing hides, and has to gain twice that. Layers that change have empty clone slots.
+    ``past``, ``int64[micro-batches, layers, experts]``, are the loads so far; ``step`` micro-batches make a step. Homes are found
+    from every second step and judged by the steps between, so that homes which fit one step's load, or chance, do not seem to
+    gain; what is sure of the gain is counted for `MOST_STEPS` steps. A move costs the time in which the busiest rank receives its
+    new homes, with masters and moments; nothing hides that. Layers that change have empty clone slots.
     """
     steps = min(len(past) // step, MOST_STEPS)
-    if steps < 2:
+    if steps < LEAST_STEPS:
         return placement
-    horizon = steps * step
-    recent = past[len(past) - horizon :].reshape(steps, step, *past.shape[1:])
-    found, judged = (_take_samples(recent[turn::2].reshape(-1, *past.shape[1:])) for turn in (0, 1))
+    recent = past[len(past) - steps * step :].reshape(steps, step, *past.shape[1:])
+    found, judged = (
+        _take_samples(recent[turn::2].reshape(-1, *past.shape[1:]), most) for turn, most in enumerate((PLANNED_FROM, JUDGED_BY))
+    )
     assert placement.homes is not None
-    cluster = placement.cluster
+    cluster, horizon = placement.cluster, MOST_STEPS * step
     empty = Placement(cluster, place_homes(placement.homes, cluster), placement.homes)
     now = judge(found, judged, empty)
     mean = judged.sum(2).mean(0) / cluster.ranks * costs.token_time
-    if not (horizon * (now - mean) > MARGIN * costs.time_transfer(HOME, is_far=False)).any():
+    if not (horizon * (now.mean(0) - mean) > costs.time_transfer(HOME, is_far=False)).any():
         return placement
-    options = search_homes(found.astype(np.float64), empty, horizon, _price_home(mean, costs))
+    price = UNDO * costs.time_transfer(HOME, is_far=False) / max(float(mean.max()), costs.token_time)
+    options = search_homes(found.astype(np.float64), empty, horizon, price)
     gains = np.zeros(options.shape[:2])
     for gain, option in zip(gains[1:], options[1:], strict=True):
         moved = Placement(cluster, place_homes(option, cluster), option)
-        gain[:] = horizon * (now - judge(found, judged, moved)) - MARGIN * time_moves(empty, moved, costs)
+        saved = now - judge(found, judged, moved)
+        sure = saved.mean(0) - ERRORS * saved.std(0) / np.sqrt(len(saved))
+        gain[:] = horizon * sure - time_moves(empty, moved, costs)
     best, layer = gains.argmax(0), np.arange(placement.layers)
     homes = options[best, layer]
     experts = np.where(best[:, None] > 0, place_homes(homes, cluster), placement.experts)
@@ -70,12 +76,7 @@ def time_moves(old: Placement, new: Placement, costs: Costs) -> Array:
     return times
 
 
-def _price_home(mean: Array, costs: Costs) -> float:
-    """Return what it costs to receive a home, in times of the mean rank in a micro-batch, of the layers with any load."""
-    return float(costs.time_transfer(HOME, is_far=False) / max(mean.max(), costs.token_time))
-
-
-def _take_samples(counts: Array) -> Array:
-    """Return at most `SAMPLES` of the micro-batches, evenly spaced."""
-    picked: Array = counts[np.linspace(0, len(counts) - 1, min(SAMPLES, len(counts))).astype(np.int64)]
+def _take_samples(counts: Array, most: int) -> Array:
+    """Return at most so many of the micro-batches, evenly spaced."""
+    picked: Array = counts[np.linspace(0, len(counts) - 1, min(most, len(counts))).astype(np.int64)]
     return picked

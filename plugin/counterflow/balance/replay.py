@@ -10,37 +10,25 @@ from counterflow.balance.cluster import Cluster
 from counterflow.balance.costs import Costs
 from counterflow.balance.placement import Placement, make_home_placement, measure_balancedness, share_evenly, sum_by_rank
 from counterflow.balance.split import split_tokens
-from counterflow.balance.tiers import FORECASTS, PLANS, TIERS, Run, follow_plan
+from counterflow.balance.tiers import FORECASTS, PLANS, STEP, TIERS, Run, follow_plan
 from counterflow.bounds import take_whole
 from counterflow.errors import BalanceError
 
 METHODS = ("fixed", "eplb", "counterflow", "oracle")
 # The number of past micro-batches from which EPLB plans.
 EPLB_WINDOW = 50
-STEP = 8
-"""Micro-batches of a step, where nothing else is said."""
 
 
 @dataclass(frozen=True)
-class Replay:
-    """The results of a replay, over T scored micro-batches, L layers, R ranks.
+class Account:
+    """What a plan, one of `PLANS`, takes and gives by ``costs``, over T scored micro-batches and L layers.
 
-    ``first``: the index in the trace of the first scored micro-batch. ``balancedness[method]``: ``float64[T, L]``, a method being
-    one of `METHODS`. ``fixed_loads`` and ``loads``: ``int64[T, L, R]``, tokens per rank with fixed homes and with counterflow's
-    placement. ``moves``: ``int64[T, L]``, experts that counterflow sent for that micro-batch to ranks that had not held them,
-    ``off_node_moves`` of them from another node. ``times[method]``: ``float64[T, L]``, seconds of the slowest rank, under
-    counterflow with what clones and moves add to it; ``ideal``, ``float64[T, L]``, seconds with as many tokens on every rank.
-    ``sent[tier]``: ``int64[T, L, 2]``, what travelled within and between nodes, and ``early``, ``int64[2]``, homes that moved
-    before the first scored micro-batch, as in `tiers.Followed`.
+    ``times[method]``: ``float64[T, L]``, seconds of the slowest rank, under counterflow with what clones and moves add to it;
+    ``ideal``, ``float64[T, L]``: seconds with as many tokens on every rank. ``sent[tier]``: ``int64[T, L, 2]``, what travelled
+    within nodes and between nodes, and ``early``, ``int64[2]``, homes that moved before the first scored micro-batch, both as in
+    `tiers.Followed`.
     """
 
-    cluster: Cluster
-    first: int
-    balancedness: dict[str, Array]
-    fixed_loads: Array
-    loads: Array
-    moves: Array
-    off_node_moves: Array
     plan: str
     costs: Costs
     times: dict[str, Array]
@@ -53,6 +41,31 @@ class Replay:
         summed = {tier: count.sum((0, 1)) for tier, count in self.sent.items()}
         summed["homes"] = summed["homes"] + self.early
         return {tier: count * (TIERS[tier] * self.costs.expert_bytes) for tier, count in summed.items()}
+
+    def share_of_ideal(self, method: str) -> float:
+        """Return the share of force-balanced: the time with as many tokens on every rank over that of a method."""
+        spent = float(self.times[method].sum())
+        return float(self.ideal.sum()) / spent if spent > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The results of a replay, over T scored micro-batches, L layers, R ranks.
+
+    ``first``: the index in the trace of the first scored micro-batch. ``balancedness[method]``: ``float64[T, L]``, a method being
+    one of `METHODS`. ``fixed_loads`` and ``loads``: ``int64[T, L, R]``, tokens per rank with fixed homes and with counterflow's
+    placement. ``moves``: ``int64[T, L]``, experts that counterflow sent for that micro-batch to ranks that had not held them,
+    ``off_node_moves`` of them from another node. ``account``: what that took, where it was counted.
+    """
+
+    cluster: Cluster
+    first: int
+    balancedness: dict[str, Array]
+    fixed_loads: Array
+    loads: Array
+    moves: Array
+    off_node_moves: Array
+    account: Account | None = None
 
 
 def replay_trace(
@@ -72,12 +85,13 @@ def replay_trace(
 
     ``counts`` is ``int64[micro-batches, layers, experts]``. There are four methods. ``fixed`` has homes only. ``eplb`` is
     DeepSeek's plan from the sum of the past 50 micro-batches: all experts move freely, and copies share evenly. ``counterflow``
-    splits tokens exactly among homes and clones, by one of `PLANS`. ``predicted`` plans resident clones from forecasts. ``exact``
-    plans just-in-time clones, ``shared`` slots of each rank, from a micro-batch's own counts. ``auto`` has both, and uses a clone
-    where it saves more time than it costs by ``costs`` (those of a DeepSeek-V3 expert on H100 nodes, if not given). With
-    ``rehome``, homes move as a step of ``step`` micro-batches begins, if that pays; they do by default under ``exact`` and
-    ``auto``. ``oracle`` plans resident clones from the coming loads in place of forecasts, with free moves. The first ``warmup`` micro-batches (50, or half of a short trace) are observed and
-    not scored. Raises `BalanceError` for a trace or numbers that cannot work.
+    splits tokens exactly among homes and clones, by one of `PLANS`: ``predicted`` plans resident clones from forecasts;
+    ``exact`` plans just-in-time clones, ``shared`` slots of each rank, from a micro-batch's own counts; ``auto`` has both, and
+    uses a clone where it saves more time than it costs by ``costs`` (those of a DeepSeek-V3 expert on H100 nodes if not given).
+    With ``rehome``, homes move as a step of ``step`` micro-batches begins, if that pays; they do by default under ``exact`` and
+    ``auto``. ``oracle`` plans resident clones from the coming loads in place of forecasts, with free moves. The first ``warmup``
+    micro-batches (50, or half of a short trace) are observed and not scored. Raises `BalanceError` for a trace or numbers that
+    cannot work.
     """
     if len(counts) < 2:
         raise BalanceError(f"a trace of {len(counts)} micro-batches; allowed: 2 or more, those to plan from and those to score")
@@ -116,17 +130,19 @@ def replay_trace(
         loads=followed.loads,
         moves=followed.moved.sum(2),
         off_node_moves=followed.moved[:, :, 1],
-        plan=plan,
-        costs=costs,
-        times={
-            "fixed": ideal / measure_balancedness(fixed),
-            "eplb": ideal / theirs,
-            "counterflow": followed.times,
-            "oracle": ideal / foreseen,
-        },
-        ideal=ideal,
-        sent=followed.sent,
-        early=followed.early,
+        account=Account(
+            plan=plan,
+            costs=costs,
+            times={
+                "fixed": ideal / measure_balancedness(fixed),
+                "eplb": ideal / theirs,
+                "counterflow": followed.times,
+                "oracle": ideal / foreseen,
+            },
+            ideal=ideal,
+            sent=followed.sent,
+            early=followed.early,
+        ),
     )
 
 

@@ -16,6 +16,8 @@ from counterflow.balance.placement import EMPTY, Placement, sum_by_rank
 from counterflow.balance.prediction import LoadPredictor
 from counterflow.balance.split import split_tokens
 
+STEP = 8
+"""Micro-batches of a step, where nothing else is said."""
 PLANS = ("predicted", "exact", "auto")
 TIERS = {"resident": RESIDENT, "just_in_time": JUST_IN_TIME, "homes": HOME}
 # The number of forecasts for a plan of resident clones.
@@ -43,10 +45,10 @@ class Followed:
     """What came of a plan, over T scored micro-batches, L layers, R ranks.
 
     ``loads``: ``int64[T, L, R]``, tokens per rank. ``sent[tier]``: ``int64[T, L, 2]``, clones or homes of one of `TIERS` that
-    travelled for that micro-batch, within a node and between nodes: resident ones all travel as a step begins, since the optimizer
-    has changed the weights. ``early``: ``int64[2]``, homes that moved before the first
-    scored micro-batch. ``moved``: ``int64[T, L, 2]``, all clones and homes that were not where they had been, near and far.
-    ``times``: ``float64[T, L]``, seconds of the slowest rank with what clones and moves add to it.
+    travelled for that micro-batch, within a node and between nodes; resident ones all travel as a step begins, since the
+    optimizer has changed the weights. ``early``: ``int64[2]``, homes that moved before the first scored micro-batch. ``moved``:
+    ``int64[T, L, 2]``, all clones and homes that were not where they had been, near and far. ``times``: ``float64[T, L]``,
+    seconds of the slowest rank with what clones and moves add to it.
     """
 
     loads: Array
@@ -57,7 +59,7 @@ class Followed:
 
 
 def follow_plan(counts: Array, first: int, placement: Placement, run: Run) -> Followed:
-    """Follow ``counts``, ``int64[micro-batches, layers, experts]``, from ``placement`` on; score the micro-batches from ``first``.
+    """Follow ``counts``, ``int64[micro-batches, layers, experts]``, from ``placement`` on; score what comes from ``first`` on.
 
     A step begins at ``first``. Homes may move as a step begins, in the warm-up too. Resident clones are planned at ``first`` and
     every ``run.interval`` micro-batches after it, from what was seen before.
@@ -128,12 +130,11 @@ def compute(counts: Array, placement: Placement, run: Run) -> tuple[Array, Array
 
 
 def judge_homes(run: Run, found: Array, judged: Array, placement: Placement) -> Array:
-    """Return ``float64[layers]``: seconds of the mean micro-batch of ``judged``, with clones planned from ``found``."""
+    """Return ``float64[samples, layers]``: seconds of each micro-batch of ``judged``, with clones planned from ``found``."""
     if run.plan != "exact":
         placement = plan_residents(found.astype(np.float64), placement, run, begins=True)
     resident = count_clones(placement)
-    times = [time_layers(*compute(counts, placement, run), resident, run) for counts in judged]
-    return np.asarray(np.mean(times, 0))
+    return np.stack([time_layers(*compute(counts, placement, run), resident, run) for counts in judged])
 
 
 def time_layers(loads: Array, fresh: Array, resident: Array, run: Run) -> Array:
@@ -149,7 +150,7 @@ def time_layers(loads: Array, fresh: Array, resident: Array, run: Run) -> Array:
 
 
 def count_clones(placement: Placement, old: Placement | None = None) -> Array:
-    """Return ``int64[layers, 2]``: clones whose home is on their own node, and on another; without those that ``old`` has there."""
+    """Return ``int64[layers, 2]``: clones whose home is on their own node, and on another; none that ``old`` has there."""
     assert placement.homes is not None
     cluster = placement.cluster
     is_clone = placement.experts != EMPTY

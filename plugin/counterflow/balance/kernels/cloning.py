@@ -31,9 +31,9 @@ NEVER = 1e30
 class Layer(NamedTuple):
     """One layer to plan for.
 
-    ``loads[forecasts, experts]`` whole numbers, ``homes[expert]`` its home slot, ``spare`` the slots for clones; ``price``
-    what a clone that has to be sent costs, ``far_price`` where its home is on another node, ``traffic`` what a token computed off its home's node costs, of a token on the
-    slowest rank times ranks.
+    ``loads[forecasts, experts]`` whole numbers, ``homes[expert]`` its home slot, ``spare`` the slots for clones; ``price`` what a
+    clone that has to be sent costs, ``far_price`` what it costs if its home is on another node, ``traffic`` what a token computed
+    off its home's node costs, of a token on the slowest rank times ranks.
     """
 
     loads: Array

@@ -113,15 +113,13 @@ def choose_clones(
 def drop_clones(ranks: Ranks, counts: Array, near_price: int, far_price: int, experts: Array, tokens: Array, load: Array) -> None:
     """Empty shared slots that the split does not use, then those with few tokens whose clones cost more than they save."""
     slots, size = experts.shape[0], load.shape[0]
-    used = np.flatnonzero(ranks.is_shared & (experts >= 0))
+    used: Array = np.flatnonzero(ranks.is_shared & (experts >= 0))
     used = used[np.argsort(tokens[used], kind="mergesort")]
     left, borne = np.empty(slots, np.int64), np.empty(size, np.int64)
     trials = DROP_VISITS // (slots + size)
     for slot in used:
         expert = experts[slot]
-        if tokens[slot] == 0:
-            experts[slot] = -1
-        elif trials > 0:
+        if tokens[slot] > 0 and trials > 0:
             trials -= 1
             price = near_price if is_near(ranks, slot, expert) else far_price
             experts[slot] = -1
@@ -131,13 +129,18 @@ def drop_clones(ranks: Ranks, counts: Array, near_price: int, far_price: int, ex
                 load[:] = borne
             else:
                 experts[slot] = expert
+    for slot in used:
+        if tokens[slot] == 0:
+            experts[slot] = -1
 
 
 @compile_fast
 def take_cheaper(ranks: Ranks, trials: Trials, tried: Array, load: Array) -> Trials:
     """Return the trials with ``tried`` as the best if it costs less, its clones included."""
     cost = load.max() * UNIT
-    for slot in np.flatnonzero(ranks.is_shared & (tried >= 0)):
+    for slot in range(tried.shape[0]):
+        if not ranks.is_shared[slot] or tried[slot] < 0:
+            continue
         cost += trials.near_price if is_near(ranks, slot, tried[slot]) else trials.far_price
     if cost >= trials.least:
         return trials
