@@ -156,7 +156,7 @@ def train(
     given: dict[str, Any] = {"model_parameters": parameters}
     if has_groups:
         given = {"optimizer": make_optimizer(module)}
-    samples = Samples(run=4 if is_dynamic else 0)
+    samples = Samples(run=4 if is_dynamic or model == "changing" else 0)
     data = {"training_data": samples} if has_loader else {}
     engine, *_ = deepspeed.initialize(model=module, config=config, **given, **data)
     batches, done = None if has_loader else draw_batches(samples, engine), []
@@ -170,7 +170,9 @@ def train(
         if kill is not None and kill == [torch.distributed.get_rank(), step]:
             batches = die(batches)
         loss = engine.train_batch(batches).item()
-        done.append({"iteration": step, "loss": loss, "grad_norm": float(engine.get_global_grad_norm()), "skipped": False})
+        # Plain DeepSpeed at ZeRO-0 in fp32 has none.
+        norm = engine.get_global_grad_norm()
+        done.append({"iteration": step, "loss": loss, "skipped": False} | ({} if norm is None else {"grad_norm": float(norm)}))
         if save is not None and step == save_at:
             engine.save_checkpoint(save)
     loss = engine.eval_batch(draw_batches(samples, engine)).item()

@@ -158,3 +158,37 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "again").mkdir()
     same = [str(make_rank(1, 0, 60 + number, tmp_path / folder)) for number, folder in enumerate(("", "again"))]
     check_refusal(["analyze", *same], "hold the same rank (rank 1)", capsys)
+
+
+def test_ranks_that_run_equally_many_are_matched(tmp_path: Path) -> None:
+    """Two groups of two ranks: each waits for its own."""
+    devices = []
+    for rank, (count, length) in enumerate(((2, 30), (2, 10), (3, 8), (3, 5))):
+        events = [make_kernel("ncclDevKernel_AllReduce_Sum", EPOCH + 100 * number, length) for number in range(count)]
+        path = write_trace(tmp_path / f"{rank}.json", events, distributedInfo={"rank": rank, "world_size": 4})
+        devices += analyze_trace(read_trace(path))
+    assert [rank.waiting for rank in compare_ranks(devices)] == [40_000, 0, 9_000, 0]
+
+
+def write_simulation(path: Path, ranks: int, command: Any) -> Path:
+    command("schedule show 1f1b --microbatches 4 --ranks", ranks, "--trace", path)
+    return path
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: Any) -> None:
+    kernels = write_trace(tmp_path / "t.json", [make_kernel("gemm", EPOCH, 5)])
+    two = write_trace(tmp_path / "two.json", [make_kernel("gemm", EPOCH, 5, device=device) for device in (4, 5)])
+    simulated = [write_simulation(tmp_path / f"simulated{ranks}.json", ranks, command) for ranks in (2, 4)]
+    check_refusal(["analyze", str(two), "--against", str(kernels)], "t.json has 1 rank and", capsys)
+    check_refusal(["analyze", str(kernels), "--against", str(simulated[0])], "they have no part in common", capsys)
+    check_refusal(["analyze", str(simulated[1]), "--against", str(simulated[0])], "has 2 ranks and", capsys)
+
+
+def test_a_trace_with_phases_compares_with_a_simulation(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: Any) -> None:
+    simulated = write_simulation(tmp_path / "simulated.json", 2, command)
+    events = make_events(1, 40, devices=(0, 1))
+    found = analyze([write_trace(tmp_path / "t.json", events), "--against", simulated], capsys)["against"]
+    assert len(found) == 2
+    for one in found:
+        assert sum(row["difference_us"] for row in one["parts"]) == pytest.approx(one["step"]["difference_us"], rel=0.02)
+        assert {"F", "I"} <= {row["name"] for row in one["parts"]}

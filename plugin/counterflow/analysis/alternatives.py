@@ -45,7 +45,7 @@ def list_alternatives(devices: Sequence[Device]) -> Alternatives | None:
     """Return the schedules that the trace's costs allow to compare; None where costs are unknown or no schedule fits."""
     devices = [device for device in devices if {"F", "I"} <= set(sum_parts(device))]
     spans = _list_spans(devices)
-    if not devices or _is_bidirectional(spans):
+    if not devices or _is_bidirectional(spans) or not _is_whole(spans):
         return None
     found = find_costs(devices, "")
     given = Costs(*(found[key] for key in ("f", "i", "w", "p2p", "overlap")))
@@ -83,6 +83,13 @@ def _list_spans(devices: Sequence[Device]) -> list[Span]:
     timelines = [d.trace.timeline for d in devices if d.trace.pipeline == devices[0].trace.pipeline]
     spans = {span for timeline in timelines if timeline is not None for span in timeline.spans}
     return sorted(spans, key=lambda span: span.start)
+
+
+def _is_whole(spans: Sequence[Span]) -> bool:
+    """Tell whether actions are those of all ranks of a pipeline, of two at least; without actions nothing speaks against it."""
+    ranks = {span.rank for span in spans}
+    stages = {single.stage for span in spans for single in span.action.singles()}
+    return not spans or (len(ranks) >= 2 and max(ranks) < len(ranks) and max(stages) < len(stages))
 
 
 def _is_bidirectional(spans: Sequence[Span]) -> bool:

@@ -74,7 +74,7 @@ def list_cluster_gains(ranks: Sequence[Rank]) -> list[Gain]:
             "no stragglers",
             sum(waits) // len(waits) if waits else 0,
             window,
-            "the n-th collective of a kind is one operation on all ranks, and no rank comes late to it",
+            "the n-th collective of a kind is one operation on the ranks that run equally many, and no rank comes late to it",
         ),
         Gain(
             "balanced experts",

@@ -28,7 +28,7 @@ class Costs:
     token_time: float = 0.66e-6
     node_speed: float = 400e9
     network_speed: float = 45e9
-    clone_time: float = 110e-6
+    clone_time: float = 100e-6
     exposed: float = 0.15
 
     def __post_init__(self) -> None:

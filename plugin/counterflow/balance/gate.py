@@ -13,21 +13,21 @@ from counterflow.balance.placement import Placement
 MOST_STEPS, LEAST_STEPS = 32, 4
 PLANNED_FROM, JUDGED_BY = 8, 16
 # A gain counts by what is left of it after so many standard errors, since micro-batches differ by chance.
-ERRORS = 2.0
+ERRORS = 3.0
 # A swap is undone where it gains less than so many times what its transfers take of every rank's time.
-UNDO = 4.0
+UNDO = 32.0
 
 Judge = Callable[[Array, Array, Placement], Array]
 """From loads to plan from and to judge by, ``[samples, layers, experts]``, and a placement: ``[samples, layers]`` seconds."""
 
 
-def settle_homes(past: Array, placement: Placement, step: int, costs: Costs, judge: Judge) -> Placement:
+def settle_homes(past: Array, placement: Placement, step: int, costs: Costs, judge: Judge, errors: float = ERRORS) -> Placement:
     """Return ``placement``, with other homes in the layers where these pay for their move.
 
     ``past``, ``int64[micro-batches, layers, experts]``, are the loads so far; ``step`` micro-batches make a step. Homes are found
     from every second step and judged by the steps between, so that homes which fit one step's load, or chance, do not seem to
-    gain; what is sure of the gain is counted for `MOST_STEPS` steps. A move costs the time in which the busiest rank receives its
-    new homes, with masters and moments; nothing hides that. Layers that change have empty clone slots.
+    gain. The gain, less ``errors`` standard errors, is counted for `MOST_STEPS` steps. A move costs the time in which the busiest
+    rank receives its new homes, with masters and moments; nothing hides that. Layers that change have empty clone slots.
     """
     steps = min(len(past) // step, MOST_STEPS)
     if steps < LEAST_STEPS:
@@ -49,7 +49,7 @@ def settle_homes(past: Array, placement: Placement, step: int, costs: Costs, jud
     for gain, option in zip(gains[1:], options[1:], strict=True):
         moved = Placement(cluster, place_homes(option, cluster), option)
         saved = now - judge(found, judged, moved)
-        sure = saved.mean(0) - ERRORS * saved.std(0) / np.sqrt(len(saved))
+        sure = saved.mean(0) - errors * saved.std(0) / np.sqrt(len(saved))
         gain[:] = horizon * sure - time_moves(empty, moved, costs)
     best, layer = gains.argmax(0), np.arange(placement.layers)
     homes = options[best, layer]

@@ -37,10 +37,8 @@ class Account:
     early: Array
 
     def sum_bytes(self) -> dict[str, Array]:
-        """Return ``float64[2]`` for each of `TIERS`: bytes sent within nodes and between nodes, early moves of homes included."""
-        summed = {tier: count.sum((0, 1)) for tier, count in self.sent.items()}
-        summed["homes"] = summed["homes"] + self.early
-        return {tier: count * (TIERS[tier] * self.costs.expert_bytes) for tier, count in summed.items()}
+        """Return ``float64[2]`` for each of `TIERS`: bytes sent for scored micro-batches, within nodes and between nodes."""
+        return {tier: count.sum((0, 1)) * (TIERS[tier] * self.costs.expert_bytes) for tier, count in self.sent.items()}
 
     def share_of_ideal(self, method: str) -> float:
         """Return the share of force-balanced: the time with as many tokens on every rank over that of a method."""

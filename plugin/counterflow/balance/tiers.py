@@ -9,7 +9,7 @@ from counterflow.arrays import Array
 from counterflow.balance.clones import HORIZON, plan_clones
 from counterflow.balance.costs import HOME, JUST_IN_TIME, RESIDENT, Costs
 from counterflow.balance.exact import FREE, add_shared_slots, plan_exact
-from counterflow.balance.gate import count_moves, settle_homes, time_moves
+from counterflow.balance.gate import ERRORS, count_moves, settle_homes, time_moves
 from counterflow.balance.homes import place_homes
 from counterflow.balance.moves import keep_slots, plan_moves
 from counterflow.balance.placement import EMPTY, Placement, sum_by_rank
@@ -65,12 +65,14 @@ def follow_plan(counts: Array, first: int, placement: Placement, run: Run) -> Fo
     every ``run.interval`` micro-batches after it, from what was seen before.
     """
     predictor = LoadPredictor(placement.layers, counts.shape[2], run.interval)
+    # Without resident clones, homes carry all that stays; a move that turns out to be chance costs little beside the clones.
+    errors = 0.0 if run.plan == "exact" else ERRORS
     rows: list[tuple[Array, ...]] = []
     early = np.zeros(2, np.int64)
     for index, seen in enumerate(counts):
         begins, before = (index - first) % run.step == 0, placement
         if run.rehome and begins:
-            placement = settle_homes(counts[:index], placement, run.step, run.costs, partial(judge_homes, run))
+            placement = settle_homes(counts[:index], placement, run.step, run.costs, partial(judge_homes, run), errors)
         went = count_moves(before, placement).sum(1)
         if index < first:
             early += went.sum(0)

@@ -445,6 +445,8 @@ def _print_replay(replay: "Replay", figures: dict[str, Any]) -> None:
             for tier, row in ours["tiers"].items()
         ]
         print_table(["sent", "in node", "GB", "across", "GB"], tiers)
+        if early := ours["tiers"]["homes"]["early_near"] + ours["tiers"]["homes"]["early_far"]:
+            print(f"{early} homes moved before the first scored micro-batch")
 
 
 def _print_record(record: RecordedBalance, figures: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from counterflow.report.lanes import (
 from counterflow.report.overlap_text import (
     list_causes,
     list_kinds,
+    list_layers,
     list_notes,
     list_ranks,
     name_device,
@@ -99,6 +100,7 @@ def _describe(device: Device, gains: Sequence[Gain]) -> dict[str, Any]:
             for phase in device.phases[:MOST_PHASES]
         ],
         "more_phases": max(0, len(device.phases) - MOST_PHASES),
+        "layers": list_layers(device) if device.layers else [],
         "kinds": list_kinds(device),
         "costs": " ".join(write_costs(device)),
         "gains": [_describe_gain(gain) for gain in gains],
