@@ -22,11 +22,13 @@ class RankError(RuntimeError):
     """A rank ended badly; the message says which and how."""
 
 
-def start_ranks(count: int, command: list[str], logs: Path, on_line: Callable[[str], None] | None = None) -> Path:
+def start_ranks(
+    count: int, command: list[str], logs: Path, on_line: Callable[[str], None] | None = None, speaker: int = -1
+) -> Path:
     """Run ``command`` on ``count`` ranks and wait; return the folder of their logs, ``<rank>/stdout.log``.
 
-    Each line that the last rank prints goes to ``on_line``, and what the plugin says on rank 0. Raises
-    `RankError` when a rank fails; the others are ended then.
+    Each line that the rank ``speaker`` prints, counted from behind if negative, goes to ``on_line``, and what the plugin says on
+    rank 0. Raises `RankError` when a rank fails; the others are ended then.
     """
     run = f"run-{uuid.uuid4().hex[:8]}"
     config = LaunchConfig(
@@ -47,7 +49,7 @@ def start_ranks(count: int, command: list[str], logs: Path, on_line: Callable[[s
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with _follow(lambda: _find_attempt(logs, run), count - 1, on_line):
+        with _follow(lambda: _find_attempt(logs, run), speaker % count, on_line):
             elastic_launch(config, entrypoint=command[0])(*command[1:])
     except ChildFailedError as error:
         raise RankError(_describe_failure(error, _find_attempt(logs, run))) from None
@@ -82,14 +84,14 @@ def _read_all(attempt: Path | None, name: str) -> list[str]:
 
 
 @contextmanager
-def _follow(find: Callable[[], Path | None], last: int, on_line: Callable[[str], None] | None) -> Iterator[None]:
-    """Call ``on_line`` for each whole line of the last rank, and of the plugin's on rank 0, until the block ends."""
+def _follow(find: Callable[[], Path | None], speaker: int, on_line: Callable[[str], None] | None) -> Iterator[None]:
+    """Call ``on_line`` for each whole line of the rank ``speaker``, and of the plugin's on rank 0, until the block ends."""
     if on_line is None:
         yield
         return
     ended = threading.Event()
     # Of each rank that is followed, how far its log is read, and the line that has not ended there.
-    read = dict.fromkeys((0, last), (0, ""))
+    read = dict.fromkeys((0, speaker), (0, ""))
 
     def follow() -> None:
         while True:
@@ -98,7 +100,7 @@ def _follow(find: Callable[[], Path | None], last: int, on_line: Callable[[str],
             if folder is not None:
                 for rank in read:
                     lines = read_on(rank, folder / str(rank) / "stdout.log")
-                    for line in lines if rank == last else filter(is_ours, lines):
+                    for line in lines if rank == speaker else filter(is_ours, lines):
                         on_line(line)
             if last_look:
                 return
