@@ -68,6 +68,7 @@ nightly: setup
 	@$(BIN)/python -m benchmarks.equality
 	@$(BIN)/python -m benchmarks.hybrid
 	@$(BIN)/python -m benchmarks.te
+	@$(BIN)/python -m benchmarks.deepspeed
 	@$(BIN)/python -m benchmarks.pairs
 	@$(BIN)/python -m benchmarks.works_with
 

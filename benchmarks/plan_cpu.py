@@ -3,10 +3,12 @@
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +24,8 @@ RANKS, MICROBATCHES, LAYERS, MILLISECONDS = 4, 8, 16, 4.0
 HEAD = 1.5
 MOST_ERROR = 0.05
 MODEL = {"num_layers": LAYERS, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 512, "swiglu": True}
-CALIBRATION = ("zb-h1, even", {"schedule": "zb-h1"})
+# Stages of several sizes tell an action's own time from that of its layers.
+CALIBRATION = ("zb-h1", {"schedule": "zb-h1", "pipeline_model_parallel_layout": "Ett|tttttt|ttttt|tttL"})
 OTHERS = (
     ("1f1b, even", {"schedule": "1f1b"}),
     ("1f1b, fewer layers at the end", {"schedule": "1f1b", "pipeline_model_parallel_layout": "Ettttt|tttt|ttttt|ttL"}),
@@ -36,17 +39,19 @@ OTHERS = (
 
 @dataclass(frozen=True)
 class Unit:
-    """Seconds of one layer's F, I and W, of the loss's, and of moving a message: all that one run tells."""
+    """Seconds of one layer's F, I and W, of any action besides, of the loss's, and of moving a message: all that one run tells."""
 
     layer: tuple[float, float, float]
+    action: tuple[float, float, float]
     head: tuple[float, float, float]
     p2p: float = 0.0
 
     def cost(self, plan: Plan) -> Costs:
         """Return what a plan's actions cost."""
+        stages = place_layers(plan.model, plan.layout)
         f, i, w = (
-            tuple(len(stage.layers) * one + (more if stage.head else 0.0) for stage in place_layers(plan.model, plan.layout))
-            for one, more in zip(self.layer, self.head, strict=True)
+            tuple(fixed + len(stage.layers) * one + (more if stage.head else 0.0) for stage in stages)
+            for one, fixed, more in zip(self.layer, self.action, self.head, strict=True)
         )
         return Costs(f, i, w, self.p2p)
 
@@ -80,19 +85,24 @@ def calibrate(plan: Plan, measured: list[dict[str, Any]]) -> Unit:
     """Return the unit that explains a run: layers from the stages without the loss, then the message from the step."""
     medians: dict[str, float] = {key: value for rank in measured for key, value in rank["medians"].items()}
     stages = place_layers(plan.model, plan.layout)
-    inner = [(index, len(stage.layers)) for index, stage in enumerate(stages) if not stage.head]
-    last = len(stages) - 1
-    layer = tuple(sum(medians[f"{index}{kind}"] for index, _ in inner) / sum(count for _, count in inner) for kind in "FIW")
-    head = tuple(
-        max(medians[f"{last}{kind}"] - len(stages[last].layers) * one, 0.0) for kind, one in zip("FIW", layer, strict=True)
-    )
-    unit = Unit((layer[0], layer[1], layer[2]), (head[0], head[1], head[2]))
+    inner = [index for index, stage in enumerate(stages) if not stage.head]
+    last, counts = len(stages) - 1, [len(stages[index].layers) for index in inner]
+    lines = [np.polyfit(counts, [medians[f"{index}{kind}"] for index in inner], 1) for kind in "FIW"]
+    layer, action = (tuple(float(line[place]) for line in lines) for place in (0, 1))
+    alone = [np.polyval(line, len(stages[last].layers)) for line in lines]
+    head = tuple(max(medians[f"{last}{kind}"] - float(one), 0.0) for kind, one in zip("FIW", alone, strict=True))
+    unit = Unit(_take_three(layer), _take_three([max(one, 0.0) for one in action]), _take_three(head))
     step, low, high = find_step(measured), 0.0, 0.01
     for _ in range(30):
         middle = (low + high) / 2
-        slower = Unit(unit.layer, unit.head, middle).predict(plan)
+        slower = replace(unit, p2p=middle).predict(plan)
         low, high = (middle, high) if slower < step else (low, middle)
-    return Unit(unit.layer, unit.head, low)
+    return replace(unit, p2p=low)
+
+
+def _take_three(values: Sequence[float]) -> tuple[float, float, float]:
+    first, second, third = values
+    return first, second, third
 
 
 def find_step(measured: list[dict[str, Any]]) -> float:

@@ -64,7 +64,8 @@ def main() -> None:
     results = []
     for case in json.loads(given.cases.read_text()):
         print(f"{case['name']}", flush=True)
-        mine, found = run_case(case, given.milliseconds, channels), [None] * ranks
+        mine = run_case(case, given.milliseconds, channels)
+        found: list[Any] = [None] * ranks
         dist.all_gather_object(found, mine)
         results.append(found)
     if rank == 0:

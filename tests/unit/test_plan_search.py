@@ -86,9 +86,9 @@ def test_a_cluster_that_is_too_small_names_one_that_would_do() -> None:
 
 
 def test_what_does_not_fit_says_which_rank_and_what_part() -> None:
-    plan = {**SMALL, "cluster": {"gpu": "H100", "gpus": 8, "memory_gib": 12}}
+    plan = {**SMALL, "cluster": {"gpu": "H100", "gpus": 8, "memory_gib": 6}}
     found = search_layouts(parse_config(plan), seconds=300)
-    assert any("GiB of 12" in one.reason and "rank" in one.reason for one in found.rejected)
+    assert any("GiB of 6" in one.reason and "rank" in one.reason for one in found.rejected)
 
 
 def test_ends_with_embedding_and_head_get_fewer_layers_where_that_is_faster() -> None:
@@ -105,7 +105,7 @@ def test_a_searched_table_is_no_slower_than_the_family_whose_stages_it_has() -> 
     estimate = search_layouts(parse_config(plan), seconds=300).candidates[0]
     searched = search_table(estimate, 2.0)
     if searched is not None:
-        assert searched.estimate.step_s < estimate.step_s and searched.gap >= 0
+        assert searched.estimate.step_s < estimate.step_s and searched.gap > -1e-9
         assert searched.table.layout.name == "v"
 
 

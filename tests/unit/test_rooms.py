@@ -35,7 +35,10 @@ ROOMS = {
     "planner": (COMMON | {"schedule", "balance", "analysis"}, set()),
     "runtime": (COMMON | {"devices", "groups", "schedule"}, {"torch"}),
     "moe": (COMMON | {"devices", "groups", "balance"}, {"torch"}),
-    "trainer": (COMMON | {"devices", "options", "patching", "schedule", "balance", "runtime", "moe", "analysis"}, {"torch"}),
+    "trainer": (
+        COMMON | {"devices", "groups", "options", "patching", "schedule", "balance", "runtime", "moe", "analysis"},
+        {"torch"},
+    ),
     "platform": (COMMON | {"patching", "platform.engine"}, TRAINER_WORLD),
     "platform.engine": (COMMON | {"patching"}, {"torch", "transformer_engine"}),
     "megatron": (ADAPTER, TRAINER_WORLD),
@@ -45,6 +48,7 @@ ROOMS = {
     "megatron.dry_run": (COMMON | {"planner", "platform", "platform.engine", "schedule"}, TRAINER_WORLD),
     "deepspeed": (ADAPTER, DEEPSPEED_WORLD),
     "deepspeed.pipeline": (ADAPTER | {"deepspeed.section", "deepspeed.state"}, DEEPSPEED_WORLD),
+    "deepspeed.experts": (ADAPTER | {"deepspeed.section", "deepspeed.stages", "deepspeed.state"}, DEEPSPEED_WORLD),
     "launch": (COMMON | {"options"}, set()),
     "report": (COMMON | {"schedule", "balance", "analysis", "planner"}, set()),
     "commands": (

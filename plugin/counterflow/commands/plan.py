@@ -4,7 +4,6 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from counterflow.planner.constants import Constants
 from counterflow.planner.emission import emit_deepspeed, emit_megatron
 from counterflow.planner.estimate import Estimate, describe, estimate_config
 from counterflow.planner.explain import compare_measured, explain_step, try_changes
-from counterflow.planner.memory import MemoryEstimate
 from counterflow.planner.search import Found, search_layouts, split_evenly
 from counterflow.planner.searched import Searched, search_table
 from counterflow.report.plan_page import PlanView, render_plan_html
@@ -81,11 +79,9 @@ def _estimate(args: argparse.Namespace, config: PlanConfig, fit: Fit | None) -> 
 
 def _dry_run(estimate: Estimate) -> Estimate:
     """Return the estimate with the memory that the real model's code needs."""
-    try:
-        dry_run = import_module("counterflow.megatron.dry_run")  # loads torch and Megatron
-    except ImportError as error:
-        raise PlanError(f"--memory dry-run: {error}") from None
-    memory: MemoryEstimate = dry_run.measure_memory(estimate.plan)
+    from counterflow.megatron.dry_run import measure_memory  # loads torch and Megatron
+
+    memory = measure_memory(estimate.plan)
     return replace(estimate, memory=memory, fits=memory.tell_fit(estimate.setting.cluster.memory_gib * 2**30))
 
 

@@ -7,18 +7,22 @@ universal checkpoint, which has them by the name of the parameter, and names hav
 
 import inspect
 import json
+import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from counterflow.deepspeed.state import chunks_of
+from counterflow.deepspeed.state import balancer_of, chunks_of
 from counterflow.errors import OptionError
 from counterflow.schedule.layouts import STRAIGHT
 
 FILE, LATEST = "counterflow.json", "latest"
+# Upstream's name (deepspeed.checkpoint.constants).
+UNIVERSAL_CHECKPOINT_INFO = "universal_checkpoint_info"
 
 
 def stamp_after(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,11 +31,16 @@ def stamp_after(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(save_checkpoint)
     def save(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = save_checkpoint(self, *args, **kwargs)
-        if self.module in chunks_of and dist.get_rank() == 0:
-            given = signature.bind(self, *args, **kwargs).arguments
-            tag = given.get("tag") or f"global_step{self.global_steps}"
-            (Path(given["save_dir"]) / str(tag) / FILE).write_text(json.dumps(describe_cut(self.module)) + "\n")
+        given = signature.bind(self, *args, **kwargs).arguments
+        folder = Path(given["save_dir"]) / str(given.get("tag") or f"global_step{self.global_steps}")
+        has_chunks = self.module in chunks_of
+        if has_chunks and not hasattr(self.module, UNIVERSAL_CHECKPOINT_INFO):
+            # Upstream saves it; otherwise a script has to give it.
+            setattr(self.module, UNIVERSAL_CHECKPOINT_INFO, describe_for_conversion(self.module))
+        with balancer_of[self].save(folder) if self in balancer_of else nullcontext():
+            result = save_checkpoint(self, *args, **kwargs)
+        if has_chunks and dist.get_rank() == 0:
+            (folder / FILE).write_text(json.dumps(describe_cut(self.module)) + "\n")
         return result
 
     return save
@@ -49,7 +58,11 @@ def guard(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         has_states = given["load_optimizer_states"] and not given["load_module_only"]
         if _has_layers(self) and has_states and not self.load_universal_checkpoint():
             require_same_cut(self.module, Path(given["load_dir"]), given["tag"])
-        return load_checkpoint(self, *args, **kwargs)
+        if self not in balancer_of:
+            return load_checkpoint(self, *args, **kwargs)
+        folder = Path(given["load_dir"])
+        with balancer_of[self].load(folder / _find_tag(folder, given["tag"]), self.gradient_accumulation_steps()):
+            return load_checkpoint(self, *args, **kwargs)
 
     return load
 
@@ -59,6 +72,24 @@ def describe_cut(model: Any) -> dict[str, Any]:
     chunks = chunks_of.get(model)
     layout = f"{chunks.layout.name} {chunks.layout.chunks}" if chunks is not None else f"{STRAIGHT} 1"
     return {"layout": layout, "ranks": model.num_pipeline_stages(), "parts": [int(part) for part in model.parts]}
+
+
+def describe_for_conversion(model: Any) -> dict[str, Any]:
+    """Return what ``ds_to_universal`` needs to know of a PipelineModule: which layers are on several pipeline ranks.
+
+    It takes their states from pipeline rank 0, and those of others from every rank.
+    """
+    from deepspeed.checkpoint import constants
+
+    owners: dict[str, set[int]] = {}
+    for layer, spec in enumerate(model._layer_specs):
+        if (key := getattr(spec, "key", None)) is not None:
+            owners.setdefault(key, set()).add(model.stage_owner(layer))
+    tied = [rf"tied_modules\.{re.escape(key)}\." for key, ranks in owners.items() if len(ranks) > 1 and 0 in ranks]
+    return {
+        constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+        constants.PIPELINE_REPLICATED_PARAMETER_PATTERNS: tied,
+    }
 
 
 def require_same_cut(model: Any, folder: Path, tag: str | None) -> None:
@@ -72,7 +103,8 @@ def require_same_cut(model: Any, folder: Path, tag: str | None) -> None:
         raise OptionError(
             f"the checkpoint in {folder} has optimizer states of a {_say(theirs)} and this run's model is a {_say(mine)}: load "
             "its weights alone (load_checkpoint(…, load_optimizer_states=False)), resume under a schedule of the same layout, or "
-            'convert it by deepspeed\'s ds_to_universal and load that ("checkpoint": {"load_universal": true})'
+            "convert it (python -m deepspeed.checkpoint.ds_to_universal --input_folder FOLDER/TAG --output_folder "
+            'FOLDER/TAG_universal, ZeRO-1) and load that ("checkpoint": {"load_universal": true})'
         )
 
 
@@ -85,12 +117,17 @@ def _say(cut: dict[str, Any]) -> str:
 
 def _read_stamp(folder: Path, tag: str | None) -> dict[str, Any] | None:
     """Return a checkpoint's stamp; None if it has none, or if there is no checkpoint, of which DeepSpeed says more."""
-    latest = folder / LATEST
-    if tag is None:
-        tag = latest.read_text().strip() if latest.is_file() else ""
-    path = folder / str(tag) / FILE
+    path = folder / _find_tag(folder, tag) / FILE
     found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
     return found
+
+
+def _find_tag(folder: Path, tag: str | None) -> str:
+    """Return the tag of the checkpoint in ``folder`` that is loaded; "" where there is none."""
+    latest = folder / LATEST
+    if tag is None:
+        return latest.read_text().strip() if latest.is_file() else ""
+    return str(tag)
 
 
 def _has_layers(engine: Any) -> bool:

@@ -93,10 +93,9 @@ def search_layouts(config: PlanConfig, constants: Constants | None = None, *, se
         if choice.bound > limit:
             rejected += [Rejected(name_fields(one.fields), f"at least {one.bound:.3g} s a step") for one in choices[number:]]
             break
-        if time.monotonic() - begun > seconds and best:
-            untried = len(choices) - number
-            return _finish(found, rejected, tried, untried, time.monotonic() - begun)
         for fields in list_schedules(config, choice.fields):
+            if time.monotonic() - begun > seconds and best:
+                return _finish(found, rejected, tried, len(choices) - number, time.monotonic() - begun)
             tried += 1
             estimate = _try(config, fields, cluster, constants, rejected)
             if estimate is not None:

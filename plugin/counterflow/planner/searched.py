@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from counterflow.errors import ScheduleError
 from counterflow.planner.estimate import Estimate
 from counterflow.planner.layouts import build_table
-from counterflow.planner.memory import GIB
+from counterflow.planner.memory import GIB, estimate_memory
 from counterflow.schedule import ScheduleTable, Timeline, simulate
 
 # Longer tables take the search more than the seconds it is given.
@@ -23,29 +23,40 @@ class Searched:
 
 
 def search_table(estimate: Estimate, seconds: float) -> Searched | None:
-    """Search a table on the plan's own layout of stages for about so many seconds; None where none is faster.
+    """Search a table on the plan's own layout of stages for about so many seconds; None where none is faster and fits.
 
-    Live activations may be those of the plan's table, times what the card's memory leaves room for.
+    Live activations may be those of the plan's table, times what the card's memory leaves room for; where weight gradients that
+    wait need that room, no more than those of the plan's table.
     """
-    from counterflow.schedule.search import search  # loads a compiler
-
     plan = estimate.plan
     if plan.layout.pp == 1 or plan.microbatches > MOST_MICROBATCHES:
         return None
     own = build_table(plan.layout, plan.microbatches)
     if any(len(homes) > 1 for homes in own.layout.homes.values()):
         return None
-    costs = replace(estimate.step.costs, reduce=0.0)
+    timeline = simulate(own, replace(estimate.step.costs, reduce=0.0))
+    caps = sorted({find_room(estimate), 1.0}, reverse=True)
+    for room in caps:
+        found = _search(estimate, own, timeline, room, seconds / len(caps))
+        if found is not None:
+            return found
+    return None
+
+
+def _search(estimate: Estimate, own: ScheduleTable, timeline: Timeline, room: float, seconds: float) -> Searched | None:
+    from counterflow.schedule.search import search  # loads a compiler
+
+    plan = estimate.plan
     try:
-        timeline = simulate(own, costs)
-        cap = max(timeline.peak_activations) * find_room(estimate)
         found = search(
-            plan.layout.pp, plan.microbatches, costs, max_chunks=plan.layout.vpp, max_activations=cap, seconds=seconds,
-            layout=own.layout,
+            plan.layout.pp, plan.microbatches, replace(estimate.step.costs, reduce=0.0), max_chunks=plan.layout.vpp,
+            max_activations=room * max(timeline.peak_activations), seconds=seconds, layout=own.layout,
         )  # fmt: skip
     except ScheduleError:
         return None
-    if found.timeline.makespan >= timeline.makespan:
+    memory = estimate_memory(plan, found.table)
+    fits = memory.tell_fit(estimate.setting.cluster.memory_gib * GIB)
+    if found.timeline.makespan >= timeline.makespan or fits is False or (estimate.fits and not fits):
         return None
     saved = timeline.makespan - found.timeline.makespan
     step = replace(
@@ -53,7 +64,9 @@ def search_table(estimate: Estimate, seconds: float) -> Searched | None:
         bubble=found.timeline.bubble, causes=estimate.step.causes | {"bubble": estimate.step.causes["bubble"] - saved},
     )  # fmt: skip
     scale = step.seconds / estimate.step.seconds
-    better = replace(estimate, step=step, low=estimate.low * scale, high=estimate.high * scale)
+    better = replace(
+        estimate, step=step, memory=memory, fits=fits, low=estimate.low * scale, high=estimate.high * scale
+    )  # fmt: skip
     return Searched(found.table, found.timeline, better, found.gap)
 
 

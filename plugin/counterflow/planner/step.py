@@ -202,7 +202,7 @@ def list_homes(layout: Layout) -> tuple[tuple[int, ...], ...]:
 
 # Micro-batches of a longer step repeat themselves: so many rounds of the pipeline are simulated, the rest goes on at the pace of
 # the last of them.
-ROUNDS = 4
+ROUNDS = 6
 
 
 @lru_cache(maxsize=512)
@@ -244,7 +244,7 @@ def time_step(plan: Plan, setting: Setting, measured: CostsFile | None = None) -
     without, _ = run_table(plan.layout, plan.microbatches, replace(costs, reduce=0.0))
     before, optimizer, host = time_ends(plan, setting, stages)
     seconds = makespan + before + optimizer + host
-    causes = share_causes(plan, chunks, without, busy)
+    causes = share_causes(plan, chunks, without, busy * makespan / without if without else 0.0)
     causes |= {"gradient reduction": makespan - without, "weight gather": before, "optimizer": optimizer, "host and rest": host}
     bubble = 1.0 - busy * makespan / without if without else 0.0
     return Step(seconds, makespan, bubble, causes, costs, before, optimizer + host)
