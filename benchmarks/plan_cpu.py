@@ -39,7 +39,7 @@ OTHERS = (
 
 @dataclass(frozen=True)
 class Unit:
-    """Seconds of one layer's F, I and W, of any action besides, of the loss's, and of moving a message: all that one run tells."""
+    """Seconds of one layer's F, I and W, of any action besides, of the loss's, and of moving a message: what one run tells."""
 
     layer: tuple[float, float, float]
     action: tuple[float, float, float]
