@@ -97,6 +97,7 @@ def make_cases(folder: Path) -> dict[str, Any]:
     cases["dense, plain"] = make_case(dense=4)
     cases["dense, 1f1b"] = make_case(clone("1f1b"), **PIPELINE, dense=4)
     cases["dense, pipeline"] = make_case(clone(), **PIPELINE, dense=4)
+    cases["dense, schedule alone"] = make_case({"schedule": "1f1b"}, **PIPELINE, dense=4)
     return cases
 
 
@@ -227,9 +228,16 @@ def test_log_and_monitor_have_balancedness(balanced: Path) -> None:
         assert [float(value) for value in values] == pytest.approx([one[int(step) - 1] for one in columns], abs=1e-4)
 
 
-def test_a_model_without_mixtures_is_refused_on_all_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        (make_case(clone("1f1b"), **PIPELINE, dense=6), "AutoEP finds no MoE layer in this model"),
+        (make_case(clone(), **PIPELINE, dense=4, zero=0, changes=BF16), "give zero_optimization.stage 1"),
+    ],
+)
+def test_models_that_cannot_be_balanced_are_refused_on_all_ranks(case: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(RanksError):
-        run_cases({"bad": make_case(clone("1f1b"), **PIPELINE, dense=6)}, tmp_path)
+        run_cases({"bad": case}, tmp_path)
     written = (tmp_path / "logs" / "2-0" / "0" / "stderr.log").read_text()
     (line,) = [line for line in written.splitlines() if line.startswith("counterflow: ")]
-    assert "AutoEP finds no MoE layer in this model" in line
+    assert words in line
