@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from counterflow.balance.files.recorded import read_record
-from tests.support.comparing import HALF_TOLERANCE, assert_same_steps, find_difference
+from tests.support.comparing import HALF_TOLERANCE, assert_same_steps
 from tests.support.forked_ranks import RanksError, run_ranks
 
 pytest.importorskip("deepspeed")
@@ -145,19 +145,22 @@ def read_steps(record: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def rounded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    long: dict[str, Any] = {"steps": STEPS}
-    cases = {"fp32": make_case(**long), "bf16": make_case(**long, changes=BF16)}
-    cases["clones"] = make_case(clone(), **long, changes=BF16)
-    cases["sums in fp32"] = make_case(clone(), **long, changes=BF16 | {"data_types": {"grad_accum_dtype": "fp32"}})
-    cases["dualpipev"] = make_case(clone("dualpipev"), **long, **PIPELINE, changes=BF16)
-    cases["ZeRO-0"] = make_case(clone("dualpipev"), **long, **PIPELINE, zero=0, changes=BF16)
+    # Larger steps let any difference grow.
+    slow = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}
+    half, long = BF16 | slow, {"steps": STEPS}
+    cases = {"fp32": make_case(**long, changes=slow), "bf16": make_case(**long, changes=half)}
+    cases["clones"] = make_case(clone(), **long, changes=half)
+    cases["sums in fp32"] = make_case(clone(), **long, changes=half | {"data_types": {"grad_accum_dtype": "fp32"}})
+    cases["dualpipev"] = make_case(clone("dualpipev"), **long, **PIPELINE, changes=half)
+    cases["ZeRO-0"] = make_case(clone("dualpipev"), **long, **PIPELINE, zero=0, changes=half)
     return run_cases(cases, tmp_path_factory.mktemp("rounded"))
 
 
 @pytest.mark.parametrize("case", ["clones", "sums in fp32", "dualpipev", "ZeRO-0"])
 def test_clones_in_bf16_are_as_near_as_bf16_itself(rounded: dict[str, Any], case: str) -> None:
-    rounding = find_difference(rounded["bf16"], rounded["fp32"], "loss")
-    assert find_difference(rounded[case], rounded["bf16"], "loss") <= rounding
+    losses = {name: np.array([step["loss"] for step in run["steps"]]) for name, run in rounded.items()}
+    rounding = np.square(losses["bf16"] - losses["fp32"]).mean()
+    assert np.square(losses[case] - losses["bf16"]).mean() <= rounding
     # At the first step nothing has had time to grow.
     first = [run["steps"][0]["grad_norm"] for run in (rounded[case], rounded["bf16"])]
     assert first[0] == pytest.approx(first[1], rel=HALF_TOLERANCE)
