@@ -124,6 +124,8 @@ def main() -> None:
             print(line, flush=True)
         elif match := BALANCED.match(line):
             print(match[1], flush=True)
+        elif line.startswith("counterflow: "):
+            print(line.removeprefix("counterflow: "), flush=True)
 
     try:
         command = [*launcher, "--deepspeed_config", str(config), *map(str, flags)]

@@ -10,7 +10,7 @@ from counterflow.errors import SeamError
 from counterflow.patching import Patches
 
 
-def open_process_group(ranks: list[int], timeout: timedelta, name: str) -> dist.ProcessGroup:
+def open_process_group(ranks: list[int], timeout: timedelta, name: str, backend: str | None = None) -> dist.ProcessGroup:
     """Open a process group for global ``ranks``, all of which have to call this; the others need not.
 
     The group's own name comes of ``ranks`` and ``name``. Torch would take in how many groups the calling rank is in (before
@@ -26,7 +26,7 @@ def open_process_group(ranks: list[int], timeout: timedelta, name: str) -> dist.
     # Where ranks are bound to devices, NCCL would split this group from that of all ranks, and wait for all of them.
     patches.set(distributed_c10d, "_get_split_source", lambda *_: None)
     try:
-        group = dist.new_group(ranks, timeout, use_local_synchronization=True, group_desc=name)
+        group = dist.new_group(ranks, timeout, backend=backend, use_local_synchronization=True, group_desc=name)
     finally:
         patches.undo()
     assert isinstance(group, dist.ProcessGroup)  # this rank is in it

@@ -14,8 +14,8 @@ from tests.support.forked_ranks import RanksError, run_ranks
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow
 
-TABLE = str(ROOT / "tests" / "data" / "dualpipev-2-4.csv")
-SCHEDULES = ["1f1b", "gpipe", "interleaved", "zb-h1", "zbv", "dualpipev", TABLE]
+TABLE, LINKED = (str(ROOT / "tests" / "data" / f"{name}.csv") for name in ("dualpipev-2-4", "dualpipe-4-8"))
+SCHEDULES = ["1f1b", "gpipe", "interleaved", "zb-h1", "zbv", "dualpipev", "dualpipe", TABLE, LINKED]
 SEEDS = (11, 1234)
 STEPS = 8
 TOGETHER = 4
@@ -47,19 +47,25 @@ def make_cases() -> dict[str, dict[str, Any]]:
         for seed in SEEDS:
             cases[name("dense", schedule, seed)] = make_case("dense", schedule, seed)
     for model in ("tuple", "tied"):
-        for schedule in (None, "interleaved", "zbv", "dualpipev"):
+        for schedule in (None, "interleaved", "zbv", "dualpipev", "dualpipe"):
             cases[name(model, schedule, SEEDS[0])] = make_case(model, schedule, SEEDS[0])
+    # Two steps are skipped, until the scale fits.
+    fp16 = {"fp16": {"enabled": True, "initial_scale_power": 19, "loss_scale_window": 3, "hysteresis": 1}}
+    for schedule in (None, "zbv", "1f1b"):
+        cases[name("fp16", schedule, 0)] = make_case("dense", schedule, SEEDS[0], **fp16)
+        cases[name("fp16-zero-0", schedule, 0)] = make_case("dense", schedule, SEEDS[0], zero_optimization=make_zero(0), **fp16)
     for schedule in (None, "zb-h1", "zbv"):
         cases[name("mixed", schedule, 0)] = make_case("mixed", schedule, SEEDS[1])
         # DeepSpeed itself says that it switches the first off in a pipeline.
         zero = make_zero(1, overlap_comm=True, contiguous_gradients=True)
         cases[name("overlap-comm", schedule, 0)] = make_case("tied", schedule, SEEDS[1], zero_optimization=zero)
-    for schedule in (None, "interleaved", "dualpipev"):
+    for schedule in (None, "interleaved", "dualpipev", "dualpipe"):
         cases[name("shapes", schedule, 0)] = make_case("shapes", schedule, SEEDS[0])
         # Two uses of one parameter on one rank are one sum there, and two sums that are added in plain DeepSpeed: equal in fp32.
-        sums = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        # So are those of cross-linked replicas if they are reduced in fp32 too.
+        sums = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
         cases[name("tied-bf16", schedule, 0)] = make_case("tied", schedule, SEEDS[1], **sums)
-    for schedule in (None, "1f1b", "dualpipev"):
+    for schedule in (None, "1f1b", "dualpipev", "dualpipe"):
         cases[name("loader", schedule, 0)] = make_case("dense", schedule, SEEDS[0]) | {"has_loader": True}
         mixed = {"zero_allow_untested_optimizer": True}
         cases[name("groups", schedule, 0)] = make_case("dense", schedule, SEEDS[0], **mixed) | {"has_groups": True}
@@ -115,6 +121,7 @@ def test_steps_are_those_of_plain_deepspeed(trained: dict[str, Any], case: str) 
     plain = trained[name(what, None, int(seed))]
     assert_same_steps(trained[case], plain)
     assert plain["steps"][-2]["loss"] < plain["steps"][0]["loss"] - 0.1, "the model learns nothing: equal losses say nothing"
+    assert any(step["skipped"] for step in plain["steps"]) == (what == "fp16"), "a scale that is too large skips steps, no other"
 
 
 @pytest.mark.parametrize(
@@ -123,6 +130,7 @@ def test_steps_are_those_of_plain_deepspeed(trained: dict[str, Any], case: str) 
         ({"zero_optimization": {"stage": 2}}, {"schedule": "zbv"}, "zero_optimization.stage 2 does not run in a pipeline"),
         ({"gradient_accumulation_steps": 3}, {"schedule": "dualpipev"}, "3 micro-batches"),
         ({}, {"schedule": "interleaved", "vpp": 5}, "cuts a model into 10 stages on 2 ranks and the PipelineModule has 8 layers"),
+        ({"gradient_accumulation_steps": 1}, {"schedule": "dualpipe"}, "2 micro-batches"),
         ({}, {"schedule": "dualpipev", "zero_buble": True}, "did you mean 'zero_bubble'"),
     ],
 )
@@ -135,6 +143,17 @@ def test_what_cannot_work_is_refused_in_one_line(
     line = read_line(tmp_path)
     assert words in line
     assert "--cf-" not in line, "a JSON has no flags"
+
+
+def test_shapes_that_change_need_dynamic_shape(tmp_path: Path) -> None:
+    # Samples 0 to 3 make the first two micro-batches of each replica; those of the next have another length.
+    with pytest.raises(RanksError):
+        run_cases({"bad": make_case("changing", "dualpipev", 1)}, tmp_path)
+    written = [path.read_text() for path in (tmp_path / "logs" / "0").glob("*/stderr.log")]
+    words = (
+        "(2, 11, 16) torch.float32 for micro-batch 1 and (2, 12, 16) torch.float32 before: make the PipelineModule with dynamic"
+    )
+    assert any(words in text for text in written), written
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +170,10 @@ def make_resumptions(folder: Path) -> dict[str, Any]:
     cases["plain"] = make_case("tied", None, seed) | half | {"save": plain}
     cases["zbv"] = make_case("tied", "zbv", seed) | half | {"save": other}
     # Another seed: what is not loaded is not alike by chance.
-    for schedule, where in (("1f1b", plain), ("gpipe", plain), ("dualpipev", other)):
-        cases[f"{schedule} resumes"] = make_case("tied", schedule, seed + 1) | {"load": {"load_dir": where}}
-    for schedule, where in (("dualpipev", plain), ("interleaved", other), (None, other)):
+    for same, where in (("1f1b", plain), ("gpipe", plain), ("dualpipev", other)):
+        cases[f"{same} resumes"] = make_case("tied", same, seed + 1) | {"load": {"load_dir": where}}
+    layouts: tuple[tuple[str | None, str], ...] = (("dualpipev", plain), ("interleaved", other), (None, other))
+    for schedule, where in layouts:
         weights = {"load_dir": where, "load_module_only": True}
         cases[f"weights {schedule}"] = make_case("tied", schedule, seed + 1) | {"load": weights, "steps": 0}
     return cases

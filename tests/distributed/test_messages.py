@@ -10,7 +10,17 @@ import torch
 from counterflow.errors import ScheduleError
 from counterflow.runtime.lowering import Transfer
 from counterflow.runtime.mailbox import Mailbox, Waiting
-from counterflow.runtime.messages import HEADER_SIZE, MAX_MEMBERS, Form, Member, read_header, run_backward, share, write_header
+from counterflow.runtime.messages import (
+    HEADER_SIZE,
+    MAX_MEMBERS,
+    Announced,
+    Form,
+    Member,
+    read_header,
+    run_backward,
+    share,
+    write_header,
+)
 from counterflow.schedule.dependencies import Result
 from tests.support.forked_ranks import run_ranks
 
@@ -59,6 +69,36 @@ def test_where_the_form_is_known_tensors_alone_travel_and_gradients_only_where_t
     assert len(wire.sent) == 4
     receiver.post((GRADIENT,))
     assert [member is None for member in receiver.receive(GRADIENT)] == [False, True, True]
+
+
+def test_headers_are_sent_in_the_first_run_alone_and_what_changes_is_refused() -> None:
+    ends = Announced("say so"), Announced("say so")
+    sent = []
+    for _ in range(2):
+        wire: Any = Wire()
+        sender, receiver = (Mailbox(wire, end, CPU) for end in ends)
+        for transfer, message in ((OUTPUT, (*GOOD, None)), (GRADIENT, (torch.ones(2, 2), None, None, None))):
+            sender.send(transfer, message)
+            receiver.post((transfer,))
+            arrived = receiver.receive(transfer)
+            assert [None if one is None else (one.shape, one.dtype, one.requires_grad) for one in arrived] == [
+                None if one is None else (one.shape, one.dtype, one.requires_grad) for one in message
+            ]
+        sender.finish()
+        receiver.finish()
+        sent.append(len(wire.sent))
+    assert sent == [6, 4]
+    sender = Mailbox(wire, ends[0], CPU)
+    for changed in (torch.ones(2, 3, requires_grad=True), torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bfloat16), None):
+        with pytest.raises(
+            ScheduleError, match=r"stage 4 gave .* for micro-batch 7 and \(2, 2\) torch.float32, .* before: say so"
+        ):
+            sender.send(OUTPUT, (changed, *GOOD[1:], None))
+    # Within the first run too.
+    first = Mailbox(wire, Announced(""), CPU)
+    first.send(OUTPUT, GOOD)
+    with pytest.raises(ScheduleError, match="before"):
+        first.send(Transfer(Result("F", 4, 8), 1, 22), GOOD[:2])
 
 
 def test_no_output_needs_a_gradient_in_an_evaluation() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from counterflow.deepspeed import seams
-from counterflow.deepspeed.checks import check_balancing, check_config, check_experts, check_options, check_run, explain
+from counterflow.deepspeed.checks import check_balancing, check_config, check_experts, check_run, explain
 from counterflow.deepspeed.section import read_config, read_section
 from counterflow.errors import OptionError, SeamError
 from counterflow.trainer.seam import Seam
@@ -50,18 +50,6 @@ def test_configs_that_do_not_fit_a_schedule_are_refused(config: dict[str, Any], 
     with pytest.raises(OptionError, match=words) as caught:
         check_config(read_section(SECTION), config)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("section", "words"),
-    [
-        ({"schedule": "dualpipev", "overlap": True}, "overlap: "),
-        ({"schedule": "dualpipe"}, "schedule dualpipe joins two replicas"),
-    ],
-)
-def test_what_this_version_does_not_do_is_refused(section: dict[str, Any], words: str) -> None:
-    with pytest.raises(OptionError, match=words):
-        check_options(read_section(section))
 
 
 EXPERTS = {"expert_parallel": {"enabled": True, "autoep_size": 2}}

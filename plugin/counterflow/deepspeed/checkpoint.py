@@ -7,6 +7,7 @@ universal checkpoint, which has them by the name of the parameter, and names hav
 
 import inspect
 import json
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
@@ -20,6 +21,8 @@ from counterflow.errors import OptionError
 from counterflow.schedule.layouts import STRAIGHT
 
 FILE, LATEST = "counterflow.json", "latest"
+# Upstream's name (deepspeed.checkpoint.constants).
+UNIVERSAL_CHECKPOINT_INFO = "universal_checkpoint_info"
 
 
 def stamp_after(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,9 +33,13 @@ def stamp_after(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     def save(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         folder = Path(given["save_dir"]) / str(given.get("tag") or f"global_step{self.global_steps}")
+        has_chunks = self.module in chunks_of
+        if has_chunks and not hasattr(self.module, UNIVERSAL_CHECKPOINT_INFO):
+            # Upstream saves it; otherwise a script has to give it.
+            setattr(self.module, UNIVERSAL_CHECKPOINT_INFO, describe_for_conversion(self.module))
         with balancer_of[self].save(folder) if self in balancer_of else nullcontext():
             result = save_checkpoint(self, *args, **kwargs)
-        if self.module in chunks_of and dist.get_rank() == 0:
+        if has_chunks and dist.get_rank() == 0:
             (folder / FILE).write_text(json.dumps(describe_cut(self.module)) + "\n")
         return result
 
@@ -67,6 +74,24 @@ def describe_cut(model: Any) -> dict[str, Any]:
     return {"layout": layout, "ranks": model.num_pipeline_stages(), "parts": [int(part) for part in model.parts]}
 
 
+def describe_for_conversion(model: Any) -> dict[str, Any]:
+    """Return what ``ds_to_universal`` needs to know of a PipelineModule: which layers are on several pipeline ranks.
+
+    It takes their states from pipeline rank 0, and those of others from every rank.
+    """
+    from deepspeed.checkpoint import constants
+
+    owners: dict[str, set[int]] = {}
+    for layer, spec in enumerate(model._layer_specs):
+        if (key := getattr(spec, "key", None)) is not None:
+            owners.setdefault(key, set()).add(model.stage_owner(layer))
+    tied = [rf"tied_modules\.{re.escape(key)}\." for key, ranks in owners.items() if len(ranks) > 1 and 0 in ranks]
+    return {
+        constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+        constants.PIPELINE_REPLICATED_PARAMETER_PATTERNS: tied,
+    }
+
+
 def require_same_cut(model: Any, folder: Path, tag: str | None) -> None:
     """Raise `OptionError` if a checkpoint's optimizer states were saved under another layout than this model's."""
     mine = describe_cut(model)
@@ -78,7 +103,8 @@ def require_same_cut(model: Any, folder: Path, tag: str | None) -> None:
         raise OptionError(
             f"the checkpoint in {folder} has optimizer states of a {_say(theirs)} and this run's model is a {_say(mine)}: load "
             "its weights alone (load_checkpoint(…, load_optimizer_states=False)), resume under a schedule of the same layout, or "
-            'convert it by deepspeed\'s ds_to_universal and load that ("checkpoint": {"load_universal": true})'
+            "convert it (python -m deepspeed.checkpoint.ds_to_universal --input_folder FOLDER/TAG --output_folder "
+            'FOLDER/TAG_universal, ZeRO-1) and load that ("checkpoint": {"load_universal": true})'
         )
 
 

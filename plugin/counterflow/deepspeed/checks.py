@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch.distributed as dist
+
 from counterflow.deepspeed.section import KEY, Chosen, load_config, read_config, read_section
 from counterflow.errors import OptionError
 from counterflow.options import Options
+from counterflow.trainer.crosslink import require_pairs
 from counterflow.trainer.tables import choose_layout, count_replicas, name_model_layout
 
 WAYS = (
@@ -17,7 +20,6 @@ WAYS = (
 def check_run(chosen: Chosen, config: Any, model: Any) -> None:
     """Raise `OptionError` for a model or config that does not fit the options."""
     options = chosen.options
-    check_options(chosen)
     if options.eplb:
         check_experts(model)
         check_balancing(options, load_config(config) if config is not None else {})
@@ -32,19 +34,11 @@ def check_run(chosen: Chosen, config: Any, model: Any) -> None:
             f"schedule {options.schedule} needs at least 2 pipeline ranks and num_stages is 1: give the PipelineModule "
             "num_stages 2 or more, or drop the schedule"
         )
+    if count_replicas(choose_layout(options, 2, 2)) > 1:
+        replicas = model._grid.get_data_parallel_world_size()
+        require_pairs(options.schedule, replicas, dist.get_world_size() // replicas)
     if config is not None:
         check_config(chosen, load_config(config))
-
-
-def check_options(chosen: Chosen) -> None:
-    """Raise `OptionError` for options that this version does not run under DeepSpeed."""
-    options = chosen.options
-    if options.overlap:
-        raise OptionError("overlap: this version overlaps no pairs under DeepSpeed: drop it")
-    if options.schedule is not None and count_replicas(choose_layout(options, 2, 2)) > 1:
-        raise OptionError(
-            f"schedule {options.schedule} joins two replicas, which this version does not under DeepSpeed: take another"
-        )
 
 
 def check_config(chosen: Chosen, config: Mapping[str, Any]) -> None:
@@ -111,7 +105,6 @@ def explain(path: str) -> list[str]:
         return [f'{path} has no key "{KEY}": DeepSpeed runs as without the plugin']
     chosen = read_section(section)
     options = chosen.options
-    check_options(chosen)
     lines = [
         f"{path}: {', '.join(f'{name} {value}' for name, value in options.model_dump(exclude_unset=True).items()) or 'nothing'}"
     ]
@@ -125,13 +118,15 @@ def explain(path: str) -> list[str]:
         check_config(chosen, load_config(path))
         layout = choose_layout(options, 2, chosen.vpp or 2)
         lines.append(f"a PipelineModule is cut into {layout.chunks} stages a rank, laid out {name_model_layout(layout)}")
-        lines.append(f"weight gradients of linears {'wait for their W' if splits_backward(options) else 'are computed in the B'}")
+        lines.append(f"weight gradients {'wait for their W' if splits_backward(options) else 'are computed in the B'}")
+    if options.overlap and not _find(load_config(path), "expert_parallel", "enabled"):
+        lines.append("overlap: no expert_parallel is enabled, so pairs hide only communications that the model itself marks")
     return lines
 
 
 def splits_backward(options: Options) -> bool:
-    """Tell whether linears leave weight gradients to a W."""
-    return options.zero_bubble is not False and (options.family is None or options.family.splits)
+    """Tell whether linears leave weight gradients: to a W, or, in a pair, to behind its next communication."""
+    return options.zero_bubble is not False and (options.overlap or options.family is None or options.family.splits)
 
 
 def _find(config: Mapping[str, Any], section: str, key: str) -> Any:

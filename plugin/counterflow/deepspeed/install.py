@@ -87,7 +87,8 @@ class Installation:
             self.take(seams.EXPERTS)
         if options.schedule is None:
             return named
-        self.take(seams.SCHEDULE, *([seams.ZERO_BUBBLE] if splits_backward(options) else []))
+        due = {seams.ZERO_BUBBLE: splits_backward(options), seams.OVERLAP: options.overlap}
+        self.take(seams.SCHEDULE, *(feature for feature, is_due in due.items() if is_due))
         return named | convert(named["model"], chosen, named["optimizer"], named["model_parameters"])
 
     def _finish(self, options: Options, engine: Any) -> None:

@@ -11,11 +11,13 @@ from counterflow.trainer.seam import check_seams as check_all
 
 CONFIG, SCHEDULE, ZERO_BUBBLE = "DeepSpeed's JSON", "DeepSpeed's schedule", "DeepSpeed's zero bubble"
 EXPERTS = "DeepSpeed's clones of experts"
+OVERLAP = "DeepSpeed's overlapped pairs"
 REMEDIES = {
     CONFIG: "run the script without counterflow",
     SCHEDULE: 'drop "schedule" from the key "counterflow"',
     ZERO_BUBBLE: 'give "zero_bubble": false in the key "counterflow"',
     EXPERTS: 'drop "eplb" from the key "counterflow"',
+    OVERLAP: 'drop "overlap" from the key "counterflow"',
 }
 KNOWN = ("0.19",)
 
@@ -62,6 +64,8 @@ STEPPING = (
             ("clip_fp32_gradients", "extended: clips by the norm of the whole model", ("self",)),
             ("is_first_stage", "extended: asked for the chunk that runs", ("self",)),
             ("is_last_stage", "extended: asked for the chunk that runs", ("self",)),
+            ("_next_batch", "extended: on cross-linked replicas labels are the partner's", ("self",)),
+            ("reset_activation_shape", "extended: the next step announces shapes anew", ("self",)),
             ("_exec_load_micro_batch", "called for each micro-batch", ("self", "buffer_id")),
             ("_exec_forward_pass", "called for each F", ("self", "buffer_id")),
             ("_exec_backward_pass", "called for each B of the last stage", ("self", "buffer_id")),
@@ -77,6 +81,12 @@ SPLITTING = (
         Seam(FUNCTIONS, name, f"pipeline.zero_bubble.split_{name}", (ZERO_BUBBLE,), KNOWN, "weight gradients wait for the W")
         for name in ("linear", "embedding", "conv1d", "conv2d", "conv3d")
     ),
+    Seam("torch", "matmul", "pipeline.zero_bubble.split_matmul", (ZERO_BUBBLE,), KNOWN, "weight gradients wait for the W",
+         alone=True),
+    Seam("torch.autograd", "backward", "pipeline.zero_bubble.split_backward", (ZERO_BUBBLE,), KNOWN,
+         "a backward from a loss may be split in its graph", ("tensors",), alone=True),
+    Seam("torch.Tensor", "register_hook", "pipeline.zero_bubble.split_hooks", (ZERO_BUBBLE,), KNOWN,
+         "the nodes of tensors with hooks run once", ("self", "hook")),
     Seam(ZERO, "process_gradients", None, (ZERO_BUBBLE,), KNOWN,
          "takes a weight's gradient after the W", ("self", "param", "i")),
     Seam("deepspeed.runtime.bf16_optimizer.BF16_Optimizer", "_update_hp_grad", None, (ZERO_BUBBLE,), KNOWN,
@@ -114,7 +124,14 @@ BALANCING = (
          "upstream sums once for each group of parameters, whose number differs by stage", ("self", "tensor", "op")),
 )  # fmt: skip
 
-SEAMS = (*STARTING, *STEPPING, *SPLITTING, *BALANCING)
+PAIRING = (
+    Seam("deepspeed.comm.comm", "all_to_all_single", "pipeline.overlap.hand_over_in", (OVERLAP,), KNOWN,
+         "the other part of a pair computes meanwhile"),
+    Seam("deepspeed.runtime.activation_checkpointing.checkpointing", "get_cuda_rng_tracker", None, (OVERLAP,), KNOWN,
+         "each part of a pair has its own random states"),
+)  # fmt: skip
+
+SEAMS = (*STARTING, *STEPPING, *SPLITTING, *BALANCING, *PAIRING)
 
 
 def find_version() -> str:

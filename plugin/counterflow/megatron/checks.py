@@ -31,6 +31,7 @@ from counterflow.megatron.v_layout.model import is_on_way_back, unwrap
 from counterflow.options import Options
 from counterflow.schedule.families import list_names
 from counterflow.schedule.layouts import LOOPED, STRAIGHT, Layout, V
+from counterflow.trainer.crosslink import require_pairs
 from counterflow.trainer.tables import build_table, choose_layout, count_replicas, name_model_layout
 
 
@@ -310,13 +311,7 @@ def _check_v(args: Any, ranks: int, schedule: str) -> None:
 
 def _check_crosslinked(args: Any, ranks: int, schedule: str) -> None:
     """Refuse what full DualPipe cannot link in pairs, and loaders that would give a rank the wrong replica's labels."""
-    replicas = count_data_ranks(args, ranks)
-    if replicas % 2:
-        raise OptionError(
-            f"--cf-schedule {schedule} cross-links data-parallel replicas in pairs; this run has {replicas} "
-            f"(replicas of {count_model_ranks(args, ranks)} ranks): start an even number of replicas, or choose "
-            + " or ".join(list_names(V, pairs=True))
-        )
+    require_pairs(schedule, count_data_ranks(args, ranks), count_model_ranks(args, ranks))
     if getattr(args, "dataloader_type", None) == "external":
         raise OptionError(
             f"--cf-schedule {schedule} computes each loss in the partner replica and reads the labels there: "

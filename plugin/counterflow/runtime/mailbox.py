@@ -16,14 +16,17 @@ from counterflow.runtime.lowering import Program, Transfer
 from counterflow.runtime.messages import (
     HEADER_SIZE,
     MAX_MEMBERS,
+    Announced,
     Form,
     Member,
     Message,
     describe_form,
     describe_message,
+    list_members,
     read_header,
     write_header,
 )
+from counterflow.schedule.dependencies import Result
 
 # The tags of one message: the first is the header's, then one for each member.
 TAGS = 1 + MAX_MEMBERS
@@ -138,16 +141,21 @@ class Mailbox:
     """The transfers of one rank during one run of its program.
 
     ``form`` describes every stage's output, and so the gradients of it; None if even the number of members varies. If a shape
-    varies, each message is sent with a header before it, and nothing is received ahead, since the header has the sizes.
+    varies, each message is sent with a header before it, and nothing is received ahead, since the header has the sizes. With
+    `Announced` that is so in its first run alone.
 
     The CPU platform's torch-function mode costs more than the calls that are made here, so it is off in them.
     """
 
-    def __init__(self, channels: Channels, form: Form | None, device: torch.device) -> None:
+    def __init__(self, channels: Channels, form: Form | Announced | None, device: torch.device) -> None:
+        self._announced = form if isinstance(form, Announced) else None
+        form = None if isinstance(form, Announced) else form
         if form is not None and len(form) > MAX_MEMBERS:
             raise ScheduleError(f"messages of {len(form)} tensors given; at most {MAX_MEMBERS}")
         self._channels, self._form, self._device = channels, form, device
         self._is_fixed = form is not None and all(member.shape is not None for member in form)
+        if self._announced is not None:
+            self._is_fixed = self._announced.is_complete
         outputs = list(enumerate(form or ()))
         # The members that are sent of a message whose form is known: every output, and the gradients that are wanted.
         self._travels = {"F": outputs, "B": [(index, member) for index, member in outputs if member.returns]}
@@ -165,7 +173,7 @@ class Mailbox:
         """Post receives, so that their senders find them open."""
         for transfer in transfers:
             if self._is_fixed:
-                self._posted[transfer.tag] = self._start_receives(transfer, self._travels[transfer.message.kind])
+                self._posted[transfer.tag] = self._start_receives(transfer, self._list_sent(transfer.message))
             else:
                 self._expected.setdefault(transfer.peer, deque()).append(transfer)
 
@@ -175,7 +183,8 @@ class Mailbox:
         A member of an output needs a gradient if the sender's did, and none if gradients are off.
         """
         if self._is_fixed:
-            message = self._finish_receives(transfer, self._posted.pop(transfer.tag), len(self._travels["F"]))
+            count = len(self._travels["F"]) if self._announced is None else self._announced.count(transfer.message)
+            message = self._finish_receives(transfer, self._posted.pop(transfer.tag), count)
         else:
             while transfer.tag not in self._taken:
                 coming = self._expected[transfer.peer].popleft()
@@ -194,6 +203,8 @@ class Mailbox:
                 len(message) != len(self._form) or not all(self._fits(message[index], wanted) for index, wanted in travels)
             ):
                 self._refuse(transfer, message)
+            if self._announced is not None:
+                self._announced.require_like(transfer.message, list_members(message))
             if not self._is_fixed:
                 self._start_send(torch.tensor(write_header(message), device=self._device), transfer, HEADER)
             for index, _ in travels if self._form is not None else enumerate(message):
@@ -206,6 +217,8 @@ class Mailbox:
         """Wait until everything sent has left."""
         for tag in list(self._sent):
             self._let_go(tag)
+        if self._announced is not None:
+            self._announced.is_complete = True
 
     @property
     def waiting(self) -> Waiting | None:
@@ -231,12 +244,18 @@ class Mailbox:
             f"the pipeline sends {describe_form(self._form)}: all stages must agree on it"
         )
 
+    def _list_sent(self, message: Result) -> list[tuple[int, Member]]:
+        """Return the members that are sent of a message whose form is known."""
+        return self._travels[message.kind] if self._announced is None else self._announced.list_sent(message)
+
     def _receive_announced(self, transfer: Transfer) -> Message:
         """Receive a header, then the members that it announces."""
         ((_, header, work, _),) = self._start_receives(transfer, [(HEADER, Member((HEADER_SIZE,), torch.int64))])
         self._waiting = transfer, HEADER
         work.wait(*self._limit)
         announced = read_header(header.tolist())
+        if self._announced is not None:
+            self._announced.require_like(transfer.message, announced)
         if self._form is not None and (
             len(announced) != len(self._form)
             or any(one and one.dtype != wanted.dtype for one, wanted in zip(announced, self._form, strict=True))

@@ -4,12 +4,16 @@ An F sends its stage's output to the next stage. An I or B sends back the gradie
 member that needs no gradient, such as a mask, has None there, and nothing is sent for it. A single tensor is a tuple of one.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from counterflow.errors import ScheduleError
+from counterflow.schedule.dependencies import Result
 
+# Runs a backward from roots and their gradients; tells whether it has.
+Start = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], bool]
 Message = tuple[torch.Tensor | None, ...]
 """The members of one message; () where there is nothing to receive: the first stage's input, the last one's gradient."""
 
@@ -48,17 +52,54 @@ Form = tuple[Member, ...]
 """The members of every stage's output: the same on all ranks, and between all stages."""
 
 
+class Announced:
+    """What each stage hands on and gives back, by its first message: the headers of one run say it, later runs send none.
+
+    It is for programs whose stages each hand on tensors of their own, the same for every micro-batch. A mailbox notes and reads
+    them. A message that differs is refused; ``remedy`` says what allows it. All ranks have to take an empty one in the same runs.
+    """
+
+    def __init__(self, remedy: str) -> None:
+        self._remedy = remedy
+        self._first: dict[tuple[str, int], list[Member | None]] = {}
+        self.is_complete = False
+
+    def list_sent(self, message: Result) -> list[tuple[int, Member]]:
+        """Return the members that are sent of a message, each with its place."""
+        return [(index, member) for index, member in enumerate(self._first[message[:2]]) if member is not None]
+
+    def count(self, message: Result) -> int:
+        """Return how many members a message has, missing ones too."""
+        return len(self._first[message[:2]])
+
+    def require_like(self, message: Result, members: list[Member | None]) -> None:
+        """Note the members of a stage's first message; raise `ScheduleError` for a later one with others."""
+        first = self._first.setdefault(message[:2], members)
+        if members != first:
+            what = "gradients of " if message.kind == "B" else ""
+            now, before = (", ".join(map(str, them)) for them in (members, first))
+            raise ScheduleError(
+                f"stage {message.stage} gave {what}{now} for micro-batch {message.microbatch} and {before} before: {self._remedy}"
+            )
+
+
+def list_members(message: Message) -> list[Member | None]:
+    """Return the members of a message; ``gradient`` says whether one needs a gradient."""
+    return [one if one is None else Member(tuple(one.shape), one.dtype, one.requires_grad) for one in message]
+
+
 def share(message: Message) -> Message:
     """Return the message for a stage on the same rank: tensors with the same storage, detached from the autograd graph."""
     with torch._C.DisableTorchFunction():
         return tuple(None if member is None else member.detach().requires_grad_(member.requires_grad) for member in message)
 
 
-def run_backward(inputs: Message, outputs: Message, gradients: Message) -> Message:
+def run_backward(inputs: Message, outputs: Message, gradients: Message, start: Start | None = None) -> Message:
     """Run a stage's backward from the gradients of its outputs; return its inputs' gradients, None for an input without one.
 
     Only outputs that have a gradient take part. Without ``gradients`` the outputs are losses, each with the gradient 1. The data
-    of outputs may have been freed. Raises `ScheduleError` if the gradients do not fit the outputs.
+    of outputs may have been freed. ``start`` may run the backward in place of autograd. Raises `ScheduleError` if the gradients
+    do not fit the outputs.
     """
     if gradients and len(gradients) != len(outputs):
         raise ScheduleError(f"the next stage gave {len(gradients)} gradients back; it was sent {len(outputs)} tensors")
@@ -71,7 +112,7 @@ def run_backward(inputs: Message, outputs: Message, gradients: Message) -> Messa
             raise ScheduleError(f"the next stage gave a {gradient.dtype} gradient of member {index}, which is {output.dtype}")
         roots.append(output)
         starts.append(gradient)
-    if roots:
+    if roots and not (start is not None and start(roots, starts)):
         # Not torch.autograd.backward, which compares shapes with outputs that may have been freed.
         torch.autograd.Variable._execution_engine.run_backward(
             tuple(roots), tuple(starts), False, False, (), allow_unreachable=True, accumulate_grad=True

@@ -7,19 +7,29 @@ reductions and the optimizer step follow, as upstream's own instructions.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from counterflow.deepspeed.pipeline.overlap import list_carried
 from counterflow.deepspeed.pipeline.work import DeepSpeedWork
-from counterflow.deepspeed.pipeline.zero_bubble import note_weights
+from counterflow.deepspeed.pipeline.zero_bubble import split_model
 from counterflow.deepspeed.section import speak_json
 from counterflow.deepspeed.state import chunks_of
 from counterflow.errors import CounterflowError
 from counterflow.options import AUTO
+from counterflow.runtime.messages import Announced
+from counterflow.trainer.crosslink import Partner, link_pipelines
 from counterflow.trainer.pipeline import Pipeline
+from counterflow.trainer.tables import choose_layout, count_replicas
+
+# Where DeepSpeed sends shapes once, so do tables.
+REMEDY = (
+    "make the PipelineModule with dynamic_shape=True, or call reset_activation_shape() of the engine on every rank before a step "
+    "with other shapes"
+)
 
 
 class Step(NamedTuple):
@@ -70,28 +80,45 @@ def make_engine_class(base: Any) -> Any:
         def __init__(self, *args: Any, model: Any, **kwargs: Any) -> None:
             # While upstream connects ranks, first and last stage mean the first and last rank.
             self._chunks, self._is_connecting = chunks_of[model], True
-            self._stage: int | None = None
+            self.running_stage: int | None = None
+            self._announced: dict[tuple[int, bool], Announced] = {}
             super().__init__(*args, model=model, **kwargs)
             self._is_connecting = False
             # Messages go whole, so that they may have any members.
             self.is_pipe_partitioned = self.is_grad_partitioned = False
             chunks = self._chunks
             group = self.grid.get_pipe_parallel_group()
-            self._pipeline = Pipeline(chunks.chosen.options, group, chunks.layout.chunks, self.device)
+            replicas = self.grid.get_data_parallel_group()
+            link = partial(link_pipelines, replicas=replicas)
+            carried = list_carried(self) if chunks.chosen.options.overlap else ()
+            self._pipeline = Pipeline(chunks.chosen.options, group, chunks.layout.chunks, self.device, link, carried)
+            # On a rank with both ends of cross-linked replicas: the one to which this replica's losses go, and the micro-batches
+            # that are still to be loaded, by stage.
+            self._partner: Partner | None = None
+            self._dealt: dict[int | None, list[Any]] = {}
+            self._is_linked = count_replicas(choose_layout(chunks.chosen.options, self.num_stages, chunks.layout.chunks)) > 1
+            if self._is_linked and chunks.holds(0):
+                self._partner = Partner(replicas, self._pipeline.timeout)
             if chunks.chosen.options.schedule != AUTO:
                 # What the table refuses is refused before the first step.
                 self._pipeline.choose_table(self.micro_batches, 1)
-            note_weights(self.optimizer)
+            split_model(self)
 
         @contextmanager
         def run_stage(self, stage: int) -> Iterator[None]:
             """Let the engine and the model be of one stage inside the block."""
-            before, self._stage = self._stage, stage
-            self.module.activate(self._chunks.stages.index(stage))
+            before = self.running_stage
+            self.set_stage(stage)
             try:
                 yield
             finally:
-                self._stage = before
+                self.running_stage = before
+
+        def set_stage(self, stage: int | None) -> None:
+            """Let the engine and the model be of one stage, or of none in particular."""
+            self.running_stage = stage
+            if stage is not None:
+                self.module.activate(self._chunks.stages.index(stage))
 
         def is_first_stage(self) -> bool:
             """Tell whether the stage that runs, or else one on this rank, is the first."""
@@ -104,7 +131,7 @@ def make_engine_class(base: Any) -> Any:
         def _is_stage(self, stage: int, rank: int) -> bool:
             if self._is_connecting:
                 return bool(self.stage_id == rank)
-            return self._chunks.holds(stage) if self._stage is None else self._stage == stage
+            return self._chunks.holds(stage) if self.running_stage is None else self.running_stage == stage
 
         def _loss_stage_global_rank(self) -> int:
             return int(self.grid.stage_to_global(self._chunks.layout.rank_of[self._chunks.layout.last_stage]))
@@ -128,15 +155,45 @@ def make_engine_class(base: Any) -> Any:
         def _run(self, step: Step) -> None:
             number = self.global_steps + 1
             self.fwd_outputs: list[Any] = []
-            work = DeepSpeedWork(self, self._chunks, step.microbatches, is_evaluation=step.is_evaluation)
+            self._due, self._dealt = step.microbatches, {}
+            work = DeepSpeedWork(
+                self, self._chunks, step.microbatches, is_evaluation=step.is_evaluation, is_linked=self._is_linked
+            )
             table = self._pipeline.choose_table(step.microbatches, number, forward_only=step.is_evaluation)
             program = self._pipeline.prepare(table, None, forward_only=step.is_evaluation)
+            form = None
+            if not self.dynamic_shape:
+                form = self._announced.setdefault((table.digest, step.is_evaluation), Announced(REMEDY))
             if step.is_evaluation:
-                self._pipeline.evaluate(program, work, None, number)
-                return
-            self._pipeline.train(program, work, None, number)
-            self._exec_reduce_tied_grads()
-            self._exec_reduce_grads()
-            self._exec_optimizer_step()
+                self._pipeline.evaluate(program, work, form, number)
+            else:
+                self._pipeline.train(program, work, form, number)
+            if self._partner is not None:
+                self._swap_losses(self._partner)
+            if not step.is_evaluation:
+                self._exec_reduce_tied_grads()
+                self._exec_reduce_grads()
+                self._exec_optimizer_step()
+
+        def reset_activation_shape(self) -> None:
+            """Let the next step announce shapes anew."""
+            super().reset_activation_shape()
+            self._announced.clear()
+
+        def _next_batch(self) -> Any:
+            if self._partner is None:
+                return super()._next_batch()
+            if not self._dealt:
+                # Its labels are needed by the partner, whose labels are needed here.
+                drawn = [super(TableEngine, self)._next_batch() for _ in range(self._due)]
+                labels = self._partner.swap([batch[1] for batch in drawn])
+                self._dealt = {0: drawn[::-1], self._chunks.layout.last_stage: [(None, label) for label in labels[::-1]]}
+            return self._dealt[self.running_stage].pop()
+
+        def _swap_losses(self, partner: Partner) -> None:
+            """Give the partner the losses and outputs of its micro-batches, which this rank's last stage computed."""
+            names = ("total_loss", "total_additional_losses", "fwd_outputs", "outputs")
+            for name, value in zip(names, partner.swap([getattr(self, name) for name in names], self.device), strict=True):
+                setattr(self, name, value)
 
     return TableEngine

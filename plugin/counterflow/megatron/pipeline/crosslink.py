@@ -1,16 +1,6 @@
-"""Full DualPipe: two data-parallel replicas, each laid out as a V, cross-linked into one pipeline.
+"""The data of cross-linked replicas (`counterflow.trainer.crosslink`): chunk 1 reads the partner's.
 
-A micro-batch that enters at replica A turns in replica B: A's ranks run its stages on the way there, B's those on the way
-back, and its loss ends on B's first pipeline rank. B's micro-batches turn in A at the same time::
-
-    replica A   rank 0: 0 3    rank 1: 1 2      stages; A's chunk 0 and B's chunk 1 run A's micro-batches,
-    replica B   rank 0: 0 3    rank 1: 1 2      B's chunk 0 and A's chunk 1 run B's
-    table       A.0  A.1  B.1  B.0              ranks 0 to 3 of the bidirectional layout
-
-The replicas hold the same stages, as any two data-parallel peers do, so parameters, gradients, norms, optimizer shards and
-checkpoints are Megatron's own. Two things differ: activations go to the partner's ranks (`link_pipelines`), and chunk 1 runs the
-partner's micro-batches. So its data iterators are built as on the partner's data-parallel rank (`read_partners_data`), and no
-label is ever sent.
+Its data iterators are built as on the partner's data-parallel rank, so no label is ever sent.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,38 +8,15 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from counterflow.megatron.v_layout.model import is_for_way_back
+from counterflow.trainer import crosslink
 
 
 def find_partner() -> int:
-    """Return the data-parallel rank of the replica that this one is cross-linked with.
-
-    It is half of all replicas away. Expert-parallel groups cover neighbouring ranks, so with an even number of
-    expert-data-parallel replicas a group's ranks are all in A's or all in B's. With an odd number some groups have ranks of both.
-    Their all-to-alls still match, because the two ranks of a pair run the same stages in the same order
-    (`counterflow.trainer.tables`).
-    """
-    group = parallel_state.get_data_parallel_group()
-    return int(group.rank() + group.size() // 2) % int(group.size())
-
-
-def link_pipelines(pipeline: list[int]) -> tuple[list[int], int]:
-    """Return the global ranks of the table's ranks, and this rank's place among them.
-
-    ``pipeline`` lists the global ranks of this replica's own pipeline. The replica with the lower data-parallel rank is A. A's
-    pipeline ranks are the first half of the table's ranks, B's in reverse order the second half.
-    """
-    group = parallel_state.get_data_parallel_group()
-    replicas, partner = dist.get_process_group_ranks(group), find_partner()
-    # Megatron deals ranks in a regular grid: the partner's pipeline is as far away at every pipeline rank.
-    distance = replicas[partner] - replicas[group.rank()]
-    others = [rank + distance for rank in pipeline]
-    first, second = (pipeline, others) if group.rank() < partner else (others, pipeline)
-    linked = first + second[::-1]
-    return linked, linked.index(dist.get_rank())
+    """Return the data-parallel rank of the replica that this one is cross-linked with."""
+    return crosslink.find_partner(parallel_state.get_data_parallel_group())
 
 
 @contextmanager

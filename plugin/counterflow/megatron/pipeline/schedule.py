@@ -10,6 +10,7 @@ from types import NoneType
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules as upstream
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -18,7 +19,6 @@ from megatron.core.utils import get_model_config
 from counterflow.devices import find_device
 from counterflow.errors import OptionError
 from counterflow.megatron.loop import number_iteration
-from counterflow.megatron.pipeline.crosslink import link_pipelines
 from counterflow.megatron.pipeline.gradient_sync import GradientSync
 from counterflow.megatron.pipeline.work import MegatronWork, Step, move_to_last_rank
 from counterflow.megatron.pipeline.zero_bubble import watch_reductions
@@ -29,6 +29,7 @@ from counterflow.runtime.handover import Carried
 from counterflow.runtime.lowering import Program
 from counterflow.runtime.messages import Form, Member
 from counterflow.schedule.layouts import V
+from counterflow.trainer.crosslink import link_pipelines
 from counterflow.trainer.pipeline import Pipeline
 from counterflow.trainer.tables import name_model_layout
 
@@ -80,7 +81,7 @@ class PipelineSchedule:
 
         if self._pipeline is None:
             carried = self._list_carried()
-            self._pipeline = Pipeline(self._options, groups.pp, len(chunks), device, link_pipelines, carried)
+            self._pipeline = Pipeline(self._options, groups.pp, len(chunks), device, _link_pipelines, carried)
         pipeline, iteration = self._pipeline, number_iteration(self._training_steps, forward_only=forward_only)
         group = getattr(config, "microbatch_group_size_per_vp_stage", None)
         table = pipeline.choose_table(num_microbatches, iteration, forward_only=forward_only, group=group)
@@ -133,3 +134,7 @@ class PipelineSchedule:
 
     def _make_sync(self, step: Step, pipeline: Pipeline) -> GradientSync:
         return GradientSync(step.config, step.chunks, step.table, pipeline.rank, forward_only=step.forward_only)
+
+
+def _link_pipelines(pipeline: list[int]) -> tuple[list[int], int]:
+    return link_pipelines(pipeline, parallel_state.get_data_parallel_group())
