@@ -1,6 +1,6 @@
 # make train and make test do everything, each from nothing; make check is the loop while editing (docs/testing.md).
 .PHONY: help setup train test check test-unit test-ranks nightly lint docs doctor
-.PHONY: bench-runtime bench-handover bench-auto bench-balance bench-eplb bench-analyze clean
+.PHONY: bench-runtime bench-handover bench-auto bench-balance bench-eplb bench-analyze bench-plan clean
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 
@@ -28,6 +28,7 @@ help:
 	@echo "make bench-balance  measure the balancer: balancedness, traffic, speed, growth (ARGS=\"speed --eplb FILE\")"
 	@echo "make bench-eplb  measure expert balancing in training: exactness, balance, overhead (ARGS=\"overhead\")"
 	@echo "make bench-analyze  measure the analyser of traces: agreement, invariance, time and memory (ARGS=\"cost --gigabytes 2\")"
+	@echo "make bench-plan  score the planner on published runs (ARGS=\"--held-out\"), or on CPU ranks (ARGS=cpu)"
 	@echo "make docs    build the docs as a site in site/, API pages included"
 	@echo "make doctor  say what is installed and whether it fits"
 	@echo "make setup   only make .venv and install; the others do it where it is missing"
@@ -67,6 +68,7 @@ nightly: setup
 	@$(BIN)/python -m benchmarks.equality
 	@$(BIN)/python -m benchmarks.hybrid
 	@$(BIN)/python -m benchmarks.te
+	@$(BIN)/python -m benchmarks.deepspeed
 	@$(BIN)/python -m benchmarks.pairs
 	@$(BIN)/python -m benchmarks.works_with
 
@@ -96,6 +98,9 @@ bench-balance: setup
 
 bench-analyze: setup
 	@$(BIN)/python -m benchmarks.analyze $(ARGS)
+
+bench-plan: setup
+	@$(BIN)/python -m benchmarks.plan $(ARGS)
 
 bench-eplb: setup
 	@$(BIN)/python -m benchmarks.expert_balancing $(ARGS)

@@ -20,9 +20,11 @@ import numpy as np
 
 from counterflow.arrays import Array
 from counterflow.balance import (
+    WORKLOADS,
     Placement,
     make_cluster,
     make_home_placement,
+    make_workload,
     measure_balancedness,
     plan_clones,
     plan_homes,
@@ -35,6 +37,8 @@ from counterflow.balance import (
     split_tokens,
     sum_by_rank,
 )
+from counterflow.balance.costs import HOME, Costs
+from counterflow.balance.exact import FREE, add_shared_slots, plan_exact
 from counterflow.balance.files.loads import read_trace
 from counterflow.balance.reference import solve_split, solve_traffic
 
@@ -320,12 +324,70 @@ def sort_columns(loads: Array, random: np.random.Generator) -> float:
     return float(loads.sum(1).max())
 
 
+def measure_workloads(given: argparse.Namespace) -> None:
+    """Replay the nine kinds and the recording under exact and automatic plans, steps of 8 micro-batches, beside what is asked."""
+    cases: list[tuple[str, Array, int, int, int, dict[str, tuple[float, float]]]] = []
+    for experts, ranks, nodes in ((64, 8, 1), (128, 16, 2)):
+        for kind in WORKLOADS:
+            drifts = kind == "drift"
+            asked = {"exact": (0.99, 0.97) if drifts else (0.995, 0.985), "auto": (0.985, 0.96) if drifts else (0.99, 0.97)}
+            for seed in range(given.seeds):
+                counts = make_workload(kind, 160, 2, experts, ranks, seed=seed)
+                cases.append((f"{kind}, {ranks} ranks on {nodes} nodes, seed {seed}", counts, ranks, nodes, 8, asked))
+    if given.trace.exists():
+        cases.append((given.trace.name, read_trace(given.trace), 8, 1, 1, {"auto": (0.995, 0.985)}))
+    for name, counts, ranks, nodes, interval, asked in cases:
+        exact = 0.0
+        for plan, (mean, p5) in asked.items():
+            done = replay_trace(counts, ranks, 1, interval, nodes, None if interval == 1 else 48, plan)
+            assert done.account is not None
+            scores = done.balancedness["counterflow"]
+            low = np.percentile(scores, 5)
+            missed = "" if scores.mean() >= mean and low >= p5 else " MISSED"
+            tiers = {tier: float(sums.sum()) for tier, sums in done.account.sum_bytes().items()}
+            early = float(done.account.early.sum()) * HOME * done.account.costs.expert_bytes
+            sent = sum(tiers.values())
+            exact = sent if plan == "exact" else exact
+            part = f"; {sent / exact:.3f} of exact's, {(sent + early) / exact:.3f} with early homes" if exact else ""
+            print(
+                f"{name}, {plan}: {scores.mean():.4f} {low:.4f}, asked {mean} {p5}{missed}; "
+                f"force-balanced {done.account.share_of_ideal('counterflow'):.4f}; MB a layer and micro-batch: "
+                + ", ".join(f"{tier} {total / scores.size / 1e6:.0f}" for tier, total in tiers.items())
+                + part,
+                flush=True,
+            )
+
+
+def measure_exact(given: argparse.Namespace) -> None:
+    """Time one layer's exact plan at DeepSeek-V3's size, its split included, and say how balanced it is."""
+    placement, shared = add_shared_slots(make_home_placement(1, EXPERTS, RANKS, 0, NODES), 1)
+    for sigma in SIGMAS:
+        shares = np.minimum(np.random.default_rng(0).lognormal(0, sigma, (LAYERS, EXPERTS)), 8.0 * EXPERTS)
+        shares = np.minimum(shares / shares.sum(1, keepdims=True), 1 / 8)
+        counts = [np.rint(row * 4096 * 8 * RANKS).astype(np.int64)[None] for row in shares]
+        for name, prices in (("free", FREE), ("priced", Costs().price_clones(RANKS))):
+            plans = [plan_exact(row, placement, shared, prices) for row in counts]
+            spent = time_in_turns({name: partial(run_each, plan_exact, [(row, placement, shared, prices) for row in counts])})
+            scores = measure_balancedness(np.stack([sum_by_rank(plan.tokens, placement.cluster)[0] for plan in plans]))
+            clones = [
+                sum(int(row.sum()) for row in side) / LAYERS
+                for side in zip(*((plan.near, plan.far) for plan in plans), strict=True)
+            ]
+            print(
+                f"sigma {sigma}, {name}: {1e6 * spent[name] / LAYERS:.0f} us a layer; balancedness {scores.mean():.4f} "
+                f"{np.percentile(scores, 5):.4f}; clones a layer {clones[0]:.1f} in node, {clones[1]:.1f} across",
+                flush=True,
+            )
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "recorded": measure_recorded,
     "drifting": measure_drifting,
     "placement": measure_placement,
     "split": measure_split,
     "homes": measure_homes,
+    "workloads": measure_workloads,
+    "exact": measure_exact,
     "speed": measure_speed,
     "growth": measure_growth,
 }

@@ -116,6 +116,11 @@ class Contestant(ABC):
     name: str
     table: ScheduleTable
 
+    @property
+    def chunks(self) -> int:
+        """In how many chunks a rank's share of the model is cut; where two replicas share ranks, each has half of the ranks."""
+        return (self.table.layout.last_stage + 1) // self.table.ranks
+
     @abstractmethod
     def step(self) -> None:
         """Run one step on this rank."""

@@ -1,6 +1,6 @@
 """How close the runtime comes to what the simulator promises, and to others: ``make bench-runtime``.
 
-Four CPU ranks, stages that sleep; this project's runtime, torch's schedules and Megatron's turn by turn in one run
+Four CPU ranks, stages that sleep; this project's runtime, torch's schedules, Megatron's and DeepSpeed's turn by turn in one run
 (`contestants`). Prints a table and the figures that are asked for; writes measured.json, records and pictures.
 """
 
@@ -22,7 +22,8 @@ from counterflow.schedule import Costs, build, load_record, simulate
 from ranks import RankError, start_ranks
 from tests.support import ROOT
 
-OURS, ADAPTER = "counterflow", "adapter"
+# This project's bare runtime, under Megatron's contract, and in DeepSpeed's engine.
+OURS, ADAPTER, KEY = "counterflow", "adapter", "key"
 # Of the simulated makespan, the best of all steps, per milliseconds that an F sleeps.
 MOST_OVER_SIMULATION = {20.0: 1.04, 5.0: 1.10}
 LEAST_SAVED = (
@@ -33,6 +34,8 @@ LEAST_SAVED = (
 # The same schedule through Megatron's forward-backward contract: of the bare runtime's step, and shorter than Megatron's own.
 MOST_OVER_BARE = {20.0: 1.01, 5.0: 1.04}
 LEAST_SAVED_BY_ADAPTER = {20.0: 0.07, 5.0: 0.08}
+# In DeepSpeed's engine: over the simulated makespan.
+MOST_OVER_SIMULATION_BY_KEY = {20.0: 1.03}
 MOST_EXECUTOR_SECONDS = 100e-6
 PIPED_WIDTH = 150
 
@@ -89,6 +92,7 @@ def judge(results: list[Result], executor: list[dict[str, Any]]) -> Iterator[Fig
             measured = f"{saved:.1%} (medians {1 - mine.median / theirs.median:.1%})"
             yield Figure(f"{name} faster than {other}, {milliseconds:g} ms", f">= {least:.0%}", measured, saved >= least)
     yield from _judge_adapter(of)
+    yield from _judge_key(of)
     worst = max(executor, key=lambda found: float(found["thread_median"]))
     mine_us, all_us, wall_us = (1e6 * worst[f"{clock}_median"] for clock in ("thread", "process", "wall"))
     yield Figure(
@@ -115,6 +119,15 @@ def _judge_adapter(of: dict[tuple[str, float], Result]) -> Iterator[Figure]:
             yield Figure(f"{name} faster than megatron VPP 2, {milliseconds:g} ms", f">= {least:.0%}", measured, saved >= least)
 
 
+def _judge_key(of: dict[tuple[str, float], Result]) -> Iterator[Figure]:
+    for (name, milliseconds), result in of.items():
+        if not name.startswith(f"{KEY} ") or milliseconds not in MOST_OVER_SIMULATION_BY_KEY:
+            continue
+        most = MOST_OVER_SIMULATION_BY_KEY[milliseconds]
+        measured = f"{result.ratio:.4f} (median {result.median / result.simulated_makespan:.4f})"
+        yield Figure(f"{name} in DeepSpeed over simulated, {milliseconds:g} ms", f"<= {most:.2f}", measured, result.ratio <= most)
+
+
 def print_results(results: list[Result], figures: list[Figure], console: Console) -> None:
     """Print who took how long, fastest first, then the figures."""
     for seconds in dict.fromkeys(result.seconds for result in results):
@@ -128,7 +141,7 @@ def print_results(results: list[Result], figures: list[Figure], console: Console
             times = (f"{1000 * time:.1f}" for time in (row.best, row.median, row.simulated_makespan))
             ratios = (f"{time / row.simulated_makespan:.4f}" for time in (row.best, row.median))
             bubbles = (f"{share:.1%}" for share in (min(row.bubbles), row.simulated_bubble))
-            grid.add_row(row.name, *times, *ratios, *bubbles, style="bold" if row.name.startswith((OURS, ADAPTER)) else "")
+            grid.add_row(row.name, *times, *ratios, *bubbles, style="bold" if row.name.startswith((OURS, ADAPTER, KEY)) else "")
         console.print(grid, "")
     print_figures(figures, console)
 
@@ -170,7 +183,7 @@ def draw_bars(results: list[Result]) -> str:
         lines.append(f'<text x="10" y="{y}" font-weight="bold">F = I = W = {1000 * seconds:g} ms: best step</text>')
         for result in rows:
             y += row
-            colour, light = ("#1f5fbf", "#a9c6f2") if result.name.startswith((OURS, ADAPTER)) else ("#777777", "#cccccc")
+            colour, light = ("#1f5fbf", "#a9c6f2") if result.name.startswith((OURS, ADAPTER, KEY)) else ("#777777", "#cccccc")
             note = f"{1000 * result.best:.0f} ms, {result.ratio:.3f} of simulated"
             lines += [
                 f'<text x="{left - 8}" y="{y}" text-anchor="end">{escape(result.name)}</text>',
@@ -199,7 +212,9 @@ def measure(given: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, draw; status 1 where a figure is not reached."""
-    parser = argparse.ArgumentParser(description="Compare this project's runtime with its simulator, torch's and Megatron's.")
+    parser = argparse.ArgumentParser(
+        description="Compare this project's runtime with its simulator, torch's, Megatron's and DeepSpeed's."
+    )
     parser.add_argument("--milliseconds", type=float, nargs="+", default=[20.0, 5.0], metavar="T", help="of an F (default: 20 5)")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps of each contestant (default: 10)")
     parser.add_argument("--ranks", type=int, default=4, metavar="P", help="pipeline ranks (default: 4)")

@@ -25,6 +25,7 @@ from benchmarks.contestants import (
     enter_platform,
     list_contestants,
 )
+from benchmarks.deepspeed_contestants import list_deepspeed_contestants
 from counterflow.runtime.executor import run_program
 from counterflow.runtime.lowering import lower
 from counterflow.runtime.mailbox import Channels, Mailbox
@@ -53,7 +54,7 @@ def run_step(contestant: Contestant, number: int, log: SleepLog) -> dict[str, fl
 
 def check_sleeps(contestant: Contestant, size: Size, log: SleepLog) -> None:
     """Raise unless this rank slept one F, one I and one W for each of its (stage, micro-batch)s, as long as it should."""
-    chunks = contestant.table.layout.chunks
+    chunks = contestant.chunks
     slept = Counter(kind for kind, _, _ in log.entries)
     if any(slept[kind] != chunks * size.microbatches for kind in "FIW"):
         raise RuntimeError(f"{contestant.name} slept {dict(slept)}; each is to be {chunks * size.microbatches}")
@@ -65,7 +66,7 @@ def check_sleeps(contestant: Contestant, size: Size, log: SleepLog) -> None:
 def compare(size: Size, rounds: int, channels: Channels, records: Path) -> list[dict[str, Any]]:
     """Let everyone run one step to connect and be checked, then ``rounds`` times one step each, turn by turn."""
     log = SleepLog()
-    contestants = list_contestants(size, log, channels, records)
+    contestants = list_contestants(size, log, channels, records) + list_deepspeed_contestants(size, log)
     for contestant in contestants:
         print(f"{1000 * size.seconds:g} ms, first step of {contestant.name}", flush=True)
         run_step(contestant, 0, log)
@@ -89,7 +90,7 @@ def take_apart(table: ScheduleTable) -> ScheduleTable:
 
 
 def _describe(contestant: Contestant, size: Size, steps: list[dict[str, float]]) -> dict[str, Any]:
-    seconds = size.find_sleep(contestant.table.layout.chunks)
+    seconds = size.find_sleep(contestant.chunks)
     simulated = simulate(take_apart(contestant.table), Costs(seconds, seconds, seconds))
     fastest = min(step["makespan"] for step in steps)
     if fastest < simulated.makespan:

@@ -1,4 +1,4 @@
-"""A DeepSpeed training script: a small transformer on the bytes of a text, as a PipelineModule.
+"""A DeepSpeed training script: a small transformer on the bytes of a text, as a PipelineModule, with experts if asked.
 
 It knows nothing of counterflow: run it alone, or with the plugin on by ``torchrun … -m counterflow.launch pretrain.py …``, where
 the key "counterflow" of its config names a schedule. `train.py` beside it starts it on this machine.
@@ -17,6 +17,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 
 BYTES, WIDTH, HEADS, BLOCKS, LENGTH = 256, 128, 4, 6, 128
+CHOSEN = 2  # experts of a byte
 VALIDATION_PART = 20  # one in so many bytes, the last ones, is not trained on
 
 
@@ -40,13 +41,47 @@ class Places(nn.Module):
         return x + self.places[: x.shape[1]]
 
 
-class Block(nn.Module):
-    """Attention and a feed-forward network, each beside a residual."""
+class Experts(nn.Module):
+    """The weights of all experts of a layer, each a gated feed-forward network."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(count, 4 * WIDTH, WIDTH) * WIDTH**-0.5)
+        self.down_proj = nn.Parameter(torch.randn(count, WIDTH, 2 * WIDTH) * (2 * WIDTH) ** -0.5)
+
+    def run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """Return what one expert makes of x [rows, width]."""
+        gate, up = nn.functional.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
+        return nn.functional.linear(nn.functional.silu(gate) * up, self.down_proj[expert])
+
+
+class Mixture(nn.Module):
+    """A mixture of experts, named and stored as Mixtral's: DeepSpeed's AutoEP replaces it by one that shards the experts."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(WIDTH, count, bias=False), Experts(count)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x [batch, length, width] after the experts of each byte, all of them on this rank."""
+        scores, chosen = nn.functional.softmax(self.gate(x).float(), dim=-1).topk(CHOSEN)
+        scores, result = scores / scores.sum(-1, keepdim=True), torch.zeros_like(x)
+        for expert in range(self.gate.out_features):
+            *place, order = (chosen == expert).nonzero(as_tuple=True)
+            weights = scores[(*place, order)].unsqueeze(-1).to(x.dtype)
+            result = result.index_put(tuple(place), self.experts.run(expert, x[tuple(place)]) * weights, accumulate=True)
+        return result
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward network or a mixture of experts, each beside a residual."""
+
+    def __init__(self, experts: int) -> None:
         super().__init__()
         self.norm, self.mix, self.join = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.feed = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+        self.before = nn.LayerNorm(WIDTH)
+        dense = (nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+        self.mlp = Mixture(experts) if experts else nn.Sequential(*dense)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x [batch, length, width] with what the layer adds."""
@@ -55,7 +90,7 @@ class Block(nn.Module):
         )
         mixed = nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         x = x + self.join(mixed.transpose(1, 2).flatten(2))
-        return x + self.feed(x)  # type: ignore[no-any-return]
+        return x + self.mlp(self.before(x))  # type: ignore[no-any-return]
 
 
 def read_out(words: Words, x: torch.Tensor) -> torch.Tensor:
@@ -68,10 +103,10 @@ def compute_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
-def build_model(stages: int) -> PipelineModule:
+def build_model(stages: int, experts: int) -> PipelineModule:
     """Return the model, whose first and last layer share their weights."""
     first, last = (TiedLayerSpec("words", Words, BYTES, WIDTH, forward_fn=forward) for forward in (None, read_out))
-    layers = [first, LayerSpec(Places), *(LayerSpec(Block) for _ in range(BLOCKS)), LayerSpec(nn.LayerNorm, WIDTH), last]
+    layers = [first, LayerSpec(Places), *(LayerSpec(Block, experts) for _ in range(BLOCKS)), LayerSpec(nn.LayerNorm, WIDTH), last]
     return PipelineModule(layers, num_stages=stages, loss_fn=compute_loss, partition_method="parameters")
 
 
@@ -92,6 +127,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--save", type=Path, required=True, help="checkpoints; an earlier one is resumed")
     parser.add_argument("--steps", type=int, required=True, help="train up to this step")
     parser.add_argument("--stages", type=int, default=2, help="pipeline ranks (default: 2)")
+    parser.add_argument("--experts", type=int, default=0, help="experts of a layer, 0 for a dense model (default: 0)")
     parser.add_argument("--save-interval", type=int, default=50, help="steps between checkpoints (default: 50)")
     parser.add_argument("--eval-interval", type=int, default=25, help="steps between validations (default: 25)")
     parser.add_argument("--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", 0)), help="given by the launcher")
@@ -101,14 +137,14 @@ def parse_arguments() -> argparse.Namespace:
 def train(options: argparse.Namespace) -> None:
     """Train from the last checkpoint up to ``--steps``."""
     torch.manual_seed(1234)
-    model = build_model(options.stages)
+    model = build_model(options.stages, options.experts)
     engine, *_ = deepspeed.initialize(args=options, model=model, model_parameters=[*model.parameters()])
     text = torch.frombuffer(bytearray(options.text.read_bytes()), dtype=torch.uint8)
     held_back = len(text) // VALIDATION_PART
     learned, validation = text[:-held_back], text[-held_back:]
     if (options.save / "latest").exists():
         engine.load_checkpoint(str(options.save))
-    speaks = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+    speaks = torch.distributed.get_rank() == 0
 
     def say(words: str) -> None:
         if speaks:

@@ -1,6 +1,7 @@
 """Train the DeepSpeed example on this machine: prepare the text, start the ranks, show how the model learns.
 
-Run by ``make train TRAINER=deepspeed``. The config is `configs/deepspeed-dense.json` with the schedule that is asked for.
+Run by ``make train TRAINER=deepspeed``. The config is that of `configs/deepspeed-dense.json`, with ``--eplb`` of
+`deepspeed-moe.json`, and the schedule that is asked for.
 """
 
 import argparse
@@ -19,15 +20,18 @@ sys.path.insert(0, str(HERE.parent / "pretrain_moe"))
 from data import MAX_BYTES, list_sources  # noqa: E402
 from ranks import RankError, start_ranks  # noqa: E402
 
-PLAIN = "plain"
+PLAIN, EXPERTS = "plain", 16
 SHOWN = re.compile(r"step +(?P<step>\d+)[/:]")
+# DeepSpeed's own log, in which balancedness stands.
+BALANCED = re.compile(r".*(step=\d+, balancedness: .*)")
 
 
 def parse_arguments() -> argparse.Namespace:
     """Return the example's options."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--schedule", help=f'a schedule, or "{PLAIN}" for DeepSpeed alone (default: that of --config)')
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "deepspeed-dense.json", help="DeepSpeed's JSON")
+    parser.add_argument("--eplb", action="store_true", help=f"train a model of {EXPERTS} experts a layer, hot ones cloned")
+    parser.add_argument("--config", type=Path, help="DeepSpeed's JSON (default: that in configs/)")
     parser.add_argument("--iters", type=int, default=120, help="steps per run (default: 120)")
     parser.add_argument("--ranks", type=int, default=4, help="ranks to start, two pipeline stages (default: 4)")
     parser.add_argument("--platform", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs if each rank has one")
@@ -55,7 +59,8 @@ def prepare_text(directory: Path) -> Path:
 
 def write_config(options: argparse.Namespace) -> Path:
     """Write the config of this run; return its path."""
-    config = json.loads(options.config.read_text())
+    given = options.config or ROOT / "configs" / ("deepspeed-moe.json" if options.eplb else "deepspeed-dense.json")
+    config = json.loads(given.read_text())
     if options.schedule == PLAIN:
         config.pop("counterflow", None)
     elif options.schedule is not None:
@@ -98,7 +103,18 @@ def main() -> None:
     print(f"text: Python's standard library, {text.stat().st_size / 1e6:.0f} million bytes, one token each", flush=True)
     if done:
         print(f"resuming from the checkpoint of step {done}, on to step {target}", flush=True)
-    flags = ["--text", text, "--save", options.dir / "checkpoints", "--steps", target, "--save-interval", options.save_interval]
+    experts = ["--experts", EXPERTS] if "expert_parallel" in json.loads(config.read_text()) else []
+    flags = [
+        *experts,
+        "--text",
+        text,
+        "--save",
+        options.dir / "checkpoints",
+        "--steps",
+        target,
+        "--save-interval",
+        options.save_interval,
+    ]
     launcher = [sys.executable, "-W", "ignore", "-m", "counterflow.launch", str(HERE / "pretrain.py")]
     reached = [done]
 
@@ -106,11 +122,15 @@ def main() -> None:
         if match := SHOWN.match(line):
             reached[0] = int(match["step"])
             print(line, flush=True)
+        elif match := BALANCED.match(line):
+            print(match[1], flush=True)
+        elif line.startswith("counterflow: "):
+            print(line.removeprefix("counterflow: "), flush=True)
 
     try:
-        logs = start_ranks(
-            options.ranks, [*launcher, "--deepspeed_config", str(config), *map(str, flags)], options.dir / "logs", show
-        )
+        command = [*launcher, "--deepspeed_config", str(config), *map(str, flags)]
+        # DeepSpeed logs on the first rank.
+        logs = start_ranks(options.ranks, command, options.dir / "logs", show, speaker=0)
     except RankError as error:
         kept = read_checkpoint(options.dir)
         resume = f"; the checkpoint of step {kept} is whole, run again to resume from it" if kept else ""

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from counterflow.megatron.install import Installation
 
 MEGATRON, DEEPSPEED = "megatron", "deepspeed"
+# What scripts import that train with DeepSpeed without importing it.
+OVER_DEEPSPEED = ("accelerate", "Trainer")
 
 __all__ = ["Options", "__version__", "enable", "find_data_rank", "lay_out_chunks"]
 
@@ -105,7 +107,10 @@ def _enable_deepspeed(values: dict[str, Any], flags: dict[str, Any]) -> Patches:
 
 
 def find_trainer(script: Path) -> str:
-    """Return the trainer of a script: DeepSpeed if it is imported already or the script imports it, and Megatron is not."""
+    """Return the trainer of a script: DeepSpeed if it is imported already or the script imports it, and Megatron is not.
+
+    Accelerate and the Trainer of transformers import DeepSpeed themselves, later.
+    """
     imported = {name for name in (DEEPSPEED, MEGATRON) if name in sys.modules}
     try:
         nodes = list(ast.walk(ast.parse(script.read_bytes())))
@@ -113,7 +118,9 @@ def find_trainer(script: Path) -> str:
         nodes = []
     imported |= {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {(node.module or "").split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
-    return DEEPSPEED if DEEPSPEED in imported and MEGATRON not in imported else MEGATRON
+    froms = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == "transformers"]
+    imported |= {alias.name for node in froms for alias in node.names if alias.name in OVER_DEEPSPEED}
+    return DEEPSPEED if imported & {DEEPSPEED, *OVER_DEEPSPEED} and MEGATRON not in imported else MEGATRON
 
 
 def _find_installation() -> "Installation | DeepSpeedInstallation | None":

@@ -31,3 +31,7 @@ class BalanceError(CounterflowError):
 
 class TraceError(CounterflowError):
     """A profiler trace that cannot be read or analysed."""
+
+
+class PlanError(CounterflowError):
+    """A plan's model, cluster, layout or costs that cannot work, or a file of them that cannot be read."""

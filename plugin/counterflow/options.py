@@ -164,8 +164,7 @@ class Options(_Fields):
         if self.overlap:
             raise ValueError(
                 "--cf-overlap overlaps the pairs of a --cf-schedule and none is given: add --cf-schedule "
-                f"{' or '.join(list_names(pairs=True))}; Megatron's own schedule overlaps with "
-                "--overlap-moe-expert-parallel-comm"
+                f"{' or '.join(list_names(pairs=True))}"
             )
         for name in ("record", "profile", "zero_bubble", "stall_limit"):
             if (value := getattr(self, name)) is not None and not (name == "record" and self.eplb):

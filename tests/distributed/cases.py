@@ -69,6 +69,7 @@ PAIRS = {
     "overlapped pairs, recomputed, shared experts in overlap": [*WHOLE, "--moe-shared-expert-overlap"],
     "overlapped pairs, allgather": ["--moe-token-dispatcher-type", "allgather", *WHOLE],
 }
+PROFILED = ("overlapped pairs, recomputed, shared experts in overlap",)
 # These change the numbers, and to whose; the others must leave plain Megatron's as they are.
 OWN_REFERENCE = {"fp16, dynamic loss scale": "fp16, dynamic loss scale", "bf16": "bf16", "bf16, overlapped pairs": "bf16"}
 
@@ -81,7 +82,7 @@ def list_cases(text: Path, directory: Path) -> list[Case]:
     start = [*TWO_STAGES, *cases.start_from("initial")]
     _add_schedules(cases, start, directory)
     _add_resumed(cases, start)
-    _add_variants(cases, start)
+    _add_variants(cases, start, directory)
     _add_four_stages(cases)
     _add_tied(cases, start)
     _add_multi_token_prediction(cases)
@@ -131,13 +132,14 @@ def _add_resumed(cases: Cases, start: list[str]) -> None:
         cases.add(f"{source} -> {loaded}", TWO_STAGES, flags, cases.resume_from(source, SAVED), steps=RESUMED)
 
 
-def _add_variants(cases: Cases, start: list[str]) -> None:
+def _add_variants(cases: Cases, start: list[str], directory: Path) -> None:
     for variant, flags in VARIANTS.items():
         if variant == OWN_REFERENCE.get(variant):
             cases.add(f"megatron 1f1b, {variant}", start, flags, plugin=False, steps=3)
         cases.add(f"dualpipev, {variant}", start, flags, SCHEDULES["dualpipev"], steps=3)
     for name, flags in PAIRS.items():
-        cases.add(f"dualpipev, {name}", start, ["--cf-overlap"], flags, SCHEDULES["dualpipev"], steps=3)
+        profile = ["--cf-profile", "2", "--cf-record", str(directory / f"profile, {name}")] if name in PROFILED else []
+        cases.add(f"dualpipev, {name}", start, ["--cf-overlap"], flags, profile, SCHEDULES["dualpipev"], steps=3)
     cases.add("dualpipe, overlapped pairs", start, ["--cf-overlap"], SHARDED, DUALPIPE, steps=3)
     cases.add("interleaved, overlapped pairs", start, ["--bf16", "--cf-overlap"], SCHEDULES["interleaved"], steps=3)
     varying = str(Path(__file__).with_name("pretrain_varying.py"))

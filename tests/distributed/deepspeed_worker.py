@@ -149,6 +149,9 @@ def train(
     end, or after step ``save_at``. ``kill`` is a rank, and the step in which it dies. ``load`` are arguments of
     ``load_checkpoint``; steps go on from there.
     """
+    if "fp16" in config:
+        # torch computes it on any CPU; DeepSpeed asks whether the CPU has instructions for it.
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     torch.manual_seed(seed)
     # Where models of different numbers of stages are compared, a layer's weights depend on its place alone.
     # (Upstream seeds only with plain integers, which the method "parameters" does not give.)
@@ -182,7 +185,10 @@ def train(
         if kill is not None and kill == [torch.distributed.get_rank(), step]:
             batches = die(batches)
         loss = engine.train_batch(batches).item()
-        done.append({"iteration": step, "loss": loss, "grad_norm": float(engine.get_global_grad_norm()), "skipped": False})
+        # Plain DeepSpeed at ZeRO-0 in fp32 has no norm.
+        norm, skipped = engine.get_global_grad_norm(), engine.skipped_steps - sum(one["skipped"] for one in done)
+        numbers = {"loss": loss} if norm is None else {"loss": loss, "grad_norm": float(norm)}
+        done.append({"iteration": step, **numbers, "skipped": bool(skipped)})
         if save is not None and step == save_at:
             engine.save_checkpoint(save)
     loss = engine.eval_batch(draw_batches(samples, engine)).item()

@@ -75,7 +75,8 @@ def list_cases(text: Path, directory: Path) -> list[Case]:
     chosen = [PATTERN, f"{FOUR}/*E/*E", "--cf-schedule", "dualpipev"]
     record = ["--cf-record", str(directory / "record, MTP")]
     add("dualpipev, MTP, clones", TWO_STAGES, start, SHARDED, chosen, CLONES[1], record, steps=3)
-    add("dualpipev, MTP, overlapped pairs", TWO_STAGES, start, chosen, ["--cf-overlap"], steps=3)
+    profile = ["--cf-profile", "2", "--cf-record", str(directory / "profile, MTP")]
+    add("dualpipev, MTP, overlapped pairs", TWO_STAGES, start, chosen, ["--cf-overlap"], profile, steps=3)
 
     # What a GPTModel learned goes on as a HybridModel, two layers for each of its blocks.
     gpt = drop_flags([*base, *TWO_STAGES, *EXPERTS_IN_ALL], "--qk-layernorm")

@@ -49,6 +49,11 @@ def make_cases() -> dict[str, dict[str, Any]]:
     for model in ("tuple", "tied"):
         for schedule in (None, "interleaved", "zbv", "dualpipev", "dualpipe"):
             cases[name(model, schedule, SEEDS[0])] = make_case(model, schedule, SEEDS[0])
+    # Two steps are skipped, until the scale fits.
+    fp16 = {"fp16": {"enabled": True, "initial_scale_power": 19, "loss_scale_window": 3, "hysteresis": 1}}
+    for schedule in (None, "zbv", "1f1b"):
+        cases[name("fp16", schedule, 0)] = make_case("dense", schedule, SEEDS[0], **fp16)
+        cases[name("fp16-zero-0", schedule, 0)] = make_case("dense", schedule, SEEDS[0], zero_optimization=make_zero(0), **fp16)
     for schedule in (None, "zb-h1", "zbv"):
         cases[name("mixed", schedule, 0)] = make_case("mixed", schedule, SEEDS[1])
         # DeepSpeed itself says that it switches the first off in a pipeline.
@@ -127,6 +132,7 @@ def test_steps_are_those_of_plain_deepspeed(trained: dict[str, Any], case: str) 
         for mine, theirs in zip(trained[case]["replicas"], plain["replicas"], strict=True):
             assert mine == pytest.approx(theirs, rel=1e-4), "a replica's own losses and logits"
     assert plain["steps"][-2]["loss"] < plain["steps"][0]["loss"] - 0.1, "the model learns nothing: equal losses say nothing"
+    assert any(step["skipped"] for step in plain["steps"]) == (what == "fp16"), "a scale that is too large skips steps, no other"
 
 
 @pytest.mark.parametrize(
@@ -175,9 +181,10 @@ def make_resumptions(folder: Path) -> dict[str, Any]:
     cases["plain"] = make_case("tied", None, seed) | half | {"save": plain}
     cases["zbv"] = make_case("tied", "zbv", seed) | half | {"save": other}
     # Another seed: what is not loaded is not alike by chance.
-    for schedule, where in (("1f1b", plain), ("gpipe", plain), ("dualpipev", other)):
-        cases[f"{schedule} resumes"] = make_case("tied", schedule, seed + 1) | {"load": {"load_dir": where}}
-    for schedule, where in (("dualpipev", plain), ("interleaved", other), (None, other)):
+    for same, where in (("1f1b", plain), ("gpipe", plain), ("dualpipev", other)):
+        cases[f"{same} resumes"] = make_case("tied", same, seed + 1) | {"load": {"load_dir": where}}
+    layouts: tuple[tuple[str | None, str], ...] = (("dualpipev", plain), ("interleaved", other), (None, other))
+    for schedule, where in layouts:
         weights = {"load_dir": where, "load_module_only": True}
         cases[f"weights {schedule}"] = make_case("tied", schedule, seed + 1) | {"load": weights, "steps": 0}
     return cases

@@ -11,6 +11,7 @@ from counterflow.balance.files.recorded import read_record
 from hybrid_cases import CLONED, FAMILIES, GPT_ALONE, MADE_OF_LAYERS, PATTERN, STEPS, TWO, V
 from ranks import start_ranks
 from tests.support.comparing import TOLERANCE, assert_same_steps
+from tests.support.profiled import check_layers
 from tests.support.run_cases import Run, Runs
 from tests.support.training import SHARDED, SMALL, TWO_STAGES, drop_flags
 from train import read_flags
@@ -98,3 +99,8 @@ def test_megatrons_own_pretrain_hybrid_goes_on_under_dualpipev_as_alone(tmp_path
         losses[name] = [float(match[1]) for line in lines if (match := re.search(r"iteration .*lm loss: ([\d.E+-]+)", line))]
     assert losses["dualpipev"] == pytest.approx(losses["alone"], rel=TOLERANCE)
     assert len(losses["dualpipev"]) == 2
+
+
+def test_a_profiled_step_has_the_time_of_each_layer(hybrid_runs: Runs) -> None:
+    directory = hybrid_runs["dualpipev, MTP, overlapped pairs"]["directory"]
+    check_layers(directory / "profile, MTP", [*(str(number) for number in range(1, 9)), "mtp 1", "mtp 2"])

@@ -6,10 +6,11 @@ from statistics import median
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cases import FAMILIES, GROWN, OWN_REFERENCE, PAIRS, RESUMED, SAVED, SCHEDULES, SEARCHED, STEPS, VARIANTS
+from cases import FAMILIES, GROWN, OWN_REFERENCE, PAIRS, PROFILED, RESUMED, SAVED, SCHEDULES, SEARCHED, STEPS, VARIANTS
 from counterflow.schedule import load_record
 from counterflow.schedule.timeline import find_last_step
 from tests.support.comparing import TOLERANCE, assert_same_steps
+from tests.support.profiled import check_layers
 from tests.support.run_cases import Runs
 
 
@@ -243,3 +244,8 @@ def test_recorded_timeline_has_every_action_once(runs: Runs) -> None:
     # The matrices are tiny here; a W without work takes a hundredth of this.
     assert lengths["W"] > 0.02 * lengths["I"], f"a W does no work: {lengths}"
     assert 0 < timeline.bubble < 1
+
+
+@pytest.mark.parametrize("name", PROFILED)
+def test_a_profiled_step_has_the_time_of_each_layer(runs: Runs, name: str) -> None:
+    check_layers(runs[f"dualpipev, {name}"]["directory"] / f"profile, {name}", [str(number) for number in range(1, 5)])

@@ -1,5 +1,7 @@
 """What ``--cf-eplb`` does around Megatron's own calls, without a model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,11 @@ class Model:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
+    @contextmanager
+    def be_at_home(self) -> Iterator[None]:
+        self.calls.append("be_at_home")
+        yield
+
     def __getattr__(self, name: str) -> Any:
         return lambda *args: self.calls.append(name)
 
@@ -37,9 +44,9 @@ def test_loads_are_kept_beside_persistent_checkpoints_alone(balancer: ExpertBala
     # A folder of an iteration that holds loads and no checkpoint would be left in --save.
     save = balancer.wrap_save(lambda *args, **kwargs: None)
     save(4, non_persistent_ckpt=True)
-    assert balancer._model.calls == ["bring_homes_back"]  # type: ignore[union-attr]
+    assert balancer._model.calls == ["be_at_home"]  # type: ignore[union-attr]
     save(5)
-    assert balancer._model.calls[1:] == ["bring_homes_back", "save_loads"]  # type: ignore[union-attr]
+    assert balancer._model.calls[1:] == ["be_at_home", "save_loads"]  # type: ignore[union-attr]
 
 
 def test_evaluation_ends_with_no_weights_under_way(balancer: ExpertBalancer) -> None:

@@ -36,7 +36,7 @@ def run_python(*words: object, **how: Any) -> str:
     command = [sys.executable, "-W", "ignore", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, **how)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return str(done.stdout)
 
 
 def load_module(path: Path) -> ModuleType:

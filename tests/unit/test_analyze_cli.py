@@ -10,9 +10,11 @@ from counterflow.analysis import analyze_trace, read_trace
 from counterflow.analysis.cluster import compare_ranks
 from counterflow.analysis.comparison import compare_devices
 from counterflow.analysis.gains import list_cluster_gains, list_gains
-from tests.support.made_trace import EPOCH, PUBLISHED, Event, make_events, make_kernel, make_range, write_trace
+from tests.support import ROOT
+from tests.support.made_trace import EPOCH, PUBLISHED, Event, make_events, make_kernel, make_launch, make_range, write_trace
 from tests.support.running import check_refusal, run_command
 
+PROFILE = ROOT / "examples" / "profile"
 DISPATCH, NOTIFY = "void deep_ep::internode::dispatch<8>(int)", "void deep_ep::internode::cached_notify<8>(int)"
 
 
@@ -158,3 +160,81 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "again").mkdir()
     same = [str(make_rank(1, 0, 60 + number, tmp_path / folder)) for number, folder in enumerate(("", "again"))]
     check_refusal(["analyze", *same], "hold the same rank (rank 1)", capsys)
+
+
+def test_ranks_that_run_equally_many_are_matched(tmp_path: Path) -> None:
+    """Two groups of two ranks: each waits for its own."""
+    devices = []
+    for rank, (count, length) in enumerate(((2, 30), (2, 10), (3, 8), (3, 5))):
+        events = [make_kernel("ncclDevKernel_AllReduce_Sum", EPOCH + 100 * number, length) for number in range(count)]
+        path = write_trace(tmp_path / f"{rank}.json", events, distributedInfo={"rank": rank, "world_size": 4})
+        devices += analyze_trace(read_trace(path))
+    assert [rank.waiting for rank in compare_ranks(devices)] == [40_000, 0, 9_000, 0]
+
+
+def write_simulation(path: Path, ranks: int, command: Any) -> Path:
+    command("schedule show 1f1b --microbatches 4 --ranks", ranks, "--trace", path)
+    return path
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: Any) -> None:
+    kernels = write_trace(tmp_path / "t.json", [make_kernel("gemm", EPOCH, 5)])
+    two = write_trace(tmp_path / "two.json", [make_kernel("gemm", EPOCH, 5, device=device) for device in (4, 5)])
+    simulated = [write_simulation(tmp_path / f"simulated{ranks}.json", ranks, command) for ranks in (2, 4)]
+    check_refusal(["analyze", str(two), "--against", str(kernels)], "t.json has 1 rank and", capsys)
+    check_refusal(["analyze", str(kernels), "--against", str(simulated[0])], "they have no part in common", capsys)
+    check_refusal(["analyze", str(simulated[1]), "--against", str(simulated[0])], "has 2 ranks and", capsys)
+
+
+def test_a_trace_with_phases_compares_with_a_simulation(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: Any) -> None:
+    simulated = write_simulation(tmp_path / "simulated.json", 2, command)
+    events = make_events(1, 40, devices=(0, 1))
+    found = analyze([write_trace(tmp_path / "t.json", events), "--against", simulated], capsys)["against"]
+    assert len(found) == 2
+    for one in found:
+        assert sum(row["difference_us"] for row in one["parts"]) == pytest.approx(one["step"]["difference_us"], rel=0.02)
+        assert {"F", "I"} <= {row["name"] for row in one["parts"]}
+
+
+def make_chunk(path: Path, dispatch: int) -> Path:
+    """Write a forward, a backward and weight gradients one after the other, a dispatch of so many us exposed in the first two."""
+    events, time = [], EPOCH
+    for number, (name, compute) in enumerate((("mlp(F)", 100), ("mlp(B)", 120), ("mlp(W)", 60))):
+        for kernel, length in (("gemm", compute), *([(DISPATCH, dispatch)] if number < 2 else [])):
+            correlation = len(events) + 1
+            events += [make_kernel(kernel, time, length, 7, correlation=correlation), make_launch(correlation, time)]
+            events.append(make_range(name, time - 1, 2))
+            time += length
+    return write_trace(path, events)
+
+
+def test_pairs_are_assumed_to_hide_what_they_can_where_none_ran(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = analyze([make_chunk(tmp_path / "t.json", 80)], capsys)
+    chunks = found["devices"][0]["chunks"]
+    assert (chunks["pair_overlap"], chunks["perfect_overlap"]) == (1.0, round(280 / 440, 6))
+    (gain,) = found["what_if"]
+    assert (
+        "with overlapped pairs instead of 1f1b" in gain["change"]
+        and "hide all they can (0.64 of their parts)" in gain["assumption"]
+    )
+    assert gain["flags"].endswith("--cf-overlap")
+
+
+def test_what_one_file_cannot_tell_is_said_and_gains_are_ranked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make_chunk(tmp_path / "t.json", 80)
+    (said,) = analyze([path], capsys)["what_if_unknown"]
+    assert said.startswith("no stragglers, balanced experts: give the traces of several ranks")
+    lines = run_text([path, "--html", tmp_path / "p.html"], capsys).splitlines()
+    times = [float(line.split()[0]) for line in lines if " %) " in line]
+    assert len(times) > 1 and times == sorted(times, reverse=True)
+    assert (
+        "no stragglers, balanced experts" in lines[-1] and "no stragglers, balanced experts" in (tmp_path / "p.html").read_text()
+    )
+    plain = write_trace(tmp_path / "u.json", [make_kernel("gemm", EPOCH, 5)])
+    assert any(said.startswith("another schedule: ") for said in analyze([plain], capsys)["what_if_unknown"])
+
+
+def test_a_rank_of_a_pipeline_alone_tells_no_other_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (path,) = sorted(PROFILE.glob("*00000*"))
+    found = analyze([path], capsys)
+    assert found["what_if"] == [] and any("all ranks of a pipeline" in said for said in found["what_if_unknown"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from counterflow.deepspeed import seams
-from counterflow.deepspeed.checks import check_config, check_options, check_run
+from counterflow.deepspeed.checks import check_balancing, check_config, check_experts, check_run, explain
 from counterflow.deepspeed.section import read_config, read_section
 from counterflow.errors import OptionError, SeamError
 from counterflow.trainer.seam import Seam
@@ -52,16 +52,48 @@ def test_configs_that_do_not_fit_a_schedule_are_refused(config: dict[str, Any], 
     assert "\n" not in str(caught.value)
 
 
+EXPERTS = {"expert_parallel": {"enabled": True, "autoep_size": 2}}
+
+
 @pytest.mark.parametrize(
-    ("section", "words"),
+    ("config", "words"),
     [
-        ({"eplb": True}, "eplb: "),
-        ({"schedule": "dualpipev", "overlap": True}, "overlap: "),
+        ({}, "expert_parallel is not enabled"),
+        ({"expert_parallel": {"enabled": False}}, "expert_parallel is not enabled"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage 3"),
+        ({"expert_parallel": {"enabled": True, "comm_backend": "deepep"}}, "comm_backend deepep"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size"),
+        ({"compile": {"deepcompile": True}}, "compile.deepcompile"),
+        ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zero_optimization.zenflow"),
+        ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation"),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
     ],
 )
-def test_what_this_version_does_not_do_is_refused(section: dict[str, Any], words: str) -> None:
+def test_configs_in_which_experts_cannot_be_balanced_are_refused(config: dict[str, Any], words: str, tmp_path: Path) -> None:
+    section = {"eplb": {"rehome_interval": 1}}
+    given = EXPERTS | config if config else {}
+    check_balancing(read_section(section).options, EXPERTS)
+    with pytest.raises(OptionError, match=words) as caught:
+        check_balancing(read_section(section).options, given)
+    assert "\n" not in str(caught.value)
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(given | {"counterflow": section}))
     with pytest.raises(OptionError, match=words):
-        check_options(read_section(section))
+        explain(str(path))
+
+
+def test_doctor_explains_balancing(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(EXPERTS | {"counterflow": {"eplb": {"clones_per_rank": 3}}}))
+    assert "clone slots on a rank in each of AutoEP's layers: 3" in "\n".join(explain(str(path)))
+
+
+@pytest.mark.slow
+def test_layers_that_pad_experts_to_a_capacity_are_refused() -> None:
+    layer = pytest.importorskip("deepspeed.moe.layer")
+    legacy = object.__new__(layer.MoE)
+    with pytest.raises(OptionError, match="pad every expert to the same capacity.*balance cannot help"):
+        check_experts(SimpleNamespace(modules=lambda: [legacy]))
 
 
 def test_vpp_needs_a_schedule() -> None:
@@ -72,7 +104,9 @@ def test_vpp_needs_a_schedule() -> None:
 @pytest.mark.slow
 def test_a_model_or_config_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     pipe = pytest.importorskip("deepspeed.pipe")
-    with pytest.raises(OptionError, match="needs a PipelineModule and the model is a SimpleNamespace: make one"):
+    with pytest.raises(
+        OptionError, match="needs a PipelineModule and the model is a SimpleNamespace: make one.*without a schedule, eplb"
+    ):
         check_run(read_section(SECTION), {}, SimpleNamespace())
     model: Any = object.__new__(type("Model", (pipe.PipelineModule,), {"num_pipeline_stages": lambda self: self.ranks}))
     object.__setattr__(model, "ranks", 1)

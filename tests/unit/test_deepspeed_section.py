@@ -104,6 +104,7 @@ def test_seams_fit_the_installed_deepspeed() -> None:
         (FULL | {"eplb": False}, "cut into 2 stages a rank, laid out v"),
         ({"schedule": "interleaved", "vpp": 3}, "cut into 3 stages a rank, laid out looped"),
         ({"schedule": "1f1b"}, "are computed in the B"),
+        ({"schedule": "dualpipev", "overlap": True}, "no expert_parallel is enabled"),
         ({}, "nothing"),
     ],
 )

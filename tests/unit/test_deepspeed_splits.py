@@ -2,16 +2,14 @@
 
 from collections.abc import Callable
 from typing import Any
-from weakref import ref
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from counterflow.deepspeed.pipeline import zero_bubble
-from counterflow.deepspeed.state import Place, place_of
 from counterflow.runtime.weight_grads import hold_weight_grads
+from counterflow.trainer import splits
 
 LAYERS: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": ("linear", lambda: nn.Linear(6, 5), (3, 4, 6)),
@@ -30,8 +28,8 @@ WHOLE: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-class Optimizer:
-    """Leaves gradients where autograd puts them."""
+def add(weight: torch.Tensor, gradient: torch.Tensor) -> None:
+    weight.grad = gradient if weight.grad is None else weight.grad + gradient
 
 
 def draw_input(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -61,17 +59,16 @@ def run_both(case: tuple[str, Callable[[], nn.Module], tuple[int, ...]], monkeyp
     start = torch.randn_like(layer(given))
     layer(given).backward(start)
     expected = take_gradients(layer, given)
-    optimizer = Optimizer()
-    place_of[layer.weight] = Place(ref(optimizer), 0, 0)
-    monkeypatch.setattr(functional, name, getattr(zero_bubble, f"split_{name}")(getattr(functional, name)))
+    splits.note_weight(layer.weight, add, "deepspeed")
+    monkeypatch.setattr(functional, name, getattr(splits, f"split_{name}")(getattr(functional, name)))
     with hold_weight_grads() as queue:
         layer(given).backward(start)
-    return layer, given, start, expected, queue, optimizer
+    return layer, given, start, expected, queue
 
 
 @pytest.mark.parametrize("case", LAYERS)
 def test_a_weight_gradient_waits_for_the_w(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, given, start, expected, queue, _optimizer = run_both(LAYERS[case], monkeypatch)
+    layer, given, start, expected, queue = run_both(LAYERS[case], monkeypatch)
     assert len(queue) == 1 and layer.weight.grad is None, "the I computed it"
     queue[0]()
     assert_equal(take_gradients(layer, given), expected)
@@ -82,6 +79,6 @@ def test_a_weight_gradient_waits_for_the_w(case: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("case", WHOLE)
 def test_what_cannot_be_split_is_computed_in_the_i(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, given, _, expected, queue, _optimizer = run_both(WHOLE[case], monkeypatch)
+    layer, given, _, expected, queue = run_both(WHOLE[case], monkeypatch)
     assert not queue
     assert_equal(take_gradients(layer, given), expected)

@@ -55,6 +55,22 @@ def test_what_computes_and_what_waits(tmp_path: Path) -> None:
     assert (device.trace.rank, device.trace.form, device.window) == (5, "host", 200_000)
 
 
+def test_layers_of_actions(tmp_path: Path) -> None:
+    """Two layers of an F; a collective runs while the other part of a pair has its layer open, and is its issuer's."""
+    events = [
+        note("(0F0;1B0)OVERLAP_F_B", EPOCH, 200),
+        make_range("counterflow layer 1 (F)", EPOCH + 10, 40), make_operator("aten::mm", EPOCH + 10, 30),
+        make_operator("c10d::alltoall_base_", EPOCH + 45, 4), make_range("gloo:all_to_all", EPOCH + 52, 70, thread=5),
+        make_range("counterflow layer 7 (B)", EPOCH + 51, 99, thread=2), make_operator("aten::mm", EPOCH + 60, 20, thread=2),
+        make_range("gloo:recv", EPOCH + 55, 100, thread=5), make_range("counterflow layer 1 (F)", EPOCH + 150, 20),
+    ]  # fmt: skip
+    device = analyze(write_trace(tmp_path / "t.json", events))
+    found = {(one.name, one.part): (one.compute, one.communication, one.exposed) for one in device.layers}
+    # Of layer 7 from 52 to 122 only the operator from 60 to 80 computes.
+    assert found == {("1", "F"): (60_000, 70_000, 50_000), ("7", "B"): (1000 + 20_000 + 28_000, 0, 0)}
+    assert device.compute.length == (200 - 70 + 20) * 1000
+
+
 def test_a_cpu_trace_without_our_annotations_is_refused(tmp_path: Path) -> None:
     path = write_trace(tmp_path / "t.json", [make_operator("aten::mm", EPOCH, 20), make_range("forward", EPOCH, 30)])
     with refuses("no GPU kernels", TraceError):

@@ -92,13 +92,12 @@ def test_more_than_a_page_can_show_is_refused(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_command_writes_page_picture_and_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    paths = [
-        write_trace(tmp_path / f"{rank}.json", make_events(rank), distributedInfo={"rank": rank, "world_size": 2})
-        for rank in (0, 1)
-    ]
+    about = [{"rank": rank, "world_size": 2} for rank in (0, 1)]
+    names = [tmp_path / f"profile-rank0000{rank}.json.gz" for rank in (0, 1)]
+    paths = [write_trace(names[rank], make_events(rank), distributedInfo=about[rank]) for rank in (0, 1)]
     outputs = {name: tmp_path / f"out.{name}" for name in ("html", "svg", "trace")}
     options = [text for name, path in outputs.items() for text in (f"--{name}", str(path))]
-    code, _, err = run_command(["analyze", *map(str, paths), "--against", str(paths[1]), *options], capsys)
+    code, _, err = run_command(["analyze", *map(str, paths), "--against", str(tmp_path), *options], capsys)
     assert (code, err) == (0, "")
     page = outputs["html"].read_text()
     for words in ("Ranks side by side", "rank 0 GPU 0", "rank 1 GPU 0", "Compared", "What if", "dispatch(F)", "assuming"):

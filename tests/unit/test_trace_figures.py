@@ -13,6 +13,8 @@ import pytest
 from counterflow.analysis import Device, analyze_trace, read_trace
 from counterflow.analysis.figures import describe_device
 from tests.support.made_trace import (
+    COMMUNICATE,
+    COMPUTE,
     EPOCH,
     EXPORTS,
     PUBLISHED,
@@ -20,6 +22,7 @@ from tests.support.made_trace import (
     load_oracle,
     make_events,
     make_kernel,
+    make_launch,
     make_range,
     write_export,
     write_trace,
@@ -198,3 +201,43 @@ def test_kernels_past_the_next_of_their_stream_are_told(tmp_path: Path) -> None:
     device = analyze_events(tmp_path, [make_kernel("gemm", EPOCH, 100), make_kernel("gemm", EPOCH + 40, 100)])
     assert device.clashes == (1, 60_000)
     assert device.compute.length == 140_000
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_layers_are_those_open_where_their_kernels_were_launched(seed: int, tmp_path: Path) -> None:
+    random, events = Random(seed), list[Event]()
+    expected: dict[tuple[str, bool], int] = {}
+    names = ("10 (F)", "9 (B)", "mtp 1 (F)", "9 (W)")
+    # Two threads, a layer open on each; a third has none.
+    for thread in (1, 2):
+        for number in range(20):
+            name = random.choice(names)
+            events.append(make_range(f"counterflow layer {name}", EPOCH + 100 * number, 90, thread))
+            events.append(make_range("stage 1 (F)", EPOCH + 100 * number - 5, 99, thread))
+            length, correlation = random.choice((7, 40)), 1000 * thread + number
+            kernel = random.choice((COMPUTE[0], COMMUNICATE[0]))
+            events.append(make_launch(correlation, EPOCH + 100 * number + 30, thread))
+            # Kernels of one name and layer do not meet: their union is their sum.
+            start = EPOCH + 5000 + 100 * number + 50 * (thread - 1)
+            events.append(make_kernel(kernel, start, length, 7 + thread, correlation=correlation))
+            key = name, kernel == COMMUNICATE[0]
+            expected[key] = expected.get(key, 0) + 1000 * length
+    events += [make_launch(7, EPOCH + 50, 3), make_kernel("gemm", EPOCH + 9000, 30, correlation=7)]
+    device = analyze_events(tmp_path, events)
+    found = {f"{layer.name} ({layer.part})": (layer.compute, layer.communication) for layer in device.layers}
+    assert found == {name: (expected.get((name, False), 0), expected.get((name, True), 0)) for name, _ in expected}
+    assert {phase.name for phase in device.phases} == {"stage 1 (F)"}, "layers are no phases"
+    places = [(layer.name, layer.part) for layer in device.layers]
+    assert places == sorted(places, key=lambda place: (place[0] == "mtp 1", int(place[0].split()[-1]), "FBW".index(place[1])))
+
+
+def test_a_kernel_without_a_launch_has_the_layer_of_its_stream(tmp_path: Path) -> None:
+    layer = {
+        **make_range("counterflow layer 2 (B)", EPOCH, 100),
+        "cat": "gpu_user_annotation",
+        "args": {"device": 0, "stream": 7},
+    }
+    (found,) = analyze_events(
+        tmp_path, [layer, make_kernel("gemm", EPOCH + 10, 20), make_kernel("gemm", EPOCH + 10, 20, 8)]
+    ).layers
+    assert (found.name, found.part, found.kernels, found.compute) == ("2", "B", 1, 20_000)

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import sqlite3
+import tracemalloc
 from decimal import Decimal
 from pathlib import Path
 from random import Random
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from counterflow.analysis import analyze_trace, blocks, events, read_trace, times
+from counterflow.analysis.figures import describe_device
 from counterflow.analysis.intervals import claim, unite
 from counterflow.analysis.times import read_times
 from counterflow.errors import TraceError
@@ -195,3 +198,50 @@ def test_much_of_little_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path.write_bytes(gzip.compress(b'{"a": "' + b"x" * 2**24))
     with refuses("no profiler trace", TraceError):
         read_trace(path)
+
+
+def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.json")
+    for path in (tmp_path / "fifo.json", Path("/dev/zero")):
+        with refuses("no regular file", TraceError):
+            read_trace(path)
+
+
+def test_a_gzip_stream_of_another_checksum_is_used_and_told(tmp_path: Path) -> None:
+    raw = write_trace(tmp_path / "t.json", make_events(5, 3000)).read_bytes()
+    packed = gzip.compress(raw)
+    kernels, _, cut = read_text(tmp_path / "t.json.gz", packed[:-8] + bytes(4) + packed[-4:])
+    assert kernels == 3000 and cut is not None and "gzip stream is broken" in cut and "incorrect data check" in cut
+    kernels, _, cut = read_text(tmp_path / "t.json.gz", packed[: len(packed) // 2] + bytes(1000))
+    assert 1000 < kernels < 2000 and cut is not None and "gzip stream" in cut
+
+
+def test_a_hundred_megabytes_of_zeros_take_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "zeros.json.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(100):
+            file.write(bytes(10**6))
+    tracemalloc.start()
+    with refuses("no profiler trace", TraceError):
+        read_trace(path)
+    assert tracemalloc.get_traced_memory()[1] < 30e6
+    tracemalloc.stop()
+
+
+def test_numbers_that_are_none_are_labels_and_one_device(tmp_path: Path) -> None:
+    place = {"device": float("nan"), "stream": float("inf"), "correlation": float("nan")}
+    events = [make_kernel("gemm", EPOCH + 10 * number, 5) | {"args": place} for number in range(3)]
+    trace = read_trace(write_trace(tmp_path / "t.json", events))
+    assert (trace.devices, trace.streams) == (("NaN",), ("Infinity",))
+    (device,) = analyze_trace(trace)
+    assert device.kernels == 3 and json.dumps(describe_device(device), allow_nan=False)
+
+
+def test_a_view_that_never_ends_is_no_table(tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / "view.sqlite")
+    rows = "with recursive n(start) as (select 1 union all select start + 1 from n) select start, start + 1 as end from n"
+    connection.execute(f"create view CUPTI_ACTIVITY_KIND_KERNEL as {rows}")
+    connection.commit()
+    connection.close()
+    with refuses("without a table", TraceError):
+        read_trace(tmp_path / "view.sqlite")

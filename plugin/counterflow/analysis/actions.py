@@ -3,8 +3,10 @@
 A rank is a device. An action is a kernel of kind ``action``, less the time for which it waited for a communication of its own.
 """
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +31,9 @@ from counterflow.schedule.timeline import Timeline, find_last_step, load_record
 # As families.toml knows them.
 ACTION, COMMUNICATION = "counterflow: action", "counterflow: communication"
 NANOSECONDS = 1e9
-# A communication under way: its name and when, in nanoseconds.
+# A communication under way: its name and when, in nanoseconds. An annotation of a layer has the same form.
 Running = tuple[str, int, int]
+Layers = Sequence[Running]
 
 
 def read_record(path: Path) -> list[Trace]:
@@ -64,10 +67,15 @@ def make_trace(
     path: str,
     form: str,
     rank: int,
+    layers: Sequence[Layers] = ((), ()),
 ) -> Trace:
-    """Return the trace of a rank's actions, of its waits in them and of its communications, in nanoseconds."""
+    """Return the trace of a rank's actions, of its waits in them and of its communications, in nanoseconds.
+
+    ``layers`` are annotations of layers: around what the actions compute, and at the starts of communications.
+    """
     names, work, ranges = Index(), Table(**WORK_TYPES), Table(**RANGE_TYPES)
-    pieces = [(ACTION, *piece) for _, start, end in rows for piece in _cut(start, end, waits)]
+    free = [piece for _, start, end in rows for piece in _cut(start, end, waits)]
+    pieces = [(ACTION, *piece) for piece in _split(free, layers[0])]
     lanes = [0] * len(pieces) + [1] * len(running)
     pieces += running
     fixed = {"device": 0, "what": KERNEL, "process": NONE, "correlation": NONE, "collective": NONE, "group": NONE}
@@ -78,8 +86,9 @@ def make_trace(
         end=[end for _, _, end in pieces],
         **{name: np.full(len(pieces), value) for name, value in fixed.items()},
     )
-    labels = [(names[_name_action(action)], start, end) for action, start, end in rows]
-    for lane in (0, 1):
+    actions = [(_name_action(action), start, end) for action, start, end in rows]
+    for lane, notes in enumerate(layers):
+        labels = [(names[name], start, end) for name, start, end in (*actions, *notes)]
         ranges.add(
             scope=[0] * len(labels),
             lane=[lane] * len(labels),
@@ -109,6 +118,14 @@ def _name_action(action: Action) -> str:
     if action.kind == PAIR:
         return f"pair of stages {' and '.join(str(part.stage) for part in action.parts)}"
     return name_phase(action.kind, action.stage)
+
+
+def _split(pieces: Iterable[tuple[int, int]], layers: Layers) -> Iterator[tuple[int, int]]:
+    """Yield what is left of actions again, cut where a layer begins or ends."""
+    bounds = sorted({bound for _, start, end in layers for bound in (start, end)})
+    for start, end in pieces:
+        inner = bounds[bisect_right(bounds, start) : bisect_left(bounds, end)]
+        yield from pairwise((start, *inner, end))
 
 
 def _cut(start: int, end: int, waits: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -1,14 +1,14 @@
 """Other schedules at a trace's costs: simulated steps, on the pipeline that the trace shows or on one that stands for any."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from counterflow.analysis.chunks import find_costs, sum_parts
+from counterflow.analysis.chunks import find_costs, measure_overlap, sum_parts
 from counterflow.analysis.overlap import Device
 from counterflow.errors import ScheduleError
 from counterflow.schedule import FAMILIES, Costs, Family, build, simulate
 from counterflow.schedule.actions import REDUCTION
-from counterflow.schedule.costs import PerStage
+from counterflow.schedule.costs import LEAST_OVERLAP, PerStage
 from counterflow.schedule.families.one_f_one_b import ONE_F_ONE_B
 from counterflow.schedule.layouts import LOOPED
 from counterflow.schedule.table import ScheduleTable
@@ -32,23 +32,29 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Alternatives:
-    """Schedules on a pipeline of this size, fastest first, and the one that the trace's own run is taken for."""
+    """Schedules on a pipeline of this size, fastest first, and the one that the trace's own run is taken for.
+
+    ``assumed`` is the overlap of pairs where the trace ran none; None where it is the trace's.
+    """
 
     ranks: int
     microbatches: int
     steps: tuple[Alternative, ...]
     base: Alternative
     is_known: bool
+    assumed: float | None
 
 
 def list_alternatives(devices: Sequence[Device]) -> Alternatives | None:
     """Return the schedules that the trace's costs allow to compare; None where costs are unknown or no schedule fits."""
     devices = [device for device in devices if {"F", "I"} <= set(sum_parts(device))]
     spans = _list_spans(devices)
-    if not devices or _is_bidirectional(spans):
+    if not devices or _is_bidirectional(spans) or not _is_whole(spans):
         return None
     found = find_costs(devices, "")
     given = Costs(*(found[key] for key in ("f", "i", "w", "p2p", "overlap")))
+    assumed = _assume_overlap(devices) if not spans and given.overlap >= PAIRED else None
+    pairs = given if assumed is None else replace(given, overlap=assumed)
     ranks, microbatches = _measure_pipeline(spans) if spans else (RANKS, MICROBATCHES)
     steps, own = [], []
     for family, has_pairs in _list_variants():
@@ -57,7 +63,7 @@ def list_alternatives(devices: Sequence[Device]) -> Alternatives | None:
         except ScheduleError:
             continue
         steps.append(
-            Alternative(*_name(family, has_pairs), has_pairs, simulate(table, _fit_costs(given, table, has_pairs)).makespan)
+            Alternative(*_name(family, has_pairs), has_pairs, simulate(table, _fit_costs(pairs, table, has_pairs)).makespan)
         )
         own += steps[-1:] if spans and _is_run_of(table, spans) else []
     if not steps:
@@ -66,7 +72,13 @@ def list_alternatives(devices: Sequence[Device]) -> Alternatives | None:
     # Of a family with pairs both variants run the same table; the costs tell whether its pairs overlapped.
     own.sort(key=lambda one: one.has_pairs != (given.overlap < PAIRED))
     base = own[0] if own else _guess_base(steps, is_paired=not spans and given.overlap < PAIRED)
-    return Alternatives(ranks, microbatches, tuple(steps), base, bool(own))
+    return Alternatives(ranks, microbatches, tuple(steps), base, bool(own), assumed)
+
+
+def _assume_overlap(devices: Sequence[Device]) -> float:
+    """Return what pairs of these kernels take of their parts' time if all that can be hidden is: the mean over devices."""
+    perfect = [measure_overlap(device)[1] for device in devices]
+    return min(1.0, max(LEAST_OVERLAP, sum(perfect) / len(perfect)))
 
 
 def _list_variants() -> Iterator[tuple[Family, bool]]:
@@ -83,6 +95,13 @@ def _list_spans(devices: Sequence[Device]) -> list[Span]:
     timelines = [d.trace.timeline for d in devices if d.trace.pipeline == devices[0].trace.pipeline]
     spans = {span for timeline in timelines if timeline is not None for span in timeline.spans}
     return sorted(spans, key=lambda span: span.start)
+
+
+def _is_whole(spans: Sequence[Span]) -> bool:
+    """Tell whether actions are those of all ranks of a pipeline, of two at least; without actions nothing speaks against it."""
+    ranks = {span.rank for span in spans}
+    stages = {single.stage for span in spans for single in span.action.singles()}
+    return not spans or (len(ranks) >= 2 and max(ranks) < len(ranks) and max(stages) < len(stages))
 
 
 def _is_bidirectional(spans: Sequence[Span]) -> bool:

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from counterflow.errors import TraceError
 
@@ -19,6 +20,8 @@ def read_start(path: Path, size: int = 16) -> bytes:
     try:
         if path.is_dir():
             raise TraceError(f"{path} is a folder; give a trace file, or a folder that --cf-record wrote")
+        if path.exists() and not path.is_file():
+            raise TraceError(f"{path} is no regular file but a pipe or a device; write the trace to a file and give that")
         if not path.is_file():
             raise TraceError(f"{path}: no such file; give the path of a profiler trace")
         with path.open("rb") as file:
@@ -46,9 +49,11 @@ def _unpack(blocks: Iterator[bytes]) -> Iterator[bytes]:
         rest, piece = block if begun else block.lstrip(b"\0"), b""
         # A full piece may have left more to come that needs no more bytes.
         while rest or len(piece) == BLOCK:
+            before = member.copy()
             try:
                 piece, begun = member.decompress(rest, BLOCK), True
             except zlib.error as error:
+                yield from _salvage(before, rest)
                 raise CutShortError(f"its gzip stream is broken ({error})") from None
             if piece:
                 yield piece
@@ -58,3 +63,16 @@ def _unpack(blocks: Iterator[bytes]) -> Iterator[bytes]:
                 member, begun = zlib.decompressobj(wbits=31), False
     if begun:
         raise CutShortError("its gzip stream ends too early")
+
+
+def _salvage(member: Any, rest: bytes) -> Iterator[bytes]:
+    """Yield what can be unpacked of bytes that break somewhere: a piece in which they do gives nothing, so pieces get smaller."""
+    for size in (2**12, 1):
+        while rest:
+            before = member.copy()
+            try:
+                yield member.decompress(rest[:size])
+            except zlib.error:
+                member = before
+                break
+            rest = rest[size:]

@@ -96,33 +96,42 @@ def _measure_waits(device: Device, starts: Array, ends: Array) -> tuple[int, int
 def _find_waits(devices: Sequence[Device]) -> list[tuple[Array, Array] | None]:
     """Return each device's waits as starts and ends; None where nothing is matched.
 
-    The n-th kernel of a kind (and process group, where known) is the same operation on all ranks if they ran equally many. The
-    shortest of them did not wait: the others waited for what they took longer, at their start. This needs no common clock.
+    The n-th kernel of a kind (and process group, and pipeline rank, where known) is the same operation on the ranks that ran
+    equally many. The shortest of them did not wait: the others waited for what they took longer, at their start. This needs no
+    common clock.
     """
     found: list[list[tuple[Array, Array]]] = [[] for _ in devices]
-    if len(devices) > 1:
-        tables = [_sort_operations(device) for device in devices]
-        for key in set().union(*tables):
-            members = [number for number, table in enumerate(tables) if key in table]
-            spans = [tables[number][key] for number in members]
-            if len(members) > 1 and len({len(starts) for starts, _ in spans}) == 1:
-                shortest = np.min([ends - starts for starts, ends in spans], axis=0)
-                for number, (starts, ends) in zip(members, spans, strict=True):
-                    found[number].append((starts, ends - shortest))
+    members: dict[tuple[str, str, int | None, int], dict[int, tuple[Array, Array]]] = {}
+    for number, device in enumerate(devices):
+        for key, spans in _sort_operations(device).items():
+            members.setdefault((*key, len(spans[0])), {})[number] = spans
+    for alike in members.values():
+        if len(alike) > 1:
+            shortest = np.min([ends - starts for starts, ends in alike.values()], axis=0)
+            for number, (starts, ends) in alike.items():
+                found[number].append((starts, ends - shortest))
     return [
         (np.concatenate([starts for starts, _ in waits]), np.concatenate([ends for _, ends in waits])) if waits else None
         for waits in found
     ]
 
 
-def _sort_operations(device: Device) -> dict[tuple[str, str], tuple[Array, Array]]:
-    """Return starts and ends of the kernels that all ranks run, in order, by kind and process group."""
+def _sort_operations(device: Device) -> dict[tuple[str, str, int | None], tuple[Array, Array]]:
+    """Return starts and ends of the kernels that all ranks run, in order, by kind, process group and pipeline rank."""
     work, trace = device.trace.work, device.trace
+    rank = find_pipeline_rank(trace)
     table = {}
     for kind in TOGETHER:
         rows = device.rows[device.kind_of == KINDS.index(kind)]
         for group in np.unique(work.group[rows]).tolist():
             own = rows[work.group[rows] == group]
             own = own[np.argsort(work.start[own], kind="stable")]
-            table[kind, trace.groups[group] if group >= 0 else ""] = work.start[own], work.end[own]
+            table[kind, trace.groups[group] if group >= 0 else "", rank] = work.start[own], work.end[own]
     return table
+
+
+def find_pipeline_rank(trace: Trace) -> int | None:
+    """Return the pipeline rank of a trace with actions: other ranks run other stages, and so other collectives."""
+    if trace.timeline is None:
+        return None
+    return trace.timeline.spans[0].rank if trace.form == "host" else trace.rank

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from counterflow.analysis.chunks import find_part
+from counterflow.analysis.chunks import find_part, sum_parts
+from counterflow.analysis.cluster import find_pipeline_rank
 from counterflow.analysis.overlap import Device
 from counterflow.errors import TraceError
 
@@ -52,14 +53,61 @@ class Comparison:
 
 
 def compare_devices(before: Sequence[Device], after: Sequence[Device]) -> list[Comparison]:
-    """Compare devices of the same rank and label, else in their order; raises `TraceError` where none is left to compare with."""
+    """Compare devices of the same rank and label, else of the same pipeline rank, else as many in their order.
+
+    Raises `TraceError` for devices that have nothing to do with each other.
+    """
     if not before or not after:
         raise TraceError("nothing to compare: one side has no devices with kernels")
-    known = {(device.trace.rank, device.label): device for device in before}
-    pairs = [(known.get((device.trace.rank, device.label)), device) for device in after]
-    if any(one is None for one, _ in pairs):
-        pairs = list(zip(before, after, strict=False))
-    return [_compare(one, other) for one, other in pairs if one is not None]
+    _check_kinds(before, after)
+    return [_compare(*pair) for pair in _match(before, after)]
+
+
+def _match(before: Sequence[Device], after: Sequence[Device]) -> list[tuple[Device, Device]]:
+    keys: tuple[Callable[[Device], object], ...] = (_find_rank, _find_place)
+    for find in keys:
+        known: dict[object, Device] = {}
+        for device in before:
+            known.setdefault(find(device), device)
+        if None not in known and all(find(device) in known for device in after):
+            return [(known[find(device)], device) for device in after]
+    if len(before) != len(after):
+        raise TraceError(
+            f"--against compares rank by rank: {_name(before)} has {_count(before)} and {_name(after)} {_count(after)}, and they "
+            "have not the same numbers; give traces of the same ranks"
+        )
+    return list(zip(before, after, strict=True))
+
+
+def _find_rank(device: Device) -> object:
+    return device.trace.rank, device.label
+
+
+def _find_place(device: Device) -> object:
+    """Return the pipeline rank of a device with actions: a simulated step has no other number."""
+    return find_pipeline_rank(device.trace)
+
+
+def _check_kinds(before: Sequence[Device], after: Sequence[Device]) -> None:
+    """Refuse kernels against actions where no phase says which action a kernel is of: then no part stands for another."""
+    sides = [(devices, devices[0].trace.timeline is not None) for devices in (before, after)]
+    if sides[0][1] == sides[1][1]:
+        return
+    (kernels,) = (devices for devices, has_actions in sides if not has_actions)
+    if not any(sum_parts(device) for device in kernels):
+        (actions,) = (devices for devices, has_actions in sides if has_actions)
+        raise TraceError(
+            f"--against: {_name(kernels)} has kernels without phases NAME(F), NAME(B) or NAME(W), and {_name(actions)} has "
+            "actions: they have no part in common; annotate the phases, or compare two traces of kernels"
+        )
+
+
+def _name(devices: Sequence[Device]) -> str:
+    return devices[0].trace.path
+
+
+def _count(devices: Sequence[Device]) -> str:
+    return f"{len(devices)} rank{'s' if len(devices) != 1 else ''}"
 
 
 def _compare(before: Device, after: Device) -> Comparison:

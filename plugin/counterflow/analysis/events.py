@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
+from math import isfinite
 from typing import Any, NamedTuple
 
 import msgspec
@@ -195,7 +196,9 @@ def _make_event(found: dict[str, Any]) -> Event:
 def _take_scalar(value: Any) -> Scalar:
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
-    return value if value is None or isinstance(value, int | float) else str(value)
+    # A label of no number would equal none, not even itself.
+    is_number = isinstance(value, int) or (isinstance(value, float) and isfinite(value))
+    return value if value is None or is_number else str(getattr(value, "text", value))
 
 
 def _write_number(value: Any) -> bytes:

@@ -44,6 +44,17 @@ def describe_device(device: Device) -> dict[str, Any]:
             }
             for phase in device.phases
         ],
+        "layers": [
+            {
+                "name": layer.name,
+                "part": layer.part,
+                "kernels": layer.kernels,
+                "compute_us": to_us(layer.compute),
+                "communication_us": to_us(layer.communication),
+                "exposed_us": to_us(layer.exposed),
+            }
+            for layer in device.layers
+        ],
         "chunks": describe_chunks(device),
         "repetition": [
             {

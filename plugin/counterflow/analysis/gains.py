@@ -1,6 +1,6 @@
 """What would gain how much: the window again under one assumption at a time, the largest gain first."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +51,11 @@ def list_gains(device: Device) -> list[Gain]:
             "kernels follow each other without a gap, as from CUDA graphs or a host that runs ahead",
         ),
     ]
+    return rank_gains(gains)
+
+
+def rank_gains(gains: Iterable[Gain]) -> list[Gain]:
+    """Return what gains anything, the largest first."""
     return sorted((gain for gain in gains if gain.time > 0), key=lambda gain: -gain.time)
 
 
@@ -74,7 +79,7 @@ def list_cluster_gains(ranks: Sequence[Rank]) -> list[Gain]:
             "no stragglers",
             sum(waits) // len(waits) if waits else 0,
             window,
-            "the n-th collective of a kind is one operation on all ranks, and no rank comes late to it",
+            "the n-th collective of a kind is one operation on the ranks that run equally many, and no rank comes late to it",
         ),
         Gain(
             "balanced experts",
@@ -84,7 +89,7 @@ def list_cluster_gains(ranks: Sequence[Rank]) -> list[Gain]:
             "--cf-eplb",
         ),
     ]
-    return sorted((gain for gain in gains if gain.time > 0), key=lambda gain: -gain.time)
+    return rank_gains(gains)
 
 
 def name_schedule_gain(found: Alternatives | None, window: int) -> Gain | None:
@@ -97,10 +102,23 @@ def name_schedule_gain(found: Alternatives | None, window: int) -> Gain | None:
         round(window * (1 - best.step / base.step)),
         window,
         ("" if found.is_known else f"if the run is on {base.title} now; ")
-        + f"{found.ranks} pipeline ranks, {found.microbatches} micro-batches, chunks at the costs of this window; "
-        f"{best.step:.0f} ms a step instead of {base.step:.0f}",
+        + f"{found.ranks} pipeline ranks, {found.microbatches} micro-batches, chunks at the costs of this window"
+        + (f", pairs that hide all they can ({found.assumed:.2f} of their parts)" if found.assumed and best.has_pairs else "")
+        + f"; {best.step:.0f} ms a step instead of {base.step:.0f}",
         best.flags,
     )
+
+
+def list_unknown(ranks: Sequence[Rank], *, knows_schedules: bool) -> list[str]:
+    """Return what cannot be told of these files, each with what would tell it."""
+    unknown = []
+    if len(ranks) == 1:
+        unknown.append("no stragglers, balanced experts: give the traces of several ranks of the step")
+    elif all(rank.waiting is None for rank in ranks):
+        unknown.append("no stragglers: no two of these ranks run the same collectives equally often")
+    if not knows_schedules:
+        unknown.append("another schedule: give all ranks of a pipeline by --cf-profile, or name phases NAME(F), NAME(B), NAME(W)")
+    return unknown
 
 
 def describe_gain(gain: Gain) -> dict[str, object]:

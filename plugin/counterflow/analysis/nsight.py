@@ -45,7 +45,8 @@ class _Export:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
-        self.tables = {row[0] for row in connection.execute("select name from sqlite_master where type in ('table', 'view')")}
+        # No views: one may compute rows without end.
+        self.tables = {row[0] for row in connection.execute("select name from sqlite_master where type = 'table'")}
         self.names, self.devices, self.streams, self.places, self.ids = (Index() for _ in range(5))
         self.left_out: Counter[tuple[Any, str]] = Counter()
         self.strings = dict(connection.execute("select id, value from StringIds")) if "StringIds" in self.tables else {}

@@ -3,7 +3,7 @@
 Every figure is the measure of a union of intervals on one device (docs/analysis.md has the definitions and a picture).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,11 @@ import numpy as np
 
 from counterflow.analysis.classes import IS_COMMUNICATION, KINDS, UNCLASSIFIED, classify
 from counterflow.analysis.intervals import Union, claim, unite
+from counterflow.analysis.layers import Layer, find_layers, sort_layers
 from counterflow.analysis.phases import WITHOUT, find_phases, has_annotations
 from counterflow.analysis.trace import KERNEL, NONE, Label, Trace
 from counterflow.arrays import Array
+from counterflow.schedule.annotations import read_layer
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Device:
     exposed: int
     kinds: Mapping[str, Share]
     phases: tuple[Phase, ...]
+    layers: tuple[Layer, ...]
     owned: Mapping[tuple[str, str], int]
     copies: tuple[int, int]
     left_out: Mapping[str, int]
@@ -92,12 +95,14 @@ class Device:
 def analyze_trace(trace: Trace, families: Any = ()) -> list[Device]:
     """Return the devices of a trace that ran kernels, by label; ``families`` come before the project's own."""
     kind_of, (phase_of, launch) = classify(trace, families), find_phases(trace)
+    layer_of = find_layers(trace, launch)
     numbers = np.unique(trace.work.device[trace.work.what == KERNEL]).tolist()
     devices = []
     for number in sorted(numbers, key=lambda number: _sort_label(trace.devices[number] if number != NONE else None)):
         rows = np.flatnonzero(trace.work.device == number)
         label = trace.devices[number] if number != NONE else None
-        devices.append(_analyze_device(trace, label, rows, kind_of[rows], phase_of[rows], launch[rows]))
+        columns = (column[rows] for column in (kind_of, phase_of, layer_of, launch))
+        devices.append(_analyze_device(trace, label, rows, *columns))
     return devices
 
 
@@ -105,14 +110,16 @@ def _sort_label(label: Label) -> tuple[bool, float, str]:
     return (True, 0.0, str(label)) if isinstance(label, str) or label is None else (False, float(label), "")
 
 
-def _analyze_device(trace: Trace, label: Label, rows: Array, kind_of: Array, phase_of: Array, launch: Array) -> Device:
+def _analyze_device(
+    trace: Trace, label: Label, rows: Array, kind_of: Array, phase_of: Array, layer_of: Array, launch: Array
+) -> Device:
     start, end = trace.work.start[rows], trace.work.end[rows]
     is_kernel, communicates = trace.work.what[rows] == KERNEL, IS_COMMUNICATION[kind_of]
     computes = is_kernel & ~communicates
     first, last = int(start[is_kernel].min()), int(end[is_kernel].max())
     compute, communication = unite(start[computes], end[computes]), unite(start[communicates], end[communicates])
     busy = unite(np.clip(start, first, last), np.clip(end, first, last))
-    everything = _Runs(trace, rows, start, end, kind_of, phase_of, computes, communicates, compute)
+    everything = _Runs(trace, rows, start, end, kind_of, phase_of, layer_of, computes, communicates, compute)
     copies = unite(start[~is_kernel], end[~is_kernel])
     return Device(
         label=label,
@@ -128,6 +135,7 @@ def _analyze_device(trace: Trace, label: Label, rows: Array, kind_of: Array, pha
         exposed=communication.length - communication.intersect(compute),
         kinds=everything.sum_kinds(),
         phases=everything.sum_phases() if has_annotations(trace) else (),
+        layers=everything.sum_layers(),
         owned=everything.share_window(busy, last - first),
         copies=(int((~is_kernel).sum()), copies.length),
         left_out={reason: count for (device, reason), count in trace.left_out.items() if device == label},
@@ -147,6 +155,7 @@ class _Runs:
     end: Array
     kind_of: Array
     phase_of: Array
+    layer_of: Array
     computes: Array
     communicates: Array
     compute: Union
@@ -167,23 +176,30 @@ class _Runs:
     def sum_phases(self) -> tuple[Phase, ...]:
         """Return the phases, those with most exposed communication first."""
         causes = self._find_causes()
-        phases = []
-        order = np.argsort(self.phase_of, kind="stable")
-        values, first = np.unique(self.phase_of[order], return_index=True)
+        phases = [
+            Phase(WITHOUT if value == NONE else self.trace.names[value], *figures, causes.get(value, {}))
+            for value, figures in self._measure_groups(self.phase_of)
+        ]
+        return tuple(sorted(phases, key=lambda phase: (-phase.exposed, -phase.communication, -phase.compute, phase.name)))
+
+    def sum_layers(self) -> tuple[Layer, ...]:
+        """Return the annotated layers in their order."""
+        if (self.layer_of == NONE).all():
+            return ()
+        layers = []
+        for value, figures in self._measure_groups(self.layer_of):
+            if value != NONE and (known := read_layer(self.trace.names[value])) is not None:
+                layers.append(Layer(*known, *figures))
+        return sort_layers(layers)
+
+    def _measure_groups(self, groups: Array) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
+        """Yield each group of runs: kernels, unions of its computation and of its communication, and what of that is exposed."""
+        order = np.argsort(groups, kind="stable")
+        values, first = np.unique(groups[order], return_index=True)
         for value, members in zip(values.tolist(), np.split(order, first[1:]), strict=True):
             computing, communicating = members[self.computes[members]], members[self.communicates[members]]
             communication, exposed = self._measure(communicating)
-            phases.append(
-                Phase(
-                    WITHOUT if value == NONE else self.trace.names[value],
-                    len(computing) + len(communicating),
-                    self._measure(computing)[0],
-                    communication,
-                    exposed,
-                    causes.get(value, {}),
-                )
-            )
-        return tuple(sorted(phases, key=lambda phase: (-phase.exposed, -phase.communication, -phase.compute, phase.name)))
+            yield value, (len(computing) + len(communicating), self._measure(computing)[0], communication, exposed)
 
     def _claim_exposed(self) -> tuple[Array, Array]:
         """Return the communicating runs, and the exposed nanoseconds that each answers for."""

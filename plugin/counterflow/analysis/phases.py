@@ -10,7 +10,7 @@ from counterflow.arrays import Array
 
 # Steps of the profiler, what communication libraries note beside their kernels, and operators under emit_nvtx.
 NO_PHASE = re.compile(
-    r"(ProfilerStep#|nccl:|gloo:|mccl:|record_param_comms|PyTorch Profiler|counterflow step )|.*, (op_id|seq) = \d+"
+    r"(ProfilerStep#|nccl:|gloo:|mccl:|record_param_comms|PyTorch Profiler|counterflow (step|layer) )|.*, (op_id|seq) = \d+"
 )
 WITHOUT = "(none)"
 
@@ -30,18 +30,18 @@ def find_phases(trace: Trace) -> tuple[Array, Array]:
     launch = find_launches(trace)
     phases = np.full(len(launch), NONE, np.int64)
     named = np.array([NO_PHASE.match(name) is None for name in trace.names], bool)
-    ranges, launched = _keep(trace.ranges, named), np.flatnonzero(launch != NONE)
+    ranges, launched = keep_named(trace.ranges, named), np.flatnonzero(launch != NONE)
     if len(ranges.name) and len(launched):
         calls, rows = trace.launches, launch[launched]
         process, thread, times = calls.process[rows], calls.thread[rows], calls.start[rows]
-        phases[launched] = _find_innermost(ranges, _join(process, thread), _join(ranges.scope, ranges.lane), times)
+        phases[launched] = find_innermost(ranges, join(process, thread), join(ranges.scope, ranges.lane), times)
         left = phases[launched] == NONE
-        phases[launched[left]] = _find_innermost(ranges, process[left], ranges.scope, times[left])
-    ranges, loose = _keep(trace.gpu_ranges, named), np.flatnonzero(launch == NONE)
+        phases[launched[left]] = find_innermost(ranges, process[left], ranges.scope, times[left])
+    ranges, loose = keep_named(trace.gpu_ranges, named), np.flatnonzero(launch == NONE)
     if len(ranges.name) and len(loose):
         work = trace.work
-        lanes = _join(work.device[loose], work.stream[loose])
-        phases[loose] = _find_innermost(ranges, lanes, _join(ranges.scope, ranges.lane), work.start[loose])
+        lanes = join(work.device[loose], work.stream[loose])
+        phases[loose] = find_innermost(ranges, lanes, join(ranges.scope, ranges.lane), work.start[loose])
     return phases, launch
 
 
@@ -51,7 +51,7 @@ def find_launches(trace: Trace) -> Array:
     Where several calls have one correlation, a call of the runtime and one of the driver in it, the last to start counts.
     """
     work, calls = trace.work, trace.launches
-    found = _look_up(_join(calls.process, calls.correlation), calls.start, _join(work.process, work.correlation))
+    found = _look_up(join(calls.process, calls.correlation), calls.start, join(work.process, work.correlation))
     found[work.process == NONE] = NONE
     left = (found == NONE) & (work.correlation != NONE)
     found[left] = _look_up(calls.correlation, calls.start, work.correlation[left])
@@ -59,8 +59,8 @@ def find_launches(trace: Trace) -> Array:
     return found
 
 
-def _join(first: Array, second: Array) -> Array:
-    """Return one number for each pair."""
+def join(first: Array, second: Array) -> Array:
+    """Return one number for each pair, as of a process and a thread."""
     return (first.astype(np.int64) << 40) ^ second.astype(np.int64)
 
 
@@ -73,12 +73,13 @@ def _look_up(keys: Array, times: Array, wanted: Array) -> Array:
     return np.where((place >= 0) & (keys[found] == wanted), found, NONE)
 
 
-def _keep(ranges: Ranges, named: Array) -> Ranges:
+def keep_named(ranges: Ranges, named: Array) -> Ranges:
+    """Return the ranges with the names that count, by number."""
     kept = named[ranges.name]
     return Ranges(*(column[kept] for column in (ranges.scope, ranges.lane, ranges.name, ranges.start, ranges.end)))
 
 
-def _find_innermost(ranges: Ranges, lanes: Array, lanes_of_ranges: Array, times: Array) -> Array:
+def find_innermost(ranges: Ranges, lanes: Array, lanes_of_ranges: Array, times: Array) -> Array:
     """Return, for each time on its lane, the name of the innermost range of that lane; -1 for none."""
     found = np.full(len(times), NONE, np.int64)
     for lane, rows in _group(lanes):

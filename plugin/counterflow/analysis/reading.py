@@ -12,6 +12,7 @@ from counterflow.analysis.trace import KERNEL, Trace
 from counterflow.errors import TraceError
 
 MILLISECOND = 1e6
+IN_PART = "was read in part: "
 # What --cf-profile calls its files.
 PROFILES = "profile-rank*.json.gz"
 RECORD = "torch.profiler.profile with ProfilerActivity.CUDA, nsys profile --trace cuda,nvtx, or --cf-profile"
@@ -46,7 +47,7 @@ def _read_file(path: Path) -> Trace:
         raise TraceError(f"{path} {error}" if str(error).startswith("is ") else f"{path}: {error}") from None
     except OSError as error:
         raise TraceError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return replace(trace, cut=f"{path} was read in part: {trace.cut}" if trace.cut else None)
+    return replace(trace, cut=f"{path} {IN_PART}{trace.cut}" if trace.cut else None)
 
 
 def _has_kernels(trace: Trace) -> bool:
@@ -62,7 +63,7 @@ def _require_kernels(trace: Trace) -> Trace:
 def _describe(trace: Trace) -> str:
     """Say what a trace without kernels holds."""
     if trace.cut:
-        return f"{trace.cut}, {trace.events:,} events"
+        return f"{trace.cut.removeprefix(f'{trace.path} {IN_PART}')}, {trace.events:,} events"
     if not trace.events:
         return "it holds no events"
     held = ", ".join(f"{count:,} of {category}" for category, count in trace.categories.most_common(4))

@@ -22,11 +22,13 @@ from counterflow.balance.prediction import LoadPredictor
 from counterflow.balance.replay import Replay, replay_trace
 from counterflow.balance.shares import share_tokens
 from counterflow.balance.split import split_tokens
+from counterflow.balance.workloads import WORKLOADS, make_workload
 from counterflow.errors import BalanceError
 
 __all__ = [
     "EMPTY",
     "POLICIES",
+    "WORKLOADS",
     "BalanceError",
     "ClonePlan",
     "Cluster",
@@ -39,6 +41,7 @@ __all__ = [
     "keep_slots",
     "make_cluster",
     "make_home_placement",
+    "make_workload",
     "match_ranks",
     "measure_balancedness",
     "plan_clones",

@@ -35,12 +35,14 @@ def plan_clones(
     horizon: int = HORIZON,
     move_price: float = MOVE_PRICE,
     traffic_weight: float = TRAFFIC_WEIGHT,
+    far_price: float | None = None,
 ) -> ClonePlan:
     """Return which clones each rank should hold next, judged by the token split that will be used with them.
 
     ``forecasts``, ``[forecasts, layers, experts]``, are equally likely loads of the next micro-batches; ``[layers, experts]`` is
     a single forecast. ``placement`` has the homes, which stay, and the clones so far. A clone that has to be sent costs its rank
-    ``move_price`` of a micro-batch's time, once. It must save the slowest rank more than that within ``horizon`` micro-batches,
+    ``move_price`` of a micro-batch's time, once, or ``far_price`` (``move_price`` where not given) if its home is on another
+    node. It must save the slowest rank more than that within ``horizon`` micro-batches,
     so nothing moves if loads do not change. A token computed off the node of its expert's home costs ``traffic_weight`` of a
     token, divided by the number of ranks. Raises `BalanceError` for forecasts that do not fit, or a placement without homes.
     """
@@ -52,13 +54,16 @@ def plan_clones(
     scaled = scale_forecasts(forecasts, cluster.ranks)
     node_of_rank = np.asarray(cluster.node_of_rank)
     price = move_price / horizon / cluster.ranks
+    far = price if far_price is None else far_price / horizon / cluster.ranks
     traffic = traffic_weight if cluster.nodes > 1 else 0.0
     plans = []
     for layer, (held, homes) in enumerate(zip(placement.experts, homes_of_layer, strict=True)):
         spare = np.setdiff1d(np.arange(cluster.slots), homes)
         loads = np.ascontiguousarray(scaled[:, layer])
         plans.append(
-            plan_layer(Layer(loads, cluster.rank_of_slot, cluster.rank_start, node_of_rank, homes, spare, price, traffic), held)
+            plan_layer(
+                Layer(loads, cluster.rank_of_slot, cluster.rank_start, node_of_rank, homes, spare, price, far, traffic), held
+            )
         )
     experts, before, after = zip(*plans, strict=True)
     return ClonePlan(Placement(cluster, np.stack(experts), placement.homes), np.array(before), np.array(after))

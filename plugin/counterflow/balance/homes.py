@@ -43,33 +43,54 @@ def plan_homes(
     subtracted for each expert that the busiest receiver receives. If no candidate saves time, the layer stays as it is. Layers
     that change have empty clone slots. Raises `BalanceError` as `plan_clones` does.
     """
-    from counterflow.balance.kernels.cloning import MEAN
-    from counterflow.balance.kernels.homing import swap_homes
-
     homes, forecasts = check_forecasts(forecasts, placement)
     check_prices(horizon, move_price, traffic_weight)
+    options = search_homes(forecasts, placement, horizon, move_price)
     cluster = placement.cluster
-    scaled = scale_forecasts(forecasts, cluster.ranks)
-    # In the same unit as the price of a clone: the cost of the sending rank, divided by the number of ranks.
-    price = move_price / horizon / cluster.ranks * MEAN * len(forecasts)
-    slots = [_list_homes(row, cluster) for row in homes]
-    start = [np.where(places == EMPTY, EMPTY, held[places]) for places, held in zip(slots, placement.experts, strict=True)]
-    now, options, received = start, [homes], [np.zeros(len(homes), np.int64)]
-    for most in _double_up_to(max(len(table) for table in start)):
-        now = [
-            swap_homes(np.ascontiguousarray(scaled[:, layer].T), start[layer], now[layer], most, price)
-            for layer in range(len(homes))
-        ]
-        options.append(np.stack([_find_homes(*pair) for pair in zip(now, slots, strict=True)]))
-        received.append(np.array([(new != old).sum(0).max() for new, old in zip(now, start, strict=True)]))
-    empty = [_place_homes(option, cluster) for option in options]
+    rank_of_home = cluster.rank_of_slot[options]
+    came = rank_of_home != rank_of_home[0]
+    received = np.stack(
+        [[_count_most(ranks[new]) for ranks, new in zip(*pair, strict=True)] for pair in zip(rank_of_home, came, strict=True)]
+    )
+    empty = [place_homes(option, cluster) for option in options]
     stacked = Placement(cluster, np.concatenate(empty), np.concatenate(options))
     judged = plan_clones(np.tile(forecasts, (1, len(options), 1)), stacked, traffic_weight=traffic_weight)
     times = judged.after.reshape(len(options), -1)
-    best = np.argmax(horizon * (times[0] - times) - move_price * np.stack(received), axis=0)
+    best = np.argmax(horizon * (times[0] - times) - move_price * received, axis=0)
     layer = np.arange(len(homes))
     experts = np.where(best[:, None] > 0, np.stack(empty)[best, layer], placement.experts)
-    return HomePlan(Placement(cluster, experts, np.stack(options)[best, layer]), times[0], times[best, layer])
+    return HomePlan(Placement(cluster, experts, options[best, layer]), times[0], times[best, layer])
+
+
+def search_homes(forecasts: Array, placement: Placement, horizon: int, move_price: float) -> Array:
+    """Return homes to choose from, ``int64[options, layers, experts]``: the present ones, then those after more and more swaps.
+
+    The arguments are those of `plan_homes`, checked.
+    """
+    from counterflow.balance.kernels.cloning import MEAN
+    from counterflow.balance.kernels.homing import swap_homes
+
+    assert placement.homes is not None
+    homes, cluster = placement.homes, placement.cluster
+    scaled = scale_forecasts(forecasts, cluster.ranks)
+    # In the same unit as the price of a clone: the cost of the sending rank, divided by the number of ranks.
+    price = move_price / horizon / cluster.ranks * MEAN * len(forecasts)
+    node_of_rank = np.asarray(cluster.node_of_rank)
+    slots = [_list_homes(row, cluster) for row in homes]
+    start = [np.where(places == EMPTY, EMPTY, held[places]) for places, held in zip(slots, placement.experts, strict=True)]
+    now, options = start, [homes]
+    for most in _double_up_to(max(len(table) for table in start)):
+        now = [
+            swap_homes(np.ascontiguousarray(scaled[:, layer].T), start[layer], now[layer], most, price, node_of_rank)
+            for layer in range(len(homes))
+        ]
+        options.append(np.stack([_find_homes(*pair) for pair in zip(now, slots, strict=True)]))
+    return np.stack(options)
+
+
+def _count_most(ranks: Array) -> int:
+    """Return how often the most frequent of ``ranks`` occurs."""
+    return int(np.bincount(ranks, minlength=1).max())
 
 
 def _list_homes(homes: Array, cluster: Cluster) -> Array:
@@ -89,7 +110,7 @@ def _find_homes(held: Array, slots: Array) -> Array:
     return homes
 
 
-def _place_homes(homes: Array, cluster: Cluster) -> Array:
+def place_homes(homes: Array, cluster: Cluster) -> Array:
     """Return ``int64[layers, slots]``: experts in their homes, all other slots empty."""
     experts = np.full((len(homes), cluster.slots), EMPTY)
     np.put_along_axis(experts, homes, np.arange(homes.shape[1])[None], 1)

@@ -17,6 +17,17 @@ def split_tokens(counts: Array, placement: Placement) -> Array:
     """
     from counterflow.balance.kernels.flow import split_layers
 
+    counts = check_split(counts, placement)
+    homes = np.full(counts.shape, -1) if placement.homes is None else placement.homes
+    cluster = placement.cluster
+    return np.asarray(split_layers(counts, placement.experts, cluster.rank_of_slot, cluster.rank_start, homes))
+
+
+def check_split(counts: Array, placement: Placement, most_tokens: float = LARGEST_SUM) -> Array:
+    """Return ``counts`` as ``int64[layers, experts]``.
+
+    Raises `BalanceError` unless they are whole numbers from 0 that fit the placement, of ``most_tokens`` a layer at most.
+    """
     counts = np.ascontiguousarray(counts)
     if counts.dtype.kind not in "iu" or counts.ndim != 2 or counts.shape[0] != placement.layers or counts.min(initial=0) < 0:
         raise BalanceError(
@@ -24,8 +35,8 @@ def split_tokens(counts: Array, placement: Placement) -> Array:
             f"[layers, experts] of the placement's {placement.layers} layers"
         )
     most = counts.sum(1, dtype=np.float64).max(initial=0)
-    if most > LARGEST_SUM:
-        raise BalanceError(f"counts of {most:g} tokens in a layer; allowed: {LARGEST_SUM:g} at most")
+    if most > most_tokens:
+        raise BalanceError(f"counts of {most:g} tokens in a layer; allowed: {most_tokens:g} at most")
     held = placement.experts.max(initial=-1)
     copied = np.zeros(counts.shape, np.bool_)
     if held < counts.shape[1]:
@@ -36,6 +47,4 @@ def split_tokens(counts: Array, placement: Placement) -> Array:
             f"counts of {counts.shape[1]} experts for a placement that holds experts up to {held}; "
             "allowed: each expert in a slot of each layer, and no other"
         )
-    homes = np.full(counts.shape, -1) if placement.homes is None else placement.homes
-    cluster = placement.cluster
-    return np.asarray(split_layers(counts.astype(np.int64), placement.experts, cluster.rank_of_slot, cluster.rank_start, homes))
+    return counts.astype(np.int64)

@@ -17,7 +17,9 @@ from counterflow.analysis.gains import (
     describe_gain,
     list_cluster_gains,
     list_gains,
+    list_unknown,
     name_schedule_gain,
+    rank_gains,
 )
 from counterflow.commands.arguments import add_outputs, check_outputs, write_outputs
 from counterflow.errors import TraceError
@@ -56,21 +58,21 @@ def run_analyze(args: argparse.Namespace) -> int:
     ranks = compare_ranks(devices)
     against = _compare(args.against, devices, families) if args.against is not None else []
     costs = _find_costs(devices) if args.costs is not None else {}
-    gains = _list_gains(devices, ranks)
+    gains, unknown = _list_gains(devices, ranks)
     title = ", ".join(path.name for path in args.traces)
     write_outputs(
         args,
         {
-            "html": lambda: render_findings_html(_gather(traces, devices, ranks, gains, against), title),
+            "html": lambda: render_findings_html(_gather(traces, devices, ranks, gains, unknown, against), title),
             "svg": lambda: render_findings_svg(devices),
             "trace": lambda: render_findings_trace(devices),
             "costs": lambda: json.dumps(costs, indent=2) + "\n",
         },
     )
     if args.json:
-        print(json.dumps(_describe(traces, devices, ranks, gains, against), indent=2, allow_nan=False))
+        print(json.dumps(_describe(traces, devices, ranks, gains, unknown, against), indent=2, allow_nan=False))
     else:
-        print("\n".join(_write(traces, devices, ranks, gains, against, args.costs)))
+        print("\n".join(_write(traces, devices, ranks, gains, unknown, against, args.costs)))
     return 0
 
 
@@ -90,12 +92,14 @@ def _find_costs(devices: Sequence[Device]) -> dict[str, Any]:
     return find_costs(devices, f"counterflow analyze {names}")
 
 
-def _list_gains(devices: Sequence[Device], ranks: Sequence[Rank]) -> list[list[Gain]]:
-    """Return each device's gains, then those of all together."""
+def _list_gains(devices: Sequence[Device], ranks: Sequence[Rank]) -> tuple[list[list[Gain]], list[str]]:
+    """Return each device's gains, then those of all together; and what is not known."""
     shared = list_cluster_gains(ranks) if len(ranks) > 1 else []
-    schedule = name_schedule_gain(list_alternatives(devices), max(device.window for device in devices))
+    alternatives = list_alternatives(devices)
+    schedule = name_schedule_gain(alternatives, max(device.window for device in devices))
     shared += [schedule] if schedule is not None else []
-    return [*map(list_gains, devices), sorted(shared, key=lambda gain: -gain.time)]
+    unknown = list_unknown(ranks, knows_schedules=alternatives is not None)
+    return [*map(list_gains, devices), rank_gains(shared)], unknown
 
 
 def _gather(
@@ -103,13 +107,14 @@ def _gather(
     devices: Sequence[Device],
     ranks: Sequence[Rank],
     gains: Sequence[Sequence[Gain]],
+    unknown: Sequence[str],
     against: Sequence[Comparison],
 ) -> Findings:
     """Return what the page shows; of one device all gains are its own."""
     cuts = [trace.cut for trace in traces if trace.cut]
     if len(devices) == 1:
-        return Findings(devices, [[*gains[0], *gains[-1]]], (), (), against, cuts)
-    return Findings(devices, gains[:-1], gains[-1], ranks, against, cuts)
+        return Findings(devices, [rank_gains([*gains[0], *gains[-1]])], (), unknown, (), against, cuts)
+    return Findings(devices, gains[:-1], gains[-1], unknown, ranks, against, cuts)
 
 
 def _describe(
@@ -117,6 +122,7 @@ def _describe(
     devices: Sequence[Device],
     ranks: Sequence[Rank],
     gains: Sequence[Sequence[Gain]],
+    unknown: Sequence[str],
     against: Sequence[Comparison],
 ) -> dict[str, Any]:
     described = [
@@ -128,6 +134,7 @@ def _describe(
         "files": [describe_file(trace) for trace in traces],
         "ranks": [describe_rank(rank) for rank in ranks] if len(ranks) > 1 else [],
         "what_if": [describe_gain(gain) for gain in gains[-1]],
+        "what_if_unknown": list(unknown),
         "against": [describe_comparison(comparison) for comparison in against],
     }
 
@@ -137,6 +144,7 @@ def _write(
     devices: Sequence[Device],
     ranks: Sequence[Rank],
     gains: Sequence[Sequence[Gain]],
+    unknown: Sequence[str],
     against: Sequence[Comparison],
     costs: Path | None,
 ) -> list[str]:
@@ -145,9 +153,10 @@ def _write(
     hint = f"    → {command} {costs}" if costs else f"    → --costs FILE, then {command} FILE"
     for device, own in zip(devices, gains, strict=False):
         lines += write_device(device, hint if sum_parts(device) else "")
-        lines += write_gains([*own, *(gains[-1] if len(devices) == 1 else ())])
+        lines += write_gains(rank_gains([*own, *(gains[-1] if len(devices) == 1 else ())]))
     if len(ranks) > 1:
         lines += [*write_ranks(ranks), *write_gains(gains[-1])]
+    lines += [f"  unknown: {words}" for words in unknown]
     for comparison in against:
         lines += write_comparison(comparison)
     return lines

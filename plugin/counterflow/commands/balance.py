@@ -1,4 +1,4 @@
-"""``counterflow balance``: plan where experts go, replay recorded routing, show what a training run recorded."""
+"""``counterflow balance``: plan where experts go, replay recorded routing, make loads to replay, show what a run recorded."""
 
 import argparse
 import io
@@ -12,28 +12,41 @@ import numpy as np
 
 from counterflow.arrays import Array
 from counterflow.balance.cluster import MAX_SLOTS, make_cluster
+from counterflow.balance.costs import Costs
 from counterflow.balance.files.loads import read_loads, read_trace
 from counterflow.balance.files.recorded import RecordedBalance, read_record
 from counterflow.balance.files.serving import MAX_FIRST_LAYER, render_sglang, render_vllm
 from counterflow.balance.loads import LARGEST_LOAD
 from counterflow.balance.placement import count_copies, divide_loads, measure_balancedness
+from counterflow.balance.tiers import PLANS, STEP
+from counterflow.balance.workloads import WORKLOADS, make_workload
 from counterflow.commands.arguments import add_outputs, check_outputs, number, print_table, whole, write_outputs
 from counterflow.errors import OptionError
+from counterflow.report.files import check_output, write_output
 
 if TYPE_CHECKING:
     from counterflow.balance.planning import Plan
     from counterflow.balance.replay import Replay
 
 FORMATS = ("json", "sglang", "vllm")
+# Options of `Costs`: the field, its unit, and what it is.
+COST_OPTIONS = {
+    "expert-megabytes": ("expert_bytes", 1e6, "megabytes of an expert's weights, of two bytes each"),
+    "token-time": ("token_time", 1e-6, "microseconds of an expert's forward and backward for a token"),
+    "clone-time": ("clone_time", 1e-6, "microseconds that a clone holds up its rank in a micro-batch, whatever its tokens"),
+    "node-speed": ("node_speed", 1e9, "gigabytes a second that a rank receives from its own node"),
+    "network-speed": ("network_speed", 1e9, "gigabytes a second that a rank receives from another node"),
+    "exposed": ("exposed", 1.0, "share of a transfer's time that computation does not hide"),
+}
 # Of more layers than this, the worst are printed.
 SHOWN_LAYERS = 16
 WORST_LAYERS = 5
 
 
 def add_balance_commands(commands: Any) -> None:
-    """Add ``balance plan``, ``replay`` and ``show`` to the command's parser."""
+    """Add ``balance plan``, ``replay``, ``workload`` and ``show`` to the command's parser."""
     balance = commands.add_parser(
-        "balance", help="plan where experts and their copies go, replay recorded routing, show a record"
+        "balance", help="plan where experts and their copies go, replay recorded or made-up routing, show a record"
     )
     kinds = balance.add_subparsers(required=True, metavar="COMMAND")
     plan = kinds.add_parser("plan", help="place experts and their copies for these loads")
@@ -77,8 +90,10 @@ def add_balance_commands(commands: Any) -> None:
         metavar="N",
         help="micro-batches before the first scored (default: 50, or half of a short trace)",
     )
+    _add_replay_plan(replay)
     replay.add_argument("--key", default="counts", metavar="NAME", help="the trace's array in an .npz (default: counts)")
     replay.set_defaults(run=run_replay)
+    _add_workload(kinds)
     show = kinds.add_parser("show", help="show how a training run's experts were balanced")
     show.add_argument("record", type=Path, metavar="DIR", help="folder that a run with --cf-eplb --cf-record DIR wrote")
     show.set_defaults(run=run_show)
@@ -87,6 +102,51 @@ def add_balance_commands(commands: Any) -> None:
     for parser in (plan, replay):
         parser.add_argument("--ranks", type=count, required=True, metavar="R", help="expert-parallel ranks")
         parser.add_argument("--nodes", type=count, default=1, metavar="N", help="nodes that the ranks are on (default: 1)")
+
+
+def _add_replay_plan(replay: argparse.ArgumentParser) -> None:
+    replay.add_argument(
+        "--plan",
+        choices=PLANS,
+        default="predicted",
+        help="resident clones planned from past loads; just-in-time clones from each micro-batch's own counts; or both, each "
+        "clone only where it saves more time than it costs (default: predicted)",
+    )
+    replay.add_argument(
+        "--rehome", choices=("auto", "never"), help="whether homes move where that pays (default: auto, but never if predicted)"
+    )
+    replay.add_argument("--step", type=whole(1), default=STEP, metavar="N", help=f"micro-batches of a step (default: {STEP})")
+    replay.add_argument(
+        "--shared-slots",
+        type=whole(0, MAX_SLOTS),
+        default=1,
+        metavar="N",
+        help="slots per rank for just-in-time clones, which all layers share (default: 1)",
+    )
+    group = replay.add_argument_group("costs, by default those of a DeepSeek-V3 expert on H100 nodes")
+    for name, (field, unit, what) in COST_OPTIONS.items():
+        default = getattr(Costs(), field) / unit
+        group.add_argument(f"--{name}", type=number(), default=default, metavar="X", help=f"{what} (default: {default:g})")
+
+
+def _add_workload(kinds: Any) -> None:
+    parser = kinds.add_parser("workload", help="make a trace of a kind that imbalance is measured with")
+    parser.add_argument(
+        "kind", metavar="KIND", help="; ".join(f"{kind}: {what}" for kind, what in WORKLOADS.items()).replace("%", "%%")
+    )
+    sizes = {
+        "microbatches": (160, "micro-batches; 8 make a step"),
+        "layers": (2, "layers"),
+        "experts": (64, "experts of a layer"),
+        "ranks": (8, "ranks on which they lie in order"),
+        "tokens": (16384, "tokens of a micro-batch"),
+        "top-k": (6, "experts that each token goes to"),
+    }
+    for name, (size, what) in sizes.items():
+        parser.add_argument(f"--{name}", type=whole(1), default=size, metavar="N", help=f"{what} (default: {size})")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the random numbers (default: 0)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the trace, .npz, that replay reads")
+    parser.set_defaults(run=run_workload)
 
 
 def _add_plan_outputs(parser: argparse.ArgumentParser) -> None:
@@ -125,14 +185,17 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def run_replay(args: argparse.Namespace) -> int:
-    """Replay a trace, print how balanced each method kept it, and write the pictures asked for."""
+    """Replay a trace, print how balanced each method kept it and what that took, and write the pictures asked for."""
     check_outputs(args)
+    costs = Costs(**{field: getattr(args, name.replace("-", "_")) * unit for name, (field, unit, _) in COST_OPTIONS.items()})
     counts = read_trace(args.trace, args.key)
     from counterflow.balance.kernels.cloning import plan_layer  # loads a compiler
     from counterflow.balance.replay import replay_trace
 
     _announce_compiling(plan_layer)
-    done = replay_trace(counts, args.ranks, args.clones_per_rank, args.interval, args.nodes, args.warmup)
+    rehome = None if args.rehome is None else args.rehome == "auto"
+    chosen = (args.plan, rehome, args.step, args.shared_slots, costs)
+    done = replay_trace(counts, args.ranks, args.clones_per_rank, args.interval, args.nodes, args.warmup, *chosen)
     from counterflow.report import render_replay_html, render_replay_svg
 
     title = args.trace.resolve().name
@@ -142,6 +205,21 @@ def run_replay(args: argparse.Namespace) -> int:
         print(json.dumps(figures, indent=2))
     else:
         _print_replay(done, figures)
+    return 0
+
+
+def run_workload(args: argparse.Namespace) -> int:
+    """Make a trace of made-up routing and write it."""
+    if args.out.suffix != ".npz":
+        raise OptionError(f"--out {args.out}; allowed: a name that ends in .npz")
+    check_output("--out", args.out)
+    sizes = (args.microbatches, args.layers, args.experts, args.ranks, args.tokens, args.top_k)
+    counts = make_workload(args.kind, *sizes, args.seed)
+    file = io.BytesIO()
+    np.savez_compressed(file, counts=counts.astype(np.int32))
+    write_output("--out", args.out, file.getvalue())
+    batches, layers, experts = counts.shape
+    print(f"{args.kind}: {batches} micro-batches, {layers} layers, {experts} experts, seed {args.seed}; written to {args.out}")
     return 0
 
 
@@ -199,13 +277,30 @@ def describe_plan(plan: "Plan", loads: Array) -> dict[str, Any]:
     }
 
 
-def describe_replay(replay: "Replay") -> dict[str, dict[str, float]]:
-    """Return balancedness per method over micro-batches and layers, and clones moved, as ``--json`` prints them."""
-    figures: dict[str, dict[str, float]] = {
-        method: {"mean": float(scores.mean()), "p5": float(np.percentile(scores, 5)), "worst": float(scores.min())}
-        for method, scores in replay.balancedness.items()
-    }
+def describe_replay(replay: "Replay") -> dict[str, Any]:
+    """Return figures per method over micro-batches and layers, as ``--json`` prints them.
+
+    Balancedness: mean, 5th percentile and worst; ``max_over_mean`` is the mean of its inverse. ``force_balanced`` is the time
+    with as many tokens on every rank over the method's time. Counterflow also has the experts that moved and, for each tier, how
+    many were sent and their bytes, within nodes and between nodes.
+    """
+    figures: dict[str, Any] = {}
+    for method, scores in replay.balancedness.items():
+        row = {"mean": float(scores.mean()), "p5": float(np.percentile(scores, 5)), "worst": float(scores.min())}
+        figures[method] = row | {"max_over_mean": float((1 / scores).mean())}
     figures["counterflow"] |= {"moves": int(replay.moves.sum()), "off_node_moves": int(replay.off_node_moves.sum())}
+    if (account := replay.account) is None:
+        return figures
+    for method in replay.balancedness:
+        figures[method]["force_balanced"] = account.share_of_ideal(method)
+    sums = account.sum_bytes()
+    tiers = {
+        tier: {"near": int(count[..., 0].sum()), "far": int(count[..., 1].sum())}
+        | {"near_bytes": float(sums[tier][0]), "far_bytes": float(sums[tier][1])}
+        for tier, count in account.sent.items()
+    }
+    tiers["homes"] |= {"early_near": int(account.early[0]), "early_far": int(account.early[1])}
+    figures["counterflow"] |= {"plan": account.plan, "bytes": float(sum(row.sum() for row in sums.values())), "tiers": tiers}
     return figures
 
 
@@ -318,22 +413,40 @@ def _write_figure(name: str, value: float) -> str:
     return f"{value:.4g}" if name in ("replicated", "most_copies") else f"{value:.4f}"
 
 
-def _print_replay(replay: "Replay", figures: dict[str, dict[str, float]]) -> None:
+def _print_replay(replay: "Replay", figures: dict[str, Any]) -> None:
     batches, layers = replay.moves.shape
     cluster = replay.cluster
     print(
         f"micro-batches {replay.first} to {replay.first + batches - 1}, {layers} layers, {cluster.ranks} ranks, "
         f"{cluster.slots} slots, {cluster.nodes} nodes; balancedness is mean over slowest rank"
     )
+    names = ("mean", "p5", "worst", "max_over_mean", "force_balanced")
     rows = [
         [
             method,
-            *(f"{row[name]:.4f}" for name in ("mean", "p5", "worst")),
+            *(f"{row[name]:.4f}" for name in names if name in row),
             *(f"{row[name]}" if name in row else "" for name in ("moves", "off_node_moves")),
         ]
         for method, row in figures.items()
     ]
-    print_table(["", "mean", "p5", "worst", "moves", "off node"], rows)
+    shown = [name.replace("_", " ").replace("max over mean", "max/mean") for name in names if name in figures["fixed"]]
+    print_table(["", *shown, "moves", "off node"], rows)
+    ours = figures["counterflow"]
+    if "tiers" in ours:
+        print(f"plan {ours['plan']}, in all layers and scored micro-batches:")
+        tiers = [
+            [
+                tier.replace("_", "-"),
+                f"{row['near']}",
+                f"{row['near_bytes'] / 1e9:.2f}",
+                f"{row['far']}",
+                f"{row['far_bytes'] / 1e9:.2f}",
+            ]
+            for tier, row in ours["tiers"].items()
+        ]
+        print_table(["sent", "in node", "GB", "across", "GB"], tiers)
+        if early := ours["tiers"]["homes"]["early_near"] + ours["tiers"]["homes"]["early_far"]:
+            print(f"{early} homes moved before the first scored micro-batch")
 
 
 def _print_record(record: RecordedBalance, figures: dict[str, Any]) -> None:

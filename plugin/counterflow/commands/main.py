@@ -8,6 +8,7 @@ from counterflow.commands.analyze import add_analyze_command
 from counterflow.commands.arguments import Parser, run_command
 from counterflow.commands.balance import add_balance_commands
 from counterflow.commands.doctor import add_doctor_command
+from counterflow.commands.plan import add_plan_commands
 from counterflow.commands.schedule import add_schedule_commands
 from counterflow.version import __version__
 
@@ -21,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_schedule_commands(commands)
     add_balance_commands(commands)
     add_analyze_command(commands)
+    add_plan_commands(commands)
     return parser
 
 

@@ -9,13 +9,14 @@ import inspect
 import json
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from counterflow.deepspeed.state import chunks_of
+from counterflow.deepspeed.state import balancer_of, chunks_of
 from counterflow.errors import OptionError
 from counterflow.schedule.layouts import STRAIGHT
 
@@ -30,15 +31,16 @@ def stamp_after(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(save_checkpoint)
     def save(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        folder = Path(given["save_dir"]) / str(given.get("tag") or f"global_step{self.global_steps}")
         has_chunks = self.module in chunks_of
         if has_chunks and not hasattr(self.module, UNIVERSAL_CHECKPOINT_INFO):
             # Upstream saves it; otherwise a script has to give it.
             setattr(self.module, UNIVERSAL_CHECKPOINT_INFO, describe_for_conversion(self.module))
-        result = save_checkpoint(self, *args, **kwargs)
+        with balancer_of[self].save(folder) if self in balancer_of else nullcontext():
+            result = save_checkpoint(self, *args, **kwargs)
         if has_chunks and dist.get_rank() == 0:
-            given = signature.bind(self, *args, **kwargs).arguments
-            tag = given.get("tag") or f"global_step{self.global_steps}"
-            (Path(given["save_dir"]) / str(tag) / FILE).write_text(json.dumps(describe_cut(self.module)) + "\n")
+            (folder / FILE).write_text(json.dumps(describe_cut(self.module)) + "\n")
         return result
 
     return save
@@ -56,7 +58,11 @@ def guard(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         has_states = given["load_optimizer_states"] and not given["load_module_only"]
         if _has_layers(self) and has_states and not self.load_universal_checkpoint():
             require_same_cut(self.module, Path(given["load_dir"]), given["tag"])
-        return load_checkpoint(self, *args, **kwargs)
+        if self not in balancer_of:
+            return load_checkpoint(self, *args, **kwargs)
+        folder = Path(given["load_dir"])
+        with balancer_of[self].load(folder / _find_tag(folder, given["tag"]), self.gradient_accumulation_steps()):
+            return load_checkpoint(self, *args, **kwargs)
 
     return load
 
@@ -111,12 +117,17 @@ def _say(cut: dict[str, Any]) -> str:
 
 def _read_stamp(folder: Path, tag: str | None) -> dict[str, Any] | None:
     """Return a checkpoint's stamp; None if it has none, or if there is no checkpoint, of which DeepSpeed says more."""
-    latest = folder / LATEST
-    if tag is None:
-        tag = latest.read_text().strip() if latest.is_file() else ""
-    path = folder / str(tag) / FILE
+    path = folder / _find_tag(folder, tag) / FILE
     found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
     return found
+
+
+def _find_tag(folder: Path, tag: str | None) -> str:
+    """Return the tag of the checkpoint in ``folder`` that is loaded; "" where there is none."""
+    latest = folder / LATEST
+    if tag is None:
+        return latest.read_text().strip() if latest.is_file() else ""
+    return str(tag)
 
 
 def _has_layers(engine: Any) -> bool:

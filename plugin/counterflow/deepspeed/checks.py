@@ -11,13 +11,18 @@ from counterflow.options import Options
 from counterflow.trainer.crosslink import require_pairs
 from counterflow.trainer.tables import choose_layout, count_replicas, name_model_layout
 
-WAYS = "make one: PipelineModule(layers=[…], loss_fn=…, num_stages=P); each layer takes what the one before returns"
+WAYS = (
+    "make one: PipelineModule(layers=[…], loss_fn=…, num_stages=P); each layer takes what the one before returns; "
+    "without a schedule, eplb balances the experts of any model"
+)
 
 
 def check_run(chosen: Chosen, config: Any, model: Any) -> None:
     """Raise `OptionError` for a model or config that does not fit the options."""
     options = chosen.options
-    check_options(chosen)
+    if options.eplb:
+        check_experts(model)
+        check_balancing(options, load_config(config) if config is not None else {})
     if options.schedule is None:
         return
     from deepspeed.pipe import PipelineModule
@@ -36,15 +41,6 @@ def check_run(chosen: Chosen, config: Any, model: Any) -> None:
         check_config(chosen, load_config(config))
 
 
-def check_options(chosen: Chosen) -> None:
-    """Raise `OptionError` for options that this version does not run under DeepSpeed."""
-    options = chosen.options
-    if options.eplb:
-        raise OptionError("eplb: this version balances no experts under DeepSpeed: drop it")
-    if options.overlap:
-        raise OptionError("overlap: this version overlaps no pairs under DeepSpeed: drop it")
-
-
 def check_config(chosen: Chosen, config: Mapping[str, Any]) -> None:
     """Raise `OptionError` for keys of a DeepSpeed config that a schedule does not work with."""
     schedule = chosen.options.schedule
@@ -60,6 +56,48 @@ def check_config(chosen: Chosen, config: Mapping[str, Any]) -> None:
         )
 
 
+def check_balancing(options: Options, config: Mapping[str, Any]) -> None:
+    """Raise `OptionError` for keys of a DeepSpeed config that balanced experts do not work with."""
+    if not _find(config, "expert_parallel", "enabled"):
+        raise OptionError(
+            "eplb balances the experts of layers that AutoEP replaces, and expert_parallel is not enabled: give "
+            '"expert_parallel": {"enabled": true, "autoep_size": N, …}, or drop eplb'
+        )
+    stage = _find(config, "zero_optimization", "stage") or 0
+    refused = {
+        f"zero_optimization.stage {stage} keeps no whole expert on a rank: give stage 0, 1 or 2": stage not in (0, 1, 2),
+        "expert_parallel.comm_backend deepep sends tokens to experts, not to slots: give comm": (
+            _find(config, "expert_parallel", "comm_backend") == "deepep"
+        ),
+        "tensor_parallel.autotp_size above 1 splits an expert's tokens over tensor-parallel ranks: drop it": (
+            int(_find(config, "tensor_parallel", "autotp_size") or 1) > 1
+        ),
+        "compile.deepcompile compiles whole steps: drop it": bool(_find(config, "compile", "deepcompile")),
+        "zero_optimization.zenflow delays gradients: drop it": bool(_find(config, "zero_optimization", "zenflow")),
+        "managed_gradient_accumulation false reduces gradients before a step is known to end: drop it": (
+            config.get("managed_gradient_accumulation", True) is False
+        ),
+        "eplb.rehome_interval moves optimizer states, and zero_optimization.offload_optimizer keeps them elsewhere: drop one": (
+            options.eplb_rehome_interval is not None and bool(_find(config, "zero_optimization", "offload_optimizer"))
+        ),
+    }
+    for reason, is_given in refused.items():
+        if is_given:
+            raise OptionError(f"eplb: {reason}")
+
+
+def check_experts(model: Any) -> None:
+    """Raise `OptionError` for a model whose MoE layers balance cannot help."""
+    from deepspeed.moe.layer import MoE
+
+    if any(isinstance(one, MoE) for one in model.modules()):
+        raise OptionError(
+            "eplb: the model has layers of deepspeed.moe.layer.MoE, which pad every expert to the same capacity and drop tokens "
+            "beyond it: all ranks compute as much whatever the router does, and balance cannot help; take AutoEP "
+            "(expert_parallel), which pads and drops nothing"
+        )
+
+
 def explain(path: str) -> list[str]:
     """Return what the key of a DeepSpeed JSON asks for, a line for each part; raises `OptionError` for what is refused."""
     section = read_config(path)
@@ -67,21 +105,28 @@ def explain(path: str) -> list[str]:
         return [f'{path} has no key "{KEY}": DeepSpeed runs as without the plugin']
     chosen = read_section(section)
     options = chosen.options
-    check_options(chosen)
     lines = [
         f"{path}: {', '.join(f'{name} {value}' for name, value in options.model_dump(exclude_unset=True).items()) or 'nothing'}"
     ]
+    if options.eplb:
+        check_balancing(options, load_config(path))
+        lines.append(
+            f"clone slots on a rank in each of AutoEP's layers: {options.eplb_clones_per_rank}; steps between plans: "
+            f"{options.eplb_interval}"
+        )
     if options.schedule is not None:
         check_config(chosen, load_config(path))
         layout = choose_layout(options, 2, chosen.vpp or 2)
         lines.append(f"a PipelineModule is cut into {layout.chunks} stages a rank, laid out {name_model_layout(layout)}")
-        lines.append(f"weight gradients of linears {'wait for their W' if splits_backward(options) else 'are computed in the B'}")
+        lines.append(f"weight gradients {'wait for their W' if splits_backward(options) else 'are computed in the B'}")
+    if options.overlap and not _find(load_config(path), "expert_parallel", "enabled"):
+        lines.append("overlap: no expert_parallel is enabled, so pairs hide only communications that the model itself marks")
     return lines
 
 
 def splits_backward(options: Options) -> bool:
-    """Tell whether linears leave weight gradients to a W."""
-    return options.zero_bubble is not False and (options.family is None or options.family.splits)
+    """Tell whether linears leave weight gradients: to a W, or, in a pair, to behind its next communication."""
+    return options.zero_bubble is not False and (options.overlap or options.family is None or options.family.splits)
 
 
 def _find(config: Mapping[str, Any], section: str, key: str) -> Any:

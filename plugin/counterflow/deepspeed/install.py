@@ -32,7 +32,7 @@ class Installation:
         due = [feature for feature in features if feature not in self._features]
         seams.check_seams(due)
         for seam in seams.list_seams():
-            if seam.wrap is not None and set(due) & set(seam.features):
+            if seam.wrap is not None and set(due) & set(seam.features) and not self._features & set(seam.features):
                 home, _, name = seam.wrap.rpartition(".")
                 found = attrgetter(name)(importlib.import_module(f"counterflow.deepspeed.{home}") if home else self)
                 seam.take(self.patches, found)
@@ -66,7 +66,9 @@ class Installation:
             try:
                 chosen = read_section(section, self._given)
                 named = self._prepare(chosen, config, named)
-                return initialize(**named, **others)
+                made = initialize(**named, **others)
+                self._finish(chosen.options, made[0])
+                return made
             except CounterflowError as error:
                 raise speak_json(error) from None
 
@@ -83,10 +85,23 @@ class Installation:
             check_folder("profile", options.profile_folder)
         check_run(chosen, config, named["model"])
         self.options = options
+        if options.eplb:
+            self.take(seams.EXPERTS)
         if options.schedule is None:
             return named
-        self.take(seams.SCHEDULE, *([seams.ZERO_BUBBLE] if splits_backward(options) else []))
+        due = {seams.ZERO_BUBBLE: splits_backward(options), seams.OVERLAP: options.overlap}
+        self.take(seams.SCHEDULE, *(feature for feature, is_due in due.items() if is_due))
         return named | convert(named["model"], chosen, named["optimizer"], named["model_parameters"])
+
+    def _finish(self, options: Options, engine: Any) -> None:
+        """Prepare an engine that was made."""
+        from counterflow.deepspeed.experts.balancing import attach
+        from counterflow.deepspeed.stages import note_stages
+
+        if (options.schedule is not None or options.eplb) and engine._config.expert_parallel_config.enabled:
+            note_stages(engine)
+        if options.eplb:
+            attach(engine, options)
 
     def choose_engine(self, init: Callable[..., None]) -> Callable[..., None]:
         """Wrap how DeepSpeed's pipeline engine is made: for a model in chunks it becomes one that runs tables."""

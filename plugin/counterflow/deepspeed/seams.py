@@ -10,16 +10,22 @@ from counterflow.trainer.seam import Seam
 from counterflow.trainer.seam import check_seams as check_all
 
 CONFIG, SCHEDULE, ZERO_BUBBLE = "DeepSpeed's JSON", "DeepSpeed's schedule", "DeepSpeed's zero bubble"
+EXPERTS = "DeepSpeed's clones of experts"
+OVERLAP = "DeepSpeed's overlapped pairs"
 REMEDIES = {
     CONFIG: "run the script without counterflow",
     SCHEDULE: 'drop "schedule" from the key "counterflow"',
     ZERO_BUBBLE: 'give "zero_bubble": false in the key "counterflow"',
+    EXPERTS: 'drop "eplb" from the key "counterflow"',
+    OVERLAP: 'drop "overlap" from the key "counterflow"',
 }
 KNOWN = ("0.19",)
 
 MODULE, ENGINE = "deepspeed.runtime.pipe.module", "deepspeed.runtime.pipe.engine"
 PIPE_MODULE, PIPE_ENGINE = f"{MODULE}.PipelineModule", f"{ENGINE}.PipelineEngine"
 ENGINE_BASE = "deepspeed.runtime.engine.DeepSpeedEngine"
+ZERO = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
+AUTOEP = "deepspeed.module_inject.auto_ep_layer.AutoEPMoELayer"
 FUNCTIONS = "torch.nn.functional"
 
 STARTING = (
@@ -75,13 +81,57 @@ SPLITTING = (
         Seam(FUNCTIONS, name, f"pipeline.zero_bubble.split_{name}", (ZERO_BUBBLE,), KNOWN, "weight gradients wait for the W")
         for name in ("linear", "embedding", "conv1d", "conv2d", "conv3d")
     ),
-    Seam("deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer", "process_gradients", None, (ZERO_BUBBLE,), KNOWN,
+    Seam("torch", "matmul", "pipeline.zero_bubble.split_matmul", (ZERO_BUBBLE,), KNOWN, "weight gradients wait for the W",
+         alone=True),
+    Seam("torch.autograd", "backward", "pipeline.zero_bubble.split_backward", (ZERO_BUBBLE,), KNOWN,
+         "a backward from a loss may be split in its graph", ("tensors",), alone=True),
+    Seam("torch.Tensor", "register_hook", "pipeline.zero_bubble.split_hooks", (ZERO_BUBBLE,), KNOWN,
+         "the nodes of tensors with hooks run once", ("self", "hook")),
+    Seam(ZERO, "process_gradients", None, (ZERO_BUBBLE,), KNOWN,
          "takes a weight's gradient after the W", ("self", "param", "i")),
     Seam("deepspeed.runtime.bf16_optimizer.BF16_Optimizer", "_update_hp_grad", None, (ZERO_BUBBLE,), KNOWN,
          "takes a weight's gradient after the W", ("self", "lp", "group_idx", "param_idx", "clear_lp_grads")),
 )  # fmt: skip
 
-SEAMS = (*STARTING, *STEPPING, *SPLITTING)
+BALANCING = (
+    Seam(AUTOEP, "_forward", "experts.layer.deal_to_slots", (EXPERTS,), KNOWN, "runs a layer on slots",
+         ("self", "hidden_states")),
+    *(
+        Seam(AUTOEP, symbol, None, (EXPERTS,), KNOWN, why)
+        for symbol, why in (
+            ("num_experts", "slots in place of experts"),
+            ("num_local_experts", "slots in place of experts"),
+            ("router", "called before tokens are dealt to slots"),
+            ("experts", "the homes; their class makes the clones"),
+            ("async_split_plan", "off: slots are known after the router"),
+            ("ep_group", "the ranks that clones are sent among"),
+        )
+    ),
+    Seam(ENGINE_BASE, "forward", "experts.balancing.begin_before", (EXPERTS,), KNOWN, "clones get weights before a step"),
+    *(
+        Seam(ENGINE_BASE, symbol, "experts.balancing.end_before", (EXPERTS,), KNOWN, "gradients of clones come home before it")
+        for symbol in ("allreduce_gradients", "buffered_allreduce_fallback")
+    ),
+    Seam(ENGINE_BASE, "_report_progress", "experts.balancing.report_after", (EXPERTS,), KNOWN, "the log's line",
+         ("self", "step")),
+    Seam(ZERO, "reduce_ready_partitions_and_remove_grads", "experts.balancing.wait_for_clones", (EXPERTS,), KNOWN,
+         "an expert's gradient waits for those of its clones", ("self", "param", "i")),
+    Seam("deepspeed.module_inject.auto_ep.AutoEP", "_raise_no_moe_layers_detected", "stages.let_stages_be_dense",
+         (EXPERTS, SCHEDULE), KNOWN, "a stage may have no MoE layers", ("self", "presets_to_try")),
+    Seam(ZERO, "scaled_global_norm", "stages.count_stages_alike", (EXPERTS, SCHEDULE), KNOWN,
+         "stages with and without MoE layers sum their norms once", ("self", "norm_type")),
+    Seam(ZERO, "_model_parallel_all_reduce", "stages.leave_to_one_sum", (EXPERTS, SCHEDULE), KNOWN,
+         "upstream sums once for each group of parameters, whose number differs by stage", ("self", "tensor", "op")),
+)  # fmt: skip
+
+PAIRING = (
+    Seam("deepspeed.comm.comm", "all_to_all_single", "pipeline.overlap.hand_over_in", (OVERLAP,), KNOWN,
+         "the other part of a pair computes meanwhile"),
+    Seam("deepspeed.runtime.activation_checkpointing.checkpointing", "get_cuda_rng_tracker", None, (OVERLAP,), KNOWN,
+         "each part of a pair has its own random states"),
+)  # fmt: skip
+
+SEAMS = (*STARTING, *STEPPING, *SPLITTING, *BALANCING, *PAIRING)
 
 
 def find_version() -> str:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, ref
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from counterflow.deepspeed.section import Chosen
 from counterflow.schedule.layouts import Layout
+from counterflow.trainer.splits import GraphSplits
 
 
 @dataclass
@@ -35,17 +36,17 @@ class Chunks:
         return stage in self.stages
 
 
-class Place(NamedTuple):
-    """Where an optimizer keeps a weight's gradient: its group, and its number there."""
-
-    optimizer: ref[Any]
-    group: int
-    number: int
-
-
 # The method by which a PipelineModule was cut into stages.
 method_of: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 # The chunks of each model that runs tables.
 chunks_of: WeakKeyDictionary[Any, Chunks] = WeakKeyDictionary()
-# The place of each weight of a model that runs tables.
-place_of: Any = WeakTensorKeyDictionary()
+# The `counterflow.deepspeed.experts.layer.AutoEPSlots` of each of AutoEP's layers.
+slots_of: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+# The `counterflow.deepspeed.experts.balancing.Balancer` of each engine with slots, and a reference to it for each weight of its
+# experts.
+balancer_of: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+holder_of: Any = WeakTensorKeyDictionary()
+# Optimizers of stages that do not all have MoE layers.
+uneven_optimizers: WeakSet[Any] = WeakSet()
+# Of each model that runs tables, which stages are split in their autograd graph.
+graphs_of: WeakKeyDictionary[Any, GraphSplits] = WeakKeyDictionary()

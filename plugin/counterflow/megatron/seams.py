@@ -17,6 +17,7 @@ DEEP_EP = "deep_ep"
 FLAGS, SCHEDULE, V_LAYOUT, CROSSLINK = "flags", "schedule", "V layout", "cross-linked replicas"
 ZERO_BUBBLE, ENGINE, OVERLAP = "zero bubble", "zero bubble of Transformer Engine", "overlapped pairs"
 EPLB, REHOMING = "expert balancing", "homes that move"
+DRY_RUN = "dry run of a plan"
 # What the user can do if a feature's seams do not fit. Symbols that the checks of all flags import belong to FLAGS.
 REMEDIES = {
     FLAGS: "run the script without counterflow",
@@ -28,6 +29,7 @@ REMEDIES = {
     OVERLAP: "drop --cf-overlap",
     EPLB: "drop --cf-eplb",
     REHOMING: "drop --cf-eplb-rehome-interval",
+    DRY_RUN: "give --memory formula",
 }
 
 KNOWN = ("0.17", "0.18", "0.19", "0.20")
@@ -334,7 +336,31 @@ BALANCING = (
     ),
 )  # fmt: skip
 
-SEAMS = (*STARTING, *STEPPING, *SPLITTING, *PAIRING, *TURNING, *BALANCING)
+# The dry run replaces them in a process of its own.
+GPT = "megatron.core.models.gpt"
+DRYING = (
+    Seam(ARGUMENTS, "validate_args", None, (DRY_RUN,), KNOWN, "Megatron's own checks of a plan's flags", ("args",)),
+    Seam(ARGUMENTS, "core_transformer_config_from_args", None, (DRY_RUN,), KNOWN, "the model's config", ("args",)),
+    Seam(STATE, "initialize_model_parallel", None, (DRY_RUN,), KNOWN, "all process groups of one rank of many"),
+    Seam(STATE, "destroy_model_parallel", None, (DRY_RUN,), KNOWN, "takes them back for the next rank"),
+    Seam(STATE, "get_pipeline_model_parallel_rank", None, (DRY_RUN,), KNOWN, "whether a stage has an embedding or a head"),
+    Seam("megatron.core.tensor_parallel", "model_parallel_cuda_manual_seed", None, (DRY_RUN,), KNOWN, "generators", ("seed",)),
+    Seam("megatron.core.tensor_parallel.random", "CudaRNGStatesTracker", None, (DRY_RUN,), KNOWN, "draws nothing"),
+    Seam(GPT, "GPTModel", None, (DRY_RUN,), KNOWN, "a stage"),
+    Seam(f"{GPT}.gpt_layer_specs", "get_gpt_decoder_block_spec", None, (DRY_RUN,), KNOWN, "its layers", ("config",)),
+    Seam(f"{GPT}.gpt_layer_specs", "get_gpt_mtp_block_spec", None, (DRY_RUN,), KNOWN, "its MTP layers", ("config", "spec")),
+    Seam(
+        f"{MOE}.token_dispatcher", "MoEAlltoAllTokenDispatcher", None, (DRY_RUN,), KNOWN,
+        "takes counts of tokens that are supplied",
+    ),
+    Seam(f"{MOE}.token_dispatcher", "sort_chunks_by_idxs", None, (DRY_RUN,), KNOWN, "leaves a copy behind", ("input",)),
+    Seam(
+        "megatron.core.models.common.embeddings.rope_utils", "_apply_rotary_pos_emb_bshd", None, (DRY_RUN,), KNOWN,
+        "keeps what its fused kernel keeps", ("t", "freqs"),
+    ),
+)  # fmt: skip
+
+SEAMS = (*STARTING, *STEPPING, *SPLITTING, *PAIRING, *TURNING, *BALANCING, *DRYING)
 
 
 def find_version() -> str:

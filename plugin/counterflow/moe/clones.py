@@ -22,7 +22,7 @@ from counterflow.balance.moves import arrange_rounds
 from counterflow.balance.placement import EMPTY, Placement
 from counterflow.devices import find_device
 from counterflow.groups import open_process_group
-from counterflow.moe.gradients import GradientStore
+from counterflow.moe.gradients import GradientStore, Weight, find_values
 
 # The most tensors that an expert has. A (layer, slot) has twice as many tags: first those of weights, then those of gradients.
 TENSORS_PER_EXPERT = 8
@@ -45,20 +45,21 @@ class Packing(Protocol):
 class LayerExperts:
     """One layer's experts on this rank: the parameters of each home slot and of each clone slot, in slot order.
 
-    Weights travel as they are, from parameter to parameter, unless there is a ``packing``.
+    A parameter that stacks experts gives each of them a `Part`. Weights travel as they are, from parameter to parameter, unless
+    there is a ``packing``.
     """
 
-    homes: list[list[torch.nn.Parameter]]
-    clones: list[list[torch.nn.Parameter]]
+    homes: Sequence[Sequence[Weight]]
+    clones: Sequence[Sequence[Weight]]
     packing: Packing | None = None
 
     def pack(self, home: int) -> Sequence[torch.Tensor]:
         """Return what is sent of a home's weights."""
-        return self.homes[home] if self.packing is None else self.packing.pack(home)
+        return [find_values(one) for one in self.homes[home]] if self.packing is None else self.packing.pack(home)
 
     def land(self, clone: int) -> Sequence[torch.Tensor]:
         """Return the tensors that a clone receives into."""
-        return self.clones[clone] if self.packing is None else self.packing.land(clone)
+        return [find_values(one) for one in self.clones[clone]] if self.packing is None else self.packing.land(clone)
 
     def unpack(self, clone: int) -> None:
         """Let a clone compute with what it has received."""
@@ -126,7 +127,7 @@ class Clones:
         self._peers = dist.get_process_group_ranks(group)
         self._width, self._own = cluster.slots_per_rank[0], len(layers[0].homes)
         # Waiting on a GPU orders streams and returns; a time limit there would stop the host instead.
-        self._limit = (find_timeout(group),) if layers[0].homes[0][0].device.type == "cpu" else ()
+        self._limit = (find_timeout(group),) if find_values(layers[0].homes[0][0]).device.type == "cpu" else ()
         self._held: list[_Transfer] = []
         # By layer: when its transfers began, the transfers, the clones of this rank that receive.
         self._coming: dict[int, tuple[float, list[dist.Work], list[int]]] = {}
@@ -301,10 +302,10 @@ def open_group(experts: dist.ProcessGroup) -> dist.ProcessGroup:
 def measure_clones(layers: list[LayerExperts], gradients: GradientStore) -> tuple[int, int]:
     """Return the bytes of the weights and of the gradients of this rank's clones."""
     parameters = list_clone_parameters(layers)
-    return _count_bytes(parameters), _count_bytes(list_gradients(parameters, gradients))
+    return _count_bytes(map(find_values, parameters)), _count_bytes(list_gradients(parameters, gradients))
 
 
-def list_clone_parameters(layers: list[LayerExperts]) -> list[torch.nn.Parameter]:
+def list_clone_parameters(layers: list[LayerExperts]) -> list[Weight]:
     """Return the parameters of all clones on this rank."""
     return [parameter for layer in layers for clone in layer.clones for parameter in clone]
 
@@ -313,18 +314,20 @@ def _count_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def list_gradients(parameters: list[torch.nn.Parameter], gradients: GradientStore) -> list[torch.Tensor]:
+def list_gradients(parameters: Sequence[Weight], gradients: GradientStore) -> list[torch.Tensor]:
     """Return the gradients of the parameters that are not frozen."""
     return [gradient for parameter in parameters if (gradient := gradients.of(parameter)) is not None]
 
 
-def _prepare(clone: list[torch.nn.Parameter], home: list[torch.nn.Parameter], gradients: GradientStore) -> None:
+def _prepare(clone: Sequence[Weight], home: Sequence[Weight], gradients: GradientStore) -> None:
     """Give a clone's parameters the shape and type of a home's, and let them collect gradients as the home's do."""
     if len(clone) != len(home) or len(home) > TENSORS_PER_EXPERT:
         raise ValueError(
             f"a clone of {len(clone)} tensors for a home of {len(home)}; up to {TENSORS_PER_EXPERT}, as many in both"
         )
     for copied, own in zip(clone, home, strict=True):
-        copied.data = torch.zeros_like(own.data)
-        copied.requires_grad_(own.requires_grad)
+        # Parts are parts of a parameter that its adapter has made like the homes'.
+        if isinstance(copied, torch.nn.Parameter) and isinstance(own, torch.nn.Parameter):
+            copied.data = torch.zeros_like(own.data)
+            copied.requires_grad_(own.requires_grad)
         gradients.prepare(copied, own)

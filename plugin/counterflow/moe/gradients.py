@@ -1,47 +1,108 @@
-"""Where a trainer keeps gradients: a small protocol, and the store of a trainer that keeps them in ``.grad``.
+"""Where a trainer keeps gradients: a small protocol, and the stores of trainers that keep them in ``.grad`` or in sums of them.
 
 Clones reach a parameter's gradient through a `GradientStore` alone, so that the same code serves every trainer.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One expert's part of a parameter that stacks those of all experts of a module: ``whole[index]``."""
+
+    whole: torch.nn.Parameter
+    index: int
+
+
+Weight = torch.nn.Parameter | Part
+
+
+def find_values(weight: Weight) -> torch.Tensor:
+    """Return a weight's values; of a part a view, which is new each time: a trainer may give a parameter other memory."""
+    return weight.whole.data[weight.index] if isinstance(weight, Part) else weight
 
 
 class GradientStore(Protocol):
     """A trainer's gradients, by parameter."""
 
-    def of(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    def of(self, parameter: Weight) -> torch.Tensor | None:
         """Return the tensor in which a step's gradients of a parameter are summed; None for a frozen parameter."""
 
-    def add(self, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+    def add(self, parameter: Weight, gradient: torch.Tensor) -> None:
         """Add a gradient that was computed elsewhere to the parameter's own."""
 
-    def prepare(self, parameter: torch.nn.Parameter, like: torch.nn.Parameter) -> None:
+    def prepare(self, parameter: Weight, like: Weight) -> None:
         """Let ``parameter``, which the trainer does not know, collect gradients as the trainer's ``like`` does."""
 
-    def clear(self, parameter: torch.nn.Parameter) -> None:
+    def clear(self, parameter: Weight) -> None:
         """Set a gradient to zero at the begin of a step, for a parameter that `prepare` was called with."""
 
 
 class PlainGradients:
     """Gradients in ``.grad``, where autograd leaves them. The trainer clears the ones of its own parameters before each step."""
 
-    def of(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
-        """Return ``parameter.grad``, which is zeros before the first backward; None for a frozen parameter."""
-        if parameter.grad is None and parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
-        return parameter.grad
+    def of(self, parameter: Weight) -> torch.Tensor | None:
+        """Return ``.grad``, which is zeros before the first backward; None for a frozen parameter."""
+        whole = parameter.whole if isinstance(parameter, Part) else parameter
+        gradient = self.find(whole) if whole.requires_grad else None
+        return gradient[parameter.index] if isinstance(parameter, Part) and gradient is not None else gradient
 
-    def add(self, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+    def find(self, whole: torch.nn.Parameter) -> torch.Tensor:
+        """Return the gradient of a whole parameter that is trained."""
+        if whole.grad is None:
+            whole.grad = torch.zeros_like(whole)
+        return whole.grad
+
+    def add(self, parameter: Weight, gradient: torch.Tensor) -> None:
         """Add a gradient that was computed elsewhere."""
         own = self.of(parameter)
         assert own is not None
         own.add_(gradient)
 
-    def prepare(self, parameter: torch.nn.Parameter, like: torch.nn.Parameter) -> None:
+    def prepare(self, parameter: Weight, like: Weight) -> None:
         """Do nothing: autograd fills ``.grad`` of any parameter."""
 
-    def clear(self, parameter: torch.nn.Parameter) -> None:
-        """Forget the gradient."""
-        parameter.grad = None
+    def clear(self, parameter: Weight) -> None:
+        """Set the gradient to zero."""
+        if isinstance(parameter, Part):
+            # The parts of a parameter are cleared in turn.
+            parameter.whole.grad = None
+        else:
+            parameter.grad = None
+
+
+class SummedGradients(PlainGradients):
+    """Gradients of a trainer that adds up, in sums of type ``dtype``, what each backward leaves in ``.grad``.
+
+    ``find_sum`` returns the sum of one of the trainer's parameters. Clones have sums of their own.
+    """
+
+    def __init__(self, find_sum: Callable[[torch.nn.Parameter], torch.Tensor], dtype: torch.dtype) -> None:
+        self._find_sum, self._dtype = find_sum, dtype
+        self._sums: Any = WeakTensorKeyDictionary()
+
+    def find(self, whole: torch.nn.Parameter) -> torch.Tensor:
+        """Return the sum of a whole parameter that is trained."""
+        own: torch.Tensor | None = self._sums.get(whole)
+        return self._find_sum(whole) if own is None else own
+
+    def prepare(self, parameter: Weight, like: Weight) -> None:
+        """Give ``parameter`` a sum."""
+        whole = parameter.whole if isinstance(parameter, Part) else parameter
+        if whole.requires_grad and whole not in self._sums:
+            self._sums[whole] = torch.zeros_like(whole, dtype=self._dtype)
+            whole.register_post_accumulate_grad_hook(self._add)  # type: ignore[no-untyped-call]
+
+    def clear(self, parameter: Weight) -> None:
+        """Set a clone's sum to zero."""
+        if (own := self.of(parameter)) is not None:
+            own.zero_()
+
+    def _add(self, whole: torch.Tensor) -> None:
+        self._sums[whole].add_(whole.grad)
+        whole.grad = None

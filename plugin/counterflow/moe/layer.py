@@ -9,7 +9,7 @@ from counterflow.balance.shares import share_tokens
 from counterflow.devices import find_device
 from counterflow.moe.clones import Clones, LayerExperts
 from counterflow.moe.loads import LoadTracker
-from counterflow.moe.slots import make_slot_table, place_evenly, place_exactly
+from counterflow.moe.slots import find_slots, make_slot_table, place_evenly, place_exactly
 
 
 class LayerSlots:
@@ -70,6 +70,16 @@ class LayerSlots:
             self._tracker.add(self._index, counts.sum(0), ranks)  # type: ignore[union-attr]
         slot_map, slot_probs = place_exactly(routing_map, probs, self._table, shares[self._group.rank()])
         return slot_probs, slot_map, torch.from_numpy(shares).to(routing_map.device, non_blocking=True)
+
+    def deal_selected(self, selected: torch.Tensor) -> torch.Tensor:
+        """Map tokens from experts to slots where a router names the experts of a token: return slots, ``int64[tokens, k]``.
+
+        ``selected``, ``int64[tokens, k]``, has k different experts for each token.
+        """
+        assert self._table.placement.homes is not None
+        routed = selected.new_zeros(len(selected), self._table.placement.homes.shape[1], dtype=torch.bool)
+        routed.scatter_(1, selected, True)
+        return find_slots(selected, self.deal(routed, routed)[1], self._table)
 
     def finish_refresh(self) -> bool:
         """Wait for the clones' weights before the clones compute; tell whether any were sent in this step."""

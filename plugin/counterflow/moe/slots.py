@@ -80,6 +80,15 @@ def place_evenly(routing_map: torch.Tensor, probs: torch.Tensor, table: SlotTabl
     return _place(routing_map, probs, table, lambda order: (order - 1) % table.copies == table.turn)
 
 
+def find_slots(selected: torch.Tensor, slot_map: torch.Tensor, table: SlotTable) -> torch.Tensor:
+    """Return the slots ``int64[tokens, k]`` of the experts in ``selected``, where ``slot_map`` has placed their tokens."""
+    held = table.held.expand(len(selected), -1)
+    # Of an expert's slots at most one has the token; all others add 0.
+    numbers = torch.arange(held.shape[1], device=held.device).expand_as(held)
+    slot_of = held.new_zeros(len(selected), int(table.placement.homes.shape[1]))  # type: ignore[union-attr]
+    return slot_of.scatter_add_(1, held, numbers.where(slot_map, 0)).gather(1, selected)
+
+
 def _place(
     routing_map: torch.Tensor, probs: torch.Tensor, table: SlotTable, choose: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:

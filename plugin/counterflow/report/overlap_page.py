@@ -30,6 +30,7 @@ from counterflow.report.lanes import (
 from counterflow.report.overlap_text import (
     list_causes,
     list_kinds,
+    list_layers,
     list_notes,
     list_ranks,
     name_device,
@@ -44,11 +45,12 @@ MOST_PHASES = 200
 
 @dataclass(frozen=True)
 class Findings:
-    """What an analysis found: devices, each with its gains; ranks side by side where several; comparisons; words on files."""
+    """What an analysis found: devices with their gains, what is not known, ranks side by side, comparisons, words on files."""
 
     devices: Sequence[Device]
     gains: Sequence[Sequence[Gain]]
     shared_gains: Sequence[Gain] = ()
+    unknown: Sequence[str] = ()
     ranks: Sequence[Rank] = ()
     against: Sequence[Comparison] = ()
     notes: Sequence[str] = field(default_factory=tuple)
@@ -74,6 +76,7 @@ def render_findings_html(findings: Findings, title: str) -> str:
         notes=notes,
         devices=[_describe(findings.devices[place], findings.gains[place]) for place in places],
         ranks=list_ranks(findings.ranks),
+        unknown=findings.unknown,
         shared=[_describe_gain(gain) for gain in findings.shared_gains],
         against=[table for comparison in findings.against for table in tabulate(comparison)],
         states=LEGEND.items(),
@@ -99,6 +102,7 @@ def _describe(device: Device, gains: Sequence[Gain]) -> dict[str, Any]:
             for phase in device.phases[:MOST_PHASES]
         ],
         "more_phases": max(0, len(device.phases) - MOST_PHASES),
+        "layers": list_layers(device) if device.layers else [],
         "kinds": list_kinds(device),
         "costs": " ".join(write_costs(device)),
         "gains": [_describe_gain(gain) for gain in gains],

@@ -7,6 +7,7 @@ from counterflow.analysis.classes import COMMUNICATION
 from counterflow.analysis.cluster import Rank
 from counterflow.analysis.comparison import Change, Comparison
 from counterflow.analysis.gains import Gain
+from counterflow.analysis.layers import Layer
 from counterflow.analysis.names import split_name
 from counterflow.analysis.overlap import Device, Phase
 from counterflow.analysis.repetition import find_repetitions
@@ -14,6 +15,10 @@ from counterflow.analysis.summary import summarize, write_ms, write_percent
 
 MOST_PHASES, MOST_KINDS, MOST_NAMES, MOST_CHANGES = 6, 24, 3, 8
 MOST_CHARACTERS = 60
+MOST_LAYERS = 32
+LAYER_COLUMNS = (
+    "layer", "F ms", "B ms", "W ms", "F communication ms", "F exposed ms", "B communication ms", "B exposed ms",
+)  # fmt: skip
 RANK_COLUMNS = (
     "rank", "window ms", "busy", "computation ms", "communication ms", "waiting ms", "exposed ms", "bubble", "experts ms",
 )  # fmt: skip
@@ -24,13 +29,15 @@ MANY_CLASHES = 0.01
 def write_device(device: Device, costs_hint: str = "") -> list[str]:
     """Return a device's summary: the line of all figures, exposed phases, costs, kinds and what is worth a word."""
     costs = [line + costs_hint for line in write_costs(device)]
-    kinds = align(list_kinds(device))
+    layers, kinds = list_layers(device), list_kinds(device)
     return [
         f"{name_device(device)}  {summarize(device)}",
         *_write_phases(device.phases),
         *costs,
         *write_repetitions(device),
-        *kinds,
+        *(align(layers[: MOST_LAYERS + 1]) if device.layers else ()),
+        *([f"  … {len(layers) - 1 - MOST_LAYERS} more layers"] if len(layers) - 1 > MOST_LAYERS else ()),
+        *align(kinds),
         *list_notes(device),
     ]
 
@@ -86,6 +93,21 @@ def write_repetitions(device: Device) -> list[str]:
             f"each {write_ms(unit.length)} ms, {write_ms(unit.compute)} ms computation{exposed}"
         )
     return lines
+
+
+def list_layers(device: Device) -> list[list[str]]:
+    """Return the annotated layers as a table, its headings first: computation, communication and what of it is exposed."""
+    parts: dict[str, dict[str, Layer]] = {}
+    for layer in device.layers:
+        parts.setdefault(layer.name, {})[layer.part] = layer
+    rows = [list(LAYER_COLUMNS)]
+    for name, found in parts.items():
+        times = [write_ms(found[part].compute) if part in found else "" for part in "FBW"]
+        for part in "FB":
+            one = found.get(part)
+            times += [write_ms(one.communication), write_ms(one.exposed)] if one is not None else ["", ""]
+        rows.append([show_name(name), *times])
+    return rows
 
 
 def list_kinds(device: Device) -> list[list[str]]:

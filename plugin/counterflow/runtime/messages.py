@@ -4,6 +4,7 @@ An F sends its stage's output to the next stage. An I or B sends back the gradie
 member that needs no gradient, such as a mask, has None there, and nothing is sent for it. A single tensor is a tuple of one.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ import torch
 from counterflow.errors import ScheduleError
 from counterflow.schedule.dependencies import Result
 
+# Runs a backward from roots and their gradients; tells whether it has.
+Start = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], bool]
 Message = tuple[torch.Tensor | None, ...]
 """The members of one message; () where there is nothing to receive: the first stage's input, the last one's gradient."""
 
@@ -91,11 +94,12 @@ def share(message: Message) -> Message:
         return tuple(None if member is None else member.detach().requires_grad_(member.requires_grad) for member in message)
 
 
-def run_backward(inputs: Message, outputs: Message, gradients: Message) -> Message:
+def run_backward(inputs: Message, outputs: Message, gradients: Message, start: Start | None = None) -> Message:
     """Run a stage's backward from the gradients of its outputs; return its inputs' gradients, None for an input without one.
 
     Only outputs that have a gradient take part. Without ``gradients`` the outputs are losses, each with the gradient 1. The data
-    of outputs may have been freed. Raises `ScheduleError` if the gradients do not fit the outputs.
+    of outputs may have been freed. ``start`` may run the backward in place of autograd. Raises `ScheduleError` if the gradients
+    do not fit the outputs.
     """
     if gradients and len(gradients) != len(outputs):
         raise ScheduleError(f"the next stage gave {len(gradients)} gradients back; it was sent {len(outputs)} tensors")
@@ -108,7 +112,7 @@ def run_backward(inputs: Message, outputs: Message, gradients: Message) -> Messa
             raise ScheduleError(f"the next stage gave a {gradient.dtype} gradient of member {index}, which is {output.dtype}")
         roots.append(output)
         starts.append(gradient)
-    if roots:
+    if roots and not (start is not None and start(roots, starts)):
         # Not torch.autograd.backward, which compares shapes with outputs that may have been freed.
         torch.autograd.Variable._execution_engine.run_backward(
             tuple(roots), tuple(starts), False, False, (), allow_unreachable=True, accumulate_grad=True

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 # One queue of the whole process, not of a thread: on a GPU, autograd runs backward functions in threads of its own.
 _held: list[Callable[[], None]] | None = None
+# Wraps work as it is kept for later, while a profiler notes whose it is.
+_note: Callable[[Callable[[], None]], Callable[[], None]] | None = None
 
 
 def defer_weight_grad(fn: Callable[[], None]) -> None:
@@ -16,7 +18,13 @@ def defer_weight_grad(fn: Callable[[], None]) -> None:
     if _held is None:
         fn()
     else:
-        _held.append(fn)
+        _held.append(fn if _note is None else _note(fn))
+
+
+def note_weight_grads(note: Callable[[Callable[[], None]], Callable[[], None]] | None) -> None:
+    """Let ``note`` wrap all work that is kept for later from now on; None ends it."""
+    global _note
+    _note = note
 
 
 def is_holding() -> bool:

@@ -1,4 +1,4 @@
-"""What actions are called in a profiler's trace: one annotation around each action, and the phase of a chunk inside it."""
+"""What actions are called in a profiler's trace: one annotation around each, in it the phase of a chunk, in that its layers."""
 
 import re
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ LETTERS = {"F": "F", "I": "B", "B": "B", "W": "W"}
 PREFIX = "counterflow step "
 NAME = re.compile(PREFIX + r"(\d{1,15}) pipeline (\d{1,9}) rank (\d{1,9}): (.{1,200})")
 PHASE = re.compile(r"stage (\d{1,9}) \(([FBW])\)")
+LAYER_PREFIX = "counterflow layer "
+LAYER = re.compile(LAYER_PREFIX + r"(.{1,200}) \(([FBW])\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +42,14 @@ def read_annotation(name: str) -> Annotation | None:
 def name_phase(kind: str, stage: int) -> str:
     """Return the name of the phase of an F, I, B or W of a stage: ``stage 2 (F)``."""
     return f"stage {stage} ({LETTERS[kind]})"
+
+
+def name_layer(layer: str, letter: str) -> str:
+    """Return the annotation of a layer's forward (F), backward (B) or weight gradients (W)."""
+    return f"{LAYER_PREFIX}{layer} ({letter})"
+
+
+def read_layer(name: str) -> tuple[str, str] | None:
+    """Return the layer and the letter of an annotation; None for one that is not of a layer."""
+    match = LAYER.fullmatch(name)
+    return (match[1], match[2]) if match else None

@@ -2,7 +2,8 @@
 
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from counterflow.balance.planning import TRAFFIC_WEIGHT
 from counterflow.devices import find_device
 from counterflow.errors import BalanceError
 from counterflow.moe.clones import Clones, Traffic, measure_clones, open_group
-from counterflow.moe.gradients import GradientStore
+from counterflow.moe.gradients import GradientStore, Weight, find_values
 from counterflow.moe.homes import move_homes
 from counterflow.moe.layer import LayerSlots
 from counterflow.moe.loads import LoadTracker
@@ -29,6 +30,8 @@ from counterflow.options import Options
 # The number of micro-batches whose loads are saved with a checkpoint, so that the next run starts with a plan. The predictor
 # looks back as far.
 KEPT_MICROBATCHES = 64
+# The folder in a checkpoint for these loads.
+LOADS_FOLDER = "counterflow"
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class BalancedLayers:
         self._last: dict[str, Any] = {}
         self._place(self._placement)
 
-    def take_state(self, parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+    def take_state(self, parameter: Weight) -> list[torch.Tensor]:
         """Return the optimizer's state of a home's parameter, which moves with it: in the same order on all ranks."""
         raise BalanceError("homes cannot move: this trainer does not say what its optimizer keeps, drop eplb_rehome_interval")
 
@@ -259,6 +262,18 @@ class BalancedLayers:
         print(f"counterflow: eplb: the loads in {directory} are not used, the first step has no clones: {reason}", flush=True)
         return None
 
+    @contextmanager
+    def be_at_home(self) -> Iterator[None]:
+        """Have homes where the trainer puts them inside the block, in which it saves a checkpoint."""
+        placement = self.bring_homes_back()
+        yield
+        if placement is not None:
+            self.restore_homes(placement)
+
+    def take_over(self) -> None:
+        """Take weights that the trainer has read into the homes of a checkpoint; `bring_homes_back` was called before."""
+        self._are_stale = True
+
     def bring_homes_back(self) -> Placement | None:
         """Move homes to where the trainer puts them, for a checkpoint; return the placement to restore, None if none moved."""
         before = self._placement
@@ -285,7 +300,7 @@ class BalancedLayers:
 
     def _take_home(self, layer: int, place: int) -> list[torch.Tensor]:
         parameters = self._experts[layer].homes[place]
-        return [tensor for p in parameters for tensor in (p.data, *self.take_state(p))]
+        return [tensor for p in parameters for tensor in (find_values(p).data, *self.take_state(p))]
 
     def _put_home(self, layer: int, place: int, arrived: list[torch.Tensor]) -> None:
         for tensor, other in zip(self._take_home(layer, place), arrived, strict=True):

@@ -60,13 +60,14 @@ class Pipeline:
         self.rank, self.timeout = rank, timeout
         self._channels = Channels(ranks, rank, timeout)
         self._watch = Watch(find_store(), ranks, rank, timeout.total_seconds())
-        self._handover = HandOver(carried) if options.overlap else None
-        self._are_counts_told = False
         self._profiler: StepProfiler | None = None
         if options.profile is not None:
             from counterflow.trainer import profiling  # loads the analyser
 
             self._profiler = profiling.StepProfiler(options, ranks, rank, is_cuda=device.type == "cuda")
+            carried = [*carried, self._profiler.carried]
+        self._handover = HandOver(carried) if options.overlap else None
+        self._are_counts_told = False
         self._auto: AutoTable | None = None
         if options.schedule == AUTO:
             self._auto = AutoTable(
@@ -115,7 +116,7 @@ class Pipeline:
         recorder = Recorder(self.rank, self._device.type == "cuda") if is_recorded else None
         mailbox = Mailbox(self._channels, form, self._device)
         profiler = self._profiler
-        notes = profiler if profiler is not None and profiler.begin(step) else None
+        notes = profiler if profiler is not None and profiler.begin(step, work) else None
         run_program(
             program, work, mailbox, recorder=recorder, watch=self._watch, handover=self._handover, annotations=notes
         )  # fmt: skip
@@ -147,8 +148,8 @@ def describe_counts(counts: list[tuple[int, int, int]]) -> str:
     """Return a line for the log: of each stage, the communications of its F and of its B (or I)."""
     if not any(forward or backward for _, forward, backward in counts):
         return (
-            "counterflow: --cf-overlap: no stage has a communication to overlap (no experts, or none on other ranks): the parts "
-            "of a pair run one after the other"
+            "counterflow: overlapped pairs: no stage has a communication to overlap (no experts, or none on other ranks): the "
+            "parts of a pair run one after the other"
         )
     found = ", ".join(f"stage {stage} {forward} and {backward}" for stage, forward, backward in counts)
-    return f"counterflow: --cf-overlap: communications of a chunk's F and B: {found}"
+    return f"counterflow: overlapped pairs: communications of a chunk's F and B: {found}"

@@ -1,10 +1,10 @@
-"""Profile some training steps of a pipeline, ``--cf-profile``: a trace per rank, with actions and phases as annotations.
+"""Profile some training steps of a pipeline, ``--cf-profile``: a trace per rank, with actions, phases and layers annotated.
 
 On a GPU (untested there) the trace has the kernels too. On a CPU the annotations say what computes.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from counterflow.analysis.summary import summarize_file
 from counterflow.devices import wait_for_device
 from counterflow.errors import CounterflowError
 from counterflow.options import Options
+from counterflow.runtime.executor import Work
 from counterflow.schedule.actions import PAIR, REDUCTION, Action
 from counterflow.schedule.annotations import Annotation, name_phase
+from counterflow.trainer.layer_notes import LayeredWork, LayerNotes
 
 
 class StepProfiler:
@@ -30,17 +32,23 @@ class StepProfiler:
         self._is_cuda = is_cuda
         self._step = 0
         self._profile: Any = None
+        self._layers = LayerNotes()
+        # What goes with each part of an overlapped pair.
+        self.carried = self._layers.carried
 
-    def begin(self, step: int) -> bool:
-        """Start where the first step does; tell whether this step is profiled."""
+    def begin(self, step: int, work: Work) -> bool:
+        """Start where the first step does; tell whether this step is profiled. Layers are those that its work lists."""
         self._step = step
         if step == self._first and self._profile is None:
             self._profile = _make_profile(self._is_cuda)
             self._profile.start()
+        if self._profile is not None and isinstance(work, LayeredWork):
+            self._layers.attach(work.list_layers())
         return self._profile is not None
 
     def end(self, step: int) -> None:
         """Write the trace where the last step ends, and print on global rank 0 what its own says."""
+        self._layers.detach()
         if self._profile is None or step < self._last:
             return
         if self._is_cuda:
@@ -65,9 +73,12 @@ class StepProfiler:
                 with self.annotate_part(action):
                     yield
 
-    def annotate_part(self, single: Action) -> AbstractContextManager[Any]:
+    @contextmanager
+    def annotate_part(self, single: Action) -> Iterator[None]:
         """Annotate the phase of one part of a pair."""
-        return record_function(name_phase(single.kind, single.stage))
+        with record_function(name_phase(single.kind, single.stage)):
+            yield
+            self._layers.close()
 
 
 def _make_profile(is_cuda: bool) -> Any:

@@ -31,9 +31,9 @@ NEVER = 1e30
 class Layer(NamedTuple):
     """One layer to plan for.
 
-    ``loads[forecasts, experts]`` whole numbers, ``homes[expert]`` its home slot, ``spare`` the slots for clones; ``price``
-    what a clone that has to be sent costs, ``traffic`` what a token computed off its home's node costs, of a token on the
-    slowest rank times ranks.
+    ``loads[forecasts, experts]`` whole numbers, ``homes[expert]`` its home slot, ``spare`` the slots for clones; ``price`` what a
+    clone that has to be sent costs, ``far_price`` what it costs if its home is on another node, ``traffic`` what a token computed
+    off its home's node costs, of a token on the slowest rank times ranks.
     """
 
     loads: Array
@@ -43,6 +43,7 @@ class Layer(NamedTuple):
     homes: Array
     spare: Array
     price: float
+    far_price: float
     traffic: float
 
 
@@ -68,24 +69,32 @@ def plan_layer(layer: Layer, current: Array) -> tuple[Array, float, float]:
         if kept.time < GOOD:
             return kept.experts, before.time, kept.time
     fresh = weigh(layer, fill_slots(layer, current))
-    more = count_new(layer, current, fresh.experts) - count_new(layer, current, kept.experts)
-    best = improve(layer, fresh) if fresh.time + layer.price * more < kept.time else kept
+    more = price_new(layer, current, fresh.experts) - price_new(layer, current, kept.experts)
+    best = improve(layer, fresh) if fresh.time + more < kept.time else kept
     if layer.traffic > 0:
         # Many splits are equally fast; the one that will be used may send more off its node than the one found step by step.
         best = weigh(layer, best.experts)
-        if best.time > before.time - layer.price * count_new(layer, current, best.experts):
+        if best.time > before.time - price_new(layer, current, best.experts):
             best = before
     return best.experts, before.time, best.time
 
 
 @compile_fast
-def count_new(layer: Layer, current: Array, experts: Array) -> int:
-    """Return how many clones of ``experts`` are not on their rank in ``current``, so that they have to be sent."""
-    new = 0
+def price_new(layer: Layer, current: Array, experts: Array) -> float:
+    """Return what the clones of ``experts`` cost that are not on their rank in ``current``, so that they have to be sent."""
+    cost = 0.0
     for slot in layer.spare:
         if experts[slot] >= 0 and not holds(current, layer.rank_start, layer.rank_of_slot[slot], experts[slot]):
-            new += 1
-    return new
+            cost += price_clone(layer, slot, experts[slot])
+    return cost
+
+
+@compile_fast
+def price_clone(layer: Layer, slot: int, expert: int) -> float:
+    """Return what it costs to send ``expert`` from its home to ``slot``."""
+    home = layer.rank_of_slot[layer.homes[expert]]
+    near = layer.node_of_rank[home] == layer.node_of_rank[layer.rank_of_slot[slot]]
+    return layer.price if near else layer.far_price
 
 
 @compile_fast
@@ -164,7 +173,7 @@ def try_changes(layer: Layer, placed: Weighed, trials: int) -> tuple[bool, int, 
             if trials == 0:
                 return False, 0, placed
             trials -= 1
-            limit = placed.time - layer.price - 1e-9
+            limit = placed.time - price_clone(layer, slot, expert) - 1e-9
             tried = weigh_change(layer, placed, slot, expert, limit)
             if tried.time <= limit:
                 return True, trials, tried

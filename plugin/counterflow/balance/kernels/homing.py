@@ -16,18 +16,21 @@ MOST_SWAPS = 4
 
 
 @compile_fast
-def swap_homes(loads: Array, start: Array, held: Array, most: int, price: float) -> Array:
+def swap_homes(loads: Array, start: Array, held: Array, most: int, price: float, node_of_rank: Array) -> Array:
     """Return ``held`` after swaps that make the slowest rank faster, none receiving more than ``most`` experts since ``start``.
 
     ``loads[experts, forecasts]``: whole numbers. ``start`` and ``held``: ``[columns, ranks]``, experts, -1 where a rank has none.
-    ``price``: what an expert that is not where it was must gain, summed over the forecasts.
+    ``price``: what an expert that is not where it was must gain, summed over the forecasts. ``node_of_rank[ranks]``: a swap
+    between nodes is made only where none within a node helps.
     """
     held = held.copy()
     load = sum_loads(loads, held)
     received = (held != start).sum(0)
     for _ in range(MOST_SWAPS * loads.shape[0]):
         slowest = find_slowest(load)
-        column, rank, other = find_swap(loads, start, held, load, slowest, received, most)
+        column, rank, other = find_swap(loads, start, held, load, slowest, received, most, node_of_rank)
+        if column < 0 and node_of_rank.max() > 0:
+            column, rank, other = find_swap(loads, start, held, load, slowest, received, most, np.zeros_like(node_of_rank))
         if column < 0:
             break
         swap(loads, start, held, load, received, column, rank, other)
@@ -64,16 +67,28 @@ def find_slowest(load: Array) -> Array:
 
 @compile_fast
 def find_swap(
-    loads: Array, start: Array, held: Array, load: Array, slowest: Array, received: Array, most: int
+    loads: Array,
+    start: Array,
+    held: Array,
+    load: Array,
+    slowest: Array,
+    received: Array,
+    most: int,
+    node_of_rank: Array,
 ) -> tuple[int, int, int]:
-    """Return the column and the two ranks whose swap takes most off the slowest ranks, then levels most; -1 where none does."""
+    """Return the column and the two ranks of a node whose swap takes most off the slowest ranks, then levels most.
+
+    Returns -1 where none does.
+    """
     best, least = (-1, -1, -1), (0, 0.0)
     for rank in np.unique(slowest[:, 0]):
         for column in range(held.shape[0]):
             if held[column, rank] < 0:
                 continue
             for other in range(held.shape[1]):
-                if other == rank or held[column, other] < 0 or overfills(start, held, received, most, column, rank, other):
+                if other == rank or node_of_rank[other] != node_of_rank[rank] or held[column, other] < 0:
+                    continue
+                if overfills(start, held, received, most, column, rank, other):
                     continue
                 change = weigh_swap(loads, held, load, slowest, column, rank, other)
                 if change < least:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from counterflow.deepspeed.pipeline.overlap import list_carried
 from counterflow.deepspeed.pipeline.work import DeepSpeedWork
-from counterflow.deepspeed.pipeline.zero_bubble import note_weights
+from counterflow.deepspeed.pipeline.zero_bubble import split_model
 from counterflow.deepspeed.section import speak_json
 from counterflow.deepspeed.state import chunks_of
 from counterflow.errors import CounterflowError
@@ -41,17 +42,27 @@ class Step(NamedTuple):
 @torch.no_grad()
 def clip_by_whole_norm(model: Any, grid: Any, most: float) -> float:
     """Scale the gradients in ``.grad`` such that their norm over all ranks of a replica is at most ``most``; return the norm."""
+    from deepspeed.moe.utils import is_moe_param
     from deepspeed.runtime.utils import is_model_parallel_parameter
+    from deepspeed.utils import groups
 
     gradients, total = [], torch.zeros((), dtype=torch.float32)
+    experts: dict[str, torch.Tensor] = {}
     for parameter in model.parameters():
         if parameter.grad is None:
             continue
         gradients.append(parameter.grad)
+        if is_moe_param(parameter):
+            square = parameter.grad.float().square().sum()
+            experts[parameter.group_name] = experts.get(parameter.group_name, 0.0) + square
+            continue
         # Of a tied layer, and of what all tensor-parallel ranks hold, one copy counts.
         is_first = grid.get_slice_parallel_rank() == 0 or is_model_parallel_parameter(parameter)
         if is_first and not getattr(parameter, "ds_pipe_replicated", False):
             total = total.to(parameter.device) + parameter.grad.float().square().sum()
+    for name, square in experts.items():
+        dist.all_reduce(square, group=groups._get_expert_parallel_group(name))
+        total = total.to(square.device) + square
     dist.all_reduce(total, group=grid.get_model_parallel_group())
     norm = float(total.sqrt())
     if norm > most:
@@ -69,7 +80,7 @@ def make_engine_class(base: Any) -> Any:
         def __init__(self, *args: Any, model: Any, **kwargs: Any) -> None:
             # While upstream connects ranks, first and last stage mean the first and last rank.
             self._chunks, self._is_connecting = chunks_of[model], True
-            self._stage: int | None = None
+            self.running_stage: int | None = None
             self._announced: dict[tuple[int, bool], Announced] = {}
             super().__init__(*args, model=model, **kwargs)
             self._is_connecting = False
@@ -79,7 +90,8 @@ def make_engine_class(base: Any) -> Any:
             group = self.grid.get_pipe_parallel_group()
             replicas = self.grid.get_data_parallel_group()
             link = partial(link_pipelines, replicas=replicas)
-            self._pipeline = Pipeline(chunks.chosen.options, group, chunks.layout.chunks, self.device, link)
+            carried = list_carried(self) if chunks.chosen.options.overlap else ()
+            self._pipeline = Pipeline(chunks.chosen.options, group, chunks.layout.chunks, self.device, link, carried)
             # On a rank with both ends of cross-linked replicas: the one to which this replica's losses go, and the micro-batches
             # that are still to be loaded, by stage.
             self._partner: Partner | None = None
@@ -90,17 +102,23 @@ def make_engine_class(base: Any) -> Any:
             if chunks.chosen.options.schedule != AUTO:
                 # What the table refuses is refused before the first step.
                 self._pipeline.choose_table(self.micro_batches, 1)
-            note_weights(self.optimizer)
+            split_model(self)
 
         @contextmanager
         def run_stage(self, stage: int) -> Iterator[None]:
             """Let the engine and the model be of one stage inside the block."""
-            before, self._stage = self._stage, stage
-            self.module.activate(self._chunks.stages.index(stage))
+            before = self.running_stage
+            self.set_stage(stage)
             try:
                 yield
             finally:
-                self._stage = before
+                self.running_stage = before
+
+        def set_stage(self, stage: int | None) -> None:
+            """Let the engine and the model be of one stage, or of none in particular."""
+            self.running_stage = stage
+            if stage is not None:
+                self.module.activate(self._chunks.stages.index(stage))
 
         def is_first_stage(self) -> bool:
             """Tell whether the stage that runs, or else one on this rank, is the first."""
@@ -113,7 +131,7 @@ def make_engine_class(base: Any) -> Any:
         def _is_stage(self, stage: int, rank: int) -> bool:
             if self._is_connecting:
                 return bool(self.stage_id == rank)
-            return self._chunks.holds(stage) if self._stage is None else self._stage == stage
+            return self._chunks.holds(stage) if self.running_stage is None else self.running_stage == stage
 
         def _loss_stage_global_rank(self) -> int:
             return int(self.grid.stage_to_global(self._chunks.layout.rank_of[self._chunks.layout.last_stage]))
@@ -170,7 +188,7 @@ def make_engine_class(base: Any) -> Any:
                 drawn = [super(TableEngine, self)._next_batch() for _ in range(self._due)]
                 labels = self._partner.swap([batch[1] for batch in drawn])
                 self._dealt = {0: drawn[::-1], self._chunks.layout.last_stage: [(None, label) for label in labels[::-1]]}
-            return self._dealt[self._stage].pop()
+            return self._dealt[self.running_stage].pop()
 
         def _swap_losses(self, partner: Partner) -> None:
             """Give the partner the losses and outputs of its micro-batches, which this rank's last stage computed."""

@@ -1,15 +1,17 @@
 """One F and one B of a stage, by the engine's own functions."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from counterflow.deepspeed.state import Chunks
+from counterflow.deepspeed.state import Chunks, graphs_of
 from counterflow.errors import ScheduleError
 from counterflow.runtime.executor import Work
 from counterflow.runtime.messages import Message, run_backward
+from counterflow.trainer.splits import note_hooks, start_backward
 
 
 class DeepSpeedWork(Work):
@@ -21,8 +23,8 @@ class DeepSpeedWork(Work):
 
     def __init__(self, engine: Any, chunks: Chunks, microbatches: int, *, is_evaluation: bool, is_linked: bool) -> None:
         self._engine, self._chunks, self._microbatches, self._is_evaluation = engine, chunks, microbatches, is_evaluation
-        self._is_linked = is_linked
-        self._graphs: dict[tuple[int, int], tuple[Message, Message, Any]] = {}
+        self._graphs: dict[tuple[int, int], tuple[Message, Message, Any, list[Any]]] = {}
+        self._splits, self._is_linked = graphs_of[engine.module], is_linked
         engine._reserve_pipe_buffers(microbatches * len(chunks.stages))
         self._buffers = engine.pipe_buffers
 
@@ -32,25 +34,44 @@ class DeepSpeedWork(Work):
         self._load(stage, microbatch, buffer)
         if received:
             self._buffers["inputs"][buffer] = unpack(received)
-        with engine.run_stage(stage):
+        with engine.run_stage(stage), note_hooks() as hooked:
             engine._exec_forward_pass(buffer)
         outputs = self._take(buffer)
         message = () if stage == last else pack(outputs, stage)
         if not self._is_evaluation:
-            self._graphs[stage, microbatch] = received, message, engine.loss if stage == last else None
+            self._graphs[stage, microbatch] = received, message, engine.loss if stage == last else None, hooked
         return message
 
     def backward(self, stage: int, microbatch: int, received: Message) -> Message:
         """Run the stage's backward: of the last by the engine, which scales losses; of others from the gradients of outputs."""
         engine = self._engine
-        inputs, outputs, loss = self._graphs.pop((stage, microbatch))
-        with engine.run_stage(stage):
+        inputs, outputs, loss, hooked = self._graphs.pop((stage, microbatch))
+        with engine.run_stage(stage), self._splits.run(stage, self._list_parameters, inputs, hooked):
             if stage != self._chunks.layout.last_stage:
                 with _be_in_backward(engine):
-                    return run_backward(inputs, outputs, received)
+                    return run_backward(inputs, outputs, received, start_backward)
             engine.loss = loss
             engine._exec_backward_pass(self._find_buffer(stage, microbatch))
         return tuple(None if member is None or not member.requires_grad else member.grad for member in inputs)
+
+    def list_layers(self) -> dict[str, torch.nn.Module]:
+        """Return the layers of this rank's chunks by their places in the PipelineModule; plain functions and tied layers not."""
+        chunks = self._chunks
+        places = [
+            (layer, function)
+            for (start, _), functions in zip(chunks.bounds, chunks.functions, strict=True)
+            for layer, function in enumerate(functions, start)
+            if isinstance(function, torch.nn.Module)
+        ]
+        # A tied module may be two layers, and its hooks do not know of which they are called.
+        times = Counter(id(function) for _, function in places)
+        return {str(layer): function for layer, function in places if times[id(function)] == 1}
+
+    def _list_parameters(self) -> list[torch.Tensor]:
+        """Return the parameters of the stage that runs."""
+        # A tied layer is a function of its module.
+        layers = [one for layer in self._engine.module.forward_funcs for one in (layer, *getattr(layer, "args", ()))]
+        return [parameter for layer in layers if isinstance(layer, torch.nn.Module) for parameter in layer.parameters()]
 
     def _find_buffer(self, stage: int, microbatch: int) -> int:
         return self._chunks.stages.index(stage) * self._microbatches + microbatch % self._microbatches

@@ -36,7 +36,7 @@ class BalancedModel(BalancedLayers):
             if hasattr(chunk, "expert_parallel_bucket_groups"):
                 hold_reductions(chunk, clones)
 
-    def take_state(self, parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+    def take_state(self, parameter: Any) -> list[torch.Tensor]:
         """Return the fp32 master and the moments of a parameter in Megatron's optimizer."""
         return take_state(self.optimizer, parameter)
 

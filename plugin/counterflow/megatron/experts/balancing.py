@@ -26,10 +26,9 @@ from counterflow.megatron.loop import find_arguments, number_iteration
 from counterflow.megatron.state import layer_slots, of_chunk
 from counterflow.moe.planning import compile_planner
 from counterflow.options import Options
+from counterflow.trainer.balanced_layers import LOADS_FOLDER
 from counterflow.trainer.balancing_log import announce_clones, describe_step, end_step
 
-# The folder in a checkpoint for the last loads, from which the next run plans.
-LOADS_FOLDER = "counterflow"
 NOTHING_TO_BALANCE = (
     "counterflow: eplb: --expert-model-parallel-size is 1, every rank computes all experts: there is nothing to balance, "
     "training goes on without it"
@@ -90,10 +89,8 @@ class ExpertBalancer:
         def save_at_home(iteration: int, *args: Any, **kwargs: Any) -> Any:
             if self._model is None:
                 return save_checkpoint(iteration, *args, **kwargs)
-            placement = self._model.bring_homes_back()
-            result = save_checkpoint(iteration, *args, **kwargs)
-            if placement is not None:
-                self._model.restore_homes(placement)
+            with self._model.be_at_home():
+                result = save_checkpoint(iteration, *args, **kwargs)
             # A checkpoint that is not persistent is in another folder and is soon deleted.
             is_kept = not kwargs.get("non_persistent_ckpt", False)
             if is_kept and (directory := _find_loads_folder("save", iteration)) is not None:

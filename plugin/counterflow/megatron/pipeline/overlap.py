@@ -4,7 +4,6 @@ A MoE layer's dispatch and combine, whichever dispatcher carries them out, are m
 backwards (`counterflow.runtime.communication`). Upstream's functions stay as they are: inside them its collectives do not wait.
 """
 
-import sys
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
@@ -15,14 +14,12 @@ from megatron.core.tensor_parallel import random
 from megatron.core.utils import GlobalMemoryBuffer
 
 from counterflow.devices import find_device
-from counterflow.errors import SeamError
 from counterflow.runtime.communication import Mark, defer, run_marked
 from counterflow.runtime.handover import Carried, find_flow
+from counterflow.trainer.carried import list_engine_state
 
 # Dispatchers whose `token_dispatch` returns what its collectives write, tokens and probabilities: one hand-over for all.
 TOGETHER = ("alltoall", "allgather")
-# How Transformer Engine's variables end that say whether it runs inside a recomputed region, and in which of its two passes.
-RECOMPUTING = ("ACTIVATION_RECOMPUTE_REGION", "ACTIVATION_RECOMPUTE_ENABLED", "ACTIVATION_RECOMPUTE_PHASE")
 
 
 def mark_dispatch(dispatch: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,7 +99,7 @@ def list_carried() -> list[Carried]:
         # What one part gathers into the buffer would be overwritten by the other.
         _carry_variable("_GLOBAL_MEMORY_BUFFER", lambda: spare),
         Carried(_capture_tracker, lambda attributes: vars(random.get_cuda_rng_tracker()).update(attributes)),
-        *_list_engine_state(),
+        *list_engine_state(),
     ]
 
 
@@ -114,41 +111,3 @@ def _capture_tracker() -> dict[str, Any]:
     """Return what the tracker of random numbers knows: its states, and in newer versions which of them is in force."""
     attributes = vars(random.get_cuda_rng_tracker())
     return {name: dict(value) if isinstance(value, dict) else value for name, value in attributes.items()}
-
-
-def _list_engine_state() -> list[Carried]:
-    """Return what Transformer Engine knows of the FP8 context and of the recomputed region that it is in.
-
-    The depth of the context counts: where it is left for depth 0, delayed scales are updated. Raises `SeamError` if the state is
-    not where it is known to be.
-    """
-    home = sys.modules.get("transformer_engine.pytorch.quantization") or sys.modules.get("transformer_engine.pytorch.fp8")
-    manager = getattr(home, "FP8GlobalStateManager", None)
-    if manager is None:
-        return []
-    state = getattr(manager, "quantization_state", manager)
-    depth = next((name for name in ("autocast_depth", "FP8_AUTOCAST_DEPTH") if hasattr(state, name)), "")
-    kept = next((name for name in ("autocast_state", "fp8_autocast_state") if hasattr(manager, f"get_{name}")), "")
-    if not (depth and kept):
-        raise SeamError(
-            "this Transformer Engine keeps the state of its FP8 context where it is not known to be, so a pair would mix that of "
-            "its F and its B: drop --cf-overlap"
-        )
-    recomputing = sys.modules.get("transformer_engine.pytorch.distributed")
-    flags = [name for name in vars(recomputing) if name.endswith(RECOMPUTING)] if recomputing is not None else []
-    return [
-        Carried(getattr(manager, f"get_{kept}"), getattr(manager, f"set_{kept}")),
-        _carry_attributes(lambda: getattr(manager, "quantization_state", manager), [depth]),
-        _carry_attributes(lambda: recomputing, flags),
-    ]
-
-
-def _carry_attributes(find: Callable[[], Any], names: list[str]) -> Carried:
-    def capture() -> list[Any]:
-        return [getattr(find(), name) for name in names]
-
-    def restore(values: list[Any]) -> None:
-        for name, value in zip(names, values, strict=True):
-            setattr(find(), name, value)
-
-    return Carried(capture, restore)

@@ -13,7 +13,7 @@ from counterflow.megatron.pipeline.gradient_sync import GradientSync
 from counterflow.megatron.pipeline.prediction_log import add_prediction_losses, take_prediction_losses
 from counterflow.megatron.pipeline.zero_bubble import defer_engine_weight_grads
 from counterflow.megatron.v_layout.mirror import run_mirrored
-from counterflow.megatron.v_layout.model import WAY_BACK
+from counterflow.megatron.v_layout.model import WAY_BACK, unwrap
 from counterflow.runtime.messages import Message
 from counterflow.runtime.weight_grads import is_holding
 from counterflow.schedule import ScheduleTable
@@ -152,6 +152,16 @@ class MegatronWork:
     def reduce(self, stage: int) -> None:
         """Start the reduction of the chunk's gradients."""
         self._sync.reduce(stage)
+
+    def list_layers(self) -> dict[str, torch.nn.Module]:
+        """Return the layers of this rank's chunks by Megatron's numbers, those of multi-token prediction as ``mtp 1``."""
+        layers = {}
+        for chunk in self._step.chunks:
+            model = unwrap(chunk)
+            for name, prefix in (("decoder", ""), ("mtp", "mtp ")):
+                for layer in getattr(getattr(model, name, None), "layers", ()):
+                    layers[f"{prefix}{layer.layer_number}"] = layer
+        return layers
 
 
 def take_tensor(message: Message) -> torch.Tensor | None:

@@ -1,0 +1,345 @@
+"""Just-in-time clones of one layer and micro-batch, compiled: which clones pay, from the counts of the micro-batch itself.
+
+A pace is the most tokens that a rank may have. For each of several paces the clones are found that bring all ranks down to it,
+in two ways. *Settling* is for loads that lie far apart: like debts among R people, R - 1 transfers level R ranks, if every
+transfer fills the rank that lacks most, even where its donor then lacks something and is filled later. So one free slot a rank
+is enough where experts are large enough. *Mending* is for loads that are nearly level, or that clones which are there already
+can nearly level: one clone at a time for the slowest rank, and after each the tokens flow again through all copies there are.
+Of all these plans, and of doing nothing, the cheapest is taken. Only integers are compared, so all machines find the same plan.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from counterflow.arrays import Array
+from counterflow.balance.kernels.flow import Links, find_paths, holds, link_slots, push_tokens, split_layer
+from counterflow.compiling import compile_fast
+
+# Prices and paces are whole multiples of a 1024th: of a token, of the mean rank's tokens.
+UNIT = 1024
+# What tokens from another node count beside those from the own one, which count more by as much as a clone from afar is dearer.
+FAR_WEIGHT, MOST_WEIGHT = 16, 1024
+# So many slots and ranks are visited at most to find out which clones can be done without.
+DROP_VISITS = 2000
+
+
+class Ranks(NamedTuple):
+    """Where a layer's slots and homes are.
+
+    ``is_home[slots]`` marks the homes of experts, ``is_shared[slots]`` the slots that just-in-time clones may fill.
+    ``by_node[ranks]`` lists the ranks node by node; those of node n begin at ``node_start[n]`` and end at ``node_start[n + 1]``.
+    """
+
+    rank_of_slot: Array
+    rank_start: Array
+    node_of_rank: Array
+    by_node: Array
+    node_start: Array
+    homes: Array
+    is_home: Array
+    is_shared: Array
+
+
+class Trials(NamedTuple):
+    """The cheapest plan so far, ``best[slots]``, and its cost: the slowest rank's tokens and the prices of clones, in 1024ths."""
+
+    best: Array
+    least: int
+    near_price: int
+    far_price: int
+
+
+@compile_fast
+def choose_layers(
+    counts: Array,
+    experts: Array,
+    homes: Array,
+    is_shared: Array,
+    rank_of_slot: Array,
+    rank_start: Array,
+    node_of_rank: Array,
+    paces: Array,
+    near_price: int,
+    far_price: int,
+) -> tuple[Array, Array]:
+    """Return the experts and the tokens of the slots, ``[layers, slots]`` each, after `choose_clones` for every layer."""
+    chosen, tokens = experts.copy(), np.empty(experts.shape, np.int64)
+    load = np.empty(node_of_rank.shape[0], np.int64)
+    by_node = np.argsort(node_of_rank, kind="mergesort")
+    node_start = np.zeros(node_of_rank.max() + 2, np.int64)
+    for node in node_of_rank:
+        node_start[node + 1 :] += 1
+    for layer in range(counts.shape[0]):
+        is_home = np.zeros(experts.shape[1], np.bool_)
+        is_home[homes[layer]] = True
+        ranks = Ranks(rank_of_slot, rank_start, node_of_rank, by_node, node_start, homes[layer], is_home, is_shared)
+        choose_clones(ranks, counts[layer], chosen[layer], paces, near_price, far_price, tokens[layer], load)
+    return chosen, tokens
+
+
+@compile_fast
+def choose_clones(
+    ranks: Ranks, counts: Array, experts: Array, paces: Array, near_price: int, far_price: int, tokens: Array, load: Array
+) -> None:
+    """Fill shared slots of ``experts[slots]`` where that pays; fill ``tokens[slots]`` and ``load[ranks]`` with the split.
+
+    ``counts[experts]`` are the layer's tokens. ``paces``, lowest first, are 1024ths above the mean. A clone costs ``near_price``,
+    or ``far_price`` from another node, in 1024ths of a token on the slowest rank.
+    """
+    links = link_slots(experts, ranks.rank_of_slot, ranks.rank_start, ranks.homes)
+    slowest = split_layer(counts, links, tokens, load)
+    total, size = load.sum(), load.shape[0]
+    trials = Trials(experts.copy(), slowest * UNIT, near_price, far_price)
+    floors = -(-total * (UNIT + paces) // (UNIT * size))
+    merged = merge_nodes(ranks)
+    for pace in floors:
+        if pace * UNIT + near_price >= trials.least:
+            break
+        tried = experts.copy()
+        settle_ranks(ranks, counts, pace, tried, tokens, load)
+        if load.max() > pace and ranks.node_start.shape[0] > 2:
+            trials = take_cheaper(ranks, trials, tried, load)
+            tried = experts.copy()
+            settle_ranks(merged, counts, pace, tried, tokens, load)
+        trials = take_cheaper(ranks, trials, tried, load)
+    trials = mend_ranks(ranks, counts, floors, experts.copy(), tokens, load, trials)
+    experts[:] = trials.best
+    split_layer(counts, link_slots(experts, ranks.rank_of_slot, ranks.rank_start, ranks.homes), tokens, load)
+    drop_clones(ranks, counts, near_price, far_price, experts, tokens, load)
+
+
+@compile_fast
+def drop_clones(ranks: Ranks, counts: Array, near_price: int, far_price: int, experts: Array, tokens: Array, load: Array) -> None:
+    """Empty shared slots that the split does not use, then those with few tokens whose clones cost more than they save."""
+    slots, size = experts.shape[0], load.shape[0]
+    used: Array = np.flatnonzero(ranks.is_shared & (experts >= 0))
+    used = used[np.argsort(tokens[used], kind="mergesort")]
+    left, borne = np.empty(slots, np.int64), np.empty(size, np.int64)
+    trials = DROP_VISITS // (slots + size)
+    for slot in used:
+        expert = experts[slot]
+        if tokens[slot] > 0 and trials > 0:
+            trials -= 1
+            price = near_price if is_near(ranks, slot, expert) else far_price
+            experts[slot] = -1
+            split_layer(counts, link_slots(experts, ranks.rank_of_slot, ranks.rank_start, ranks.homes), left, borne)
+            if borne.max() * UNIT < load.max() * UNIT + price:
+                tokens[:] = left
+                load[:] = borne
+            else:
+                experts[slot] = expert
+    for slot in used:
+        if tokens[slot] == 0:
+            experts[slot] = -1
+
+
+@compile_fast
+def take_cheaper(ranks: Ranks, trials: Trials, tried: Array, load: Array) -> Trials:
+    """Return the trials with ``tried`` as the best if it costs less, its clones included."""
+    cost = load.max() * UNIT
+    for slot in range(tried.shape[0]):
+        if not ranks.is_shared[slot] or tried[slot] < 0:
+            continue
+        cost += trials.near_price if is_near(ranks, slot, tried[slot]) else trials.far_price
+    if cost >= trials.least:
+        return trials
+    return Trials(tried.copy(), cost, trials.near_price, trials.far_price)
+
+
+@compile_fast
+def is_near(ranks: Ranks, slot: int, expert: int) -> bool:
+    """Tell whether a slot is on the node of an expert's home."""
+    home = ranks.rank_of_slot[ranks.homes[expert]]
+    return bool(ranks.node_of_rank[home] == ranks.node_of_rank[ranks.rank_of_slot[slot]])
+
+
+@compile_fast
+def merge_nodes(ranks: Ranks) -> Ranks:
+    """Return ``ranks`` as if all were on one node."""
+    size = ranks.node_of_rank.shape[0]
+    return Ranks(
+        ranks.rank_of_slot,
+        ranks.rank_start,
+        np.zeros(size, np.int64),
+        np.arange(size),
+        np.array([0, size]),
+        ranks.homes,
+        ranks.is_home,
+        ranks.is_shared,
+    )
+
+
+@compile_fast
+def settle_ranks(ranks: Ranks, counts: Array, pace: int, experts: Array, tokens: Array, load: Array) -> None:
+    """Clone experts on the ranks that lack most, one after the other, until no rank has more than ``pace`` or nothing helps.
+
+    Nodes that have more than their ranks can take at this pace give the excess to others; apart from that, every node settles on
+    its own.
+    """
+    start_at_home(ranks, counts, pace, experts, tokens, load)
+    level, excess = level_nodes(ranks, pace, load)
+    done = np.zeros(load.shape[0], np.bool_)
+    while True:
+        taker, room = -1, 0
+        for rank in range(load.shape[0]):
+            lack = level[ranks.node_of_rank[rank]] - load[rank]
+            if lack > room and not done[rank]:
+                taker, room = rank, lack
+        if taker < 0 or load.max() <= pace:
+            return
+        done[taker] = True
+        if find_free(ranks, taker, experts) < 0:
+            continue
+        node = ranks.node_of_rank[taker]
+        slot, amount = find_donor(ranks, node, level[node], taker, room, room, experts, tokens, load)
+        other = int(excess.argmax())
+        most = min(excess[other], -excess[node])
+        if most > 0:
+            far_slot, far_amount = find_donor(ranks, other, level[other], taker, room, most, experts, tokens, load)
+            if far_amount == room or far_amount > amount:
+                slot, amount = far_slot, far_amount
+        if amount == 0:
+            continue
+        source = ranks.node_of_rank[ranks.rank_of_slot[slot]]
+        excess[source] -= amount
+        excess[node] += amount
+        place = find_free(ranks, taker, experts)
+        experts[place] = experts[slot]
+        tokens[slot] -= amount
+        tokens[place] += amount
+        load[ranks.rank_of_slot[slot]] -= amount
+        load[taker] += amount
+
+
+@compile_fast
+def level_nodes(ranks: Ranks, pace: int, load: Array) -> tuple[Array, Array]:
+    """Return the load to which the ranks of each node are filled, ``[nodes]``, and how much more than that the node has.
+
+    A node with more than its ranks can take at ``pace`` gives the excess away. One with less than the mean is filled to the
+    mean, with that excess. The others neither give nor take.
+    """
+    nodes = ranks.node_start.shape[0] - 1
+    excess, level = np.zeros(nodes, np.int64), np.empty(nodes, np.int64)
+    for rank in range(load.shape[0]):
+        excess[ranks.node_of_rank[rank]] += load[rank]
+    mean = -(-excess.sum() // load.shape[0])
+    for node in range(nodes):
+        size = ranks.node_start[node + 1] - ranks.node_start[node]
+        level[node] = min(pace, max(mean, -(-excess[node] // size)))
+        excess[node] -= size * level[node]
+    return level, excess
+
+
+@compile_fast
+def find_donor(
+    ranks: Ranks, node: int, level: int, taker: int, room: int, most: int, experts: Array, tokens: Array, load: Array
+) -> tuple[int, int]:
+    """Return the home slot of ``node`` whose expert fills ``room`` on rank ``taker`` best, and by how many tokens.
+
+    No more than ``most`` may move. What fills counts most, then what takes load off a rank above ``level``, then how much more
+    of the expert there is. Returns -1 and 0 where nothing fills.
+    """
+    best, value, amount = -1, 0, 0
+    for place in range(ranks.node_start[node], ranks.node_start[node + 1]):
+        donor = ranks.by_node[place]
+        if donor == taker:
+            continue
+        above = min(max(0, load[donor] - level), 4 * room)
+        for slot in range(ranks.rank_start[donor], ranks.rank_start[donor + 1]):
+            if not ranks.is_home[slot] or tokens[slot] == 0:
+                continue
+            filled = min(tokens[slot], min(room, most))
+            worth = 8 * filled + above + min(tokens[slot], 2 * room)
+            if worth > value and not holds(experts, ranks.rank_start, taker, experts[slot]):
+                best, value, amount = slot, worth, filled
+    return best, amount
+
+
+@compile_fast
+def mend_ranks(ranks: Ranks, counts: Array, paces: Array, experts: Array, tokens: Array, load: Array, trials: Trials) -> Trials:
+    """Clone the largest expert of the slowest rank, one at a time, from the highest pace to the lowest; return the trials then.
+
+    Ends where the clones alone would cost more than the cheapest plan.
+    """
+    start_at_home(ranks, counts, paces[-1], experts, tokens, load)
+    near_weight = min(max(trials.far_price, trials.near_price) * FAR_WEIGHT // trials.near_price, MOST_WEIGHT)
+    cost = paces[0] * UNIT
+    for pace in paces[::-1]:
+        while True:
+            hold_pace(pace, link_slots(experts, ranks.rank_of_slot, ranks.rank_start, ranks.homes), tokens, load)
+            donor = int(load.argmax())
+            if load[donor] <= pace:
+                break
+            slot = find_largest(ranks, donor, tokens)
+            taker = find_taker(ranks, pace, slot, near_weight, experts, tokens, load) if slot >= 0 else -1
+            if taker < 0 or cost >= trials.least:
+                return trials
+            place = find_free(ranks, taker, experts)
+            experts[place] = experts[slot]
+            cost += trials.near_price if is_near(ranks, place, experts[slot]) else trials.far_price
+        trials = take_cheaper(ranks, trials, experts, load)
+    return trials
+
+
+@compile_fast
+def find_largest(ranks: Ranks, rank: int, tokens: Array) -> int:
+    """Return the home slot of ``rank`` with most tokens, -1 where it has no home."""
+    best = -1
+    for slot in range(ranks.rank_start[rank], ranks.rank_start[rank + 1]):
+        if ranks.is_home[slot] and (best < 0 or tokens[slot] > tokens[best]):
+            best = slot
+    return best
+
+
+@compile_fast
+def find_taker(ranks: Ranks, pace: int, slot: int, near_weight: int, experts: Array, tokens: Array, load: Array) -> int:
+    """Return the rank that takes most tokens of home ``slot``, weighed by where it is; -1 where none can take any."""
+    donor = ranks.rank_of_slot[slot]
+    wanted = min(load[donor] - pace, tokens[slot])
+    best, value = -1, 0
+    for rank in range(load.shape[0]):
+        room = pace - load[rank]
+        if room <= 0 or find_free(ranks, rank, experts) < 0 or holds(experts, ranks.rank_start, rank, experts[slot]):
+            continue
+        weight = near_weight if ranks.node_of_rank[rank] == ranks.node_of_rank[donor] else FAR_WEIGHT
+        worth = (2 * min(room, wanted) + room) * weight
+        if worth > value:
+            best, value = rank, worth
+    return best
+
+
+@compile_fast
+def start_at_home(ranks: Ranks, counts: Array, pace: int, experts: Array, tokens: Array, load: Array) -> None:
+    """Fill ``tokens`` and ``load`` with the tokens at home, but for what other copies take so that ranks hold ``pace``."""
+    tokens[:] = 0
+    load[:] = 0
+    for expert, slot in enumerate(ranks.homes):
+        tokens[slot] = counts[expert]
+        load[ranks.rank_of_slot[slot]] += counts[expert]
+    hold_pace(pace, link_slots(experts, ranks.rank_of_slot, ranks.rank_start, ranks.homes), tokens, load)
+
+
+@compile_fast
+def hold_pace(pace: int, links: Links, tokens: Array, load: Array) -> None:
+    """Move tokens between copies until no rank has more than ``pace``, or nothing can move any more."""
+    size = load.shape[0]
+    came_from, leaving = np.empty(size, np.int64), np.empty(size, np.int64)
+    arriving, queue = np.empty(size, np.int64), np.empty(size, np.int64)
+    seen = np.empty(links.first.shape[0], np.bool_)
+    pushed = links.copies.shape[0] > links.first.shape[0]
+    while pushed and load.max() > pace:
+        reached = find_paths(pace, links, tokens, load, queue, came_from, leaving, arriving, seen)
+        pushed = False
+        for place in range(reached):
+            if load[queue[place]] < pace:
+                pushed |= push_tokens(queue[place], pace, tokens, load, came_from, leaving, arriving)
+
+
+@compile_fast
+def find_free(ranks: Ranks, rank: int, experts: Array) -> int:
+    """Return an empty shared slot of ``rank``, -1 where there is none."""
+    for slot in range(ranks.rank_start[rank], ranks.rank_start[rank + 1]):
+        if ranks.is_shared[slot] and experts[slot] < 0:
+            return slot
+    return -1

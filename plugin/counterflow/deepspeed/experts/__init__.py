@@ -1,0 +1,1 @@
+"""Expert balancing in DeepSpeed: AutoEP's layers with slots, and the calls around which clones are filled and emptied."""

@@ -1,0 +1,212 @@
+"""``"eplb"`` in the calls of DeepSpeed's engines: when clones get weights, when their gradients go home, and what is logged.
+
+forward               before the first of a step: take the plan, start sending weights to clones
+  F, B, W …           map tokens to slots, count loads
+  reductions          those of experts wait, where backwards start them
+allreduce_gradients   before the last of a step: add gradients of clones at the homes, sum the loads, start the next plan
+_report_progress      add balancedness, clones and traffic to the log; monitors have them after each step
+save_checkpoint       move homes to where AutoEP expects them, and back
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+from weakref import ref
+
+import torch
+import torch.distributed as dist
+
+from counterflow.deepspeed.experts.layer import AutoEPSlots
+from counterflow.deepspeed.experts.optimizer_state import take_state
+from counterflow.deepspeed.section import speak_json
+from counterflow.deepspeed.stages import list_layers
+from counterflow.deepspeed.state import balancer_of, holder_of, slots_of
+from counterflow.errors import CounterflowError
+from counterflow.moe.gradients import GradientStore, PlainGradients, SummedGradients
+from counterflow.moe.planning import compile_planner
+from counterflow.options import Options
+from counterflow.trainer.balanced_layers import LOADS_FOLDER, BalancedLayers, ExpertGroups
+from counterflow.trainer.balancing_log import announce_clones, describe_step, end_step
+
+
+class EngineLayers(BalancedLayers):
+    """AutoEP's layers in one rank's model; there is at least one."""
+
+    def __init__(self, options: Options, engine: Any, layers: list[Any]) -> None:
+        from deepspeed.utils import groups
+
+        self._find_optimizer = ref(engine.optimizer)
+        experts = ExpertGroups(
+            experts=layers[0].ep_group,
+            sources=layers[0].ep_group,
+            replicas=groups._get_expert_data_parallel_group(layers[0].ep_group_name),
+            stage=engine.data_parallel_group,
+        )
+        super().__init__(options, [[slots_of[one] for one in layers]], experts, _find_store(engine.optimizer))
+
+    def take_state(self, parameter: Any) -> list[torch.Tensor]:
+        """Return the fp32 master and the moments of an expert's weight in DeepSpeed's optimizer."""
+        return take_state(self._find_optimizer(), parameter)
+
+
+class Balancer:
+    """Leads the layers of one engine through its steps. ``layers`` is None on a rank without MoE layers."""
+
+    def __init__(self, layers: EngineLayers | None) -> None:
+        self.layers = layers
+        self.due: list[Callable[[], None]] = []
+        """Reductions of expert gradients that wait for the gradients of clones."""
+        self.is_in_step = False
+        self.figures: dict[str, float] | None = None
+        self._microbatches = 0
+
+    @contextmanager
+    def run_forward(self, engine: Any) -> Iterator[None]:
+        """Begin a step if there is none yet, or an evaluation."""
+        is_evaluation = not (engine.module.training and torch.is_grad_enabled())
+        with _speak_json():
+            if not is_evaluation and not self.is_in_step:
+                self.is_in_step, self._microbatches = True, 0
+                if self.layers is not None:
+                    self.layers.begin_step(engine.global_steps + 1)
+            elif is_evaluation and not self.is_in_step and self.layers is not None:
+                self.layers.refresh()
+        self._microbatches += not is_evaluation
+        yield
+        if is_evaluation and self.layers is not None:
+            self.layers.finish_evaluation()
+
+    def end_step(self, engine: Any) -> None:
+        """Bring the gradients of clones home, then start the reductions that waited; a second call in a step does nothing."""
+        if not self.is_in_step:
+            return
+        with _speak_json():
+            self.figures = end_step(self.layers, getattr(engine, "micro_batches", self._microbatches))
+        self.is_in_step = False
+        while self.due:
+            self.due.pop(0)()
+        if engine.monitor.enabled and dist.get_rank() == 0:
+            samples = engine.global_samples + engine.train_batch_size()
+            engine.monitor.write_events([(f"Train/EPLB/{name}", value, samples) for name, value in self.figures.items()])
+
+    @contextmanager
+    def save(self, folder: Path) -> Iterator[None]:
+        """Have homes where AutoEP expects them inside the block, and keep the last loads with the checkpoint in ``folder``."""
+        if self.layers is None:
+            yield
+            return
+        with self.layers.be_at_home():
+            yield
+        self.layers.save_loads(folder / LOADS_FOLDER)
+
+    @contextmanager
+    def load(self, folder: Path, microbatches: int) -> Iterator[None]:
+        """Take what the block loads into the homes, and plan from the loads that were kept in ``folder``."""
+        if self.layers is not None:
+            self.layers.bring_homes_back()
+        yield
+        if self.layers is not None:
+            self.layers.take_over()
+            self.layers.load_loads(folder / LOADS_FOLDER, microbatches)
+
+
+def attach(engine: Any, options: Options) -> None:
+    """Give the layers of an engine slots (a collective call)."""
+    layers = list_layers(engine)
+    if engine._config.expert_parallel_config.autoep_size == 1:
+        if dist.get_rank() == 0:
+            print(
+                "counterflow: eplb: expert_parallel.autoep_size is 1, every rank computes all experts: there is nothing to "
+                "balance, training goes on without it",
+                flush=True,
+            )
+        return
+    compile_planner()
+    for number, (_, layer) in zip(_number([name for name, _ in layers]), layers, strict=True):
+        slots_of[layer] = AutoEPSlots(layer, number, options)
+    balancer = Balancer(EngineLayers(options, engine, [one for _, one in layers]) if layers else None)
+    balancer_of[engine] = balancer
+    for _, layer in layers:
+        for parameter in layer.experts.parameters():
+            holder_of[parameter] = ref(balancer)
+    announce_clones(balancer.layers, options.eplb_clones_per_rank)
+
+
+def begin_before(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an engine's ``forward``, which runs a micro-batch."""
+
+    @wraps(forward)
+    def run(self: Any, *inputs: Any, **kwargs: Any) -> Any:
+        if (balancer := balancer_of.get(self)) is None:
+            return forward(self, *inputs, **kwargs)
+        with balancer.run_forward(self):
+            return forward(self, *inputs, **kwargs)
+
+    return run
+
+
+def end_before(reduce: Callable[..., None]) -> Callable[..., None]:
+    """Wrap an engine's reduction of gradients: before that of a step the gradients of clones come home."""
+
+    @wraps(reduce)
+    def run(self: Any, *args: Any, **kwargs: Any) -> None:
+        if (balancer := balancer_of.get(self)) is not None and self.is_gradient_accumulation_boundary():
+            balancer.end_step(self)
+        reduce(self, *args, **kwargs)
+
+    return run
+
+
+def wait_for_clones(reduce: Callable[..., None]) -> Callable[..., None]:
+    """Wrap how ZeRO reduces a gradient that a backward has computed: an expert's waits for those of its clones."""
+
+    @wraps(reduce)
+    def run(self: Any, param: Any, i: int) -> None:
+        find = holder_of.get(param)
+        balancer = None if find is None else find()
+        if balancer is None or not balancer.is_in_step or not self.is_gradient_accumulation_boundary():
+            reduce(self, param, i)
+        else:
+            balancer.due.append(partial(reduce, self, param, i))
+
+    return run
+
+
+def report_after(report: Callable[..., None]) -> Callable[..., None]:
+    """Wrap an engine's line of the log: balancedness, clones and traffic follow."""
+
+    @wraps(report)
+    def run(self: Any, step: int) -> None:
+        from deepspeed.utils import log_dist
+
+        report(self, step)
+        if (balancer := balancer_of.get(self)) is not None and balancer.figures is not None:
+            log_dist(f"step={step},{describe_step(balancer.figures)}", ranks=[0])
+
+    return run
+
+
+def _find_store(optimizer: Any) -> GradientStore:
+    """Return where an engine's optimizer keeps the gradients of a step."""
+    if hasattr(optimizer, "fp32_groups_gradients"):
+        return SummedGradients(lambda whole: whole._hp_grad.view_as(whole), optimizer.grad_acc_dtype)  # type: ignore[attr-defined]
+    if getattr(optimizer, "use_grad_accum_attribute", False):
+        return SummedGradients(lambda whole: whole.grad_accum, optimizer.gradient_accumulation_dtype)  # type: ignore[attr-defined]
+    return PlainGradients()
+
+
+def _number(names: list[str]) -> list[int]:
+    """Return the layers' numbers in the model, from 1: after the first number in their names, or in order."""
+    found = [int(match[0]) + 1 for name in names if (match := re.search(r"\d+", name))]
+    return found if len(set(found)) == len(names) else list(range(1, len(names) + 1))
+
+
+@contextmanager
+def _speak_json() -> Iterator[None]:
+    try:
+        yield
+    except CounterflowError as error:
+        raise speak_json(error) from error.__cause__

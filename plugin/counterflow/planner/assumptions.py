@@ -1,0 +1,69 @@
+"""What a plan does not state and a step's time depends on: taken as recipes for these GPUs have it, and said.
+
+Source: the performance recipes of Megatron-Bridge, ``src/megatron/bridge/perf_recipes``. In domains of many GPUs they dispatch
+by HybridEP and hold attention and router in CUDA graphs. Where they dispatch by HybridEP in MXFP8, one graph holds the whole
+step, experts' products are fused, attention is in FP8, and expert communication overlaps.
+"""
+
+from dataclasses import dataclass, replace
+
+from counterflow.planner.cluster import Cluster
+from counterflow.planner.config import PlanConfig
+from counterflow.planner.layouts import Layout, Plan
+from counterflow.schedule.families import FAMILIES
+
+PARTIAL_GRAPH = ("attn", "moe_router", "moe_preprocess")
+WHOLE_GRAPH = ("full_iteration",)
+FP8_ATTENTION, FUSED_PERMUTE = "fp8 attention", "hybridep_permute_fusion"
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """A plan without gaps, and what its kernels are: attention in FP8, permutations inside the dispatch."""
+
+    plan: Plan
+    fp8_attention: bool = False
+    fused_permute: bool = False
+
+
+def assume_unstated(config: PlanConfig, plan: Plan, cluster: Cluster) -> Assumed:
+    """Return the plan with what it does not state, and a note for each assumption."""
+    words = {word.lower() for word in config.unread_flags}
+    notes = [note for note in plan.notes if not any(word in note.lower() for word in (FP8_ATTENTION, FUSED_PERMUTE))]
+    layout, has_fp8 = plan.layout, FP8_ATTENTION in words
+    if config.layout.cross_entropy_fusion is None:
+        layout = replace(layout, cross_entropy_fusion=True)
+    if any(layer.moe for layer in plan.model.layers):
+        layout = _assume_experts(config, replace(plan, layout=layout), cluster, notes)
+        has_fp8 = has_fp8 or (plan.training.precision == "mxfp8" and "full_iteration" in layout.cuda_graph)
+    return Assumed(replace(plan, layout=layout, notes=tuple(notes)), has_fp8, FUSED_PERMUTE in words)
+
+
+def _assume_experts(config: PlanConfig, plan: Plan, cluster: Cluster, notes: list[str]) -> Layout:
+    layout, stated = plan.layout, config.layout
+    is_mx = plan.training.precision == "mxfp8"
+    if stated.dispatcher is None and layout.ep > 1:
+        layout = replace(layout, dispatcher=choose_dispatcher(layout.ep * layout.etp, cluster))
+        notes.append(f"dispatcher is not stated: {layout.dispatcher}")
+    if stated.cuda_graph is None and is_mx and stated.dispatcher == "hybridep":
+        layout = replace(layout, cuda_graph=WHOLE_GRAPH)
+        notes.append("cuda_graph is not stated: full_iteration, with fused experts and FP8 attention")
+    elif stated.cuda_graph is None and cluster.domain > cluster.gpu.gpus_per_node:
+        layout = replace(layout, cuda_graph=PARTIAL_GRAPH)
+        notes.append(f"cuda_graph is not stated: {','.join(PARTIAL_GRAPH)}")
+    if stated.overlap is None and is_mx and "full_iteration" in layout.cuda_graph and can_overlap(layout.pp, layout.schedule):
+        layout = replace(layout, overlap=True)
+        notes.append("overlap is not stated: on")
+    return layout
+
+
+def choose_dispatcher(ranks: int, cluster: Cluster) -> str:
+    """Return how so many expert-parallel ranks exchange tokens where a plan leaves it open."""
+    if cluster.domain > cluster.gpu.gpus_per_node:
+        return "hybridep"
+    return "alltoall" if cluster.is_local(ranks) else "deepep"
+
+
+def can_overlap(pp: int, schedule: str) -> bool:
+    """Tell whether a schedule has pairs in which expert communication can hide; a single rank has neighbours in time."""
+    return pp == 1 or (schedule in FAMILIES and FAMILIES[schedule].pairs)

@@ -1,0 +1,269 @@
+"""A plan as what the trainers read: flags of Megatron-LM, and DeepSpeed's JSON.
+
+Data, tokenizer and learning rates stay the user's. Flags of schedules that Megatron has itself are Megatron's; others are
+counterflow's.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from counterflow.errors import PlanError
+from counterflow.planner.layouts import PLAIN_LOOPED, PLAIN_STRAIGHT, Layout, Plan, place_layers
+from counterflow.planner.models import LINEAR, MLA, LayerShape, ModelShape
+from counterflow.schedule.families import FAMILIES
+from counterflow.schedule.layouts import LOOPED, V
+
+# Symbols of HybridModel's pattern: attention by kind, a dense feed-forward, experts.
+_SYMBOLS = {MLA: "+", LINEAR: "G"}
+_ATTENTION, _DENSE, _EXPERTS = "*", "-", "E"
+# Megatron's own schedules need no plugin.
+OWN = (PLAIN_STRAIGHT, PLAIN_LOOPED)
+DEEPSPEED_VPP = 2
+
+
+def emit_megatron(plan: Plan, hybrid: bool = False) -> list[str]:
+    """Return the flags of a Megatron launch script for a plan; for a HybridModel with ``hybrid``.
+
+    Raises `PlanError` for a model that Megatron has no flags for.
+    """
+    model, layout = plan.model, plan.layout
+    groups = [
+        _emit_model(model, hybrid),
+        _emit_experts(model, layout),
+        _emit_pattern(plan) if hybrid else _emit_split(plan),
+        _emit_sizes(plan),
+        _emit_precision(plan),
+        _emit_recompute(layout),
+        _emit_rest(plan),
+        _emit_schedule(plan, hybrid),
+    ]
+    return [str(word) for group in groups for word in group]
+
+
+def _pick(model: ModelShape, is_wanted: Any) -> LayerShape | None:
+    return next((layer for layer in model.layers if is_wanted(layer)), None)
+
+
+def _emit_model(model: ModelShape, hybrid: bool) -> Iterable[Any]:
+    full = _pick(model, lambda layer: layer.attention.kind != LINEAR) or model.layers[0]
+    dense = _pick(model, lambda layer: layer.ffn is not None)
+    attention, expert = full.attention, full.moe
+    some = dense.ffn if dense is not None and dense.ffn is not None else expert.expert if expert is not None else None
+    assert some is not None, "a layer has a feed-forward"
+    if not hybrid:
+        yield from ("--num-layers", len(model.layers))
+    yield from ("--hidden-size", model.hidden, "--num-attention-heads", attention.heads, "--ffn-hidden-size", some.size)
+    yield from ("--normalization", "LayerNorm" if full.norm_bias else "RMSNorm")
+    yield from ("--vocab-size", model.vocab, "--make-vocab-size-divisible-by", model.vocab_multiple)
+    yield from ("--attention-dropout", 0, "--hidden-dropout", 0)
+    yield from ["--swiglu"] * some.gated
+    yield from ["--disable-bias-linear"] * (not some.bias)
+    yield from ["--add-qkv-bias"] * (attention.qkv_bias and not attention.out_bias)
+    yield from ["--qk-layernorm"] * attention.qk_norm
+    yield from ["--untie-embeddings-and-output-weights"] * (not model.tied)
+    yield from ("--position-embedding-type", "learned_absolute" if model.positions else "rope")
+    if attention.kind == MLA:
+        yield from ("--multi-latent-attention", "--kv-lora-rank", attention.kv_lora, "--qk-head-dim", attention.qk_nope)
+        yield from ("--qk-pos-emb-head-dim", attention.rope_dim, "--v-head-dim", attention.v_head_dim)
+        yield from ("--q-lora-rank", attention.q_lora) if attention.q_lora else ()
+    else:
+        yield from ("--kv-channels", attention.head_dim)
+        if attention.kv_heads != attention.heads:
+            yield from ("--group-query-attention", "--num-query-groups", attention.kv_heads)
+    yield from _emit_attention(model, full)
+    if model.mtp_layers and not hybrid:
+        yield from ("--mtp-num-layers", model.mtp_layers)
+
+
+def _emit_attention(model: ModelShape, full: LayerShape) -> Iterable[Any]:
+    """Yield what some attentions have besides: windows, sinks, gates, and layers with linear attention."""
+    yield from ["--attention-output-gate"] * full.attention.output_gate
+    yield from ("--softmax-type", "learnable") if full.attention.sinks else ()
+    windows = [layer.attention.window for layer in model.layers]
+    if (size := next(filter(None, windows), None)) is not None:
+        yield from ("--window-size", f"{size},0")
+        if None in windows:
+            yield from ("--window-attn-skip-freq", windows.index(None) + 1)
+    linear = [layer.attention.kind == LINEAR for layer in model.layers]
+    if any(linear):
+        own = model.layers[linear.index(True)].attention
+        yield from ("--experimental-attention-variant", "gated_delta_net", "--linear-attention-freq", linear.index(False) + 1)
+        yield from ("--linear-num-key-heads", own.kv_heads, "--linear-num-value-heads", own.heads)
+        yield from ("--linear-key-head-dim", own.head_dim, "--linear-value-head-dim", own.v_head_dim)
+        yield from ("--linear-conv-kernel-dim", own.conv)
+
+
+def _emit_experts(model: ModelShape, layout: Layout) -> Iterable[Any]:
+    layer = _pick(model, lambda layer: layer.moe is not None)
+    if layer is None or layer.moe is None:
+        return
+    moe = layer.moe
+    yield from ("--num-experts", moe.experts, "--moe-router-topk", moe.topk, "--moe-ffn-hidden-size", moe.expert.size)
+    yield from ("--moe-layer-freq", write_layer_freq([one.moe is not None for one in model.layers]))
+    if moe.shared is not None:
+        yield from ("--moe-shared-expert-intermediate-size", moe.shared.size)
+        yield from ["--moe-shared-expert-gate"] * moe.shared_gate
+    if moe.groups is not None and moe.groups > 1:
+        yield from ("--moe-router-num-groups", moe.groups, "--moe-router-group-topk", moe.group_topk or 1)
+    yield from ("--moe-grouped-gemm", "--moe-router-dtype", "fp32")
+    yield from ("--expert-model-parallel-size", layout.ep, "--expert-tensor-parallel-size", layout.etp)
+    if layout.dispatcher in ("alltoall", "allgather"):
+        yield from ("--moe-token-dispatcher-type", layout.dispatcher)
+    else:
+        yield from ("--moe-token-dispatcher-type", "flex", "--moe-flex-dispatcher-backend", layout.dispatcher)
+
+
+def write_layer_freq(has_experts: list[bool]) -> str:
+    """Return Megatron's ``--moe-layer-freq`` for layers with and without experts, as short as a list of runs."""
+    runs: list[list[int]] = []
+    for one in has_experts:
+        if runs and runs[-1][0] == one:
+            runs[-1][1] += 1
+        else:
+            runs.append([int(one), 1])
+    return "(" + "+".join(f"[{value}]*{count}" for value, count in runs) + ")"
+
+
+def _emit_split(plan: Plan) -> Iterable[Any]:
+    """Yield how layers are split over stages."""
+    layout = plan.layout
+    yield from ("--pipeline-model-parallel-size", layout.pp)
+    if layout.pipeline_layout is not None:
+        yield from ("--pipeline-model-parallel-layout", layout.pipeline_layout)
+        return
+    if layout.vpp > 1:
+        yield from ("--num-virtual-stages-per-pipeline-rank", layout.vpp)
+    if layout.first_stage_layers is not None:
+        yield from ("--decoder-first-pipeline-num-layers", layout.first_stage_layers)
+    if layout.last_stage_layers is not None:
+        yield from ("--decoder-last-pipeline-num-layers", layout.last_stage_layers)
+    yield from ["--account-for-embedding-in-pipeline-split"] * layout.account_for_embedding
+    yield from ["--account-for-loss-in-pipeline-split"] * layout.account_for_loss
+
+
+def _emit_pattern(plan: Plan) -> Iterable[Any]:
+    """Yield a HybridModel's pattern: a symbol for an attention and for a feed-forward, ``|`` between stages, ``/`` before MTP."""
+    stages = place_layers(plan.model, plan.layout)
+    text = "|".join("".join(map(_write_symbols, stage.layers)) for stage in stages)
+    if plan.model.mtp is not None:
+        text += ("/" + _write_symbols(plan.model.mtp)) * plan.model.mtp_layers
+    yield from ("--pipeline-model-parallel-size", plan.layout.pp, "--hybrid-layer-pattern", text)
+
+
+def _write_symbols(layer: LayerShape) -> str:
+    return _SYMBOLS.get(layer.attention.kind, _ATTENTION) + (_EXPERTS if layer.moe is not None else _DENSE)
+
+
+def _emit_sizes(plan: Plan) -> Iterable[Any]:
+    layout, training = plan.layout, plan.training
+    yield from ("--tensor-model-parallel-size", layout.tp, "--context-parallel-size", layout.cp)
+    yield from ["--sequence-parallel"] * layout.sequence_parallel
+    yield from ("--seq-length", training.seq_length)
+    yield from ("--max-position-embeddings", max(training.seq_length, plan.model.positions))
+    yield from ("--micro-batch-size", layout.micro_batch_size, "--global-batch-size", training.global_batch_size)
+    if layout.fsdp:
+        yield from ("--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads_params")
+        yield from ("--ckpt-format", "fsdp_dtensor", "--init-model-with-meta-device")
+        return
+    yield from ["--use-distributed-optimizer"] * layout.distributed_optimizer
+    yield from ["--overlap-grad-reduce"] * layout.overlap_grad_reduce
+    yield from ["--overlap-param-gather"] * (
+        layout.overlap_param_gather and layout.overlap_grad_reduce and layout.distributed_optimizer
+    )
+
+
+def _emit_precision(plan: Plan) -> Iterable[Any]:
+    training = plan.training
+    precision = training.precision
+    yield from {"fp32": (), "fp16": ("--fp16",)}.get(precision, ("--bf16",))
+    if precision == "nvfp4":
+        yield from ("--fp4-format", "e2m1", "--fp4-recipe", "nvfp4")
+    elif precision not in ("fp32", "fp16", "bf16"):
+        recipe = precision.removeprefix("fp8-")
+        yield from ("--fp8-format", "e4m3" if recipe in ("blockwise", "mxfp8") else "hybrid", "--fp8-recipe", recipe)
+        yield from ["--fp8-param-gather"] * bool(training.fp8_params)
+        if training.fp8_params and recipe == "mxfp8" and plan.layout.overlap_param_gather:
+            yield "--reuse-grad-buf-for-mxfp8-param-ag"
+    kinds = (training.main_grads, training.main_params, training.exp_avg, training.exp_avg_sq)
+    if set(kinds) != {"fp32"}:
+        yield "--use-precision-aware-optimizer"
+        for name, kind in zip(("main-grads", "main-params", "exp-avg", "exp-avg-sq"), kinds, strict=True):
+            yield from (f"--{name}-dtype", kind)
+    # Under FP32 gradients of BF16 weights Megatron adds them up in FP32 by itself.
+    if training.main_grads == "bf16":
+        yield "--grad-reduce-in-bf16"
+
+
+def _emit_recompute(layout: Layout) -> Iterable[Any]:
+    recompute = layout.recompute
+    if recompute.granularity == "full":
+        yield from ("--recompute-granularity", "full", "--recompute-method", recompute.method)
+        yield from ("--recompute-num-layers", recompute.layers)
+    elif recompute.granularity == "selective":
+        yield from ("--recompute-granularity", "selective", "--recompute-modules", *sorted(recompute.modules))
+
+
+def _emit_rest(plan: Plan) -> Iterable[Any]:
+    layout = plan.layout
+    yield from () if layout.fused_attention else ("--attention-backend", "unfused")
+    yield from ["--cross-entropy-loss-fusion"] * layout.cross_entropy_fusion
+    if layout.optimizer_offload:
+        yield from ("--optimizer-cpu-offload", "--optimizer-offload-fraction", layout.optimizer_offload)
+        yield "--use-precision-aware-optimizer"
+    if layout.activation_offload_layers:
+        yield from ("--cpu-offloading-num-layers", layout.activation_offload_layers)
+    if "full_iteration" in layout.cuda_graph:
+        yield from ("--cuda-graph-impl", "full_iteration", "--no-check-for-nan-in-loss-and-grad")
+    elif layout.cuda_graph:
+        yield from ("--cuda-graph-impl", "transformer_engine", "--cuda-graph-scope", *layout.cuda_graph)
+        yield "--te-rng-tracker"
+    yield from ["--moe-paged-stash"] * layout.paged_stash
+    if plan.training.routing == "forced" and "routing" not in plan.unstated:
+        yield "--moe-router-force-load-balancing"
+
+
+def _emit_schedule(plan: Plan, hybrid: bool) -> Iterable[Any]:
+    layout = plan.layout
+    # Megatron's own pairs run neither a HybridModel nor what is recomputed whole.
+    is_recomputed = layout.recompute.granularity == "full" or "moe" in layout.recomputes
+    is_theirs = not layout.overlap or not (hybrid or is_recomputed or plan.model.mtp_layers > 1)
+    if layout.schedule in OWN and not layout.clones_per_rank and is_theirs:
+        yield from ["--overlap-moe-expert-parallel-comm"] * layout.overlap
+        return
+    yield from ("--cf-schedule", layout.schedule)
+    yield from ["--cf-overlap"] * layout.overlap
+    if layout.clones_per_rank:
+        yield from ("--cf-eplb", "--cf-eplb-clones-per-rank", layout.clones_per_rank)
+
+
+def emit_deepspeed(plan: Plan) -> dict[str, Any]:
+    """Return DeepSpeed's JSON for a plan, with counterflow's key where the schedule is not DeepSpeed's own.
+
+    The model is the user's PipelineModule: its sizes, the pipeline's and those of experts are made in the script. Raises
+    `PlanError` for what DeepSpeed's pipelines do not do.
+    """
+    layout, training = plan.layout, plan.training
+    if layout.fsdp and layout.pp > 1:
+        raise PlanError("DeepSpeed's pipelines shard no weights and gradients: give pp 1, or fsdp: false")
+    if training.precision not in ("bf16", "fp16", "fp32"):
+        raise PlanError(f"DeepSpeed's JSON has no precision {training.precision}: give bf16, fp16 or fp32")
+    stage = 3 if layout.fsdp else int(layout.distributed_optimizer)
+    found: dict[str, Any] = {
+        "train_batch_size": training.global_batch_size,
+        "train_micro_batch_size_per_gpu": layout.micro_batch_size,
+        "gradient_accumulation_steps": plan.microbatches,
+        "zero_optimization": {"stage": stage},
+    }
+    if training.precision != "fp32":
+        found[training.precision] = {"enabled": True}
+    if training.precision == "bf16" and training.main_grads == "fp32":
+        found["data_types"] = {"grad_accum_dtype": "fp32"}
+    if layout.optimizer_offload:
+        found["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "ratio": layout.optimizer_offload}
+    if layout.pp > 1 and layout.schedule != PLAIN_STRAIGHT:
+        found["counterflow"] = {"schedule": layout.schedule}
+        if layout.schedule in FAMILIES and FAMILIES[layout.schedule].layout == LOOPED:
+            found["counterflow"]["vpp"] = layout.vpp
+        if layout.schedule in FAMILIES and FAMILIES[layout.schedule].layout == V:
+            found["counterflow"]["zero_bubble"] = True
+    return found

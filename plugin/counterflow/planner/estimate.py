@@ -1,0 +1,125 @@
+"""An estimate of a plan: step time, memory, and what they come to."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from counterflow.planner.assumptions import Assumed, assume_unstated
+from counterflow.planner.cluster import Cluster, build_cluster
+from counterflow.planner.config import PlanConfig
+from counterflow.planner.constants import Constants
+from counterflow.planner.imbalance import find_imbalance
+from counterflow.planner.layouts import Plan, complete_plan
+from counterflow.planner.measured import read_measured
+from counterflow.planner.memory import GIB, MemoryEstimate, estimate_memory
+from counterflow.planner.step import Step, time_step
+from counterflow.planner.times import Setting
+from counterflow.schedule.costs_file import CostsFile
+
+HOUR = 3600.0
+TRILLION = 1e12
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A plan's step and memory. ``low`` and ``high`` bound the step's seconds, as past errors of the model suggest."""
+
+    plan: Plan
+    setting: Setting
+    step: Step
+    memory: MemoryEstimate
+    fits: bool | None
+    low: float
+    high: float
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step."""
+        return self.step.seconds
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        """Tokens a second and GPU."""
+        training = self.plan.training
+        return training.global_batch_size * training.seq_length / self.step_s / self.plan.layout.gpus
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPU hours for a trillion tokens."""
+        return TRILLION / self.tokens_per_s_per_gpu / HOUR
+
+
+def estimate_config(config: PlanConfig, constants: Constants | None = None) -> Estimate:
+    """Return the estimate of a plan as a user writes it; raises `PlanError` where it cannot be."""
+    constants = constants or Constants()
+    cluster = build_cluster(config.cluster)
+    assumed = assume_unstated(config, complete_plan(config), cluster)
+    measured = read_measured(config.costs, assumed.plan) if config.costs is not None else None
+    return estimate_plan(assumed, cluster, constants, measured)
+
+
+def make_setting(assumed: Assumed, cluster: Cluster, constants: Constants) -> Setting:
+    """Return what the times of a plan's layers depend on."""
+    plan = assumed.plan
+    imbalance = find_imbalance(plan, constants)
+    return Setting(
+        cluster, constants, plan.layout, plan.training, imbalance, assumed.fp8_attention, assumed.fused_permute
+    )  # fmt: skip
+
+
+def estimate_plan(
+    assumed: Assumed,
+    cluster: Cluster,
+    constants: Constants,
+    measured: CostsFile | None = None,
+    memory: MemoryEstimate | None = None,
+) -> Estimate:
+    """Return the estimate of a complete plan; ``measured`` costs, where given, take the place of the model's."""
+    plan = assumed.plan
+    setting = make_setting(assumed, cluster, constants)
+    step = time_step(plan, setting, measured)
+    memory = estimate_memory(plan) if memory is None else memory
+    spread = math.exp(constants.sigma)
+    fits = memory.tell_fit(cluster.memory_gib * GIB)
+    return Estimate(plan, setting, step, memory, fits, step.seconds / spread, step.seconds * spread)
+
+
+def describe(estimate: Estimate, price: float | None = None) -> dict[str, Any]:
+    """Return an estimate as JSON has it."""
+    plan = estimate.plan
+    layout = plan.layout
+    found: dict[str, Any] = {
+        "step_s": estimate.step_s,
+        "tokens_per_s_per_gpu": estimate.tokens_per_s_per_gpu,
+        "bubble": estimate.step.bubble,
+        "gpu_hours_per_trillion_tokens": estimate.gpu_hours,
+        "memory_gib": list(estimate.memory.per_rank),
+        "memory_parts": {name: [size / GIB for size in sizes] for name, sizes in estimate.memory.parts.items()},
+        "fits": estimate.fits,
+        "range": [estimate.low, estimate.high],
+        "layout": describe_layout(plan),
+        "causes_s": estimate.step.causes,
+        "why": list(plan.notes),
+    }
+    if price is not None:
+        found["cost_per_trillion_tokens"] = estimate.gpu_hours * price
+    assert layout.gpus > 0
+    return found
+
+
+def describe_layout(plan: Plan) -> dict[str, Any]:
+    """Return a layout as a plan's YAML has it."""
+    layout = plan.layout
+    found: dict[str, Any] = {name: getattr(layout, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")}
+    found |= {
+        "micro_batch_size": layout.micro_batch_size,
+        "schedule": layout.schedule,
+        "overlap": layout.overlap,
+        "recompute": str(layout.recompute),
+        "dispatcher": layout.dispatcher,
+        "cuda_graph": list(layout.cuda_graph),
+        "clones_per_rank": layout.clones_per_rank,
+    }
+    if layout.pipeline_layout is not None:
+        found["pipeline_model_parallel_layout"] = layout.pipeline_layout
+    return found

@@ -1,0 +1,279 @@
+"""The time of a step: what its actions take, put into the very table that would run.
+
+The bubble is the simulation's, never a formula. Reductions of gradients run beside the table as its R's; what is before and
+after it (gathering weights, the optimizer, the host) is added.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from counterflow.planner.clock import Clock, compile_table
+from counterflow.planner.layouts import Layout, Plan, Stage, build_table, place_layers
+from counterflow.planner.measured import apply_measured
+from counterflow.planner.memory import Parameters, count_stage
+from counterflow.planner.times import (
+    Setting,
+    Times,
+    Work,
+    time_embedding,
+    time_head,
+    time_layer,
+    time_mtp,
+)
+from counterflow.schedule import Costs
+from counterflow.schedule.costs_file import CostsFile
+from counterflow.schedule.families import FAMILIES
+from counterflow.schedule.layouts import lay_named
+
+# Bytes of optimizer state that a step of Adam reads and writes for each parameter, with all of it in FP32: gradient, master
+# weight, two moments, and the weight in BF16.
+ADAM_BYTES = 4.0 + 8.0 + 8.0 + 8.0 + 2.0
+P2P_LATENCY = 15e-6
+# An overlapped pair issues the launches of two streams.
+PAIR_LAUNCHES = 1.25
+# Adam on the host: bytes a second and GPU, of a socket that GPUs share.
+HOST_ADAM_RATE = 20e9
+
+
+@dataclass(frozen=True)
+class ChunkCosts:
+    """What actions cost, seconds by stage, and the causes behind them."""
+
+    costs: Costs
+    work: tuple[Work, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step's time in seconds and where it goes.
+
+    ``causes`` add up to ``seconds``, as means over pipeline ranks. ``costs`` are what the table's actions cost.
+    """
+
+    seconds: float
+    makespan: float
+    bubble: float
+    causes: dict[str, float]
+    costs: Costs
+    before: float
+    after: float
+
+
+def time_stage(stage: Stage, plan: Plan, setting: Setting) -> Work:
+    """Return the time of one micro-batch on a stage."""
+    whole = Work()
+    for layer in stage.layers:
+        whole += time_layer(layer, setting)
+    if stage.embedding:
+        whole += time_embedding(plan.model, setting)
+    if stage.head:
+        whole += time_head(plan.model, setting)
+    for _ in range(stage.mtp):
+        whole += time_mtp(plan.model, setting)
+    return whole
+
+
+def cost_chunks(plan: Plan, setting: Setting) -> ChunkCosts:
+    """Return what the actions of each stage cost."""
+    stages = place_layers(plan.model, plan.layout)
+    layout = plan.layout
+    found: dict[tuple[object, ...], Work] = {}
+    works = []
+    for stage in stages:
+        key = (stage.layers, stage.embedding, stage.head, stage.mtp)
+        if key not in found:
+            found[key] = time_stage(stage, plan, setting)
+        work = _add_shards(found[key], stage, plan, setting) if layout.fsdp else found[key]
+        works.append(work * setting.constants["general.scale"])
+    pairs = [pair_up(work, setting) for work in works]
+    ratio = sum(paired for paired, _ in pairs) / max(sum(parts for _, parts in pairs), 1e-30)
+    overlap = ratio if layout.overlap else 1.0
+    inside = overlap if layout.overlap and layout.pp == 1 else 1.0
+    # An action takes the host's time for it at least; a whole backward is launched as one.
+    splits = []
+    for work in works:
+        whole = (work.i + work.w).seconds
+        parts = work.i.seconds + work.w.seconds
+        scale = whole / parts if parts else 1.0
+        splits.append((work.f.seconds * inside, work.i.seconds * scale * inside, work.w.seconds * scale * inside))
+    costs = Costs(
+        tuple(f for f, _, _ in splits), tuple(i for _, i, _ in splits), tuple(w for _, _, w in splits),
+        time_p2p(plan, setting), min(max(overlap, 1e-6), 2.0), True, None, None,
+        tuple(time_reduction(stage, plan, setting) for stage in stages),
+    )  # fmt: skip
+    return ChunkCosts(costs, tuple(works))
+
+
+def pair_up(work: Work, setting: Setting) -> tuple[float, float]:
+    """Return the time of an overlapped pair of a chunk's F and B, and the sum of its parts."""
+    back = work.i + work.w
+    exchange = work.f.expert + back.expert
+    hidden = setting.constants["general.hidden"] * min(exchange, work.f.compute + back.compute)
+    paired = max(work.f.device + back.device - hidden, PAIR_LAUNCHES * (work.f.host + back.host))
+    return paired, work.f.seconds + back.seconds
+
+
+def time_p2p(plan: Plan, setting: Setting) -> float:
+    """Return the time from the end of an action until its result is on a neighbouring pipeline rank."""
+    layout = plan.layout
+    if layout.pp == 1:
+        return 0.0
+    rate = setting.cluster.network * setting.constants["general.network"]
+    if setting.cluster.is_local(layout.gpus):
+        rate = setting.cluster.nvlink * setting.constants["general.nvlink"]
+    return 2.0 * setting.shared * plan.model.hidden / rate + P2P_LATENCY
+
+
+def find_group_rate(setting: Setting, size: int, stride: int) -> float:
+    """Return the rate of a data-parallel ring: between domains, all members of one share their network ports."""
+    cluster = setting.cluster
+    if size * stride <= cluster.domain:
+        return cluster.nvlink * setting.constants["general.nvlink"]
+    members = max(cluster.domain // stride, 1)
+    return min(
+        cluster.network * members * setting.constants["general.network"], cluster.nvlink * setting.constants["general.nvlink"]
+    )
+
+
+def time_groups(setting: Setting, held: Parameters, size: float) -> float:
+    """Return the time to scatter or gather ``size`` bytes of each parameter over data-parallel ranks."""
+    layout = setting.layout
+    seconds = 0.0
+    ranks = layout.dp * layout.cp
+    if ranks > 1:
+        seconds += held.dense * size * (ranks - 1) / ranks / find_group_rate(setting, ranks, layout.tp)
+    if layout.edp > 1 and held.experts:
+        rate = find_group_rate(setting, layout.edp, layout.ep * layout.etp)
+        seconds += held.experts * size * (layout.edp - 1) / layout.edp / rate
+    return seconds
+
+
+def time_reduction(stage: Stage, plan: Plan, setting: Setting) -> float:
+    """Return the time to reduce the gradients of a stage, once a step."""
+    if plan.layout.fsdp:
+        return 0.0
+    held = count_stage(stage, plan.model, plan.layout)
+    rounds = 1.0 if plan.layout.distributed_optimizer else 2.0
+    return rounds * time_groups(setting, held, setting.grad_bytes)
+
+
+def _add_shards(work: Work, stage: Stage, plan: Plan, setting: Setting) -> Work:
+    """Add gathering a stage's weights before its forward and its backward, and scattering its gradients."""
+    held = count_stage(stage, plan.model, plan.layout)
+    gather = time_groups(setting, held, 2.0)
+    scatter = time_groups(setting, held, float(setting.grad_bytes))
+    return work + Work(Times(shards=gather), Times(shards=gather + scatter))
+
+
+def time_ends(plan: Plan, setting: Setting, stages: tuple[Stage, ...]) -> tuple[float, float, float]:
+    """Return seconds of gathering weights before the step, of the optimizer, and of the host, of the slowest pipeline rank."""
+    layout = plan.layout
+    gather = optimizer = 0.0
+    homes = list_homes(layout)
+    for rank in range(layout.pp):
+        held = Parameters()
+        for stage in (stages[index] for index in homes[rank]):
+            held += count_stage(stage, plan.model, layout)
+        shards = layout.distributed_optimizer or layout.fsdp
+        own = held.dense / (layout.dp * layout.cp if shards else 1) + held.experts / (layout.edp if shards else 1)
+        adam = own * ADAM_BYTES * (1 - layout.optimizer_offload) / setting.memory_rate
+        # Gradients go to the host and weights come back; the host's Adam is bound by its memory.
+        moved = own * layout.optimizer_offload * 6.0 / setting.cluster.gpu.pcie
+        adam += moved + own * layout.optimizer_offload * ADAM_BYTES / HOST_ADAM_RATE
+        optimizer = max(optimizer, adam)
+        if layout.distributed_optimizer and not layout.fsdp and not layout.overlap_param_gather:
+            gather = max(gather, time_groups(setting, held, 2.0))
+    return gather, optimizer, 1e-3 * setting.constants["general.step_ms"]
+
+
+@lru_cache(maxsize=256)
+def _list_homes(key: tuple[str, int, int]) -> tuple[tuple[int, ...], ...]:
+    schedule, pp, vpp = key
+    if schedule.lower().endswith(".csv"):
+        return build_table(Layout(schedule=schedule), 1).layout.stages
+    family = FAMILIES[schedule]
+    return lay_named(family.layout, pp * family.replicas, vpp).stages[:pp]
+
+
+def list_homes(layout: Layout) -> tuple[tuple[int, ...], ...]:
+    """Return the stages that each pipeline rank holds."""
+    return _list_homes((layout.schedule, layout.pp, layout.vpp))
+
+
+# Micro-batches of a longer step repeat themselves: so many rounds of the pipeline are simulated, the rest goes on at the pace of
+# the last of them.
+ROUNDS = 6
+
+
+@lru_cache(maxsize=512)
+def _compile(layout_key: tuple[str, int, int, bool], microbatches: int) -> Clock:
+    schedule, pp, vpp, overlap = layout_key
+    layout = Layout(pp=pp, vpp=vpp, schedule=schedule, overlap=overlap)
+    return compile_table(build_table(layout, microbatches))
+
+
+def cut_microbatches(layout: Layout, microbatches: int) -> int:
+    """Return the number of micro-batches to simulate of a step with so many."""
+    period = layout.pp
+    most = ROUNDS * period + microbatches % period
+    if layout.schedule.lower().endswith(".csv") or microbatches <= most + 2 * period:
+        return microbatches
+    return most
+
+
+def run_table(layout: Layout, microbatches: int, costs: Costs) -> tuple[float, float]:
+    """Return makespan and busy share of a step, as the simulation of its table gives them."""
+    key = (layout.schedule, layout.pp, layout.vpp, layout.overlap)
+    cut = cut_microbatches(layout, microbatches)
+    clock = _compile(key, cut)
+    makespan, busy = clock.run(costs)
+    if cut == microbatches:
+        return makespan, busy / (makespan * clock.ranks)
+    before, busy_before = _compile(key, cut - layout.pp).run(costs)
+    rounds = (microbatches - cut) / layout.pp
+    whole = makespan + rounds * (makespan - before)
+    return whole, (busy + rounds * (busy - busy_before)) / (whole * clock.ranks)
+
+
+def time_step(plan: Plan, setting: Setting, measured: CostsFile | None = None) -> Step:
+    """Return the step of a plan; costs that were measured take the place of the model's."""
+    stages = place_layers(plan.model, plan.layout)
+    chunks = cost_chunks(plan, setting)
+    costs = chunks.costs if measured is None else apply_measured(measured, chunks.costs).spread(plan.layout.stages)
+    makespan, busy = run_table(plan.layout, plan.microbatches, costs)
+    without, _ = run_table(plan.layout, plan.microbatches, replace(costs, reduce=0.0))
+    before, optimizer, host = time_ends(plan, setting, stages)
+    seconds = makespan + before + optimizer + host
+    causes = share_causes(plan, chunks, without, busy * makespan / without if without else 0.0)
+    causes |= {"gradient reduction": makespan - without, "weight gather": before, "optimizer": optimizer, "host and rest": host}
+    bubble = 1.0 - busy * makespan / without if without else 0.0
+    return Step(seconds, makespan, bubble, causes, costs, before, optimizer + host)
+
+
+def share_causes(plan: Plan, chunks: ChunkCosts, makespan: float, busy: float) -> dict[str, float]:
+    """Return where the makespan goes, as means over pipeline ranks, in seconds."""
+    layout, count = plan.layout, plan.microbatches
+    totals = dict.fromkeys(("compute", "tensor parallel", "context parallel", "experts' exchange", "host"), 0.0)
+    times = (_as_list(part) for part in (chunks.costs.f, chunks.costs.i, chunks.costs.w))
+    for work, f, i, w in zip(chunks.work, *times, strict=True):
+        whole = work.f + work.i + work.w
+        exact = f + i + w
+        totals["compute"] += whole.compute
+        totals["tensor parallel"] += whole.tensor
+        totals["context parallel"] += whole.context
+        totals["experts' exchange"] += whole.expert
+        # What an action takes longer is the host's; what it takes less, as without a pipeline's table, is hidden communication.
+        rest = exact - whole.compute - whole.tensor - whole.context - whole.expert
+        totals["host" if rest > 0 else "experts' exchange"] += rest
+    shares = {name: value * count / layout.pp for name, value in totals.items()}
+    computed = busy * makespan
+    # What overlapped pairs hide is hidden communication.
+    hidden = sum(shares.values()) - computed
+    shares["experts' exchange"] -= hidden
+    shares["bubble"] = makespan - computed
+    return shares
+
+
+def _as_list(cost: object) -> tuple[float, ...]:
+    assert isinstance(cost, tuple)
+    return cost

@@ -1,0 +1,235 @@
+"""Balanced experts in DeepSpeed: a model whose MoE layers AutoEP has replaced, beside plain DeepSpeed of the same script."""
+
+import csv
+import json
+import re
+from itertools import batched
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from counterflow.balance.files.recorded import read_record
+from tests.support.comparing import HALF_TOLERANCE, assert_same_steps, find_difference
+from tests.support.forked_ranks import RanksError, run_ranks
+
+pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.slow
+
+STEPS, SHORT = 20, 6
+SEEDS = (11, 1234)
+TOGETHER = 5
+PIPELINE = {"stages": 2, "gas": 4}
+BF16 = {"bf16": {"enabled": True}}
+
+
+def make_case(
+    key: dict[str, Any] | None = None, *, seed: int = SEEDS[0], steps: int = SHORT, gas: int = 2, ep: int = 2, zero: int = 1,
+    overlap_comm: bool = False, changes: dict[str, Any] | None = None, **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Return a case of `deepspeed_experts_worker.train`; ``key`` is the plugin's, None for plain DeepSpeed."""
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": gas,
+        "gradient_clipping": 0.5,
+        "steps_per_print": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 5e-3, "torch_adam": True}},
+        "zero_optimization": {"stage": zero, "reduce_bucket_size": 20_000, "overlap_comm": overlap_comm},
+        "expert_parallel": {
+            "enabled": True, "autoep_size": ep, "preset_model": "mixtral", "moe_layer_pattern": r"\d+\.mlp", "top_k": 2,
+            "use_grouped_mm": False,
+        },
+        **(changes or {}),
+    }  # fmt: skip
+    if key is not None:
+        config["counterflow"] = key
+    return {"config": config, "steps": steps, "seed": seed, **more}
+
+
+def clone(schedule: str | None = None, **eplb: Any) -> dict[str, Any]:
+    """Return a key that clones experts, with a schedule if one is given."""
+    key: dict[str, Any] = {"eplb": {"clones_per_rank": 2, **eplb}}
+    return key if schedule is None else key | {"schedule": schedule}
+
+
+def run_cases(cases: dict[str, Any], folder: Path, *, scatter: bool = True) -> dict[str, Any]:
+    """Run the cases in order, a few in each set of ranks; ``scatter``: every step has another placement, which is drawn."""
+    done: dict[str, Any] = {}
+    # A run with a pipeline leaves global state, with which DeepSpeed cannot run without one.
+    for stages in (0, 2):
+        names = [name for name, case in cases.items() if case.get("stages", 0) == stages]
+        for number, some in enumerate(batched(names, TOGETHER)):
+            given, out = (folder / f"{what}-{stages}-{number}.json" for what in ("cases", "out"))
+            given.write_text(json.dumps({name: cases[name] for name in some}))
+            argument = [str(given), str(out), *(["scatter"] if scatter else [])]
+            run_ranks("deepspeed_experts_worker", argument, 4, folder / "logs" / f"{stages}-{number}", trainer="deepspeed")
+            done |= json.loads(out.read_text())
+    return {name: {"name": name, **run} for name, run in done.items()}
+
+
+def make_cases(folder: Path) -> dict[str, Any]:
+    """Return runs by name, "what, variant": each is compared with "what, plain"."""
+    cases = {}
+    for seed in SEEDS:
+        long = {"seed": seed, "steps": STEPS}
+        cases[f"seed {seed}, plain"] = make_case(**long, evaluate_at=3)
+        cases[f"seed {seed}, clones"] = make_case(clone() | {"record": str(folder / f"clones-{seed}")}, **long, evaluate_at=3)
+        cases[f"seed {seed}, dualpipev"] = make_case(clone("dualpipev"), **long, **PIPELINE)
+    cases["seed 11, plain pipeline"] = make_case(**PIPELINE, steps=STEPS)
+    cases["seed 11, 1f1b"] = make_case(clone("1f1b", split="even"), **PIPELINE, steps=STEPS)
+    cases["seed 11, pipeline"] = make_case(clone(), **PIPELINE, steps=STEPS)
+    record = {"record": str(folder / "homes")}
+    cases["seed 11, homes move"] = make_case(clone(rehome_interval=2) | record, steps=STEPS)
+    cases["seed 11, homes move at ZeRO-0"] = make_case(clone("dualpipev", rehome_interval=1), **PIPELINE, zero=0, steps=STEPS)
+    for what, more in {
+        "ZeRO-2": {"zero": 2},
+        "overlapped reductions": {"overlap_comm": True},
+        "EP 4": {"ep": 4},
+        "recompute": {"recompute": False},
+        "reentrant": {"recompute": True},
+    }.items():
+        cases[f"{what}, plain"] = make_case(**more)
+        cases[f"{what}, clones"] = make_case(clone() | {"record": str(folder / what)}, **more)
+    cases["ZeRO-0, plain"] = make_case(zero=0)
+    cases["ZeRO-0, clones"] = make_case(clone(), zero=0)
+    # Plain DeepSpeed has no pipeline of these.
+    cases["dense, plain"] = make_case(dense=4)
+    cases["dense, 1f1b"] = make_case(clone("1f1b"), **PIPELINE, dense=4)
+    cases["dense, pipeline"] = make_case(clone(), **PIPELINE, dense=4)
+    return cases
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("experts")
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> dict[str, Any]:
+    return run_cases(make_cases(folder), folder)
+
+
+@pytest.mark.parametrize("case", [case for case in make_cases(Path()) if not case.endswith(", plain")])
+def test_steps_are_those_of_plain_deepspeed(trained: dict[str, Any], case: str) -> None:
+    plain = trained[case.split(", ")[0] + ", plain"]
+    assert_same_steps(trained[case], plain)
+    assert plain["steps"][-2]["loss"] < plain["steps"][0]["loss"] - 0.1, "the model learns nothing: equal losses say nothing"
+
+
+@pytest.mark.parametrize("name", [*(f"clones-{seed}" for seed in SEEDS), "homes"])
+def test_every_step_had_another_placement(trained: dict[str, Any], folder: Path, name: str) -> None:
+    del trained
+    steps = read_steps(folder / name)
+    placed = [json.dumps([step["experts"], step["homes"]]) for step in steps]
+    assert len(steps) == STEPS
+    assert len(set(placed)) == STEPS
+    assert all(step["clones"] > 0 for step in steps[1:])
+    assert (sum(step["homes_moved"] for step in steps) > 0) == (name == "homes")
+
+
+@pytest.mark.parametrize("name", ["recompute", "reentrant"])
+def test_a_recomputed_layer_counts_its_tokens_once(trained: dict[str, Any], folder: Path, name: str) -> None:
+    del trained
+    counts = read_record(folder / name).counts
+    # Two samples of 12 tokens on each of four ranks, two experts each.
+    assert set(counts.sum(2).flatten().tolist()) == {2 * 12 * 4 * 2}
+
+
+def read_steps(record: Path) -> list[dict[str, Any]]:
+    """Return the lines of a record, in which all ranks have the same layers."""
+    (path,) = record.glob("*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    long: dict[str, Any] = {"steps": STEPS}
+    cases = {"fp32": make_case(**long), "bf16": make_case(**long, changes=BF16)}
+    cases["clones"] = make_case(clone(), **long, changes=BF16)
+    cases["sums in fp32"] = make_case(clone(), **long, changes=BF16 | {"data_types": {"grad_accum_dtype": "fp32"}})
+    cases["dualpipev"] = make_case(clone("dualpipev"), **long, **PIPELINE, changes=BF16)
+    cases["ZeRO-0"] = make_case(clone("dualpipev"), **long, **PIPELINE, zero=0, changes=BF16)
+    return run_cases(cases, tmp_path_factory.mktemp("rounded"))
+
+
+@pytest.mark.parametrize("case", ["clones", "sums in fp32", "dualpipev", "ZeRO-0"])
+def test_clones_in_bf16_are_as_near_as_bf16_itself(rounded: dict[str, Any], case: str) -> None:
+    rounding = find_difference(rounded["bf16"], rounded["fp32"], "loss")
+    assert find_difference(rounded[case], rounded["bf16"], "loss") <= rounding
+    # At the first step nothing has had time to grow.
+    first = [run["steps"][0]["grad_norm"] for run in (rounded[case], rounded["bf16"])]
+    assert first[0] == pytest.approx(first[1], rel=HALF_TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    half, cases = SHORT // 2, {"whole": make_case()}
+    keys = {"plain": None, "clones": clone(rehome_interval=1), "pipeline": clone("dualpipev", rehome_interval=1)}
+    for name, key in keys.items():
+        pipeline = PIPELINE if name == "pipeline" else {}
+        cases[f"{name} saves"] = make_case(key, steps=half, save=str(folder / name), **pipeline)
+    for name, key, saver in (("plain", None, "clones"), ("clones", clone(), "plain"), ("clones again", clone(), "clones")):
+        # Another seed: what is not loaded is not alike by chance.
+        cases[f"{name} from {saver}"] = make_case(key, seed=SEEDS[1], load={"load_dir": str(folder / saver)})
+    without = {"schedule": "dualpipev"}
+    cases["dualpipev from pipeline"] = make_case(without, seed=SEEDS[1], load={"load_dir": str(folder / "pipeline")}, **PIPELINE)
+    return run_cases(cases, folder) | {"folder": folder}
+
+
+@pytest.mark.parametrize(
+    "case", ["plain from clones", "clones from plain", "clones again from clones", "dualpipev from pipeline"]
+)
+def test_checkpoints_are_autoeps(resumed: dict[str, Any], case: str) -> None:
+    run = resumed[case]
+    assert [step["iteration"] for step in run["steps"]] == list(range(SHORT // 2 + 1, SHORT + 2))
+    assert_same_steps(run, resumed["whole"])
+
+
+def test_a_checkpoint_has_the_files_of_plain_deepspeed_and_the_last_loads(resumed: dict[str, Any]) -> None:
+    names = [
+        {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        for folder in (resumed["folder"] / "plain", resumed["folder"] / "clones")
+    ]
+    tag = f"global_step{SHORT // 2}"
+    assert names[0] == {name for name in names[1] if not name.startswith(f"{tag}/counterflow/")}
+    assert read_record(resumed["folder"] / "clones" / tag / "counterflow").counts.shape[0] == SHORT
+
+
+@pytest.fixture(scope="module")
+def balanced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("balanced")
+    monitor = {"csv_monitor": {"enabled": True, "output_path": str(folder / "monitor"), "job_name": "run"}}
+    key = clone() | {"record": str(folder / "record")}
+    run_cases({"run": make_case(key, steps=STEPS, changes=monitor)}, folder, scatter=False)
+    return folder
+
+
+def test_clones_balance_a_skewed_routing(balanced: Path) -> None:
+    later = read_steps(balanced / "record")[STEPS // 2 :]
+    before, after = (np.mean([step[f"balancedness_{when}"] for step in later]) for when in ("before", "after"))
+    assert before < 0.75, "the routing is not skewed"
+    assert after >= 0.95
+
+
+def test_log_and_monitor_have_balancedness(balanced: Path) -> None:
+    columns = []
+    for name in ("balancedness_before", "balancedness"):
+        (path,) = (balanced / "monitor").rglob(f"Train_EPLB_{name}.csv")
+        rows = list(csv.reader(path.open()))[1:]
+        assert [int(samples) for samples, _ in rows] == [16 * step for step in range(1, STEPS + 1)]
+        columns.append([float(value) for _, value in rows])
+    log = (balanced / "logs" / "0-0" / "0" / "stdout.log").read_text()
+    logged = re.findall(r"step=(\d+), balancedness: ([\d.]+) -> ([\d.]+)", log)
+    assert [int(step) for step, *_ in logged] == list(range(2, STEPS + 1, 2))
+    for step, *values in logged:
+        assert [float(value) for value in values] == pytest.approx([one[int(step) - 1] for one in columns], abs=1e-4)
+
+
+def test_a_model_without_mixtures_is_refused_on_all_ranks(tmp_path: Path) -> None:
+    with pytest.raises(RanksError):
+        run_cases({"bad": make_case(clone("1f1b"), **PIPELINE, dense=6)}, tmp_path)
+    written = (tmp_path / "logs" / "2-0" / "0" / "stderr.log").read_text()
+    (line,) = [line for line in written.splitlines() if line.startswith("counterflow: ")]
+    assert "AutoEP finds no MoE layer in this model" in line

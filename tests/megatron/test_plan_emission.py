@@ -1,0 +1,128 @@
+"""What the planner reads and writes for Megatron is what Megatron reads."""
+
+import contextlib
+import json
+import random
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from counterflow.errors import PlanError
+from counterflow.planner.config import parse_config
+from counterflow.planner.emission import emit_deepspeed, emit_megatron
+from counterflow.planner.layouts import Plan, complete_plan, parse_layout
+from tests.support import ROOT
+
+
+@pytest.mark.parametrize("text", ["Et|(tt|)*30mL", "Et*3|(tt|)*6tmL", "E,t*4|(t*4|)*2,tL", "Ett|m|L"])
+def test_a_layout_string_is_read_as_megatron_reads_it(text: str) -> None:
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    letters = {"embedding": "E", "decoder": "t", "mtp": "m", "loss": "L"}
+    upstream = PipelineParallelLayerLayout.parse_str_to_list(text)
+    assert parse_layout(text) == ["".join(letters[one.name] for one in stage) for stage in upstream]
+
+
+# The user's own flags.
+OWN = "--mock-data --tokenizer-type NullTokenizer --train-iters 10 --lr 1e-4 --eval-iters 1 --transformer-impl transformer_engine"
+MODELS = {
+    "DeepSeek-V3": (256, [(8, 1), (8, 4), (16, 1)], (1, 2), (8, 32)),
+    "Qwen3-235B-A22B": (256, [(8, 1), (8, 4), (4, 2)], (1, 2, 4), (8, 32)),
+    "Qwen3-30B-A3B": (64, [(1, 1), (2, 1), (4, 3)], (1, 2), (4, 8)),
+    "Mixtral-8x7B": (64, [(2, 1), (4, 2), (4, 1)], (1, 2), (2, 8)),
+    "Llama-3-70B": (128, [(4, 1), (4, 5), (8, 1)], (2, 4), (1,)),
+    "GPT-OSS-120B": (64, [(4, 1), (2, 3)], (1, 2), (8, 16)),
+    "Qwen3-Next-80B-A3B": (64, [(4, 1), (4, 3)], (1, 2), (8, 16)),
+    "GLM-4.5": (128, [(8, 1), (4, 2)], (1, 2), (8,)),
+    "Kimi-K2": (512, [(16, 1), (8, 2)], (1,), (32, 64)),
+}
+PRECISIONS = ("bf16", "fp8-blockwise", "fp8-tensorwise", "fp8-delayed", "mxfp8", "nvfp4", "fp16")
+RECOMPUTES = ("none", "full,uniform,1", "full,block,2", "moe_act,layernorm", "core_attn")
+SPLIT = ("zbv", "dualpipev", "dualpipe")
+
+
+def draw_plan(draw: random.Random) -> Plan:
+    """Return a plan as a search may make it."""
+    name = draw.choice(list(MODELS))
+    gpus, pipelines, tensors, experts = MODELS[name]
+    pp, vpp = draw.choice(pipelines)
+    layout = {"pp": pp, "tp": draw.choice(tensors), "ep": draw.choice(experts), "etp": 1, "recompute": draw.choice(RECOMPUTES)}
+    layout |= {"dispatcher": draw.choice(["alltoall", "deepep", "hybridep"]), "overlap": draw.random() < 0.4}
+    layout |= {"schedule": draw.choice(SPLIT)} if vpp == 1 and pp > 1 and draw.random() < 0.5 else {"vpp": vpp}
+    layout |= {"distributed_optimizer": draw.random() < 0.9, "cuda_graph": draw.choice(["", "attn"])}
+    if layout["recompute"] != "none" or layout["overlap"]:
+        layout["cuda_graph"] = ""
+    training = {"seq_length": 4096, "global_batch_size": 512, "precision": draw.choice(PRECISIONS)}
+    model = {"name": name}
+    return complete_plan(
+        parse_config({"model": model, "cluster": {"gpu": "H100", "gpus": gpus}, "training": training, "layout": layout})
+    )
+
+
+def ask_megatron(cases: list[dict[str, object]]) -> list[str | None]:
+    script = ROOT / "tests" / "support" / "megatron_arguments.py"
+    done = subprocess.run(
+        [sys.executable, script], input=json.dumps(cases), capture_output=True, text=True, check=False, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    answers: list[str | None] = json.loads(done.stdout.strip().splitlines()[-1])
+    return answers
+
+
+@pytest.mark.slow
+def test_megatron_accepts_the_flags_of_fifty_plans_for_both_models() -> None:
+    draw, plans = random.Random(20), []
+    while len(plans) < 50:
+        with contextlib.suppress(PlanError):
+            plans.append(draw_plan(draw))
+    cases = [
+        {"world": plan.layout.gpus, "flags": [*emit_megatron(plan, hybrid), *OWN.split()]}
+        for plan in plans
+        for hybrid in (False, True)
+    ]
+    # What the checks say of flags that are wrong shows that they are looked at.
+    piped = next(plan for plan in plans if plan.layout.pp > 1)
+    cases.append({"world": piped.layout.gpus + 1, "flags": [*emit_megatron(piped), *OWN.split()]})
+    cases.append({"world": piped.layout.gpus, "flags": [*emit_megatron(piped), *OWN.split(), "--no-such-flag"]})
+    *answers, world, flag = ask_megatron(cases)
+    refused = [(case["flags"], answer) for case, answer in zip(cases, answers, strict=False) if answer]
+    assert not refused, refused[0]
+    assert world is not None and "world size" in world
+    assert flag is not None and "no-such-flag" in flag
+
+
+def make_plan(**layout: object) -> Plan:
+    training = {"seq_length": 4096, "global_batch_size": 512, "precision": "bf16"}
+    given = {"model": {"name": "DeepSeek-V3"}, "cluster": {"gpu": "H100", "gpus": 256}, "training": training, "layout": layout}
+    return complete_plan(parse_config(given))
+
+
+def test_a_schedule_of_megatron_needs_no_plugin_and_others_name_theirs() -> None:
+    assert not [word for word in emit_megatron(make_plan(pp=8, vpp=4, ep=32, overlap=True)) if word.startswith("--cf")]
+    words = emit_megatron(make_plan(pp=8, schedule="dualpipev", ep=32, overlap=True, clones_per_rank=1))
+    assert words[words.index("--cf-schedule") + 1] == "dualpipev"
+    assert {"--cf-overlap", "--cf-eplb", "--cf-eplb-clones-per-rank"} <= set(words)
+
+
+def test_a_hybrid_pattern_has_a_segment_for_each_stage_and_two_symbols_for_each_layer() -> None:
+    words = emit_megatron(make_plan(pp=8, vpp=4, ep=32), hybrid=True)
+    main, mtp = words[words.index("--hybrid-layer-pattern") + 1].split("/")
+    assert main.count("|") == 31
+    assert len(main.replace("|", "")) == 2 * 61
+    assert main.replace("|", "").startswith("+-+-+-+E") and mtp == "+E"
+    assert "--num-layers" not in words
+
+
+def test_deepspeed_gets_a_json_that_it_reads() -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    plan = make_plan(pp=8, schedule="dualpipev", ep=32)
+    given = emit_deepspeed(plan)
+    assert given["counterflow"] == {"schedule": "dualpipev", "zero_bubble": True}
+    read = DeepSpeedConfig({**given, "train_batch_size": plan.microbatches})
+    assert read.gradient_accumulation_steps == plan.microbatches == 16
+    assert read.zero_config.stage == 1 and read.bfloat16_config.enabled
+    with pytest.raises(PlanError, match="no precision mxfp8"):
+        emit_deepspeed(replace(plan, training=replace(plan.training, precision="mxfp8")))
