@@ -102,4 +102,5 @@ def list_deepspeed_contestants(size: Size, log: SleepLog) -> list[Contestant]:
     deepspeed.init_distributed("gloo", verbose=False)
     own = [PlainContestant(schedule, size, log) for schedule in ("TrainSchedule", "DualPipeVSchedule")]
     keys = ("1f1b", "interleaved", "zbv", "dualpipev", "dualpipe")
-    return [*own, *(KeyContestant(schedule, size, log) for schedule in keys)]
+    long = (key for key in keys if size.ranks // FAMILIES[key].replicas > 1)
+    return [*own, *(KeyContestant(schedule, size, log) for schedule in long)]
