@@ -19,7 +19,7 @@ from counterflow.planner.step import run_table
 from counterflow.schedule import Costs
 from ranks import RankError, start_ranks
 
-RANKS, MICROBATCHES, LAYERS, MILLISECONDS = 4, 8, 16, 4.0
+RANKS, MICROBATCHES, LAYERS, MILLISECONDS = 4, 8, 16, 10.0
 # What the loss sleeps, in layers.
 HEAD = 1.5
 MOST_ERROR = 0.05
@@ -39,7 +39,7 @@ OTHERS = (
 
 @dataclass(frozen=True)
 class Unit:
-    """Seconds of one layer's F, I and W, of any action besides, of the loss's, and of moving a message: all that one run tells."""
+    """Seconds of one layer's F, I and W, of any action besides, of the loss's, and of moving a message: what one run tells."""
 
     layer: tuple[float, float, float]
     action: tuple[float, float, float]

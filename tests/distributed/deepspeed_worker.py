@@ -16,6 +16,7 @@ import deepspeed
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
 VOCABULARY, WIDTH, TOKENS, BLOCKS = 64, 16, 12, 8
@@ -133,6 +134,8 @@ def train(
     has_loader: bool = False,
     has_groups: bool = False,
     is_v: bool = False,
+    slices: int = 1,
+    recomputed: list[str] | None = None,
     save: str | None = None,
     save_at: int = 0,
     kill: list[int] | None = None,
@@ -141,9 +144,10 @@ def train(
     """Train and evaluate; return the steps, the evaluation as one more.
 
     ``has_loader``: the engine draws the samples itself. ``has_groups``: the script freezes the first layer and makes the
-    optimizer, with two groups of parameters. ``is_v``: upstream has cut the model into a V already. The state is saved to the
-    folder ``save`` in the end, or after step ``save_at``. ``kill`` is a rank, and the step in which it dies. ``load`` are
-    arguments of ``load_checkpoint``; steps go on from there.
+    optimizer, with two groups of parameters. ``is_v``: upstream has cut the model into a V already. ``slices`` ranks compute the
+    same. ``recomputed`` names the only classes of layers that are recomputed. The state is saved to the folder ``save`` in the
+    end, or after step ``save_at``. ``kill`` is a rank, and the step in which it dies. ``load`` are arguments of
+    ``load_checkpoint``; steps go on from there.
     """
     if "fp16" in config:
         # torch computes it on any CPU; DeepSpeed asks whether the CPU has instructions for it.
@@ -151,9 +155,14 @@ def train(
     torch.manual_seed(seed)
     # Where models of different numbers of stages are compared, a layer's weights depend on its place alone.
     # (Upstream seeds only with plain integers, which the method "parameters" does not give.)
-    how = {"seed_layers": True, "base_seed": seed, "partition_method": "uniform"} if is_seeded else {}
+    how: dict[str, Any] = {"checkpointable_layers": recomputed}
+    if is_seeded:
+        how |= {"seed_layers": True, "base_seed": seed, "partition_method": "uniform"}
     made = DualPipeVModule if is_v else PipelineModule
     is_dynamic = model == "shapes"
+    if slices > 1:
+        replicas = torch.distributed.get_world_size() // stages // slices
+        how["topology"] = PipeModelDataParallelTopology(stages, slices, replicas)
     module = made(list_layers(model), num_stages=stages, loss_fn=compute_loss, dynamic_shape=is_dynamic, **how)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     given: dict[str, Any] = {"model_parameters": parameters}
@@ -163,6 +172,9 @@ def train(
     data = {"training_data": samples} if has_loader else {}
     engine, *_ = deepspeed.initialize(model=module, config=config, **given, **data)
     batches, done = None if has_loader else draw_batches(samples, engine), []
+    if has_loader:
+        # Says nothing in a pipeline, where the step itself says when gradients are reduced.
+        engine.set_gradient_accumulation_boundary(False)
     first = 1
     if load is not None:
         engine.load_checkpoint(**load)
@@ -183,7 +195,22 @@ def train(
     done.append({"iteration": steps + 1, "loss": loss, "skipped": False})
     if save is not None and not save_at:
         engine.save_checkpoint(save)
-    return {"steps": done, "error": None}
+    # With a monitor, upstream takes what is returned for one number.
+    replicas = evaluate_apart(engine, samples) if steps and "csv_monitor" not in config else []
+    return {"steps": done, "error": None, "replicas": replicas}
+
+
+def evaluate_apart(engine: Any, samples: Samples) -> list[list[float]]:
+    """Return, of each replica, its loss of the last step, and of two micro-batches their losses and the last one's logits."""
+    micro_batches: dict[str, Any] = {"return_logits": True, "reduce_output": None, "bcast_loss": False, "num_micro_batches": 2}
+    losses, logits = engine.eval_batch(draw_batches(samples, engine), **micro_batches)
+    mine = None
+    if losses is not None:
+        # On the rank of the last stage alone.
+        mine = engine.dp_group_loss.item(), *(loss.item() for loss in losses), logits.float().sum().item(), logits.std().item()
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, (engine.mpu.get_data_parallel_rank(), mine))
+    return [values for _, values in sorted((one for one in found if one[1] is not None), key=lambda one: one[0])]
 
 
 def run(argument: list[str]) -> None:

@@ -48,7 +48,7 @@ def check_config(chosen: Chosen, config: Mapping[str, Any]) -> None:
     if stage not in (0, 1):
         raise OptionError(
             f"zero_optimization.stage {stage} does not run in a pipeline, with schedule {schedule} or without (DeepSpeed refuses "
-            "it too): give stage 0 or 1"
+            "it too): gradients stay whole until a rank's last micro-batch, so it would save nothing over 1: give stage 0 or 1"
         )
     if _find(config, "compile", "deepcompile"):
         raise OptionError(

@@ -81,6 +81,8 @@ class Installation:
         options = chosen.options
         if options.record is not None:
             check_folder("record", options.record)
+        if options.profile is not None:
+            check_folder("profile", options.profile_folder)
         check_run(chosen, config, named["model"])
         self.options = options
         if options.eplb:

@@ -58,7 +58,7 @@ class StepProfiler:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         finished.export_chrome_trace(str(self._path))
         if dist.get_rank() == 0:
-            print(f"counterflow: --cf-profile: {_summarize(self._path)}", flush=True)
+            print(f"counterflow: profile: {_summarize(self._path)}", flush=True)
 
     @contextmanager
     def annotate(self, action: Action) -> Iterator[None]:

@@ -101,14 +101,6 @@ class DeepSpeedWork(Work):
 @contextmanager
 def _be_in_backward(engine: Any) -> Iterator[None]:
     """Do around the backward of a stage that is not the last what the engine does around its own."""
-    from deepspeed.utils import timer
-
-    names = (timer.BACKWARD_MICRO_TIMER, timer.BACKWARD_GLOBAL_TIMER, timer.BACKWARD_INNER_MICRO_TIMER)
-    timers = (
-        [engine.timers(name) for name in (*names, timer.BACKWARD_INNER_GLOBAL_TIMER)] if engine.wall_clock_breakdown() else []
-    )
-    for one in timers:
-        one.start()
     if engine.using_bf16_optimizer:
         engine.optimizer.clear_lp_grads()
     engine._running_engine_backward = True
@@ -118,8 +110,10 @@ def _be_in_backward(engine: Any) -> Iterator[None]:
         engine._running_engine_backward = False
     if engine.using_bf16_optimizer:
         engine.optimizer.update_hp_grads(clear_lp_grads=False)
-    for one in reversed(timers):
-        one.stop()
+    # The hooks that the forward put on the outputs have started them; upstream starts them twice, which it then refuses.
+    for name in (*engine.engine_timers.backward_inner_timers, *engine.engine_timers.backward_timers):
+        if engine.timers(name).started_:
+            engine.timers(name).stop()
 
 
 def pack(outputs: Any, stage: int) -> Message:
