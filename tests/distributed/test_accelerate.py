@@ -10,6 +10,7 @@ from tests.support.forked_ranks import run_ranks
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("accelerate")
+pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
 
 STEPS = 4

@@ -176,15 +176,16 @@ def wait_for_clones(reduce: Callable[..., None]) -> Callable[..., None]:
 
 
 def report_after(report: Callable[..., None]) -> Callable[..., None]:
-    """Wrap an engine's line of the log: balancedness, clones and traffic follow."""
+    """Wrap an engine's line of the log: balancedness, clones and traffic follow.
+
+    They are printed, as a pipeline's losses are: DeepSpeed's logger leaves the line itself out unless its level is lowered.
+    """
 
     @wraps(report)
     def run(self: Any, step: int) -> None:
-        from deepspeed.utils import log_dist
-
         report(self, step)
         if (balancer := balancer_of.get(self)) is not None and balancer.figures is not None:
-            log_dist(f"step={step},{describe_step(balancer.figures)}", ranks=[0])
+            print(f"step={step},{describe_step(balancer.figures)}", flush=True)
 
     return run
 
