@@ -13,10 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from counterflow.analysis import analyze_trace, read_trace, read_traces
-from counterflow.analysis.chunks import find_costs
+from counterflow.analysis import analyze_trace, read_trace
+from counterflow.analysis.chunks import estimate_spans
 from counterflow.analysis.figures import describe_device
-from counterflow.schedule import Costs, build, simulate
+from counterflow.analysis.kineto import read_kineto
+from counterflow.schedule import Costs, Span, build, simulate
+from counterflow.schedule.annotations import read_annotation
 from ranks import start_ranks
 from tests.support.made_trace import EXPORTS, ORACLE, PUBLISHED, load_oracle
 from tests.unit.test_trace_figures import CHANGES, WORDS
@@ -24,6 +26,8 @@ from tests.unit.test_trace_figures import CHANGES, WORDS
 GIGABYTE = 1e9
 # Of the profiled run.
 RANKS, MICROBATCHES = 4, 12
+# Its first and its last profiled step.
+PROFILED = 3, 8
 # What one repetition is shifted by, in microseconds and in correlations.
 SHIFT, CORRELATIONS = 2_000_000, 10**7
 # The peak of this program's own memory, in KiB; what getrusage gives begins with the memory of the process that forked.
@@ -35,6 +39,14 @@ try:
 finally:
     print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0], file=sys.stderr)
 """
+# The same of HTA: its peak, and what share of communication it finds hidden.
+HTA = """import sys
+from pathlib import Path
+from hta.trace_analysis import TraceAnalysis
+found = TraceAnalysis(trace_dir=sys.argv[1]).get_comm_comp_overlap(visualize=False)
+peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
+print(peak, found["comp_comm_overlap_pctg"].iloc[0])
+"""
 NUMBERS = re.compile(rb'("ts": )(\d+)|("correlation": )(\d+)')
 
 
@@ -43,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--gigabytes", type=float, default=1.0, metavar="X", help="size of the repeated trace (default: 1)")
+    parser.add_argument("--hta", metavar="PYTHON", help="an interpreter that has HolisticTraceAnalysis, for the part hta")
     given = parser.parse_args()
     for part in given.parts:
         if part not in PARTS:
@@ -126,19 +139,64 @@ def measure_cost(given: argparse.Namespace) -> None:
             path.unlink()
 
 
+def measure_hta(given: argparse.Namespace) -> None:
+    """Print what HolisticTraceAnalysis takes for the same trace, by the interpreter of ``--hta``, which has it."""
+    if given.hta is None:
+        print("--hta PYTHON names no interpreter that has HolisticTraceAnalysis: not measured")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        size = write_large(Path(folder) / "rank0.json.gz", given.gigabytes * GIGABYTE)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([given.hta, "-c", HTA, folder], capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        print(f"HTA ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['nothing'])[-1]}")
+        return
+    seconds, gigabytes = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, size / GIGABYTE
+    peak, hidden = done.stdout.split()[-2:]
+    print(
+        f"HTA: {gigabytes:.2f} GB of JSON, {seconds / gigabytes:.1f} s of the processor and "
+        f"{int(peak) * 1024 / 1e9 / gigabytes:.2f} GB of memory a GB; it finds {hidden} % of communication hidden"
+    )
+
+
 def measure_prediction(given: argparse.Namespace) -> None:
-    """Print how far the step that is simulated from a profile's costs is from the profiled one, on stages that sleep."""
+    """Print how far steps that are simulated from a profile's costs are from the profiled ones, on stages that sleep.
+
+    A step is predicted from its own costs. The first profiled step, in which the profiler starts, is left out.
+    """
     for name in ("zbv", "dualpipev"):
         with tempfile.TemporaryDirectory() as folder:
-            words = f"--schedule {name} --microbatches {MICROBATCHES} --milliseconds 20 --steps 4 --out {folder}".split()
+            words = f"--schedule {name} --microbatches {MICROBATCHES} --milliseconds 20 --out {folder}".split()
+            words += f"--steps {PROFILED[1]} --first {PROFILED[0]}".split()
             start_ranks(RANKS, [sys.executable, "-W", "ignore", "-m", "benchmarks.profile_rank", *words], Path(folder))
-            devices = [device for trace in read_traces(Path(folder)) for device in analyze_trace(trace)]
-        costs = find_costs(devices, "")
-        table = build(name, RANKS, MICROBATCHES)
-        predicted = simulate(table, Costs(costs["f"], costs["i"], costs["w"], costs["p2p"], costs["overlap"])).makespan
-        spans = [span for device in devices if device.trace.timeline for span in device.trace.timeline.spans]
-        measured = 1000 * (max(span.end for span in spans) - min(span.start for span in spans))
-        print(f"{name}: {predicted:.1f} ms from costs, {measured:.1f} ms measured: {100 * (predicted / measured - 1):+.1f} %")
+            steps = _read_steps(Path(folder))
+        table, found = build(name, RANKS, MICROBATCHES), []
+        for number in range(PROFILED[0] + 1, PROFILED[1] + 1):
+            spans = steps[number]
+            costs = estimate_spans(spans, "", 1e3)
+            predicted = simulate(table, Costs(costs["f"], costs["i"], costs["w"], costs["p2p"], costs["overlap"])).makespan
+            measured = 1000 * (max(span.end for span in spans) - min(span.start for span in spans))
+            found.append((predicted / measured - 1, predicted, measured))
+        ratio, predicted, measured = sorted(found)[len(found) // 2]
+        all_of_them = ", ".join(f"{100 * ratio:+.1f} %" for ratio, _, _ in found)
+        print(
+            f"{name}: {predicted:.1f} ms from costs, {measured:.1f} ms measured: {100 * ratio:+.1f} % in the median step of "
+            f"{len(found)} ({all_of_them})"
+        )
+
+
+def _read_steps(folder: Path) -> dict[int, list[Span]]:
+    """Return the actions of each profiled step of all ranks, in seconds."""
+    steps: dict[int, list[Span]] = {}
+    for path in sorted(folder.glob("profile-rank*.json.gz")):
+        trace = read_kineto(path)
+        ranges = trace.ranges
+        for name, start, end in zip(ranges.name.tolist(), ranges.start.tolist(), ranges.end.tolist(), strict=True):
+            if (note := read_annotation(trace.names[name])) is not None:
+                span = Span(note.rank, note.action, (start + trace.base) / 1e9, (end + trace.base) / 1e9)
+                steps.setdefault(note.step, []).append(span)
+    return steps
 
 
 def write_large(path: Path, size: float) -> int:
@@ -176,6 +234,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "agreement": measure_agreement,
     "invariance": measure_invariance,
     "cost": measure_cost,
+    "hta": measure_hta,
     "prediction": measure_prediction,
 }
 

@@ -23,7 +23,7 @@ from tests.support.comparing import HALF_TOLERANCE, TOLERANCE, find_difference
 from tests.support.forked_ranks import RanksError
 
 STEPS = 20
-FAMILIES = ("1f1b", "interleaved", "zb-h1", "zbv", "dualpipev")
+FAMILIES = ("1f1b", "interleaved", "zb-h1", "zbv", "dualpipev", "dualpipe")
 # By pipeline ranks: micro-batches of a step.
 MICROBATCHES = {2: 4, 4: 8}
 SEARCH_SECONDS = 2.0

@@ -101,5 +101,5 @@ def list_deepspeed_contestants(size: Size, log: SleepLog) -> list[Contestant]:
     """Return DeepSpeed's own schedules, then this project's; a collective call."""
     deepspeed.init_distributed("gloo", verbose=False)
     own = [PlainContestant(schedule, size, log) for schedule in ("TrainSchedule", "DualPipeVSchedule")]
-    keys = ("1f1b", "interleaved", "zbv", "dualpipev")
+    keys = ("1f1b", "interleaved", "zbv", "dualpipev", "dualpipe")
     return [*own, *(KeyContestant(schedule, size, log) for schedule in keys)]

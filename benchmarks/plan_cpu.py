@@ -19,7 +19,7 @@ from counterflow.planner.step import run_table
 from counterflow.schedule import Costs
 from ranks import RankError, start_ranks
 
-RANKS, MICROBATCHES, LAYERS, MILLISECONDS = 4, 8, 16, 4.0
+RANKS, MICROBATCHES, LAYERS, MILLISECONDS = 4, 8, 16, 10.0
 # What the loss sleeps, in layers.
 HEAD = 1.5
 MOST_ERROR = 0.05

@@ -21,7 +21,7 @@ RECIPES = (None, "tensorwise", "blockwise", "delayed")
 MICROBATCHES, REPLICAS = 4, 2
 # Embedding and head, which are torch's, and six blocks, in which a layer of two linears leaves two gradients to a W.
 WEIGHTS = 2 + 6 * 5
-HALF = {"bf16": {"enabled": True}}
+HALF: dict[str, Any] = {"bf16": {"enabled": True}}
 
 
 def make_config(section: dict[str, Any] | None, stage: int = 1, **changes: Any) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def make_engine_cases(steps: int, clip: float = 0.0) -> dict[str, Any]:
     They are not clipped. A clipped gradient is multiplied by what comes of a sum over stages, whose last bit differs by layout
     and flips roundings to BF16.
     """
-    cases = {}
+    cases: dict[str, Any] = {}
     for recipe in RECIPES:
         for schedule in (None, "dualpipev", "zbv", *(("1f1b",) if recipe in (None, "delayed") else ())):
             config = make_config({"schedule": schedule} if schedule else None, gradient_clipping=clip, **HALF)
@@ -56,14 +56,17 @@ def make_engine_cases(steps: int, clip: float = 0.0) -> dict[str, Any]:
 def make_expert_cases() -> dict[str, Any]:
     """Return trainings of AutoEP's layers: plain, under schedules, and with overlapped pairs."""
     sharded = {"enabled": True, "autoep_size": 2, "preset_model": "mixtral", "moe_layer_pattern": r"\d+\.mlp", "top_k": 2}
-    recompute = {"pipeline": {"activation_checkpoint_interval": 1, "use_reentrant": False}}
-    cases = {}
-    for kind, changes in {"fp32": {}, "bf16": HALF, "recomputed": recompute}.items():
-        paired = [{"schedule": schedule, "overlap": True} for schedule in ("dualpipev", "interleaved", "dualpipe")]
-        whole = [{"schedule": schedule} for schedule in ("dualpipev", "interleaved", "dualpipe", "zbv")]
+    recompute: dict[str, Any] = {"pipeline": {"activation_checkpoint_interval": 1, "use_reentrant": False}}
+    cases: dict[str, Any] = {}
+    kinds: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": HALF, "recomputed": recompute}
+    for kind, changes in kinds.items():
+        paired: list[dict[str, Any]] = [
+            {"schedule": schedule, "overlap": True} for schedule in ("dualpipev", "interleaved", "dualpipe")
+        ]
+        whole: list[dict[str, Any]] = [{"schedule": schedule} for schedule in ("dualpipev", "interleaved", "dualpipe", "zbv")]
         for section in [None, *paired, *whole] if kind == "fp32" else [None, paired[0], whole[0]]:
             name = "plain" if section is None else section["schedule"] + " in pairs" * ("overlap" in section)
-            experts = {"expert_parallel": {**sharded, "use_grouped_mm": False}}
+            experts: dict[str, Any] = {"expert_parallel": {**sharded, "use_grouped_mm": False}}
             config = make_config(section, gradient_clipping=0.5, **changes, **experts)
             cases[f"{kind} {name}"] = {"config": config, "steps": STEPS, "seed": 1234, "stages": 2}
             if kind == "fp32" and name.startswith(("plain", "dualpipev")):

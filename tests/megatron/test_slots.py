@@ -18,7 +18,7 @@ from counterflow.errors import BalanceError, SeamError
 from counterflow.megatron.experts.layer import KnownCounts, list_weights
 from counterflow.moe.loads import LoadTracker
 from counterflow.moe.reference import place_one_by_one
-from counterflow.moe.slots import make_slot_table, place_evenly, place_exactly
+from counterflow.moe.slots import find_slots, make_slot_table, place_evenly, place_exactly
 
 CPU = torch.device("cpu")
 
@@ -95,6 +95,21 @@ def test_the_even_split_lets_an_experts_tokens_take_turns(case: Case) -> None:
             assert (dealt.sum(1).numpy() == routed[:, expert]).all(), f"tokens of expert {expert} lost or made up"
             assert dealt.sum(0).max() - dealt.sum(0).min() <= 1, "not even"
         assert_placed(slot_map, slot_probs, probs, place_one_by_one(routed, held, None), case)
+
+
+@given(draw_cases(), st.integers(1, 3))
+@settings(max_examples=100)
+def test_named_experts_are_found_in_the_slots_of_the_map(case: Case, chosen: int) -> None:
+    held, experts = case.placement.experts[0], case.placement.homes.shape[1]  # type: ignore[union-attr]
+    random = np.random.default_rng(case.seed)
+    selected = np.stack([random.permutation(experts)[:chosen] for _ in range(case.routed.shape[1] + 1)])
+    routed = np.zeros((len(selected), experts), np.bool_)
+    np.put_along_axis(routed, selected, True, 1)
+    table = make_slot_table(case.placement, CPU)
+    slot_map, _ = place_evenly(torch.from_numpy(routed), torch.from_numpy(routed), table)
+    slots = find_slots(torch.from_numpy(selected), slot_map, table).numpy()
+    assert (held[slots] == selected).all(), "another expert"
+    assert slot_map.numpy()[np.arange(len(selected))[:, None], slots].all(), "a slot that does not have the token"
 
 
 def test_a_second_deal_of_the_same_tokens_is_the_same() -> None:

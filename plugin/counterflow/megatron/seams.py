@@ -348,6 +348,7 @@ DRYING = (
     Seam("megatron.core.tensor_parallel.random", "CudaRNGStatesTracker", None, (DRY_RUN,), KNOWN, "draws nothing"),
     Seam(GPT, "GPTModel", None, (DRY_RUN,), KNOWN, "a stage"),
     Seam(f"{GPT}.gpt_layer_specs", "get_gpt_decoder_block_spec", None, (DRY_RUN,), KNOWN, "its layers", ("config",)),
+    Seam(f"{GPT}.gpt_layer_specs", "get_gpt_decoder_layer_specs", None, (DRY_RUN,), KNOWN, "its layers' kinds", ("config",)),
     Seam(f"{GPT}.gpt_layer_specs", "get_gpt_mtp_block_spec", None, (DRY_RUN,), KNOWN, "its MTP layers", ("config", "spec")),
     Seam(
         f"{MOE}.token_dispatcher", "MoEAlltoAllTokenDispatcher", None, (DRY_RUN,), KNOWN,

@@ -88,11 +88,16 @@ def search_layouts(config: PlanConfig, constants: Constants | None = None, *, se
     found: list[Estimate] = []
     tried = 0
     best: list[float] = []
+    screened: dict[tuple[Any, ...], str] = {}
     for number, choice in enumerate(choices):
         limit = best[keep - 1] if len(best) >= keep else math.inf
         if choice.bound > limit:
             rejected += [Rejected(name_fields(one.fields), f"at least {one.bound:.3g} s a step") for one in choices[number:]]
             break
+        reason = _screen(choice, cluster, screened)
+        if reason:
+            rejected.append(Rejected(name_fields(choice.fields), reason))
+            continue
         for fields in list_schedules(config, choice.fields):
             if time.monotonic() - begun > seconds and best:
                 return _finish(found, rejected, tried, len(choices) - number, time.monotonic() - begun)
@@ -227,6 +232,30 @@ def bound_step(assumed: Assumed, cluster: Cluster, constants: Constants) -> floa
         work = time_layer(plan.model.mtp, setting)
         total += plan.model.mtp_layers * (work.f + work.i + work.w).compute
     return plan.microbatches * total / plan.layout.pp
+
+
+def _screen(choice: _Choice, cluster: Cluster, known: dict[tuple[Any, ...], str]) -> str:
+    """Return why no schedule of a choice fits, nothing where one may.
+
+    A straight pipeline's first rank holds as many micro-batches of its part as there are ranks; no family's fullest rank holds
+    less. Nor does a larger micro-batch fit where the smallest does not.
+    """
+    key = tuple(value for name, value in choice.fields.items() if name != "micro_batch_size")
+    size = choice.fields["micro_batch_size"]
+    if (key, size) not in known:
+        smaller = known.get((key, "least"))
+        if smaller is None:
+            least = replace(
+                choice.assumed.plan, layout=replace(choice.assumed.plan.layout, micro_batch_size=min(MICRO_BATCHES + (size,)))
+            )
+            smaller = known[key, "least"] = _explain_misfit(least, cluster)
+        known[key, size] = smaller or _explain_misfit(choice.assumed.plan, cluster)
+    return known[key, size]
+
+
+def _explain_misfit(plan: Plan, cluster: Cluster) -> str:
+    memory = estimate_memory(plan)
+    return explain_memory(memory, cluster) if memory.tell_fit(cluster.memory_gib * GIB) is False else ""
 
 
 def _try(

@@ -26,6 +26,8 @@ FLAGS = """
     --transformer-impl transformer_engine --no-rope-fusion --no-bias-dropout-fusion
 """.split()
 BLACKWELL = ("mxfp8",)
+# Formats whose data and scales are gathered in one call, which fake tensors do not know.
+GATHERED_TOGETHER = ("fp8-blockwise", "mxfp8")
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ def check_runnable(plan: Plan) -> None:
         raise PlanError(f"a dry run has no linear attention, which {plan.model.name} has: {change}")
     if plan.training.precision == "nvfp4":
         raise PlanError(f"a dry run has no kernels for precision nvfp4: {change}")
+    if plan.training.precision in GATHERED_TOGETHER and plan.layout.sequence_parallel:
+        raise PlanError(f"a dry run cannot gather precision {plan.training.precision} over tp {plan.layout.tp}: {change}")
     if plan.layout.cp > 1:
         raise PlanError(f"a dry run has no context parallelism, cp {plan.layout.cp} given: {change}")
 

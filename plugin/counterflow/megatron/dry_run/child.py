@@ -176,7 +176,11 @@ def build_stage(args: Any, config: Any, vp_stage: int, fused_attention: bool) ->
     """Build a stage as Megatron builds it for this rank."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
+        get_gpt_decoder_layer_specs,
+        get_gpt_mtp_block_spec,
+    )
 
     is_engine = args.transformer_impl == "transformer_engine"
     vp = vp_stage if args.virtual_pipeline_model_parallel_size is not None else None
@@ -185,7 +189,9 @@ def build_stage(args: Any, config: Any, vp_stage: int, fused_attention: bool) ->
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=is_engine, vp_stage=vp)
     mtp = None
     if args.mtp_num_layers:
-        mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=is_engine, vp_stage=vp)
+        # The model's last layer: the stage may hold none of its own.
+        last = get_gpt_decoder_layer_specs(config, is_engine, args.normalization)[-1]
+        mtp = get_gpt_mtp_block_spec(config, last, use_transformer_engine=is_engine, vp_stage=vp)
     if fused_attention:
         for layer in spec.layer_specs:
             replace_attention(layer)
