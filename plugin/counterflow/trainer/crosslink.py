@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
-from counterflow.errors import OptionError
+from counterflow.errors import OptionError, PipelineError
 from counterflow.groups import open_process_group
 from counterflow.schedule.families import list_names
 from counterflow.schedule.layouts import V
@@ -66,14 +66,23 @@ class Partner:
     """The rank at the same place of the partner replica, which has to call what this one calls."""
 
     def __init__(self, replicas: dist.ProcessGroup, timeout: timedelta) -> None:
-        ranks = [dist.get_process_group_ranks(replicas)[place] for place in (replicas.rank(), find_partner(replicas))]
+        me, self._rank = (dist.get_process_group_ranks(replicas)[place] for place in (replicas.rank(), find_partner(replicas)))
         # Gloo, wherever ranks compute: on a GPU a collective can lie in a queue behind a receive that waits for what it brings.
-        self._group = open_process_group(sorted(ranks), timeout, "CF_PARTNERS", backend="gloo")
+        self._group = open_process_group(sorted((me, self._rank)), timeout, "CF_PARTNERS", backend="gloo")
 
     def swap(self, mine: Any, device: torch.device | None = None) -> Any:
-        """Give any object, with tensors anywhere in it, and return the partner's; its tensors are on ``device``, or the CPU."""
+        """Give any object, with tensors anywhere in it, and return the partner's; its tensors are on ``device``, or the CPU.
+
+        Raises `PipelineError` if the partner is gone or late.
+        """
         both: list[Any] = [None, None]
-        dist.all_gather_object(both, _move(mine, torch.device("cpu")), self._group)
+        try:
+            dist.all_gather_object(both, _move(mine, torch.device("cpu")), self._group)
+        except RuntimeError as error:
+            first = (str(error).splitlines() or [""])[0].partition(". ")[0]
+            raise PipelineError(
+                f"global rank {dist.get_rank()} waited for its partner, global rank {self._rank}: {first}"
+            ) from error
         return _move(both[1 - self._group.rank()], device or torch.device("cpu"))
 
 
