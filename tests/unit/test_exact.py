@@ -83,6 +83,7 @@ def test_a_plan_can_be_dispatched_and_costs_no_more_than_none(case: tuple[Array,
         assert np.array_equal(clones, np.stack((plan.near, plan.far), 1))
         for layer in range(2):
             slowest, without = (int(sum_by_rank(one.tokens, placement.cluster)[layer].max()) for one in (plan, none))
+            # What is free has a price that is next to nothing, and at least a 1024th of a token.
             paid = int(plan.near[layer]) * prices[0] + int(plan.far[layer]) * prices[1]
             assert slowest * UNIT + paid <= without * UNIT, f"layer {layer}: clones cost more than they save"
 
@@ -175,5 +176,5 @@ def test_what_no_dispatcher_serves_is_refused() -> None:
         plan_exact(np.ones((1, 9), np.int64), placement, shared)
     with refuses("a placement without homes", BalanceError):
         plan_exact(counts, Placement(placement.cluster, placement.experts), shared)
-    with refuses("price of a clone 0 given; allowed: a whole number from 1", BalanceError):
-        plan_exact(counts, placement, shared, (0, 1))
+    with refuses("price of a clone -1 given; allowed: a whole number from 0", BalanceError):
+        plan_exact(counts, placement, shared, (-1, 1))

@@ -15,8 +15,8 @@ from counterflow.errors import BalanceError
 MOST_TOKENS = 2**50
 # Paces that are tried, in 1024ths above the mean.
 PACES = (0, 4, 8, 16, 32, 64, 128, 256, 512)
-# Prices that only prefer fewer clones, and near ones to far ones, among equally balanced plans.
-FREE = (1, 16)
+# Clones cost next to nothing: fewer and nearer ones are preferred among plans that are nearly as fast.
+FREE = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ def plan_exact(counts: Array, placement: Placement, shared: Array, prices: tuple
     ``counts``, ``int64[layers, experts]``, are the micro-batch's tokens. ``placement`` has homes, and clones that stay; its
     ``shared`` slots, ``bool[slots]``, are empty. ``prices`` are those of a clone from its own node and from another, in 1024ths
     of a token on the slowest rank, as `Costs.price_clones` returns them; clones are used only where the slowest rank saves more.
-    By default they cost next to nothing: the slowest rank becomes as fast as the planner can make it, with the fewest clones
-    that it finds for that. All arithmetic is in integers, so every rank finds the same plan from the same counts. Raises
-    `BalanceError` for counts that do not fit and for slots that cannot be shared.
+    By default they cost next to nothing, 1/65,536 and 1/2,048 of the mean rank's tokens: the slowest rank becomes about as fast
+    as the planner can make it, with few clones and few from other nodes. All arithmetic is in integers, so every rank finds the
+    same plan from the same counts. Raises `BalanceError` for counts that do not fit and for slots that cannot be shared.
     """
     from counterflow.balance.kernels.exact import choose_layers
 
@@ -49,7 +49,7 @@ def plan_exact(counts: Array, placement: Placement, shared: Array, prices: tuple
         raise BalanceError("a placement without homes; allowed: one with homes, which just-in-time clones are sent from")
     cluster = placement.cluster
     check_shared(shared, placement, homes)
-    near_price, far_price = (take_whole(price, "price of a clone", 1, 2**36, BalanceError) for price in prices)
+    near_price, far_price = (take_whole(price, "price of a clone", 0, 2**36, BalanceError) for price in prices)
     node_of_rank = np.asarray(cluster.node_of_rank)
     experts, tokens = choose_layers(
         counts,

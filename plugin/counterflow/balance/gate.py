@@ -15,7 +15,7 @@ PLANNED_FROM, JUDGED_BY = 8, 16
 # A gain counts by what is left of it after so many standard errors, since micro-batches differ by chance.
 ERRORS = 3.0
 # A swap is undone where it gains less than so many times what its transfers take of every rank's time.
-UNDO = 32.0
+UNDO = 8.0
 
 Judge = Callable[[Array, Array, Placement], Array]
 """From loads to plan from and to judge by, ``[samples, layers, experts]``, and a placement: ``[samples, layers]`` seconds."""

@@ -20,6 +20,8 @@ from counterflow.compiling import compile_fast
 UNIT = 1024
 # What tokens from another node count beside those from the own one, which count more by as much as a clone from afar is dearer.
 FAR_WEIGHT, MOST_WEIGHT = 16, 1024
+# Where clones are free, one costs such a part of the mean rank's tokens, one from another node such a part.
+NEAR_PART, FAR_PART = 2**16, 2**11
 # So many slots and ranks are visited at most to find out which clones can be done without.
 DROP_VISITS = 2000
 
@@ -90,6 +92,9 @@ def choose_clones(
     links = link_slots(experts, ranks.rank_of_slot, ranks.rank_start, ranks.homes)
     slowest = split_layer(counts, links, tokens, load)
     total, size = load.sum(), load.shape[0]
+    if far_price == 0:
+        # No more than it takes to prefer fewer and nearer clones among plans that are nearly as fast.
+        near_price, far_price = max(1, total * UNIT // size // NEAR_PART), max(1, total * UNIT // size // FAR_PART)
     trials = Trials(experts.copy(), slowest * UNIT, near_price, far_price)
     floors = -(-total * (UNIT + paces) // (UNIT * size))
     merged = merge_nodes(ranks)
@@ -98,7 +103,7 @@ def choose_clones(
             break
         tried = experts.copy()
         settle_ranks(ranks, counts, pace, tried, tokens, load)
-        if load.max() > pace and ranks.node_start.shape[0] > 2:
+        if pace == floors[0] and load.max() > pace and ranks.node_start.shape[0] > 2:
             trials = take_cheaper(ranks, trials, tried, load)
             tried = experts.copy()
             settle_ranks(merged, counts, pace, tried, tokens, load)
