@@ -33,13 +33,24 @@ def test_a_killed_rank_ends_the_others_with_a_report_and_the_last_checkpoint_loa
     # Rank 1 is of the second replica: its pipeline peer is rank 3.
     assert None not in statuses and statuses[3] != 0, "a rank hung"
     written = (tmp_path / "logs" / "3" / "stderr.log").read_text()
-    assert re.search(r"rank 1 \(global rank 3\) waited .* of 0F\d of rank 0 .* actions before: ", written), written[-2000:]
+    named = r"rank 1 \(global rank 3\) waited .* of 0F\d of rank 0 .* actions before: .*; rank 0 \(global rank 1\) .* is gone"
+    assert re.search(named, written), written[-2000:]
 
     again = make_case("dense", "dualpipev", SEEDS[1]) | {"load": {"load_dir": saved}}
     (tmp_path / "resumed").mkdir()
     runs = run_cases({"whole": make_case("dense", None, SEEDS[0]), "again": again}, tmp_path / "resumed")
     assert runs["again"]["steps"][0]["iteration"] == STEPS // 2 + 1
     assert_same_steps(runs["again"], runs["whole"])
+
+
+def test_a_killed_partner_is_named(tmp_path: Path) -> None:
+    case = make_case("dense", None, SEEDS[0], counterflow={"schedule": "dualpipe", "stall_limit": 5}) | {"kill": [1, 2]}
+    (tmp_path / "cases.json").write_text(json.dumps({"killed": case}))
+    argument = [str(tmp_path / "cases.json"), str(tmp_path / "out.json")]
+    statuses = fork_ranks("deepspeed_worker", argument, 4, tmp_path / "logs", alone=True, timeout=120, trainer="deepspeed")
+    assert None not in statuses and all(statuses), "a rank hung"
+    written = (tmp_path / "logs" / "0" / "stderr.log").read_text()
+    assert "global rank 0 waited for its partner, global rank 1: " in written, written[-2000:]
 
 
 def train(folder: Path, *options: str) -> str:
