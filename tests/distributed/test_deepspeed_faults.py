@@ -33,7 +33,8 @@ def test_a_killed_rank_ends_the_others_with_a_report_and_the_last_checkpoint_loa
     # Rank 1 is of the second replica: its pipeline peer is rank 3.
     assert None not in statuses and statuses[3] != 0, "a rank hung"
     written = (tmp_path / "logs" / "3" / "stderr.log").read_text()
-    named = r"rank 1 \(global rank 3\) waited .* of 0F\d of rank 0 .* actions before: .*; rank 0 \(global rank 1\) .* is gone"
+    # A rank says where it is once a second; these steps are shorter.
+    named = r"rank 1 \(global rank 3\) waited .* of 0F\d of rank 0 .* actions before: .*; rank 0 .*(is gone|never said anything)"
     assert re.search(named, written), written[-2000:]
 
     again = make_case("dense", "dualpipev", SEEDS[1]) | {"load": {"load_dir": saved}}
