@@ -130,3 +130,17 @@ def test_a_version_with_other_symbols_is_refused(monkeypatch: pytest.MonkeyPatch
     assert (
         "_exec_gone" in message and f"deepspeed {seams.find_version()}" in message and seams.REMEDIES[seams.SCHEDULE] in message
     )
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"schedule": "zb-h1", "overlap": True}, "overlap runs overlapped pairs F&B and zb-h1 has none: choose interleaved"),
+        ({"schedule": "interleaved", "vpp": 10**30}, "allowed: a whole number from 2 to 1000"),
+    ],
+)
+def test_doctor_refuses_what_no_table_can_do(section: dict[str, Any], words: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"counterflow": section}))
+    with pytest.raises(OptionError, match=words):
+        explain(str(path))

@@ -7,7 +7,8 @@ import torch.distributed as dist
 
 from counterflow.deepspeed.section import KEY, Chosen, load_config, read_config, read_section
 from counterflow.errors import OptionError
-from counterflow.options import Options
+from counterflow.options import AUTO, Options
+from counterflow.schedule.families import list_names
 from counterflow.trainer.crosslink import require_pairs
 from counterflow.trainer.tables import choose_layout, count_replicas, name_model_layout
 
@@ -118,7 +119,14 @@ def explain(path: str) -> list[str]:
         check_config(chosen, load_config(path))
         layout = choose_layout(options, 2, chosen.vpp or 2)
         lines.append(f"a PipelineModule is cut into {layout.chunks} stages a rank, laid out {name_model_layout(layout)}")
-        lines.append(f"weight gradients {'wait for their W' if splits_backward(options) else 'are computed in the B'}")
+        splits = options.family is None or options.family.splits
+        behind = "wait for their W" if splits else "wait for the next communication in a pair"
+        lines.append(f"weight gradients {behind if splits_backward(options) else 'are computed in the B'}")
+    if options.overlap and options.family is not None and not options.family.pairs:
+        raise OptionError(
+            f"overlap runs overlapped pairs F&B and {options.schedule} has none: choose {', '.join(list_names(pairs=True))} or "
+            f"{AUTO}, give a table with OVERLAP_F_B cells, or drop overlap"
+        )
     if options.overlap and not _find(load_config(path), "expert_parallel", "enabled"):
         lines.append("overlap: no expert_parallel is enabled, so pairs hide only communications that the model itself marks")
     return lines

@@ -20,6 +20,7 @@ from counterflow.schedule.layouts import LOOPED
 
 KEY = "counterflow"
 BALANCE, CHUNKS = "eplb", "vpp"
+MOST_CHUNKS = 1000
 # Where ranks run is DeepSpeed's own choice (DS_ACCELERATOR).
 LEFT_OUT = {"platform"}
 INNER = tuple(name.removeprefix(BALANCING) for name in Options.model_fields if name.startswith(BALANCING))
@@ -76,7 +77,7 @@ def read_section(section: Mapping[str, Any] | None, *others: Values) -> Chosen:
         values, vpp = flatten(section or {})
         options = merge_options(read_values(values), *others)
         if vpp is not None:
-            take_whole(vpp, CHUNKS, 2, error=OptionError)
+            take_whole(vpp, CHUNKS, 2, MOST_CHUNKS, error=OptionError)
             if options.family is None or options.family.layout != LOOPED:
                 other = f"schedule {options.schedule} has its own number of chunks" if options.schedule else "no schedule"
                 raise OptionError(f"{CHUNKS} {vpp} given, and {other}: drop {CHUNKS}, or choose interleaved")
@@ -113,7 +114,7 @@ def describe_keys() -> str:
     lines = ["| key | allowed | what it does |", "| --- | --- | --- |"]
     for name in (*NAMES, *(f"{BALANCE}.{name}" for name in INNER)):
         if name == CHUNKS:
-            lines.append(f"| `{CHUNKS}` | 2 up | model chunks per rank of `interleaved` (default: 2) |")
+            lines.append(f"| `{CHUNKS}` | 2 to {MOST_CHUNKS:,} | model chunks per rank of `interleaved` (default: 2) |")
             continue
         field = Options.model_fields[name.replace(f"{BALANCE}.", BALANCING)]
         allowed = f"true, false, an object of `{BALANCE}.…`" if name == BALANCE else write_allowed(field)

@@ -1,7 +1,8 @@
 """A plan as what the trainers read: flags of Megatron-LM, and DeepSpeed's JSON.
 
-Data, tokenizer and learning rates stay the user's. Flags of schedules that Megatron has itself are Megatron's; others are
-counterflow's.
+Data, tokenizer and learning rates stay the user's, and so does what changes neither time nor memory: the base and scaling of
+rotary embeddings, epsilons, score function and scaling of the router. Flags of schedules that Megatron has itself are
+Megatron's; others are counterflow's.
 """
 
 from collections.abc import Iterable

@@ -307,6 +307,10 @@ def _complete_schedule(config: PlanConfig, pp: int, notes: list[str]) -> tuple[s
     chunks = {V: 2, BIDIRECTIONAL: 2, LOOPED: vpp or 2}.get(FAMILIES[name].layout, 1)
     if pp == 1 and chunks > 1 or name == PLAIN_LOOPED and chunks == 1:
         # One rank, or one chunk, leaves nothing to interleave.
+        if asked not in (None, AUTO, PLAIN_STRAIGHT):
+            notes.append(
+                f"schedule {asked} is planned as {PLAIN_STRAIGHT}: {'pp' if pp == 1 else 'vpp'} 1 leaves it nothing to do"
+            )
         return PLAIN_STRAIGHT, 1
     if name == PLAIN_STRAIGHT and (vpp or 1) > 1:
         return PLAIN_LOOPED, vpp or 1
