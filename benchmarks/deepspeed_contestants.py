@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe import p2p
 from deepspeed.runtime.pipe import schedule as upstream
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 
@@ -51,6 +52,8 @@ class DeepSpeedContestant(Contestant):
 
     def step(self) -> None:
         """Run one step on this rank."""
+        # DeepSpeed sends by the grid of the engine that was made last.
+        p2p._grid = self._engine.grid
         self._engine.train_batch(self._batches)
 
 
