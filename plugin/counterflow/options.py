@@ -92,6 +92,12 @@ class _Fields(BaseModel):
     eplb_policy: Literal["auto", "global"] = _describe(
         "what a plan weighs; auto: keep tokens on their node where that costs no balance worth it; global: balance alone", "auto"
     )
+    eplb_plan: Literal["predicted", "exact", "auto"] = _describe(
+        "which clones there are; predicted: resident ones, planned from past loads; exact: just-in-time ones, for each layer and "
+        "micro-batch from its own counts, in slots that all layers share; auto: both, just-in-time ones where they save more "
+        "time than they cost",
+        "predicted",
+    )
     eplb_split: Literal["exact", "even"] = _describe(
         "how the tokens of an expert are split over its slots; exact: by each micro-batch's counts, such that the slowest rank "
         "is as fast as can be; even: in equal parts, without waiting for the counts",
@@ -156,6 +162,28 @@ class Options(_Fields):
                 "--cf-eplb-clones-per-rank 0 leaves nothing to balance with: give 1 or more, or --cf-eplb-rehome-interval"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_plan(self) -> Self:
+        if self.eplb and self.eplb_plan != "predicted":
+            if self.eplb_split == "even":
+                raise ValueError(
+                    f"--cf-eplb-plan {self.eplb_plan} plans from the counts that --cf-eplb-split even does without: "
+                    "give --cf-eplb-split exact"
+                )
+            if not self.eplb_clones_per_rank:
+                raise ValueError(f"--cf-eplb-plan {self.eplb_plan} has no slots with --cf-eplb-clones-per-rank 0: give 1 or more")
+        return self
+
+    @property
+    def resident_clones(self) -> int:
+        """Clone slots of each layer on a rank, for clones that stay for a step or more."""
+        return 0 if self.eplb_plan == "exact" else self.eplb_clones_per_rank
+
+    @property
+    def shared_clones(self) -> int:
+        """Clone slots on a rank that its layers share, for just-in-time clones."""
+        return 0 if self.eplb_plan == "predicted" else self.eplb_clones_per_rank
 
     @model_validator(mode="after")
     def _check_without_schedule(self) -> Self:
@@ -309,7 +337,7 @@ def read_flags(argv: Sequence[str]) -> Values:
     for token in rest:
         flag = token.split("=", 1)[0]
         if flag.startswith(("--cf-", "--no-cf-")):
-            close = difflib.get_close_matches(flag, known, n=1)
+            close = [name for name in known if name.startswith(flag)][:1] or difflib.get_close_matches(flag, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise OptionError(f"{flag} is not a flag of this version of counterflow; allowed: {', '.join(known)}{hint}")
     return read_values({name.removeprefix("cf_"): value for name, value in vars(found).items()})

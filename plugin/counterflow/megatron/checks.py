@@ -415,6 +415,11 @@ def _check_eplb(args: Any, options: Options) -> None:
             "--cf-eplb does not run with --fp8-recipe delayed, whose scales are another expert's history once a clone changes: "
             "give tensorwise, blockwise or mxfp8"
         )
+    if getattr(args, "fp8", None) and options.shared_clones:
+        raise OptionError(
+            f"--cf-eplb-plan {options.eplb_plan} sends weights as they are, and under --fp8-format {args.fp8} experts compute in "
+            "FP8: give --cf-eplb-plan predicted, whose clones travel in FP8"
+        )
     _check_rehoming(args, options)
 
 
