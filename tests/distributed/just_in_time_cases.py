@@ -8,6 +8,7 @@ from tests.support.training import DUALPIPE, OVERLAPPED, SCHEDULES, SHARDED, TWO
 
 STEPS = 20
 SEEDS = (1234, 4321)
+SHARED_BUFFERS = ["--cf-eplb", "--cf-eplb-clones-per-rank", "2", "--cf-eplb-buffers", "shared"]
 PAIRS = ["--cf-overlap"]
 EXACT = {count: ["--cf-eplb", "--cf-eplb-clones-per-rank", str(count), "--cf-eplb-plan", "exact"] for count in (1, 2)}
 AUTO = {count: ["--cf-eplb", "--cf-eplb-clones-per-rank", str(count), "--cf-eplb-plan", "auto"] for count in (1, 2)}
@@ -22,6 +23,8 @@ PLAIN = {
     "full recompute": [TWO_STAGES, EXACT[1], FULL_RECOMPUTE],
     "selective recompute, dualpipev, pairs": [TWO_STAGES, EXACT[1], SELECTIVE_RECOMPUTE, SCHEDULES["dualpipev"], PAIRS],
     "no pipeline": [FOUR_RANKS, EXACT[1]],
+    "predicted, shared buffers": [TWO_STAGES, SHARED_BUFFERS, SCHEDULES["1f1b"]],
+    "auto, shared buffers": [FOUR_RANKS, AUTO[1], ["--cf-eplb-buffers", "shared"]],
     "two replicas, auto": [TWO_REPLICAS, AUTO[1]],
 }
 SHARDED_RUNS = {
@@ -43,4 +46,6 @@ def list_cases(text: Path, directory: Path, seed: int = SEEDS[0]) -> list[Case]:
     cases.add("megatron, sharded", TWO_STAGES, weights, SHARDED, plugin=False)
     for name, flags in (PLAIN | SHARDED_RUNS).items():
         cases.add(name, weights, *flags)
+    cases.add("planned", TWO_STAGES, weights, EXACT[1], SCHEDULES["1f1b"], plans="made")
+    cases.add("planned, four ranks", FOUR_RANKS, weights, EXACT[1], plans="made")
     return [{**case, "seed": seed + place} for place, case in enumerate(cases)]

@@ -27,7 +27,8 @@ class Dealt:
 class LayerSlots:
     """One MoE layer's slots on this rank, as on every rank: ``homes`` home slots, ``clones`` clone slots, then ``shared`` ones.
 
-    Shared slots are for just-in-time clones. They are empty until `lend_by` was called.
+    Shared slots are for just-in-time clones, which are planned in those that the layer's placement does not have, and for
+    resident ones in those that it has. They are empty until `lend_by` was called.
 
     The tokens of all ranks of ``sources`` are split together; ``rank_of_source[i]`` is the expert-parallel rank of source i. An
     adapter overrides `list_experts`. Every token goes to its expert's home until `connect` was called and clones are planned.
@@ -64,12 +65,13 @@ class LayerSlots:
         self._tracker, self._index, self._clones, self._clones_index = tracker, index, clones, clones_index
 
     def lend_by(self, just_in_time: JustInTime, prices: tuple[int, int]) -> None:
-        """Fill shared slots with just-in-time clones, planned at these prices (`plan_exact`)."""
+        """Fill shared slots; just-in-time clones are planned at these prices (`plan_exact`)."""
         self._just_in_time, self._prices = just_in_time, prices
 
     def hold(self, placement: Placement, device: torch.device) -> None:
-        """Use ``placement``, which has one layer: this one. It has no shared slots."""
-        placement, self._is_shared = add_shared_slots(placement, self._shared)
+        """Use ``placement``, which has one layer: this one. Its last clone slots may be shared ones; those it lacks are empty."""
+        missing = self._own + self._per_rank + self._shared - placement.cluster.slots_per_rank[0]
+        placement, self._is_free = add_shared_slots(placement, missing)
         self._table = make_slot_table(placement, device)
         self.dealt = Dealt(self._table)
         self._plans.clear()
@@ -92,7 +94,9 @@ class LayerSlots:
         dist.all_gather_into_tensor(gathered, own, self._group)
         counts = gathered.view(self._group.size(), -1).cpu().numpy()
         if self._just_in_time is not None:
-            self.dealt.table = make_slot_table(self._plan(counts.sum(0)), routing_map.device)
+            planned = self._plan(counts.sum(0))
+            if planned is not self._table.placement:
+                self.dealt.table = make_slot_table(planned, routing_map.device)
         table = self.dealt.table
         shares = share_tokens(counts, table.placement, self._rank_of_source)
         if self._just_in_time is not None:
@@ -106,10 +110,12 @@ class LayerSlots:
 
     def _plan(self, counts: Array) -> Placement:
         """Return the placement of a micro-batch; a forward that the backward runs again gets the same."""
+        if not self._is_free.any():
+            return self._table.placement
         key = counts.tobytes()
         if is_in_backward() and key in self._plans:
             return self._plans.pop(key)
-        planned = plan_exact(counts[None], self._table.placement, self._is_shared, self._prices).placement
+        planned = plan_exact(counts[None], self._table.placement, self._is_free, self._prices).placement
         if self.is_training and not torch.is_grad_enabled():
             self._plans[key] = planned
         return planned

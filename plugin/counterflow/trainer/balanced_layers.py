@@ -16,18 +16,19 @@ from counterflow.arrays import Array
 from counterflow.balance.cluster import Cluster
 from counterflow.balance.costs import Costs
 from counterflow.balance.exact import FREE
+from counterflow.balance.files.costs import read_costs
 from counterflow.balance.files.recorded import read_record, record_step
 from counterflow.balance.placement import EMPTY, Placement, make_home_placement, measure_balancedness, share_evenly, sum_by_rank
 from counterflow.balance.planning import TRAFFIC_WEIGHT
 from counterflow.devices import find_device
 from counterflow.errors import BalanceError
-from counterflow.moe.clones import Clones, Traffic, measure_clones, open_group
+from counterflow.moe.clones import Clones, Traffic, count_bytes, list_gradients, measure_clones, open_group
 from counterflow.moe.gradients import GradientStore, Weight, find_values
 from counterflow.moe.homes import move_homes
 from counterflow.moe.just_in_time import JustInTime
 from counterflow.moe.layer import LayerSlots
 from counterflow.moe.loads import LoadTracker
-from counterflow.moe.planning import ClonePlanner
+from counterflow.moe.planning import ClonePlanner, clear_clones
 from counterflow.options import Options
 from counterflow.runtime.weight_grads import defer_weight_grad
 
@@ -105,7 +106,7 @@ class BalancedLayers:
         """Wait for gathers of homes' weights before they are sent; most trainers have none."""
 
     def _make_placement(self) -> Placement:
-        groups, clones = self._groups, self._options.resident_clones
+        groups, clones = self._groups, self._options.predicted_clones
         cluster = _agree_on_cluster(groups.experts, self._own + clones, groups.stage, self._device)
         homes = make_home_placement(len(self._layers), self.number_of_experts, cluster.ranks, clones)
         return Placement(cluster, homes.experts, homes.homes)
@@ -115,7 +116,8 @@ class BalancedLayers:
             return None
         group = open_group(self._groups.experts, "CF_JUST_IN_TIME")
         made = JustInTime(self._experts, group, self.traffic, self._gradients, defer_weight_grad, pairs=self._options.overlap)
-        prices = FREE if self._options.eplb_plan == "exact" else Costs().price_clones(group.size())
+        costs = read_costs(self._options.eplb_costs) if self._options.eplb_costs is not None else Costs()
+        prices = FREE if self._options.eplb_plan == "exact" else costs.price_clones(group.size())
         for one in self._layers:
             one.lend_by(made, prices)
         return made
@@ -136,6 +138,20 @@ class BalancedLayers:
     def measure_memory(self) -> tuple[int, int, int]:
         """Return the number of layers, and the bytes of their clones' weights and gradients on this rank."""
         return len(self._layers), *measure_clones(self._experts, self._gradients)
+
+    @property
+    def shared_clones(self) -> int:
+        """The number of clone slots on a rank that its layers share."""
+        return self._options.shared_clones
+
+    def measure_shared(self) -> tuple[int, int]:
+        """Return the bytes of weights and gradients of the slots that all layers of this rank share."""
+        return self.just_in_time.measure_memory() if self.just_in_time is not None else (0, 0)
+
+    def measure_slot(self) -> tuple[int, int]:
+        """Return the bytes of weights and gradients that a clone slot of each layer takes on this rank."""
+        homes = [weight for one in self._experts for weight in one.homes[0]]
+        return count_bytes(map(find_values, homes)), count_bytes(list_gradients(homes, self._gradients))
 
     def _place(self, placement: Placement) -> None:
         assert placement.homes is not None
@@ -167,12 +183,15 @@ class BalancedLayers:
         wanted = (experts != EMPTY) & (is_new | self._are_stale)
         assert self._placement.homes is not None
         np.put_along_axis(wanted, self._placement.homes, False, 1)
+        wanted &= self._options.layer_clones > 0
         self.traffic.clones += int(wanted.sum())
         self.traffic.moved += int((wanted & is_new).sum())
         if wanted.any() or self.just_in_time is not None:
             self.finish_gathers()
+        # Resident clones in shared slots are sent as they are used.
+        own = self._placement if self._options.layer_clones else clear_clones(self._placement)
         for clones in self.clones:
-            clones.refresh(self._placement, wanted)
+            clones.refresh(own, wanted)
         self._held, self._are_stale = experts.copy(), False
 
     def finish_evaluation(self) -> None:

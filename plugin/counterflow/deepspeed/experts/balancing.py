@@ -132,7 +132,7 @@ def attach(engine: Any, options: Options) -> None:
     for _, layer in layers:
         for parameter in layer.experts.parameters():
             holder_of[parameter] = ref(balancer)
-    announce_clones(balancer.layers, options.eplb_clones_per_rank)
+    announce_clones(balancer.layers, options.layer_clones)
 
 
 def begin_before(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -129,7 +129,7 @@ class ExpertBalancer:
         if _find_slots(chunks):
             self._model = BalancedModel(self._options, chunks)
             self._model.load_loads(_find_loads_folder("load"), microbatches)
-        announce_clones(self._model, self._options.eplb_clones_per_rank)
+        announce_clones(self._model, self._options.layer_clones)
 
     def _evaluate(self, run: Callable[[], Any]) -> Any:
         if self._model is None:
