@@ -27,9 +27,8 @@ from counterflow.moe import layer as moe_layer
 from counterflow.moe import planning
 from counterflow.moe.just_in_time import JustInTime, is_in_backward
 from counterflow.patching import Patches
+from tests.support.drawn_loans import EMPTY_SHARE, LoanDrawer
 
-# Of a drawn placement's clone slots, how many stay empty.
-EMPTY_SHARE = 0.15
 Key = tuple[int, int, int, int]
 
 
@@ -45,7 +44,7 @@ class Watch:
         self.clone_tokens = 0
         self.placements: list[str] = []
         self.loans: list[str] = []
-        self.backwards = 0
+        self.backwards = self.plans = 0
         self.said: list[dict[str, float]] = []
         self.steps = self.refreshes = 0
         self.is_planning = False
@@ -143,6 +142,7 @@ def sum_up(watches: list[Watch]) -> dict[str, Any]:
         "changes": sum(one != other for one, other in zip(last.placements, last.placements[1:], strict=False)),
         "said": last.said,
         "loans": len(last.loans),
+        "plans": last.plans,
         "different_loans": len(set(last.loans)),
         "backwards": sum(watch.backwards for watch in watches),
     }
@@ -171,26 +171,6 @@ class Drawer:
             others = np.flatnonzero((homes < begin) | (homes >= end))
             held[spare] = self._random.permutation(others)[: len(spare)]
             held[spare[self._random.random(len(spare)) < EMPTY_SHARE]] = EMPTY
-
-
-class LoanDrawer:
-    """Draws just-in-time clones in place of `plan_exact`, from the counts, which are the same on all ranks."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    def __call__(self, counts: Array, placement: Placement, shared: Array, prices: tuple[int, int]) -> Any:
-        """Return what has the drawn ``placement``: no rank has an expert twice."""
-        assert placement.homes is not None
-        random = np.random.default_rng([self._seed, *counts.ravel().tolist()])
-        drawn, start = placement.experts.copy(), placement.cluster.rank_start
-        for begin, end in zip(start, start[1:], strict=False):
-            spare = begin + np.flatnonzero(shared[begin:end])
-            others = np.setdiff1d(np.arange(placement.homes.shape[1]), drawn[0, begin:end])
-            chosen = random.permutation(others)[: len(spare)]
-            drawn[0, spare[: len(chosen)]] = chosen
-            drawn[0, spare[random.random(len(spare)) < EMPTY_SHARE]] = EMPTY
-        return SimpleNamespace(placement=Placement(placement.cluster, drawn, placement.homes))
 
 
 class HomeDrawer:
@@ -253,7 +233,11 @@ def watch_case(case: dict[str, Any]) -> Iterator[Watch]:
     def note_loan(_: Any, layer: int, placement: Placement, *__: Any) -> None:
         watch.loans.append(f"{layer} {placement.experts.tolist()}")
 
+    def count_plan(*_: Any) -> None:
+        watch.plans += 1
+
     note(JustInTime, "lend", note_loan, None)
+    note(moe_layer, "plan_exact", count_plan, None)
 
     def kill_self(*_: Any) -> None:
         if kill["rank"] == dist.get_rank() and kill["step"] == watch.steps:

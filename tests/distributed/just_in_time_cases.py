@@ -6,46 +6,74 @@ from eplb_cases import FOUR_RANKS, FULL_RECOMPUTE, SELECTIVE_RECOMPUTE, TWO_REPL
 from tests.support.run_cases import Case
 from tests.support.training import DUALPIPE, OVERLAPPED, SCHEDULES, SHARDED, TWO_STAGES, Cases, list_base_flags
 
-STEPS = 20
 SEEDS = (1234, 4321)
-SHARED_BUFFERS = ["--cf-eplb", "--cf-eplb-clones-per-rank", "2", "--cf-eplb-buffers", "shared"]
 PAIRS = ["--cf-overlap"]
-EXACT = {count: ["--cf-eplb", "--cf-eplb-clones-per-rank", str(count), "--cf-eplb-plan", "exact"] for count in (1, 2)}
-AUTO = {count: ["--cf-eplb", "--cf-eplb-clones-per-rank", str(count), "--cf-eplb-plan", "auto"] for count in (1, 2)}
+MOVING = ["--cf-eplb-rehome-interval", "1"]
 
-# Beside plain Megatron's run of the plain or the sharded optimizer.
+
+def lend(plan: str, count: int = 1, *more: str) -> list[str]:
+    """Return the flags of a plan with ``count`` clones a rank of each kind."""
+    return ["--cf-eplb", "--cf-eplb-plan", plan, "--cf-eplb-clones-per-rank", str(count), *more]
+
+
+SHARED = ("--cf-eplb-buffers", "shared")
+# What `make test` runs, beside plain Megatron's run of the plain or the sharded optimizer.
 PLAIN = {
-    "1f1b": [TWO_STAGES, EXACT[1], SCHEDULES["1f1b"]],
-    "dualpipev": [TWO_STAGES, EXACT[1], SCHEDULES["dualpipev"]],
-    "zb-h1": [TWO_STAGES, EXACT[2], ["--cf-schedule", "zb-h1"]],
-    "zbv, auto": [TWO_STAGES, AUTO[1], ["--cf-schedule", "zbv"]],
-    "interleaved": [TWO_STAGES, EXACT[2], SCHEDULES["interleaved"]],
-    "full recompute": [TWO_STAGES, EXACT[1], FULL_RECOMPUTE],
-    "selective recompute, dualpipev, pairs": [TWO_STAGES, EXACT[1], SELECTIVE_RECOMPUTE, SCHEDULES["dualpipev"], PAIRS],
-    "no pipeline": [FOUR_RANKS, EXACT[1]],
-    "predicted, shared buffers": [TWO_STAGES, SHARED_BUFFERS, SCHEDULES["1f1b"]],
-    "auto, shared buffers": [FOUR_RANKS, AUTO[1], ["--cf-eplb-buffers", "shared"]],
-    "two replicas, auto": [TWO_REPLICAS, AUTO[1]],
+    "interleaved, two clones": [TWO_STAGES, lend("exact", 2), SCHEDULES["interleaved"]],
+    "zbv, auto": [TWO_STAGES, lend("auto"), ["--cf-schedule", "zbv"]],
+    "1f1b, full recompute": [TWO_STAGES, lend("exact"), FULL_RECOMPUTE, SCHEDULES["1f1b"]],
+    "two replicas, auto, shared buffers": [TWO_REPLICAS, lend("auto", 1, *SHARED)],
 }
 SHARDED_RUNS = {
-    "dualpipe": [TWO_STAGES, EXACT[1], OVERLAPPED, DUALPIPE],
-    "dualpipe, pairs": [TWO_STAGES, EXACT[2], SHARDED, DUALPIPE, PAIRS],
-    "dualpipev, auto, pairs": [TWO_STAGES, AUTO[1], OVERLAPPED, SCHEDULES["dualpipev"], PAIRS],
-    "four ranks, two clones": [FOUR_RANKS, EXACT[2], OVERLAPPED],
-    "two replicas": [TWO_REPLICAS, EXACT[1], OVERLAPPED],
-    "auto, homes move": [TWO_STAGES, AUTO[1], ["--cf-eplb-rehome-interval", "1"], SHARDED],
+    "dualpipe": [TWO_STAGES, lend("exact"), OVERLAPPED, DUALPIPE],
+    "dualpipev, pairs, selective recompute": [
+        TWO_STAGES, lend("exact"), SHARDED, SELECTIVE_RECOMPUTE, SCHEDULES["dualpipev"], PAIRS
+    ],
+    "four ranks, two clones": [FOUR_RANKS, lend("exact", 2), OVERLAPPED],
+}  # fmt: skip
+# With these, what the nightly runs train.
+MORE_PLAIN = {
+    "1f1b": [TWO_STAGES, lend("exact"), SCHEDULES["1f1b"]],
+    "1f1b, two clones": [TWO_STAGES, lend("exact", 2), SCHEDULES["1f1b"]],
+    "interleaved": [TWO_STAGES, lend("exact"), SCHEDULES["interleaved"]],
+    "zb-h1": [TWO_STAGES, lend("exact", 2), ["--cf-schedule", "zb-h1"]],
+    "dualpipev": [TWO_STAGES, lend("exact"), SCHEDULES["dualpipev"]],
+    "dualpipev, two clones, pairs": [TWO_STAGES, lend("exact", 2), SCHEDULES["dualpipev"], PAIRS],
+    "predicted, shared buffers": [TWO_STAGES, lend("predicted", 2, *SHARED), SCHEDULES["1f1b"]],
+    "four ranks": [FOUR_RANKS, lend("exact")],
+    "four ranks, auto, shared buffers": [FOUR_RANKS, lend("auto", 1, *SHARED)],
+    "two replicas": [TWO_REPLICAS, lend("exact")],
+    "two replicas, two clones": [TWO_REPLICAS, lend("exact", 2)],
+}
+MORE_SHARDED = {
+    "1f1b, sharded": [TWO_STAGES, lend("exact"), SHARDED, SCHEDULES["1f1b"]],
+    "interleaved, sharded": [TWO_STAGES, lend("exact", 2), OVERLAPPED, SCHEDULES["interleaved"]],
+    "dualpipev, auto, pairs": [TWO_STAGES, lend("auto"), OVERLAPPED, SCHEDULES["dualpipev"], PAIRS],
+    "dualpipe, two clones, pairs": [TWO_STAGES, lend("exact", 2), SHARDED, DUALPIPE, PAIRS],
+    "four ranks, sharded": [FOUR_RANKS, lend("exact"), SHARDED],
+    "two replicas, sharded": [TWO_REPLICAS, lend("exact"), OVERLAPPED],
+    "auto, homes move": [TWO_STAGES, lend("auto"), MOVING, SHARDED],
 }
 
 
-def list_cases(text: Path, directory: Path, seed: int = SEEDS[0]) -> list[Case]:
+def list_cases(text: Path, directory: Path, steps: int, seed: int = SEEDS[0]) -> list[Case]:
     """Return the cases in an order in which each finds the checkpoint it starts from."""
-    cases = Cases(directory, [*list_base_flags(text, directory), "--seed", str(seed)], STEPS)
+    cases = Cases(directory, [*list_base_flags(text, directory), "--seed", str(seed)], steps)
     cases.add("initial", TWO_STAGES, plugin=False, steps=1, save=1)
     weights = cases.start_from("initial")
     cases.add("megatron, plain", TWO_STAGES, weights, plugin=False)
     cases.add("megatron, sharded", TWO_STAGES, weights, SHARDED, plugin=False)
-    for name, flags in (PLAIN | SHARDED_RUNS).items():
-        cases.add(name, weights, *flags)
-    cases.add("planned", TWO_STAGES, weights, EXACT[1], SCHEDULES["1f1b"], plans="made")
-    cases.add("planned, four ranks", FOUR_RANKS, weights, EXACT[1], plans="made")
-    return [{**case, "seed": seed + place} for place, case in enumerate(cases)]
+    record = ["--cf-record", str(directory / "record")]
+    for name, flags in (PLAIN | SHARDED_RUNS | MORE_PLAIN | MORE_SHARDED).items():
+        cases.add(name, weights, *flags, *([record] if "full recompute" in name else []))
+    cases.add("dualpipe, again", weights, *SHARDED_RUNS["dualpipe"])
+    cases.add("planned", weights, *MORE_PLAIN["1f1b"], plans="made")
+    cases.add("planned, pairs", weights, *MORE_PLAIN["dualpipev, two clones, pairs"], ["--bf16"], plans="made")
+    # The same case draws the same clones.
+    numbers = {name: place for place, name in enumerate(dict.fromkeys(one["name"].removesuffix(", again") for one in cases))}
+    return [{**case, "seed": seed + numbers[case["name"].removesuffix(", again")]} for case in cases]
+
+
+def name_reference(name: str) -> str:
+    """Return the name of the run beside which a case is looked at."""
+    return "megatron, sharded" if name in SHARDED_RUNS | MORE_SHARDED else "megatron, plain"

@@ -73,8 +73,6 @@ def check_balancing(options: Options, config: Mapping[str, Any]) -> None:
         "tensor_parallel.autotp_size above 1 splits an expert's tokens over tensor-parallel ranks: drop it": (
             int(_find(config, "tensor_parallel", "autotp_size") or 1) > 1
         ),
-        f"eplb.plan {options.eplb_plan} with eplb.buffers {options.eplb_buffers} has clones in shared slots, which are for "
-        "Megatron alone in this version: give predicted and per-layer": options.shared_clones > 0,
         "compile.deepcompile compiles whole steps: drop it": bool(_find(config, "compile", "deepcompile")),
         "zero_optimization.zenflow delays gradients: drop it": bool(_find(config, "zero_optimization", "zenflow")),
         "managed_gradient_accumulation false reduces gradients before a step is known to end: drop it": (

@@ -50,9 +50,12 @@ class Lent:
     home: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Loan:
-    """What one micro-batch clones in a layer, ordered by slot. ``layer`` is the layer's index among those of this rank."""
+    """What one micro-batch clones in a layer, ordered by slot. ``layer`` is the layer's index among those of this rank.
+
+    Homes do not change within a step, so equal loans of a step have equal weights.
+    """
 
     layer: int
     lent: tuple[Lent, ...]
@@ -141,18 +144,17 @@ class JustInTime:
         self,
         loan: Loan,
         run: Callable[..., torch.Tensor],
-        tokens: torch.Tensor,
-        probs: torch.Tensor,
+        *inputs: torch.Tensor,
         leave: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
-        """Return the output of ``run(tokens, probs)``, the clones' forward, whose backward computes with weights that come anew.
+        """Return the output of ``run(*inputs)``, the clones' forward, whose backward computes with weights that come anew.
 
         After the backward ``leave`` hands over the weight gradients that modules keep of their own accord.
         """
         if not torch.is_grad_enabled():
             self.receive(loan)
-            return run(tokens, probs)
-        return _Compute.apply(self, loan, run, leave, self._anchor, tokens, probs)  # type: ignore[no-any-return]
+            return run(*inputs)
+        return _Compute.apply(self, loan, run, leave, self._anchor, *inputs)  # type: ignore[no-any-return]
 
     def finish_homecoming(self) -> None:
         """Wait until all gradients have been added at the homes."""
@@ -175,7 +177,7 @@ class JustInTime:
     def _send(self, loan: Loan) -> None:
         """Start sending a loan's weights into the set of what runs now, a forward or a backward, unless it holds them."""
         which = self._find_set()
-        if self._holds[which] is loan:
+        if self._holds[which] == loan:
             return
         # What a rank received and had no use for; what it sent has gone out, or its receiver would not be here.
         self._wait(self._coming[which])
@@ -202,7 +204,7 @@ class JustInTime:
     def receive(self, loan: Loan) -> None:
         """Wait for a loan's weights, and let the layer's clones compute with them."""
         which = self._find_set()
-        assert self._holds[which] is loan, "another loan has taken the shared slots"
+        assert self._holds[which] == loan, "another loan has taken the shared slots"
         self._wait(self._coming[which])
         shared = self._shared[loan.layer]
         for whole, values in zip(shared.wholes, self._sets[which][shared.form], strict=True):
@@ -394,13 +396,12 @@ class _Compute(torch.autograd.Function):
         run: Callable[..., torch.Tensor],
         leave: Callable[[], None],
         anchor: torch.Tensor,
-        tokens: torch.Tensor,
-        probs: torch.Tensor,
+        *given: torch.Tensor,
     ) -> torch.Tensor:
         """Return the output of the clones."""
         ctx.set_materialize_grads(False)
         slots.receive(loan)
-        needed = zip((tokens, probs), ctx.needs_input_grad[5:], strict=True)
+        needed = zip(given, ctx.needs_input_grad[5:], strict=True)
         inputs = [one.detach().requires_grad_(is_needed) for one, is_needed in needed]
         with torch.enable_grad(), slots.keep_places(loan):
             output = run(*inputs)
@@ -409,7 +410,7 @@ class _Compute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        """Return the gradients of tokens and probabilities; those of weights go to their store."""
+        """Return the gradients of the inputs; those of weights go to their store."""
         (gradient,), (inputs, output) = grads, ctx.kept
         ctx.kept = None
         if gradient is not None:

@@ -135,11 +135,15 @@ class LayerSlots:
         """Forget what a step left that did not end."""
         self._plans.clear()
 
-    def recall(self, output: torch.Tensor) -> torch.Tensor:
-        """Return a micro-batch's output; at its gradient the weights of its just-in-time clones are sent again."""
-        if self.dealt.loan is None or self._just_in_time is None:
+    def recall(self, loan: Loan | None, output: torch.Tensor) -> torch.Tensor:
+        """Return a micro-batch's output; at its gradient the weights of its loan are sent again."""
+        if loan is None or self._just_in_time is None:
             return output
-        return self._just_in_time.recall(self.dealt.loan, output)[0]
+        return self._just_in_time.recall(loan, output)[0]
+
+    def give_back(self, loan: Loan | None, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the input of the experts; behind their backward the gradients of its loan are sent home."""
+        return inputs if loan is None or self._just_in_time is None else self._just_in_time.give_back(loan, *inputs)
 
     def finish_refresh(self) -> bool:
         """Wait for the clones' weights before the clones compute; tell whether any were sent in this step."""

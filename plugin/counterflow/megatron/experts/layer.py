@@ -61,8 +61,7 @@ class MegatronSlots(LayerSlots):
 
     def run_experts(self, run_homes: Callable[..., Any], tokens: Any, tokens_per_slot: Any, probs: Any, **kwargs: Any) -> Any:
         """Run the tokens of home slots, which come first, by ``run_homes``, and those of clone slots by the clones."""
-        if self.dealt.loan is not None and self._just_in_time is not None:
-            tokens, probs = self._just_in_time.give_back(self.dealt.loan, tokens, probs)
+        tokens, probs = self.give_back(self.dealt.loan, tokens, probs)
         at_home = int(tokens_per_slot[: self._own].sum())
         if at_home == len(tokens):
             return run_homes(tokens, tokens_per_slot[: self._own], probs, **kwargs)
@@ -86,7 +85,7 @@ class MegatronSlots(LayerSlots):
         def run(tokens: Any, probs: Any) -> Any:
             return self.shared_module(tokens, counts, probs)[0]
 
-        return self._just_in_time.compute(self.dealt.loan, run, tokens, probs, partial(leave_delayed, self.shared_module))
+        return self._just_in_time.compute(self.dealt.loan, run, tokens, probs, leave=partial(leave_delayed, self.shared_module))
 
     @property
     def number(self) -> int:  # type: ignore[override]
@@ -199,7 +198,7 @@ class SlotWrappers:
         @wraps(postprocess)
         def postprocess_recalled(layer: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
             slots = layer_slots.get(layer)
-            return postprocess(layer, output if slots is None else slots.recall(output), *args, **kwargs)
+            return postprocess(layer, output if slots is None else slots.recall(slots.dealt.loan, output), *args, **kwargs)
 
         return postprocess_recalled
 
