@@ -9,7 +9,8 @@ import difflib
 import importlib.util
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,3 +135,12 @@ def speak_json[E: CounterflowError](error: E) -> E:
 
     error.args = (re.sub(r"--(no-)?cf-([a-z]+(?:-[a-z]+)*)", name, str(error)), *error.args[1:])
     return error
+
+
+@contextmanager
+def speaking_json() -> Iterator[None]:
+    """Let errors that leave the block, or a function that this decorates, speak of the JSON's names (`speak_json`)."""
+    try:
+        yield
+    except CounterflowError as error:
+        raise speak_json(error) from error.__cause__

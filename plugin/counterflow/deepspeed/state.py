@@ -42,8 +42,8 @@ method_of: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 chunks_of: WeakKeyDictionary[Any, Chunks] = WeakKeyDictionary()
 # The `counterflow.deepspeed.experts.layer.AutoEPSlots` of each of AutoEP's layers.
 slots_of: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-# The `counterflow.deepspeed.experts.balancing.Balancer` of each engine with slots, and a reference to it for each weight of its
-# experts.
+# The `counterflow.deepspeed.experts.balancing.EngineBalancer` of each engine with slots, and a reference to it for each weight of
+# its experts.
 balancer_of: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 holder_of: Any = WeakTensorKeyDictionary()
 # Optimizers of stages that do not all have MoE layers.
