@@ -7,8 +7,8 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from counterflow.deepspeed.section import Chosen
 from counterflow.schedule.layouts import Layout
+from counterflow.sections import Chosen
 from counterflow.trainer.splits import GraphSplits
 
 

@@ -20,12 +20,12 @@ import torch.distributed as dist
 
 from counterflow.deepspeed.experts.layer import AutoEPSlots
 from counterflow.deepspeed.experts.optimizer_state import take_state
-from counterflow.deepspeed.section import speaking_json
 from counterflow.deepspeed.stages import list_layers
 from counterflow.deepspeed.state import balancer_of, holder_of, slots_of
 from counterflow.moe.gradients import GradientStore, PlainGradients, SummedGradients
 from counterflow.moe.planning import compile_planner
 from counterflow.options import Options
+from counterflow.sections import speaking_json
 from counterflow.trainer.balanced_layers import BalancedLayers, ExpertGroups
 from counterflow.trainer.balancer import Balancer, Waiting, say_idle
 from counterflow.trainer.balancing_log import describe_step

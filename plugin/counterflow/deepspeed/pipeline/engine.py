@@ -16,10 +16,10 @@ import torch.distributed as dist
 from counterflow.deepspeed.pipeline.overlap import list_carried
 from counterflow.deepspeed.pipeline.work import DeepSpeedWork
 from counterflow.deepspeed.pipeline.zero_bubble import split_model
-from counterflow.deepspeed.section import speaking_json
 from counterflow.deepspeed.state import chunks_of
 from counterflow.options import AUTO
 from counterflow.runtime.messages import Announced
+from counterflow.sections import speaking_json
 from counterflow.trainer.crosslink import Partner, link_pipelines
 from counterflow.trainer.pipeline import Pipeline
 from counterflow.trainer.tables import choose_layout, count_replicas
