@@ -4,7 +4,6 @@ The layer is upstream's own. Its forward is run on a view of it, in which slots 
 module of the experts' class. It is not a child of the layer, so optimizer, data parallelism and checkpoints do not see it.
 """
 
-import copy
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
@@ -15,9 +14,9 @@ import torch
 
 from counterflow.deepspeed.state import slots_of
 from counterflow.moe.clones import LayerExperts
-from counterflow.moe.gradients import Part
 from counterflow.moe.just_in_time import Loan
 from counterflow.moe.layer import LayerSlots
+from counterflow.moe.stacks import list_parts, make_stack
 from counterflow.options import Options
 
 
@@ -29,8 +28,8 @@ class AutoEPSlots(LayerSlots):
         self._find_layer, self.number = ref(layer), number
         self._is_seen_in_forward = False
         count, shared = options.layer_clones, options.shared_clones
-        self.clone_module = _make_clones(layer.experts, count) if count else None
-        self.shared_module = _make_clones(layer.experts, shared) if shared else None
+        self.clone_module = _make_clones(layer.experts, count)
+        self.shared_module = _make_clones(layer.experts, shared)
         ranks, is_exact = np.arange(layer.ep_size), options.eplb_split == "exact"
         super().__init__(layer.num_local_experts, count, layer.ep_group, ranks, is_exact=is_exact, shared=shared)
         self.width = layer.num_local_experts + count + shared
@@ -135,18 +134,10 @@ def _run(module: Any, counts: torch.Tensor, tokens: torch.Tensor) -> torch.Tenso
     return module(tokens, counts)  # type: ignore[no-any-return]
 
 
-def list_parts(experts: Any) -> list[list[Part]]:
-    """Return the weights of each expert in a module that stacks them."""
-    parameters = list(experts.parameters())
-    return [[Part(one, index) for one in parameters] for index in range(len(parameters[0]))]
-
-
 def _make_clones(experts: Any, count: int) -> Any:
-    """Return a module like ``experts`` with ``count`` experts of weight zero. Draws no random number."""
-    clones = copy.copy(experts)
-    clones._parameters = {
-        name: torch.nn.Parameter(one.data.new_zeros(count, *one.shape[1:]), requires_grad=one.requires_grad)
-        for name, one in experts._parameters.items()
-    }
+    """Return a module like ``experts`` for ``count`` clones; None for 0."""
+    if not count:
+        return None
+    clones = make_stack(experts, count)
     clones.num_experts = count
     return clones
