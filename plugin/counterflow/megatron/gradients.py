@@ -11,6 +11,8 @@ from counterflow.moe.gradients import Defer
 class MegatronGradients:
     """The `counterflow.moe.gradients.GradientStore` of Megatron's data parallelism."""
 
+    is_on_parameters = True
+
     def of(self, parameter: Any) -> torch.Tensor | None:
         """Return ``main_grad``; None for a frozen parameter and for one outside data parallelism."""
         return getattr(parameter, "main_grad", None)

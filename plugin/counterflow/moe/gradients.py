@@ -35,6 +35,9 @@ Defer = Callable[[Callable[[], None]], None]
 class GradientStore(Protocol):
     """A trainer's gradients, by parameter."""
 
+    is_on_parameters: bool
+    """Whether backward functions find a gradient's memory at the parameter that their forward has kept."""
+
     def of(self, parameter: Weight) -> torch.Tensor | None:
         """Return the tensor in which a step's gradients of a parameter are summed; None for a frozen parameter."""
 
@@ -59,6 +62,8 @@ class GradientStore(Protocol):
 
 class PlainGradients:
     """Gradients in ``.grad``, where autograd leaves them. The trainer clears the ones of its own parameters before each step."""
+
+    is_on_parameters = False
 
     def of(self, parameter: Weight) -> torch.Tensor | None:
         """Return ``.grad``, which is zeros before the first backward; None for a frozen parameter."""

@@ -7,7 +7,8 @@ Nothing is sent again where the set still holds the loan, as after a recomputed 
 
 There is one set, and a second where two actions may compute in turn (``pairs``): backwards and what they recompute use that one.
 A parameter of a layer's clones has a set's memory while it computes: `receive` puts it there. What autograd has kept of the
-forward is the parameter, not the memory, so the backward computes with what came for it.
+forward is the parameter, not the memory, so the backward computes with what came for it; views of it are led there by
+`keep_places`.
 
 Gradients are made and sent home with the micro-batch's weight gradients: at once in a B, at the W of an I (``defer``). Their
 memory is shared by every second layer. So at most two loans' gradients are on their way, however many W are due. They are added
@@ -213,10 +214,11 @@ class JustInTime:
     def keep_places(self, loan: Loan) -> AbstractContextManager[Any]:
         """Return a context manager: a backward reads what is kept inside of shared weights where they come for it.
 
-        That is for parts of parameters: the part that autograd keeps is the forward's memory, whatever the parameter's is then.
+        That is for views of parameters: what autograd keeps of them is the forward's memory, whatever the parameter's is then.
+        A store that finds gradients at parameters is of modules that keep parameters, and needs them as they are.
         """
         shared = self._shared[loan.layer]
-        if not (shared.has_parts and self._backward):
+        if not self._backward or self._gradients.is_on_parameters:
             return nullcontext()
         here, there = (self._sets[which][shared.form] for which in (self._find_set(), self._backward))
         places = {one.untyped_storage().data_ptr(): place for place, one in enumerate(here)}
@@ -332,7 +334,6 @@ class _SharedLayer:
                     number[id(whole)] = len(self.wholes)
                     self.wholes.append(whole)
             self._places.append([self._find_place(weight, number) for weight in clone])
-        self.has_parts = any(isinstance(weight, Part) for clone in layer.shared for weight in clone)
 
     def _find_place(self, weight: Weight, number: dict[int, int]) -> tuple[int, int | None]:
         return (number[id(weight.whole)], weight.index) if isinstance(weight, Part) else (number[id(weight)], None)

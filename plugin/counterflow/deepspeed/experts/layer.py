@@ -57,17 +57,17 @@ class AutoEPSlots(LayerSlots):
         ``loan`` is what was cloned for these tokens alone.
         """
         (tokens,) = self.give_back(loan, tokens)
-        if self.clone_module is None and self.shared_module is None:
-            return self.layer.experts(tokens, counts)  # type: ignore[no-any-return]
-        sizes = [self._own, self._per_rank, self._shared]
-        parts = torch.split(counts, sizes)
-        own, resident, lent = torch.split(tokens, [int(part.sum()) for part in parts])
-        outputs = [self.layer.experts(own, parts[0])]
+        at_home, lent = int(counts[: self._own].sum()), int(counts[self._own + self._per_rank :].sum())
+        if self.clone_module is None and not lent:
+            return self.layer.experts(tokens, counts[: self._own])  # type: ignore[no-any-return]
+        outputs = [self.layer.experts(tokens[:at_home], counts[: self._own])]
+        # Behind all slots come rows that belong to none: the last module gets them.
+        shared = int(counts.sum()) - lent if lent else len(tokens)
         if self.clone_module is not None:
             self.finish_refresh()
-            outputs.append(self.clone_module(resident, parts[1]))
-        if self.shared_module is not None and len(lent):
-            outputs.append(self._run_shared(loan, lent, parts[2]))
+            outputs.append(self.clone_module(tokens[at_home:shared], counts[self._own : self._own + self._per_rank]))
+        if lent:
+            outputs.append(self._run_shared(loan, tokens[shared:], counts[self._own + self._per_rank :]))
         return torch.cat(outputs)
 
     def _run_shared(self, loan: Loan | None, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
