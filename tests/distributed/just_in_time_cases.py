@@ -2,9 +2,19 @@
 
 from pathlib import Path
 
-from eplb_cases import FOUR_RANKS, FULL_RECOMPUTE, SELECTIVE_RECOMPUTE, TWO_REPLICAS
+from eplb_cases import FOUR_RANKS, FULL_RECOMPUTE, SELECTIVE_RECOMPUTE, SPLIT_EXPERTS, TWO_REPLICAS
 from tests.support.run_cases import Case
-from tests.support.training import DUALPIPE, OVERLAPPED, SCHEDULES, SHARDED, TWO_STAGES, Cases, list_base_flags
+from tests.support.training import (
+    DUALPIPE,
+    MTP,
+    OVERLAPPED,
+    SCHEDULES,
+    SHARDED,
+    TENSOR_PARALLEL,
+    TWO_STAGES,
+    Cases,
+    list_base_flags,
+)
 
 SEEDS = (1234, 4321)
 PAIRS = ["--cf-overlap"]
@@ -42,6 +52,8 @@ MORE_PLAIN = {
     "predicted, shared buffers": [TWO_STAGES, lend("predicted", 2, *SHARED), SCHEDULES["1f1b"]],
     "four ranks": [FOUR_RANKS, lend("exact")],
     "four ranks, auto, shared buffers": [FOUR_RANKS, lend("auto", 1, *SHARED)],
+    "TP 2": [TENSOR_PARALLEL, TWO_REPLICAS, ["--expert-tensor-parallel-size", "1"], lend("exact"), SCHEDULES["dualpipev"]],
+    "TP 2, expert TP 2, allgather": [TWO_REPLICAS, lend("exact"), SPLIT_EXPERTS],
     "two replicas": [TWO_REPLICAS, lend("exact")],
     "two replicas, two clones": [TWO_REPLICAS, lend("exact", 2)],
 }
@@ -54,6 +66,7 @@ MORE_SHARDED = {
     "two replicas, sharded": [TWO_REPLICAS, lend("exact"), OVERLAPPED],
     "auto, homes move": [TWO_STAGES, lend("auto"), MOVING, SHARDED],
 }
+PREDICTING = {"MTP, zbv": [lend("exact"), ["--cf-schedule", "zbv"]]}
 
 
 def list_cases(text: Path, directory: Path, steps: int, seed: int = SEEDS[0]) -> list[Case]:
@@ -66,6 +79,11 @@ def list_cases(text: Path, directory: Path, steps: int, seed: int = SEEDS[0]) ->
     record = ["--cf-record", str(directory / "record")]
     for name, flags in (PLAIN | SHARDED_RUNS | MORE_PLAIN | MORE_SHARDED).items():
         cases.add(name, weights, *flags, *([record] if "full recompute" in name else []))
+    # From their own random weights. The first stage has no experts.
+    predicting = [*TWO_STAGES, *MTP, "--moe-layer-freq", "([0]*2+[1]*2)"]
+    cases.add("megatron, MTP", predicting, plugin=False)
+    for name, flags in PREDICTING.items():
+        cases.add(name, predicting, *flags)
     cases.add("dualpipe, again", weights, *SHARDED_RUNS["dualpipe"])
     cases.add("planned", weights, *MORE_PLAIN["1f1b"], plans="made")
     cases.add("planned, pairs", weights, *MORE_PLAIN["dualpipev, two clones, pairs"], ["--bf16"], plans="made")
@@ -76,4 +94,6 @@ def list_cases(text: Path, directory: Path, steps: int, seed: int = SEEDS[0]) ->
 
 def name_reference(name: str) -> str:
     """Return the name of the run beside which a case is looked at."""
+    if name in PREDICTING:
+        return "megatron, MTP"
     return "megatron, sharded" if name in SHARDED_RUNS | MORE_SHARDED else "megatron, plain"

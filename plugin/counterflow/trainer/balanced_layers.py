@@ -112,6 +112,11 @@ class BalancedLayers:
     def _make_just_in_time(self) -> JustInTime | None:
         if not self._options.shared_clones:
             return None
+        if len(self._experts[0].shared) != self._options.shared_clones:
+            raise BalanceError(
+                f"{self._options.shared_clones} shared slots a rank are asked for, and this trainer's layers have "
+                f"{len(self._experts[0].shared)}: give eplb_plan predicted and eplb_buffers per-layer"
+            )
         group = open_group(self._groups.experts, "CF_JUST_IN_TIME")
         made = JustInTime(self._experts, group, self.traffic, self._gradients, defer_weight_grad, pairs=self._options.overlap)
         costs = read_costs(self._options.eplb_costs) if self._options.eplb_costs is not None else Costs()
