@@ -82,6 +82,13 @@ def make_cases(folder: Path) -> dict[str, Any]:
     record = {"record": str(folder / "homes")}
     cases["seed 11, homes move"] = make_case(clone(rehome_interval=2) | record, steps=STEPS)
     cases["seed 11, homes move at ZeRO-0"] = make_case(clone("dualpipev", rehome_interval=1), **PIPELINE, zero=0, steps=STEPS)
+    lent: dict[str, Any] = {"plan": "exact", "clones_per_rank": 1}
+    cases["seed 11, just in time"] = make_case(clone(**lent), steps=STEPS, evaluate_at=3)
+    cases["seed 1234, just in time, pairs"] = make_case(clone("dualpipev", **lent) | {"overlap": True}, seed=1234, **PIPELINE)
+    cases["seed 11, just in time, split"] = make_case(clone("zb-h1", **lent), **PIPELINE)
+    cases["recompute, just in time"] = make_case(clone(**lent), recompute=False)
+    cases["reentrant, just in time"] = make_case(clone(**lent), recompute=True)
+    cases["EP 4, both kinds"] = make_case(clone(plan="auto"), ep=4)
     for what, more in {
         "ZeRO-2": {"zero": 2},
         "overlapped reductions": {"overlap_comm": True},

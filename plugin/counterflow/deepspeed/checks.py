@@ -73,6 +73,8 @@ def check_balancing(options: Options, config: Mapping[str, Any]) -> None:
         "tensor_parallel.autotp_size above 1 splits an expert's tokens over tensor-parallel ranks: drop it": (
             int(_find(config, "tensor_parallel", "autotp_size") or 1) > 1
         ),
+        f"eplb.plan {options.eplb_plan} with eplb.buffers {options.eplb_buffers} adds gradients at homes in every micro-batch, "
+        "and zero_optimization.stage 2 reduces them there: give stage 0 or 1": options.shared_clones > 0 and stage == 2,
         "compile.deepcompile compiles whole steps: drop it": bool(_find(config, "compile", "deepcompile")),
         "zero_optimization.zenflow delays gradients: drop it": bool(_find(config, "zero_optimization", "zenflow")),
         "managed_gradient_accumulation false reduces gradients before a step is known to end: drop it": (
@@ -111,9 +113,11 @@ def explain(path: str) -> list[str]:
     if options.eplb:
         check_balancing(options, load_config(path))
         lines.append(
-            f"clone slots on a rank in each of AutoEP's layers: {options.eplb_clones_per_rank}; steps between plans: "
+            f"clone slots on a rank in each of AutoEP's layers: {options.layer_clones}; steps between plans: "
             f"{options.eplb_interval}"
         )
+        if options.shared_clones:
+            lines.append(f"clone slots on a rank that its layers share: {options.shared_clones}")
     if options.schedule is not None:
         check_config(chosen, load_config(path))
         layout = choose_layout(options, 2, chosen.vpp or 2)
