@@ -49,6 +49,8 @@ LARGEST_CLUSTER = 2**17
 # Fewer combinations are searched sooner than a second process starts.
 FEW = 64
 MOST_PROCESSES = 4
+# So many combinations are tried before the others, found among so many.
+MOST_SEEDS, MOST_SCANNED = 4, 200
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,9 @@ def search_layouts(config: PlanConfig, constants: Constants | None = None, *, se
     task = _Task(config, cluster, constants, build_model(config.model), keep, begun + seconds)
     rejected: list[Rejected] = []
     choices = sorted(_list_choices(task, rejected))
-    parts = _run(task, choices)
+    seeds = _choose_seeds(task, choices)
+    choices = [*seeds, *(one for one in choices if not any(one is seed for seed in seeds))]
+    parts = _run(task, choices, len(seeds))
     for part in parts:
         rejected += part.rejected
     if not any(part.tried for part in parts):
@@ -175,14 +179,14 @@ class _Part:
 
 
 # What the processes of a search share; they are forks, so that nothing of it is sent.
-_shared: tuple[_Task, list[Choice], _Best] | None = None
+_shared: tuple[_Task, list[Choice], int, _Best] | None = None
 
 
-def _run(task: _Task, choices: list[Choice]) -> list[_Part]:
+def _run(task: _Task, choices: list[Choice], seeds: int) -> list[_Part]:
     """Search in as many processes as there are processors, at most a few."""
     global _shared
     count = min(len(os.sched_getaffinity(0)), MOST_PROCESSES) if len(choices) >= FEW else 1
-    _shared = (task, choices, _Best(task.keep, count, list_kinds(task.config)))
+    _shared = (task, choices, seeds, _Best(task.keep, count, list_kinds(task.config)))
     try:
         if count == 1:
             return [_search_part(0)]
@@ -199,11 +203,13 @@ def _run(task: _Task, choices: list[Choice]) -> list[_Part]:
 def _search_part(worker: int) -> _Part:
     """Try combinations, best bound first, until none can matter or the time has ended."""
     assert _shared is not None
-    task, choices, best = _shared
+    task, choices, seeds, best = _shared
     part, known = _Part(), _Known()
     while (number := best.take()) < len(choices):
         choice = choices[number]
         if choice.bound > best.limit(*KINDS):
+            if number < seeds:
+                continue
             break
         if not _try_sizes(task, choice, best, worker, part, known):
             break
@@ -325,6 +331,20 @@ def _list_choices(task: _Task, rejected: list[Rejected]) -> Iterator[Choice]:
             rejected.append(Rejected(name_fields(fields), str(error)))
             continue
         yield Choice(bound_step(assumed, task.cluster, task.constants), fields, assumed)
+
+
+def _choose_seeds(task: _Task, choices: list[Choice]) -> list[Choice]:
+    """Return what to try before all others: for each pipeline size the combination of the lowest bound that is sure to fit.
+
+    Their steps are limits to the rest, of which the first are too large for the GPUs.
+    """
+    found: dict[int, Choice] = {}
+    least = min((one.fields["micro_batch_size"] for one in choices), default=1)
+    for choice in [one for one in choices if one.fields["micro_batch_size"] == least][:MOST_SCANNED]:
+        pp = choice.fields["pp"]
+        if pp not in found and not _explain_misfit(choice.assumed.plan, task.cluster):
+            found[pp] = choice
+    return sorted(found.values())[:MOST_SEEDS]
 
 
 def _screen(plan: Plan, cluster: Cluster, known: dict[tuple[Any, ...], str]) -> str:
