@@ -388,6 +388,5 @@ def list_seams() -> list[Seam]:
 
 def check_seams(features: Collection[str] = tuple(REMEDIES)) -> None:
     """Raise `SeamError`, which names version, symbol and remedy, if a seam of these features does not fit."""
-    seams, found, supported = list_seams(), f"megatron-core {find_version()}", f"megatron-core {KNOWN[0]} to {KNOWN[-1]}"
-    for feature in features:
-        check_all(seams, feature, found, supported, REMEDIES[feature])
+    supported = f"megatron-core {KNOWN[0]} to {KNOWN[-1]}"
+    check_all(list_seams(), features, f"megatron-core {find_version()}", supported, REMEDIES)

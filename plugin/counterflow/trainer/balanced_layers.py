@@ -1,5 +1,6 @@
 """Balance the experts of one rank's model chunks: slots, clones, homes and loads, step by step."""
 
+import re
 import socket
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -366,3 +367,9 @@ def _agree_on_cluster(ep_group: Any, width: int, stage: Any, device: torch.devic
     nodes = torch.from_numpy(np.unique(hosts, return_inverse=True)[1]).to(device)
     dist.broadcast(nodes, dist.get_process_group_ranks(stage)[0], group=stage)
     return Cluster((width,) * ep_group.size(), tuple(nodes.tolist()))
+
+
+def number_layers(names: Sequence[str]) -> list[int]:
+    """Return the layers' numbers in the model, from 1: after the first number in their modules' names, or in order."""
+    found = [int(match[0]) + 1 for name in names if (match := re.search(r"\d+", name))]
+    return found if len(set(found)) == len(names) else list(range(1, len(names) + 1))
