@@ -48,7 +48,10 @@ ROOMS = {
     "megatron.dry_run": (COMMON | {"planner", "platform", "platform.engine", "schedule"}, TRAINER_WORLD),
     "deepspeed": (ADAPTER, DEEPSPEED_WORLD),
     "deepspeed.pipeline": (ADAPTER | {"deepspeed.section", "deepspeed.state"}, DEEPSPEED_WORLD),
-    "deepspeed.experts": (ADAPTER | {"deepspeed.section", "deepspeed.stages", "deepspeed.state"}, DEEPSPEED_WORLD),
+    "deepspeed.experts": (
+        ADAPTER | {"deepspeed.checks", "deepspeed.section", "deepspeed.stages", "deepspeed.state"},
+        DEEPSPEED_WORLD,
+    ),
     "launch": (COMMON | {"options"}, set()),
     "report": (COMMON | {"schedule", "balance", "analysis", "planner"}, set()),
     "commands": (

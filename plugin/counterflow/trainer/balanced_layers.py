@@ -24,8 +24,8 @@ from counterflow.moe.gradients import GradientStore, Weight, find_values
 from counterflow.moe.homes import move_homes
 from counterflow.moe.layer import LayerSlots
 from counterflow.moe.loads import LoadTracker
-from counterflow.moe.planning import ClonePlanner
-from counterflow.options import Options
+from counterflow.moe.planning import ClonePlanner, HomeGate, HomeInterval
+from counterflow.options import AUTO, Options
 
 # The number of micro-batches whose loads are saved with a checkpoint, so that the next run starts with a plan. The predictor
 # looks back as far.
@@ -59,6 +59,8 @@ class BalancedLayers:
     def __init__(
         self, options: Options, layers: Sequence[Sequence[LayerSlots]], groups: ExpertGroups, gradients: GradientStore
     ) -> None:
+        if not options.needs_moves and type(self).take_state is BalancedLayers.take_state:
+            options = options.keep_homes()
         self._options, self._groups, self._gradients = options, groups, gradients
         self._layers = [one for chunk in layers for one in chunk]
         self._experts = [one.list_experts() for one in self._layers]
@@ -74,13 +76,14 @@ class BalancedLayers:
         self.traffic = Traffic()
         self._tracker = LoadTracker(len(self._layers))
         self.clones = self._make_clones(layers)
+        traffic_weight = 0.0 if options.eplb_policy == "global" else TRAFFIC_WEIGHT
         self._planner = ClonePlanner(
             self._placement,
             groups.stage,
             self._device,
             options.eplb_interval,
-            options.eplb_rehome_interval,
-            0.0 if options.eplb_policy == "global" else TRAFFIC_WEIGHT,
+            traffic_weight,
+            _plan_homes(options.eplb_rehome_interval, traffic_weight),
         )
         # Since the last plan: the number of steps; record lines and loads not yet summed over replicas; summed loads.
         self._steps = 0
@@ -296,15 +299,17 @@ class BalancedLayers:
             return 0
         self.finish_gathers()
         with torch.no_grad():
-            return move_homes(self._placement, new, self._group, self._take_home, self._put_home)
+            return move_homes(self._placement, new, self._group, self._take_home)[0]
 
     def _take_home(self, layer: int, place: int) -> list[torch.Tensor]:
         parameters = self._experts[layer].homes[place]
         return [tensor for p in parameters for tensor in (find_values(p).data, *self.take_state(p))]
 
-    def _put_home(self, layer: int, place: int, arrived: list[torch.Tensor]) -> None:
-        for tensor, other in zip(self._take_home(layer, place), arrived, strict=True):
-            tensor.copy_(other)
+
+def _plan_homes(rehome_interval: int | str, traffic_weight: float) -> HomeGate | HomeInterval | None:
+    if rehome_interval == AUTO:
+        return HomeGate(traffic_weight)
+    return HomeInterval(rehome_interval, traffic_weight) if isinstance(rehome_interval, int) else None
 
 
 def _record(directory: Path, counts: Array, line: dict[str, Any]) -> None:

@@ -5,7 +5,17 @@ import torch
 import torch.distributed as dist
 
 from counterflow.devices import find_device
+from counterflow.options import AUTO, Options
 from counterflow.trainer.balanced_layers import BalancedLayers
+
+
+def keep_homes_where(obstacle: str | None, options: Options) -> Options:
+    """Return the options of a run in which homes stay if there is an ``obstacle``, and say so on rank 0."""
+    if obstacle is None or not options.moves_homes:
+        return options
+    if dist.get_rank() == 0:
+        print(f"counterflow: eplb: homes stay where they are: --cf-eplb-rehome-interval {AUTO} {obstacle}", flush=True)
+    return options.keep_homes()
 
 
 def announce_clones(layers: BalancedLayers | None, clones_per_rank: int) -> None:

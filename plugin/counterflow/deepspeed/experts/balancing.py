@@ -19,17 +19,25 @@ from weakref import ref
 import torch
 import torch.distributed as dist
 
+from counterflow.deepspeed.checks import find_homes_obstacle
 from counterflow.deepspeed.experts.layer import AutoEPSlots
 from counterflow.deepspeed.experts.optimizer_state import take_state
 from counterflow.deepspeed.section import speak_json
 from counterflow.deepspeed.stages import list_layers
 from counterflow.deepspeed.state import balancer_of, holder_of, slots_of
-from counterflow.errors import CounterflowError
+from counterflow.errors import CounterflowError, OptionError
 from counterflow.moe.gradients import GradientStore, PlainGradients, SummedGradients
 from counterflow.moe.planning import compile_planner
 from counterflow.options import Options
 from counterflow.trainer.balanced_layers import LOADS_FOLDER, BalancedLayers, ExpertGroups
-from counterflow.trainer.balancing_log import announce_clones, describe_step, end_step
+from counterflow.trainer.balancing_log import announce_clones, describe_step, end_step, keep_homes_where
+
+# Optimizers whose state has a number for each number of a weight, which no other changes. Norms of whole weights, or rows and
+# columns of them, would be those of other experts' weights too.
+ELEMENTWISE = {
+    "Adagrad", "Adam", "AdamW", "DeepSpeedCPUAdagrad", "DeepSpeedCPUAdam", "DeepSpeedCPULion", "FusedAdam", "FusedLion",
+    "RMSprop", "SGD",
+}  # fmt: skip
 
 
 class EngineLayers(BalancedLayers):
@@ -124,6 +132,9 @@ def attach(engine: Any, options: Options) -> None:
                 flush=True,
             )
         return
+    if (obstacle := _find_homes_obstacle(engine)) is not None and options.needs_moves:
+        raise OptionError(f"eplb: eplb.rehome_interval {obstacle}: drop one of the two")
+    options = keep_homes_where(obstacle, options)
     compile_planner()
     for number, (_, layer) in zip(_number([name for name, _ in layers]), layers, strict=True):
         slots_of[layer] = AutoEPSlots(layer, number, options)
@@ -133,6 +144,17 @@ def attach(engine: Any, options: Options) -> None:
         for parameter in layer.experts.parameters():
             holder_of[parameter] = ref(balancer)
     announce_clones(balancer.layers, options.eplb_clones_per_rank)
+
+
+def _find_homes_obstacle(engine: Any) -> str | None:
+    """Return why homes cannot move with an engine's optimizer; None if they can."""
+    names = {one.__name__ for one in type(engine.basic_optimizer).__mro__}
+    if not names & ELEMENTWISE:
+        return (
+            f"moves the state of optimizers that treat each number alone ({', '.join(sorted(ELEMENTWISE))}), and "
+            f"{type(engine.basic_optimizer).__name__} is given"
+        )
+    return find_homes_obstacle(engine._config._param_dict)
 
 
 def begin_before(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,14 +20,14 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from counterflow.errors import OptionError
-from counterflow.megatron.checks import check_loop
+from counterflow.megatron.checks import check_loop, find_homes_obstacle
 from counterflow.megatron.experts.balanced_model import BalancedModel
 from counterflow.megatron.loop import find_arguments, number_iteration
 from counterflow.megatron.state import layer_slots, of_chunk
 from counterflow.moe.planning import compile_planner
 from counterflow.options import Options
 from counterflow.trainer.balanced_layers import LOADS_FOLDER
-from counterflow.trainer.balancing_log import announce_clones, describe_step, end_step
+from counterflow.trainer.balancing_log import announce_clones, describe_step, end_step, keep_homes_where
 
 NOTHING_TO_BALANCE = (
     "counterflow: eplb: --expert-model-parallel-size is 1, every rank computes all experts: there is nothing to balance, "
@@ -125,6 +125,7 @@ class ExpertBalancer:
             return
         if find_arguments() is None:
             check_loop(chunks, self._options)
+        self._options = keep_homes_where(find_homes_obstacle(find_arguments()), self._options)
         compile_planner()
         if _find_slots(chunks):
             self._model = BalancedModel(self._options, chunks)
