@@ -3,9 +3,9 @@ family by its value in counterflow.schedule.families."""
 
 from pathlib import Path
 
-from counterflow.deepspeed.section import describe_keys
 from counterflow.options import describe_options
 from counterflow.schedule.families import describe_families
+from counterflow.sections import describe_keys
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 HEAD = """# Options

@@ -10,7 +10,7 @@ import difflib
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin
@@ -36,6 +36,15 @@ NEVER = "never"
 # A step's trace takes megabytes, and the profiler holds all of them in memory.
 MOST_PROFILED = 100
 
+# What values of another type are told, by pydantic's name of the error.
+EXPECTED = {
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a number that is finite",
+    "string_type": "a text",
+}
+
 # The values of the options that one source sets, by name, each checked by itself.
 Values = dict[str, Any]
 
@@ -47,7 +56,7 @@ def _describe(words: str, default: Any = None, metavar: str | None = None, **lim
 class _Fields(BaseModel):
     """The options, each with the values that it allows by itself."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     schedule: str | None = _describe(
         f"pipeline schedule: {', '.join(SCHEDULES)}, or a table in CSV; without it the trainer's own runs",
@@ -118,7 +127,8 @@ class _Fields(BaseModel):
             if not is_file:
                 raise ValueError(f"schedule file {value!r} does not exist")
             return value
-        raise ValueError(f"schedule {value!r} is not known; allowed: {', '.join(SCHEDULES)} or a table FILE.csv")
+        allowed = f"{', '.join(SCHEDULES)} or a table FILE.csv"
+        raise ValueError(f"schedule {value!r} is not known; allowed: {allowed}{suggest(value, SCHEDULES)}")
 
     @field_validator("profile", mode="before")
     @classmethod
@@ -136,15 +146,16 @@ class _Fields(BaseModel):
             return str(value)
         text = str(value) if type(value) is int else value
         if not isinstance(text, str) or not re.fullmatch("[1-9][0-9]{0,6}", text) or int(text) > MOST:
-            raise ValueError(f"allowed: {AUTO}, {NEVER}, or steps from 1 to {MOST:,}")
+            raise ValueError(f"allowed: {AUTO}, {NEVER}, or steps from 1 to {MOST:,}{suggest(value, (AUTO, NEVER))}")
         return int(text)
 
-    @field_validator("stall_limit", "eplb_clones_per_rank", "eplb_interval", mode="before")
+    @field_validator("costs", "record", mode="before")
     @classmethod
-    def _refuse_truth_values(cls, value: Any) -> Any:
-        if isinstance(value, bool):
-            raise ValueError("a number is expected")
-        return value
+    def _read_path(cls, value: Any) -> Path | None:
+        # An empty path would be the folder in which the run starts.
+        if value is None or (isinstance(value, str | Path) and str(value)):
+            return None if value is None else Path(value)
+        raise ValueError("a path is expected")
 
 
 def _escape(text: str) -> str:
@@ -180,9 +191,11 @@ class Options(_Fields):
             )
         for name in ("record", "profile", "zero_bubble", "stall_limit"):
             if (value := getattr(self, name)) is not None and not (name == "record" and self.eplb):
+                other = " or the loads of --cf-eplb" if name == "record" else ""
+                also = ", or --cf-eplb" if name == "record" else ""
                 raise ValueError(
-                    f"{name_flag(name)} ({value} given) is for the steps of a --cf-schedule and none is given: "
-                    f"add --cf-schedule {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}"
+                    f"{name_flag(name)} ({value} given) is for the steps of a --cf-schedule{other} and none is given: "
+                    f"add --cf-schedule {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}{also}"
                 )
         return self
 
@@ -330,15 +343,18 @@ def read_flags(argv: Sequence[str]) -> Values:
     """
     parser = _QuietParser(add_help=False, allow_abbrev=False)
     add_flags(parser)
+    for action in parser._actions:
+        # Values are checked as those of any source.
+        action.choices = None
     found, rest = parser.parse_known_args(argv)
     known = [option for action in parser._actions for option in action.option_strings]
     for token in rest:
         flag = token.split("=", 1)[0]
         if flag.startswith(("--cf-", "--no-cf-")):
-            close = difflib.get_close_matches(flag, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise OptionError(f"{flag} is not a flag of this version of counterflow; allowed: {', '.join(known)}{hint}")
-    return read_values({name.removeprefix("cf_"): value for name, value in vars(found).items()})
+            allowed = f"{', '.join(known)}{suggest(flag, known)}"
+            raise OptionError(f"{flag} is not a flag of this version of counterflow; allowed: {allowed}")
+    given = {name.removeprefix("cf_"): value for name, value in vars(found).items()}
+    return _validate(_Fields, given, are_texts=True).model_dump(exclude_unset=True)
 
 
 def read_values(options: Options | Mapping[str, Any]) -> Values:
@@ -348,6 +364,18 @@ def read_values(options: Options | Mapping[str, Any]) -> Values:
     if not isinstance(options, Mapping):
         raise OptionError(f"options are a mapping of names to values, {type(options).__name__} given; names: {_list_names()}")
     return _validate(_Fields, options).model_dump(exclude_unset=True)
+
+
+def require_in_force(asked: Values, in_force: Values) -> None:
+    """Raise `OptionError` if an option in ``asked`` is not among those in force, or has another value there."""
+    for name, value in asked.items():
+        if name not in in_force or in_force[name] != value:
+            now = f"with {in_force[name]}" if name in in_force else "without it"
+            raise OptionError(
+                f"{name_flag(name)} {value} is asked for and counterflow is on already {now} (by the launcher, an earlier "
+                "enable() or an earlier run of this process): give all options in one place, or take the first back with "
+                ".undo() on what its enable() returned"
+            )
 
 
 def merge_options(*sources: Values) -> Options:
@@ -370,20 +398,32 @@ def _list_names() -> str:
     return ", ".join(Options.model_fields)
 
 
-def _validate[Model: BaseModel](model: type[Model], values: Mapping[str, Any]) -> Model:
+def _validate[Model: BaseModel](model: type[Model], values: Mapping[str, Any], *, are_texts: bool = False) -> Model:
+    """Check values; of flags all ``are_texts``, and numbers are read from them."""
     for name in values:
         if name not in model.model_fields:
-            close = difflib.get_close_matches(str(name), model.model_fields, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = suggest(str(name), model.model_fields)
             raise OptionError(f"counterflow has no option {name!r}; allowed: {_list_names()}{hint}")
     try:
-        return model.model_validate(dict(values))
+        return model.model_validate(dict(values), strict=not are_texts)
     except ValidationError as error:
         first = error.errors()[0]
     message = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
         raise OptionError(message)
-    raise OptionError(f"{name_flag(str(first['loc'][0]))}: {message} (given: {_shorten(first['input'])})")
+    name, given = str(first["loc"][0]), first["input"]
+    if first["type"] in EXPECTED:
+        message = f"{EXPECTED[first['type']]} is expected"
+    elif first["type"] == "literal_error":
+        choices = _list_choices(model.model_fields[name]) or ()
+        message = f"allowed: {', '.join(choices)}{suggest(given, choices)}"
+    raise OptionError(f"{name_flag(name)}: {message} (given: {_shorten(given)})")
+
+
+def suggest(given: Any, known: Iterable[str]) -> str:
+    """Return the known name that is nearest to what is given, as the end of a message; nothing if none is near."""
+    close = difflib.get_close_matches(str(given), known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _shorten(value: Any) -> str:

@@ -201,13 +201,15 @@ def train(
 
 
 def evaluate_apart(engine: Any, samples: Samples) -> list[list[float]]:
-    """Return, of each replica, its loss of the last step, and of two micro-batches their losses and the last one's logits."""
-    micro_batches: dict[str, Any] = {"return_logits": True, "reduce_output": None, "bcast_loss": False, "num_micro_batches": 2}
-    losses, logits = engine.eval_batch(draw_batches(samples, engine), **micro_batches)
+    """Return, of each replica, its loss of the last step, and of a few micro-batches their losses and the last one's logits."""
+    # Upstream's V takes no fewer than two for each rank.
+    how: dict[str, Any] = {"reduce_output": None, "bcast_loss": False, "num_micro_batches": 2 * engine.num_stages}
+    losses, logits = engine.eval_batch(draw_batches(samples, engine), return_logits=True, **how)
     mine = None
     if losses is not None:
         # On the rank of the last stage alone.
-        mine = engine.dp_group_loss.item(), *(loss.item() for loss in losses), logits.float().sum().item(), logits.std().item()
+        sizes = logits.float().abs().sum().item(), logits.float().std().item()
+        mine = engine.dp_group_loss.item(), *(loss.item() for loss in losses), *sizes
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, (engine.mpu.get_data_parallel_rank(), mine))
     return [values for _, values in sorted((one for one in found if one[1] is not None), key=lambda one: one[0])]

@@ -142,7 +142,7 @@ def test_steps_are_those_of_plain_deepspeed(trained: dict[str, Any], case: str) 
         ({"gradient_accumulation_steps": 3}, {"schedule": "dualpipev"}, "3 micro-batches"),
         ({}, {"schedule": "interleaved", "vpp": 5}, "cuts a model into 10 stages on 2 ranks and the PipelineModule has 8 layers"),
         ({"gradient_accumulation_steps": 1}, {"schedule": "dualpipe"}, "2 micro-batches"),
-        ({}, {"schedule": "dualpipev", "zero_buble": True}, "did you mean 'zero_bubble'"),
+        ({}, {"schedule": "dualpipev", "zero_buble": True}, "did you mean zero_bubble?"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from counterflow.errors import OptionError
@@ -36,7 +37,7 @@ class Model:
 def balancer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ExpertBalancer:
     monkeypatch.setattr(balancing, "find_arguments", lambda: SimpleNamespace(save=str(tmp_path), curr_iteration=0))
     made = ExpertBalancer(Options(eplb=True))
-    made._is_attached, made._model = True, Model()  # type: ignore[assignment]
+    made._is_attached, made.layers = True, Model()  # type: ignore[assignment]
     return made
 
 
@@ -44,13 +45,13 @@ def test_loads_are_kept_beside_persistent_checkpoints_alone(balancer: ExpertBala
     # A folder of an iteration that holds loads and no checkpoint would be left in --save.
     save = balancer.wrap_save(lambda *args, **kwargs: None)
     save(4, non_persistent_ckpt=True)
-    assert balancer._model.calls == ["be_at_home"]  # type: ignore[union-attr]
+    assert balancer.layers.calls == ["be_at_home"]  # type: ignore[union-attr]
     save(5)
-    assert balancer._model.calls[1:] == ["be_at_home", "save_loads"]  # type: ignore[union-attr]
+    assert balancer.layers.calls[1:] == ["be_at_home", "save_loads"]  # type: ignore[union-attr]
 
 
 def test_evaluation_ends_with_no_weights_under_way(balancer: ExpertBalancer) -> None:
-    calls = balancer._model.calls  # type: ignore[union-attr]
+    calls = balancer.layers.calls  # type: ignore[union-attr]
     run = balancer.wrap_schedule(lambda **kwargs: calls.append("run"))
     run(model=[], num_microbatches=1, forward_only=True)
     assert calls == ["refresh", "run", "finish_evaluation"]
@@ -61,7 +62,7 @@ def test_one_expert_parallel_rank_is_told_that_there_is_nothing_to_balance(
 ) -> None:
     monkeypatch.setattr(balancing.parallel_state, "get_expert_model_parallel_world_size", lambda: 1)
     for rank, lines in ((0, 1), (1, 0)):
-        monkeypatch.setattr(balancing.dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         run = ExpertBalancer(Options(eplb=True)).wrap_schedule(lambda **kwargs: "ran")
         assert [run(model=[], num_microbatches=1) for _ in range(2)] == ["ran", "ran"]
         said = capsys.readouterr().out.splitlines()

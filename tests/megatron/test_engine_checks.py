@@ -15,6 +15,7 @@ from counterflow.megatron.checks import _check_zero_bubble
 from counterflow.megatron.engine_checks import check_engine
 from counterflow.megatron.pipeline import zero_bubble
 from counterflow.options import Options
+from counterflow.trainer.tables import splits_backward
 from tests.support.running import refuses
 
 SCHEDULE = "--cf-schedule dualpipev"
@@ -230,5 +231,5 @@ def test_what_the_stand_in_lacks_is_refused_there_alone(
 
 @pytest.mark.parametrize("options", [{}, {"eplb": True}, {"schedule": "1f1b"}])
 def test_weight_gradients_wait_for_a_schedule_that_computes_them(options: dict[str, Any]) -> None:
-    assert not zero_bubble.splits_backward(Options(**options))
-    assert zero_bubble.splits_backward(Options(schedule="zbv"))
+    assert not splits_backward(Options(**options))
+    assert splits_backward(Options(schedule="zbv"))

@@ -59,8 +59,11 @@ def test_without_flags_nothing_is_asked_for() -> None:
         ),
         (["--cf-shedule", "1f1b"], "did you mean --cf-schedule?"),
         (["--cf-zero-bubble=1"], "ignored explicit argument '1'"),
-        (["--cf-platform", "tpu"], "invalid choice: 'tpu'"),
+        (["--cf-platform", "tpu"], "--cf-platform: allowed: auto, cpu, cuda"),
         (["--cf-schedule"], "expected one argument"),
+        (["--cf-schedule", "dualpipv"], "did you mean dualpipev?"),
+        (["--cf-eplb-policy", "gobal"], "--cf-eplb-policy: allowed: auto, global; did you mean global? (given: 'gobal')"),
+        (["--cf-record", ""], "--cf-record: a path is expected (given: '')"),
         (["--cf-eplb-interval", "2"], "--cf-eplb-interval is for --cf-eplb, which is not given: add it"),
         (["--cf-eplb-split", "even"], "--cf-eplb-split is for --cf-eplb, which is not given: add it"),
         (
@@ -72,10 +75,16 @@ def test_without_flags_nothing_is_asked_for() -> None:
         (["--cf-eplb", "--cf-eplb-rehome-interval", "0"], "allowed: auto, never, or steps from 1 to 1,000,000 (given: '0')"),
         (["--cf-eplb", "--cf-eplb-rehome-interval", "1000001"], "--cf-eplb-rehome-interval: allowed: auto, never, or steps from"),
         (["--cf-eplb", "--cf-eplb-rehome-interval", "soon"], "--cf-eplb-rehome-interval: allowed: auto, never, or steps from 1"),
-        (["--cf-eplb", "--cf-eplb-policy", "local"], "--cf-eplb-policy: invalid choice: 'local'"),
-        (["--cf-eplb", "--cf-eplb-split", "half"], "--cf-eplb-split: invalid choice: 'half'"),
+        (
+            ["--cf-eplb", "--cf-eplb-policy", "local"],
+            "--cf-eplb-policy: allowed: auto, global; did you mean global? (given: 'local')",
+        ),
+        (["--cf-eplb", "--cf-eplb-split", "half"], "--cf-eplb-split: allowed: exact, even (given: 'half')"),
         (["--cf-overlap"], "--cf-overlap overlaps the pairs of a --cf-schedule and none is given: add --cf-schedule interleaved"),
-        (["--cf-record", "x"], "--cf-record (x given) is for the steps of a --cf-schedule and none is given"),
+        (
+            ["--cf-record", "x"],
+            "--cf-record (x given) is for the steps of a --cf-schedule or the loads of --cf-eplb and none is given",
+        ),
         (["--no-cf-zero-bubble"], "--cf-zero-bubble (False given) is for the steps of a --cf-schedule and none is given"),
         (["--cf-stall-limit", "5"], "--cf-stall-limit (5.0 given) is for the steps of a --cf-schedule and none is given"),
         (["--cf-eplb", "--cf-eplb-clones", "1"], "did you mean --cf-eplb-clones-per-rank?"),
@@ -117,6 +126,10 @@ def test_a_mapping_is_as_strict() -> None:
         read_mapping({"shedule": "1f1b"})
     with pytest.raises(OptionError, match="--cf-platform"):
         read_mapping({"platform": "tpu"})
+    # A number in quotes is none, and a switch is no number: YAML and a mapping say which they mean.
+    for given in ({"overlap": 1}, {"overlap": "yes"}, {"eplb_interval": "2"}, {"stall_limit": "5"}, {"record": ""}):
+        with pytest.raises(OptionError, match=f"--cf-{next(iter(given)).replace('_', '-')}: .* is expected"):
+            read_mapping(given)
 
 
 @pytest.mark.parametrize(

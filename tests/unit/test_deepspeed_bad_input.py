@@ -10,8 +10,9 @@ import pytest
 
 from counterflow.deepspeed import seams
 from counterflow.deepspeed.checks import check_balancing, check_config, check_experts, check_run, explain
-from counterflow.deepspeed.section import read_config, read_section
+from counterflow.deepspeed.section import read_config
 from counterflow.errors import OptionError, SeamError
+from counterflow.sections import read_section
 from counterflow.trainer.seam import Seam
 
 SECTION = {"schedule": "zbv"}

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "plugin" / "counterflow"
 
 # What each room may import of the project; what it may import of the heavy world. A sub-room's rooms are named in full.
 COMMON = {"arrays", "bounds", "compiling", "errors", "version"}
-ADAPTER = COMMON | {"devices", "options", "patching", "schedule", "balance", "runtime", "moe", "trainer"}
+ADAPTER = COMMON | {"devices", "options", "patching", "sections", "schedule", "balance", "runtime", "moe", "trainer"}
 # What the sub-rooms of the adapter share.
 SHARED = {"megatron.gradients", "megatron.loop", "megatron.state"}
 TRAINER_WORLD = {"torch", "megatron"}
@@ -27,6 +27,7 @@ ROOMS = {
     "groups": (COMMON | {"patching"}, {"torch"}),
     "bounds": (COMMON, set()),
     "options": (COMMON | {"schedule"}, set()),
+    "sections": (COMMON | {"options", "schedule"}, set()),
     "schedule": (COMMON, set()),
     "balance": (COMMON, set()),
     "balance.kernels": (COMMON, set()),
@@ -47,11 +48,8 @@ ROOMS = {
     "megatron.experts": (ADAPTER | SHARED | {"megatron.checks"}, TRAINER_WORLD),
     "megatron.dry_run": (COMMON | {"planner", "platform", "platform.engine", "schedule"}, TRAINER_WORLD),
     "deepspeed": (ADAPTER, DEEPSPEED_WORLD),
-    "deepspeed.pipeline": (ADAPTER | {"deepspeed.section", "deepspeed.state"}, DEEPSPEED_WORLD),
-    "deepspeed.experts": (
-        ADAPTER | {"deepspeed.checks", "deepspeed.section", "deepspeed.stages", "deepspeed.state"},
-        DEEPSPEED_WORLD,
-    ),
+    "deepspeed.pipeline": (ADAPTER | {"deepspeed.state"}, DEEPSPEED_WORLD),
+    "deepspeed.experts": (ADAPTER | {"deepspeed.checks", "deepspeed.stages", "deepspeed.state"}, DEEPSPEED_WORLD),
     "launch": (COMMON | {"options"}, set()),
     "report": (COMMON | {"schedule", "balance", "analysis", "planner"}, set()),
     "commands": (

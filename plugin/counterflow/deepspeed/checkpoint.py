@@ -6,7 +6,6 @@ universal checkpoint, which has them by the name of the parameter, and names hav
 """
 
 import inspect
-import json
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,9 +17,9 @@ import torch.distributed as dist
 
 from counterflow.deepspeed.state import balancer_of, chunks_of
 from counterflow.errors import OptionError
-from counterflow.schedule.layouts import STRAIGHT
+from counterflow.trainer.stamp import PLAIN, Cut, read_cut, write_cut
 
-FILE, LATEST = "counterflow.json", "latest"
+LATEST = "latest"
 # Upstream's name (deepspeed.checkpoint.constants).
 UNIVERSAL_CHECKPOINT_INFO = "universal_checkpoint_info"
 
@@ -40,7 +39,7 @@ def stamp_after(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         with balancer_of[self].save(folder) if self in balancer_of else nullcontext():
             result = save_checkpoint(self, *args, **kwargs)
         if has_chunks and dist.get_rank() == 0:
-            (folder / FILE).write_text(json.dumps(describe_cut(self.module)) + "\n")
+            write_cut(folder, find_cut(self.module))
         return result
 
     return save
@@ -67,11 +66,11 @@ def guard(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     return load
 
 
-def describe_cut(model: Any) -> dict[str, Any]:
-    """Return the layout of a PipelineModule and the first layer of each of its stages."""
+def find_cut(model: Any) -> Cut:
+    """Return how a PipelineModule is cut."""
     chunks = chunks_of.get(model)
-    layout = f"{chunks.layout.name} {chunks.layout.chunks}" if chunks is not None else f"{STRAIGHT} 1"
-    return {"layout": layout, "ranks": model.num_pipeline_stages(), "parts": [int(part) for part in model.parts]}
+    layout = f"{chunks.layout.name} {chunks.layout.chunks}" if chunks is not None else PLAIN
+    return Cut(layout, model.num_pipeline_stages(), [int(part) for part in model.parts])
 
 
 def describe_for_conversion(model: Any) -> dict[str, Any]:
@@ -94,32 +93,16 @@ def describe_for_conversion(model: Any) -> dict[str, Any]:
 
 def require_same_cut(model: Any, folder: Path, tag: str | None) -> None:
     """Raise `OptionError` if a checkpoint's optimizer states were saved under another layout than this model's."""
-    mine = describe_cut(model)
-    theirs = _read_stamp(folder, tag)
-    if theirs is None:
-        # Plain DeepSpeed's: one stage a rank, cut as this model was when it was made.
-        theirs = {**mine, "layout": f"{STRAIGHT} 1"}
+    mine = find_cut(model)
+    # Plain DeepSpeed's has no stamp: one stage a rank, cut as this model was when it was made.
+    theirs = read_cut(folder / _find_tag(folder, tag)) or mine._replace(layout=PLAIN)
     if mine != theirs:
         raise OptionError(
-            f"the checkpoint in {folder} has optimizer states of a {_say(theirs)} and this run's model is a {_say(mine)}: load "
-            "its weights alone (load_checkpoint(…, load_optimizer_states=False)), resume under a schedule of the same layout, or "
-            "convert it (python -m deepspeed.checkpoint.ds_to_universal --input_folder FOLDER/TAG --output_folder "
-            'FOLDER/TAG_universal, ZeRO-1) and load that ("checkpoint": {"load_universal": true})'
+            f"the checkpoint in {folder} has optimizer states of a {theirs} and this run's model is a {mine}: load its weights "
+            "alone (load_checkpoint(…, load_optimizer_states=False)), resume under a schedule of the same layout, or convert it "
+            "(python -m deepspeed.checkpoint.ds_to_universal --input_folder FOLDER/TAG --output_folder FOLDER/TAG_universal, "
+            'ZeRO-1) and load that ("checkpoint": {"load_universal": true})'
         )
-
-
-def _say(cut: dict[str, Any]) -> str:
-    name, chunks = cut["layout"].split()
-    return (
-        f"{name} layout with {chunks} chunk{'s' if chunks != '1' else ''} per rank on {cut['ranks']} ranks (parts {cut['parts']})"
-    )
-
-
-def _read_stamp(folder: Path, tag: str | None) -> dict[str, Any] | None:
-    """Return a checkpoint's stamp; None if it has none, or if there is no checkpoint, of which DeepSpeed says more."""
-    path = folder / _find_tag(folder, tag) / FILE
-    found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
-    return found
 
 
 def _find_tag(folder: Path, tag: str | None) -> str:

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from counterflow.deepspeed.section import KEY, Chosen, load_config, read_config, read_section
+from counterflow.deepspeed.section import load_config, read_config
 from counterflow.errors import OptionError
-from counterflow.options import AUTO, Options
-from counterflow.schedule.families import list_names
+from counterflow.options import Options
+from counterflow.sections import KEY, Chosen, read_section
 from counterflow.trainer.crosslink import require_pairs
-from counterflow.trainer.tables import choose_layout, count_replicas, name_model_layout
+from counterflow.trainer.tables import choose_layout, count_replicas, name_model_layout, require_pairs_to_overlap, splits_backward
 
 WAYS = (
     "make one: PipelineModule(layers=[…], loss_fn=…, num_stages=P); each layer takes what the one before returns; "
@@ -112,9 +112,8 @@ def explain(path: str) -> list[str]:
         return [f'{path} has no key "{KEY}": DeepSpeed runs as without the plugin']
     chosen = read_section(section)
     options = chosen.options
-    lines = [
-        f"{path}: {', '.join(f'{name} {value}' for name, value in options.model_dump(exclude_unset=True).items()) or 'nothing'}"
-    ]
+    given = [f"{name} {value}" for name, value in options.model_dump(exclude_unset=True).items() if value is not None]
+    lines = [f"{path}: {', '.join(given) or 'nothing is asked for: DeepSpeed runs as without the plugin'}"]
     if options.eplb:
         check_balancing(options, load_config(path))
         lines.append(
@@ -128,19 +127,10 @@ def explain(path: str) -> list[str]:
         splits = options.family is None or options.family.splits
         behind = "wait for their W" if splits else "wait for the next communication in a pair"
         lines.append(f"weight gradients {behind if splits_backward(options) else 'are computed in the B'}")
-    if options.overlap and options.family is not None and not options.family.pairs:
-        raise OptionError(
-            f"overlap runs overlapped pairs F&B and {options.schedule} has none: choose {', '.join(list_names(pairs=True))} or "
-            f"{AUTO}, give a table with OVERLAP_F_B cells, or drop overlap"
-        )
+    require_pairs_to_overlap(options)
     if options.overlap and not _find(load_config(path), "expert_parallel", "enabled"):
         lines.append("overlap: no expert_parallel is enabled, so pairs hide only communications that the model itself marks")
     return lines
-
-
-def splits_backward(options: Options) -> bool:
-    """Tell whether linears leave weight gradients: to a W, or, in a pair, to behind its next communication."""
-    return options.zero_bubble is not False and (options.overlap or options.family is None or options.family.splits)
 
 
 def _find(config: Mapping[str, Any], section: str, key: str) -> Any:

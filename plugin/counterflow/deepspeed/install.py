@@ -1,17 +1,18 @@
 """Put the options of a DeepSpeed JSON in force when a script calls ``deepspeed.initialize``."""
 
-import importlib
 from collections.abc import Callable
 from functools import wraps
-from operator import attrgetter
 from typing import Any
 
 from counterflow.deepspeed import seams
-from counterflow.deepspeed.section import Chosen, read_config, read_section, speak_json
+from counterflow.deepspeed.section import read_config
 from counterflow.errors import CounterflowError, OptionError
-from counterflow.options import Options, Values
+from counterflow.options import Options, Values, require_in_force
 from counterflow.patching import Patches
-from counterflow.runtime.recorder import check_folder
+from counterflow.sections import Chosen, read_section, speak_json
+from counterflow.trainer.pipeline import check_folders
+from counterflow.trainer.seam import take_seams
+from counterflow.trainer.tables import splits_backward
 
 
 class Installation:
@@ -31,21 +32,13 @@ class Installation:
         """Check the seams of features that are not in force yet, and install them."""
         due = [feature for feature in features if feature not in self._features]
         seams.check_seams(due)
-        for seam in seams.list_seams():
-            if seam.wrap is not None and set(due) & set(seam.features) and not self._features & set(seam.features):
-                home, _, name = seam.wrap.rpartition(".")
-                found = attrgetter(name)(importlib.import_module(f"counterflow.deepspeed.{home}") if home else self)
-                seam.take(self.patches, found)
+        fresh = [seam for seam in seams.list_seams() if not self._features & set(seam.features)]
+        take_seams(fresh, self.patches, due, "counterflow.deepspeed", self)
         self._features |= set(due)
 
     def require_same(self, asked: Values) -> None:
         """Raise `OptionError` if an option in ``asked`` has another value in force."""
-        for name, value in asked.items():
-            if name not in self._given or self._given[name] != value:
-                raise OptionError(
-                    f"{name} {value} is asked for and counterflow is on already without it (by the launcher or an earlier "
-                    "enable()): give all options in one place"
-                )
+        require_in_force(asked, self._given)
 
     def find_data_rank(self, chunk: int) -> int:
         """Raise `OptionError`: DeepSpeed deals samples itself."""
@@ -75,14 +68,11 @@ class Installation:
         return read_and_initialize
 
     def _prepare(self, chosen: Chosen, config: Any, named: dict[str, Any]) -> dict[str, Any]:
-        from counterflow.deepspeed.checks import check_run, splits_backward
+        from counterflow.deepspeed.checks import check_run
         from counterflow.deepspeed.pipeline.module import convert
 
         options = chosen.options
-        if options.record is not None:
-            check_folder("record", options.record)
-        if options.profile is not None:
-            check_folder("profile", options.profile_folder)
+        check_folders(options)
         check_run(chosen, config, named["model"])
         self.options = options
         if options.eplb:

@@ -8,6 +8,7 @@ from importlib import metadata
 
 from counterflow.trainer.seam import Seam
 from counterflow.trainer.seam import check_seams as check_all
+from counterflow.trainer.split_seams import list_split_seams
 
 CONFIG, SCHEDULE, ZERO_BUBBLE = "DeepSpeed's JSON", "DeepSpeed's schedule", "DeepSpeed's zero bubble"
 EXPERTS = "DeepSpeed's clones of experts"
@@ -26,7 +27,6 @@ PIPE_MODULE, PIPE_ENGINE = f"{MODULE}.PipelineModule", f"{ENGINE}.PipelineEngine
 ENGINE_BASE = "deepspeed.runtime.engine.DeepSpeedEngine"
 ZERO = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
 AUTOEP = "deepspeed.module_inject.auto_ep_layer.AutoEPMoELayer"
-FUNCTIONS = "torch.nn.functional"
 
 STARTING = (
     Seam("deepspeed", "initialize", ".read_config", (CONFIG,), KNOWN, "the config, before an engine is made",
@@ -77,16 +77,7 @@ STEPPING = (
 )  # fmt: skip
 
 SPLITTING = (
-    *(
-        Seam(FUNCTIONS, name, f"pipeline.zero_bubble.split_{name}", (ZERO_BUBBLE,), KNOWN, "weight gradients wait for the W")
-        for name in ("linear", "embedding", "conv1d", "conv2d", "conv3d")
-    ),
-    Seam("torch", "matmul", "pipeline.zero_bubble.split_matmul", (ZERO_BUBBLE,), KNOWN, "weight gradients wait for the W",
-         alone=True),
-    Seam("torch.autograd", "backward", "pipeline.zero_bubble.split_backward", (ZERO_BUBBLE,), KNOWN,
-         "a backward from a loss may be split in its graph", ("tensors",), alone=True),
-    Seam("torch.Tensor", "register_hook", "pipeline.zero_bubble.split_hooks", (ZERO_BUBBLE,), KNOWN,
-         "the nodes of tensors with hooks run once", ("self", "hook")),
+    *list_split_seams(ZERO_BUBBLE, KNOWN),
     Seam(ZERO, "process_gradients", None, (ZERO_BUBBLE,), KNOWN,
          "takes a weight's gradient after the W", ("self", "param", "i")),
     Seam("deepspeed.runtime.bf16_optimizer.BF16_Optimizer", "_update_hp_grad", None, (ZERO_BUBBLE,), KNOWN,

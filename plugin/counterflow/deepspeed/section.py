@@ -1,8 +1,4 @@
-"""The key ``"counterflow"`` of a DeepSpeed JSON: the options by their names, checked like flags.
-
-Two things differ from the flags. The options of balancing stand in an object, without their prefix: ``"eplb": {"interval": 2}``.
-And ``vpp`` gives the model chunks per rank of the family ``interleaved``, which Megatron has a flag of its own for.
-"""
+"""The key ``"counterflow"`` in a DeepSpeed config, which is a dictionary, a file or base64 of (H)JSON."""
 
 import base64
 import difflib
@@ -11,30 +7,10 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from counterflow.bounds import take_whole
-from counterflow.errors import CounterflowError, OptionError
-from counterflow.options import BALANCING, Options, Values, merge_options, read_values, write_allowed, write_default
-from counterflow.schedule.layouts import LOOPED
-
-KEY = "counterflow"
-BALANCE, CHUNKS = "eplb", "vpp"
-MOST_CHUNKS = 1000
-# Where ranks run is DeepSpeed's own choice (DS_ACCELERATOR).
-LEFT_OUT = {"platform"}
-INNER = tuple(name.removeprefix(BALANCING) for name in Options.model_fields if name.startswith(BALANCING))
-NAMES = (
-    *(name for name in Options.model_fields if not name.startswith(BALANCING) and name not in LEFT_OUT),
-    CHUNKS,
-)
-
-
-class Chosen(NamedTuple):
-    """What a run asks for: the options, and the model chunks per rank if they are given."""
-
-    options: Options
-    vpp: int | None = None
+from counterflow.errors import OptionError
+from counterflow.sections import KEY, NAMES
 
 
 def load_config(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
@@ -43,12 +19,16 @@ def load_config(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
         return config
     # DeepSpeed brings it; without DeepSpeed, plain JSON can be explained.
     reader = importlib.import_module("hjson") if importlib.util.find_spec("hjson") else json
+    text = ""
     try:
         path = Path(config)
         is_file = path.suffix == ".json" or path.is_file()
-        loaded = reader.loads(path.read_text() if is_file else base64.urlsafe_b64decode(str(config)).decode())
-    except (OSError, ValueError) as error:
-        raise OptionError(f"DeepSpeed config {str(config)[:80]!r} cannot be read as JSON: {error}") from None
+        text = path.read_text() if is_file else base64.urlsafe_b64decode(str(config)).decode()
+        loaded = reader.loads(text)
+    except (OSError, ValueError, OverflowError) as error:
+        found = re.search(r":\s*(-?(?:NaN|Infinity))\b", text)
+        reason = f"{found[1]} is no number of a JSON" if found else error
+        raise OptionError(f"DeepSpeed config {str(config)[:80]!r} cannot be read as JSON: {reason}") from None
     if not isinstance(loaded, Mapping):
         raise OptionError("a DeepSpeed config is an object of keys and values; another JSON value given")
     return loaded
@@ -66,71 +46,3 @@ def read_config(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any] | N
     if not isinstance(section, Mapping):
         raise OptionError(f'"{KEY}" is an object of options, {type(section).__name__} given; names: {", ".join(NAMES)}')
     return section
-
-
-def read_section(section: Mapping[str, Any] | None, *others: Values) -> Chosen:
-    """Return what a section asks for; options of ``others`` (`enable()`, flags) are added to it and win.
-
-    Raises `OptionError` in the words of the JSON.
-    """
-    try:
-        values, vpp = flatten(section or {})
-        options = merge_options(read_values(values), *others)
-        if vpp is not None:
-            take_whole(vpp, CHUNKS, 2, MOST_CHUNKS, error=OptionError)
-            if options.family is None or options.family.layout != LOOPED:
-                other = f"schedule {options.schedule} has its own number of chunks" if options.schedule else "no schedule"
-                raise OptionError(f"{CHUNKS} {vpp} given, and {other}: drop {CHUNKS}, or choose interleaved")
-        return Chosen(options, vpp)
-    except CounterflowError as error:
-        raise speak_json(error) from None
-
-
-def flatten(section: Mapping[str, Any]) -> tuple[Values, int | None]:
-    """Return a section's options by their flat names, and ``vpp``."""
-    _require_known(section, NAMES, KEY)
-    values = {name: value for name, value in section.items() if name not in (BALANCE, CHUNKS)}
-    balance = section.get(BALANCE)
-    if isinstance(balance, Mapping):
-        _require_known(balance, INNER, f"{KEY}.{BALANCE}")
-        values |= {BALANCE: True} | {f"{BALANCING}{name}": value for name, value in balance.items()}
-    elif isinstance(balance, bool):
-        values[BALANCE] = balance
-    elif BALANCE in section:
-        raise OptionError(f'"{BALANCE}" is true, false or an object of {", ".join(INNER)}; {balance!r} given')
-    return values, section.get(CHUNKS)
-
-
-def _require_known(section: Mapping[str, Any], names: tuple[str, ...], where: str) -> None:
-    for name in section:
-        if name not in names:
-            close = difflib.get_close_matches(str(name), names, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise OptionError(f"{where} has no key {name!r}; allowed: {', '.join(names)}{hint}")
-
-
-def describe_keys() -> str:
-    """Return a table of the section's keys in Markdown: key, what is allowed, what it does."""
-    lines = ["| key | allowed | what it does |", "| --- | --- | --- |"]
-    for name in (*NAMES, *(f"{BALANCE}.{name}" for name in INNER)):
-        if name == CHUNKS:
-            lines.append(f"| `{CHUNKS}` | 2 to {MOST_CHUNKS:,} | model chunks per rank of `interleaved` (default: 2) |")
-            continue
-        field = Options.model_fields[name.replace(f"{BALANCE}.", BALANCING)]
-        allowed = f"true, false, an object of `{BALANCE}.…`" if name == BALANCE else write_allowed(field)
-        words = str(speak_json(OptionError(f"{field.description}{write_default(field)}")))
-        lines.append(f"| `{name}` | " + " | ".join(cell.replace("|", "\\|") for cell in (allowed, words)) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def speak_json[E: CounterflowError](error: E) -> E:
-    """Return the error with flags in its message (``--cf-eplb-interval``) named as in the JSON (``eplb.interval``)."""
-
-    def name(match: re.Match[str]) -> str:
-        option = match[2].replace("-", "_")
-        inner = option.removeprefix(BALANCING)
-        spoken = f"{BALANCE}.{inner}" if option != inner else option
-        return f"{spoken} false" if match[1] else spoken
-
-    error.args = (re.sub(r"--(no-)?cf-([a-z]+(?:-[a-z]+)*)", name, str(error)), *error.args[1:])
-    return error

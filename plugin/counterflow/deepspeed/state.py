@@ -7,8 +7,8 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from counterflow.deepspeed.section import Chosen
 from counterflow.schedule.layouts import Layout
+from counterflow.sections import Chosen
 from counterflow.trainer.splits import GraphSplits
 
 
@@ -42,8 +42,8 @@ method_of: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 chunks_of: WeakKeyDictionary[Any, Chunks] = WeakKeyDictionary()
 # The `counterflow.deepspeed.experts.layer.AutoEPSlots` of each of AutoEP's layers.
 slots_of: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-# The `counterflow.deepspeed.experts.balancing.Balancer` of each engine with slots, and a reference to it for each weight of its
-# experts.
+# The `counterflow.deepspeed.experts.balancing.EngineBalancer` of each engine with slots, and a reference to it for each weight of
+# its experts.
 balancer_of: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 holder_of: Any = WeakTensorKeyDictionary()
 # Optimizers of stages that do not all have MoE layers.

@@ -33,7 +33,7 @@ from counterflow.options import Options
 from counterflow.schedule.families import list_names
 from counterflow.schedule.layouts import LOOPED, STRAIGHT, Layout, V
 from counterflow.trainer.crosslink import require_pairs
-from counterflow.trainer.tables import build_table, choose_layout, count_replicas, name_model_layout
+from counterflow.trainer.tables import build_table, choose_layout, count_replicas, name_model_layout, splits_backward
 
 # Why homes stay in a loop that is not Megatron's.
 OWN_LOOP = "moves what Megatron's optimizer keeps, and puts it back for every checkpoint, which takes megatron.training"
@@ -222,7 +222,7 @@ def _refuse_weight_shards(args: Any, ours: str) -> None:
 
 def _check_zero_bubble(args: Any, options: Options) -> None:
     """Refuse to split backward passes that Transformer Engine cannot split; they run whole for whoever says so."""
-    from counterflow.megatron.pipeline.zero_bubble import find_engine_obstacle, find_old_engine, splits_backward
+    from counterflow.megatron.pipeline.zero_bubble import find_engine_obstacle, find_old_engine
 
     if getattr(args, "transformer_impl", "") != "transformer_engine" or not splits_backward(options):
         return

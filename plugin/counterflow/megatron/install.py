@@ -5,11 +5,9 @@ Checks that need the run's sizes read the arguments of ``megatron.training`` whe
 model's config in the first step (`counterflow.megatron.checks`).
 """
 
-import importlib
 import sys
 from collections.abc import Callable, Collection
 from functools import wraps
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from counterflow.errors import CounterflowError, OptionError
@@ -21,15 +19,15 @@ from counterflow.options import (
     add_flags,
     fail,
     merge_options,
-    name_flag,
     read_flags,
     read_values,
+    require_in_force,
 )
 from counterflow.patching import Patches
-from counterflow.runtime.recorder import check_folder
 from counterflow.schedule.layouts import V
-from counterflow.trainer.seam import Wrapper
-from counterflow.trainer.tables import choose_layout, count_replicas, name_model_layout
+from counterflow.trainer.pipeline import check_folders
+from counterflow.trainer.seam import take_seams as take_all
+from counterflow.trainer.tables import choose_layout, count_replicas, name_model_layout, splits_backward
 
 if TYPE_CHECKING:
     from counterflow.megatron.experts.balancing import ExpertBalancer
@@ -40,8 +38,6 @@ YAML_FLAG = "--yaml-cfg"
 
 def list_features(options: Options) -> list[str]:
     """Return the names of the features that the options ask for, as `seams` has them."""
-    from counterflow.megatron.pipeline.zero_bubble import splits_backward
-
     features = []
     if options.schedule is not None:
         layout = choose_layout(options, 2, 2)
@@ -58,20 +54,7 @@ def list_features(options: Options) -> list[str]:
 
 def take_seams(patches: Patches, features: Collection[str], run: Any = None) -> None:
     """Install the wrappers of the features' seams; ``run``, an `Installation`, has those that depend on its options."""
-    for seam in seams.list_seams():
-        if seam.wrap is not None and set(features) & set(seam.features):
-            seam.take(patches, find_wrapper(seam.wrap, run))
-
-
-def find_wrapper(name: str, run: Any) -> Wrapper:
-    """Return the wrapper that a seam names: an attribute of ``run`` if the name begins with a dot, else one of this package."""
-    home, _, function = name.rpartition(".")
-    wrapper: Wrapper = (
-        attrgetter(name[1:])(run)
-        if name.startswith(".")
-        else getattr(importlib.import_module(f"counterflow.megatron.{home}"), function)
-    )
-    return wrapper
+    take_all(seams.list_seams(), patches, features, "counterflow.megatron", run)
 
 
 class Installation:
@@ -94,10 +77,7 @@ class Installation:
 
     def put_in_force(self, options: Options) -> None:
         """Check the seams of the features that the options ask for, and install them. Raises `SeamError` if one does not fit."""
-        if options.record is not None:
-            check_folder("--cf-record", options.record)
-        if options.profile is not None:
-            check_folder("--cf-profile", options.profile_folder)
+        check_folders(options)
         features = list_features(options)
         seams.check_seams(features)
         if seams.V_LAYOUT in features:
@@ -241,13 +221,7 @@ class Installation:
     def require_same(self, asked: Values) -> None:
         """Raise `OptionError` if an option in ``asked`` has another value in force."""
         current = self.options or Options.model_construct(**(self._enabled | self._flags))
-        for name, value in asked.items():
-            if value != (in_force := getattr(current, name)):
-                raise OptionError(
-                    f"{name_flag(name)} {value} is asked for and counterflow is on already with {in_force} (by the launcher, an "
-                    "earlier enable() or an earlier run of this process): give all options in one place, or take the first "
-                    "back with .undo() on what its enable() returned"
-                )
+        require_in_force(asked, current.model_dump())
 
     def take_arguments(self, parsed: Any) -> None:
         """Check the arguments of ``megatron.training``, and write the options in force into them."""
@@ -271,7 +245,7 @@ class Installation:
             setattr(parsed, f"cf_{name}", value)
 
     def _delay_engine(self, parsed: Any) -> None:
-        from counterflow.megatron.pipeline.zero_bubble import find_engine_obstacle, splits_backward
+        from counterflow.megatron.pipeline.zero_bubble import find_engine_obstacle
 
         assert self.options is not None
         is_engine = getattr(parsed, "transformer_impl", "") == "transformer_engine"

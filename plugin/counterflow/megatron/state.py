@@ -3,7 +3,6 @@
 A value must not refer to its key, or neither would ever be freed.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -12,6 +11,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from counterflow.moe.clones import Clones
+from counterflow.trainer.balancer import Waiting
 
 
 @dataclass
@@ -21,7 +21,7 @@ class ChunkState:
     is_on_way_back: bool = False
     """Whether it was built as the second chunk of a V."""
     clones: Clones | None = None
-    due: list[Callable[[], None]] = field(default_factory=list)
+    due: Waiting = field(default_factory=Waiting)
     """Reductions of expert gradients that wait for the gradients of clones."""
     handed_over: dict[Any, int] | None = None
     """Its Transformer Engine modules, each with how many of its queued weight gradients were deferred; None before the first

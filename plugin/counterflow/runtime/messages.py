@@ -5,7 +5,7 @@ member that needs no gradient, such as a mask, has None there, and nothing is se
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -117,7 +117,29 @@ def run_backward(inputs: Message, outputs: Message, gradients: Message, start: S
         torch.autograd.Variable._execution_engine.run_backward(
             tuple(roots), tuple(starts), False, False, (), allow_unreachable=True, accumulate_grad=True
         )
+    return take_gradients(inputs)
+
+
+def take_gradients(inputs: Message) -> Message:
+    """Return the gradients of a stage's inputs after its backward, None for an input without one."""
     return tuple(None if member is None or not member.requires_grad else member.grad for member in inputs)
+
+
+def pack(outputs: Any, stage: int) -> Message:
+    """Return what a stage returned, a tensor or a tuple of tensors, as a message; raises `ScheduleError` for anything else.
+
+    After a tuple of one comes None: a single tensor is a message of one.
+    """
+    if isinstance(outputs, torch.Tensor):
+        return (outputs,)
+    if not isinstance(outputs, tuple | list) or not outputs or not all(isinstance(one, torch.Tensor) for one in outputs):
+        raise ScheduleError(f"stage {stage} hands on a {type(outputs).__name__}; a tensor or a tuple of tensors is expected")
+    return (outputs[0], None) if len(outputs) == 1 else tuple(outputs)
+
+
+def unpack(message: Message) -> Any:
+    """Return what `pack` made a message of."""
+    return message[0] if len(message) == 1 else tuple(member for member in message if member is not None)
 
 
 def describe_message(message: Message) -> str:

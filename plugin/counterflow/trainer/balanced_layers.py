@@ -30,8 +30,6 @@ from counterflow.options import AUTO, Options
 # The number of micro-batches whose loads are saved with a checkpoint, so that the next run starts with a plan. The predictor
 # looks back as far.
 KEPT_MICROBATCHES = 64
-# The folder in a checkpoint for these loads.
-LOADS_FOLDER = "counterflow"
 
 
 @dataclass(frozen=True)

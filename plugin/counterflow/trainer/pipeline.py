@@ -15,7 +15,7 @@ from counterflow.runtime.handover import Carried, HandOver
 from counterflow.runtime.lowering import Program, lower
 from counterflow.runtime.mailbox import Channels, Mailbox
 from counterflow.runtime.messages import Announced, Form
-from counterflow.runtime.recorder import Recorder, append_record
+from counterflow.runtime.recorder import Recorder, append_record, check_folder
 from counterflow.runtime.watch import Watch, find_store
 from counterflow.schedule import ScheduleTable, build_forward_only
 from counterflow.trainer.auto import AutoTable
@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 
 # Takes the global ranks of this replica's pipeline; returns those of the table, and this rank's place among them.
 Link = Callable[[list[int]], tuple[list[int], int]]
+
+
+def check_folders(options: Options) -> None:
+    """Raise `OptionError` if a folder that the run will write to cannot be written to."""
+    if options.record is not None:
+        check_folder("--cf-record", options.record)
+    if options.profile is not None:
+        check_folder("--cf-profile", options.profile_folder)
 
 
 class Pipeline:

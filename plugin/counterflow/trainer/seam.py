@@ -2,8 +2,9 @@
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
@@ -87,6 +88,26 @@ class Seam:
             patches.replace(owner, self.symbol, wrap)
         else:
             patches.set(owner, self.symbol, wrap(getattr(owner, self.symbol)))
+
+
+def take_seams(seams: Iterable[Seam], patches: Patches, features: Collection[str], package: str, run: Any = None) -> None:
+    """Install the wrappers of the seams that these features need; ``package`` and ``run`` are those of `find_wrapper`."""
+    for seam in seams:
+        if seam.wrap is not None and set(features) & set(seam.features):
+            seam.take(patches, find_wrapper(seam.wrap, package, run))
+
+
+def find_wrapper(name: str, package: str, run: Any) -> Wrapper:
+    """Return the wrapper that a seam names.
+
+    It is an attribute of ``run``, the adapter's installation, if the name begins with a dot; else a function of the project, by
+    its full name or by its name in the adapter's ``package``.
+    """
+    if name.startswith("."):
+        return attrgetter(name[1:])(run)  # type: ignore[no-any-return]
+    home, _, function = name.rpartition(".")
+    full = home if home.startswith("counterflow.") else f"{package}.{home}"
+    return getattr(importlib.import_module(full), function)  # type: ignore[no-any-return]
 
 
 def _has(owner: Any, symbol: str) -> bool:

@@ -98,13 +98,35 @@ def build_table(options: Options, ranks: int, microbatches: int, chunks: int, gr
     else:
         table = _build_named(options, ranks, microbatches, {"vpp": chunks, "group": group, "ep_overlap": options.overlap})
     _require_training(table, options)
-    if options.overlap and not any(action.parts for row in table.actions for action in row):
-        raise OptionError(
-            f"--cf-overlap runs overlapped pairs F&B and {options.schedule} has none with {microbatches} micro-batches on "
-            f"{ranks} ranks: choose {', '.join(list_names(pairs=True))} or {AUTO}, give a table with OVERLAP_F_B cells, or drop "
-            "--cf-overlap"
-        )
+    require_pairs_to_overlap(options, table)
     return prepare_table(table, splits=options.zero_bubble is not False)
+
+
+def splits_backward(options: Options) -> bool:
+    """Tell whether linears leave weight gradients: to a W, or, in a pair, to behind its next communication.
+
+    Without a schedule nobody would compute them.
+    """
+    if options.schedule is None or options.zero_bubble is False:
+        return False
+    return options.overlap or options.family is None or options.family.splits
+
+
+def require_pairs_to_overlap(options: Options, table: ScheduleTable | None = None) -> None:
+    """Raise `OptionError` if overlapped pairs are asked for and ``table``, or without one the family of the run, has none."""
+    if not options.overlap:
+        return
+    if table is None:
+        has_pairs, where = options.family is None or options.family.pairs, ""
+    else:
+        has_pairs = any(action.parts for row in table.actions for action in row)
+        replicas = count_replicas(table.layout)
+        where = f" with {table.microbatches // replicas} micro-batches on {table.ranks // replicas} ranks"
+    if not has_pairs:
+        raise OptionError(
+            f"--cf-overlap runs overlapped pairs F&B and {options.schedule} has none{where}: choose "
+            f"{', '.join(list_names(pairs=True))} or {AUTO}, give a table with OVERLAP_F_B cells, or drop --cf-overlap"
+        )
 
 
 def prepare_table(table: ScheduleTable, *, splits: bool) -> ScheduleTable:

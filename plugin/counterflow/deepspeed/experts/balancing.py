@@ -10,9 +10,8 @@ save_checkpoint       move homes to where AutoEP expects them, and back
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
-from pathlib import Path
 from typing import Any
 from weakref import ref
 
@@ -22,15 +21,16 @@ import torch.distributed as dist
 from counterflow.deepspeed.checks import find_homes_obstacle
 from counterflow.deepspeed.experts.layer import AutoEPSlots
 from counterflow.deepspeed.experts.optimizer_state import take_state
-from counterflow.deepspeed.section import speak_json
 from counterflow.deepspeed.stages import list_layers
 from counterflow.deepspeed.state import balancer_of, holder_of, slots_of
-from counterflow.errors import CounterflowError, OptionError
+from counterflow.errors import OptionError
 from counterflow.moe.gradients import GradientStore, PlainGradients, SummedGradients
 from counterflow.moe.planning import compile_planner
 from counterflow.options import Options
-from counterflow.trainer.balanced_layers import LOADS_FOLDER, BalancedLayers, ExpertGroups
-from counterflow.trainer.balancing_log import announce_clones, describe_step, end_step, keep_homes_where
+from counterflow.sections import speaking_json
+from counterflow.trainer.balanced_layers import BalancedLayers, ExpertGroups
+from counterflow.trainer.balancer import Balancer, Waiting, say_idle
+from counterflow.trainer.balancing_log import describe_step, keep_homes_where
 
 # Optimizers whose state has a number for each number of a weight, which no other changes. Norms of whole weights, or rows and
 # columns of them, would be those of other experts' weights too.
@@ -60,90 +60,59 @@ class EngineLayers(BalancedLayers):
         return take_state(self._find_optimizer(), parameter)
 
 
-class Balancer:
-    """Leads the layers of one engine through its steps. ``layers`` is None on a rank without MoE layers."""
+class EngineBalancer(Balancer[EngineLayers]):
+    """Leads the layers of one engine through its steps."""
 
-    def __init__(self, layers: EngineLayers | None) -> None:
-        self.layers = layers
-        self.due: list[Callable[[], None]] = []
-        """Reductions of expert gradients that wait for the gradients of clones."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting = Waiting()
         self.is_in_step = False
-        self.figures: dict[str, float] | None = None
         self._microbatches = 0
 
     @contextmanager
     def run_forward(self, engine: Any) -> Iterator[None]:
         """Begin a step if there is none yet, or an evaluation."""
-        is_evaluation = not (engine.module.training and torch.is_grad_enabled())
-        with _speak_json():
-            if not is_evaluation and not self.is_in_step:
-                self.is_in_step, self._microbatches = True, 0
-                if self.layers is not None:
-                    self.layers.begin_step(engine.global_steps + 1)
-            elif is_evaluation and not self.is_in_step and self.layers is not None:
-                self.layers.refresh()
-        self._microbatches += not is_evaluation
+        if not (engine.module.training and torch.is_grad_enabled()):
+            with nullcontext() if self.is_in_step else self.evaluate():
+                yield
+            return
+        if not self.is_in_step:
+            self.is_in_step, self._microbatches = True, 0
+            with speaking_json():
+                self.begin_step(engine.global_steps + 1)
+        self._microbatches += 1
         yield
-        if is_evaluation and self.layers is not None:
-            self.layers.finish_evaluation()
 
-    def end_step(self, engine: Any) -> None:
+    def finish_step(self, engine: Any) -> None:
         """Bring the gradients of clones home, then start the reductions that waited; a second call in a step does nothing."""
         if not self.is_in_step:
             return
-        with _speak_json():
-            self.figures = end_step(self.layers, getattr(engine, "micro_batches", self._microbatches))
+        with speaking_json():
+            self.end_step(getattr(engine, "micro_batches", self._microbatches))
         self.is_in_step = False
-        while self.due:
-            self.due.pop(0)()
-        if engine.monitor.enabled and dist.get_rank() == 0:
+        self.waiting.start()
+        if engine.monitor.enabled and dist.get_rank() == 0 and self.figures is not None:
             samples = engine.global_samples + engine.train_batch_size()
             engine.monitor.write_events([(f"Train/EPLB/{name}", value, samples) for name, value in self.figures.items()])
-
-    @contextmanager
-    def save(self, folder: Path) -> Iterator[None]:
-        """Have homes where AutoEP expects them inside the block, and keep the last loads with the checkpoint in ``folder``."""
-        if self.layers is None:
-            yield
-            return
-        with self.layers.be_at_home():
-            yield
-        self.layers.save_loads(folder / LOADS_FOLDER)
-
-    @contextmanager
-    def load(self, folder: Path, microbatches: int) -> Iterator[None]:
-        """Take what the block loads into the homes, and plan from the loads that were kept in ``folder``."""
-        if self.layers is not None:
-            self.layers.bring_homes_back()
-        yield
-        if self.layers is not None:
-            self.layers.take_over()
-            self.layers.load_loads(folder / LOADS_FOLDER, microbatches)
 
 
 def attach(engine: Any, options: Options) -> None:
     """Give the layers of an engine slots (a collective call)."""
-    layers = list_layers(engine)
     if engine._config.expert_parallel_config.autoep_size == 1:
-        if dist.get_rank() == 0:
-            print(
-                "counterflow: eplb: expert_parallel.autoep_size is 1, every rank computes all experts: there is nothing to "
-                "balance, training goes on without it",
-                flush=True,
-            )
+        say_idle("expert_parallel.autoep_size")
         return
+    layers = list_layers(engine)
     if (obstacle := _find_homes_obstacle(engine)) is not None and options.needs_moves:
         raise OptionError(f"eplb: eplb.rehome_interval {obstacle}: drop one of the two")
     options = keep_homes_where(obstacle, options)
     compile_planner()
     for number, (_, layer) in zip(_number([name for name, _ in layers]), layers, strict=True):
         slots_of[layer] = AutoEPSlots(layer, number, options)
-    balancer = Balancer(EngineLayers(options, engine, [one for _, one in layers]) if layers else None)
-    balancer_of[engine] = balancer
+    balancer = balancer_of[engine] = EngineBalancer()
     for _, layer in layers:
         for parameter in layer.experts.parameters():
             holder_of[parameter] = ref(balancer)
-    announce_clones(balancer.layers, options.eplb_clones_per_rank)
+    balancer.take(EngineLayers(options, engine, [one for _, one in layers]) if layers else None, options.eplb_clones_per_rank)
 
 
 def _find_homes_obstacle(engine: Any) -> str | None:
@@ -176,7 +145,7 @@ def end_before(reduce: Callable[..., None]) -> Callable[..., None]:
     @wraps(reduce)
     def run(self: Any, *args: Any, **kwargs: Any) -> None:
         if (balancer := balancer_of.get(self)) is not None and self.is_gradient_accumulation_boundary():
-            balancer.end_step(self)
+            balancer.finish_step(self)
         reduce(self, *args, **kwargs)
 
     return run
@@ -192,7 +161,7 @@ def wait_for_clones(reduce: Callable[..., None]) -> Callable[..., None]:
         if balancer is None or not balancer.is_in_step or not self.is_gradient_accumulation_boundary():
             reduce(self, param, i)
         else:
-            balancer.due.append(partial(reduce, self, param, i))
+            balancer.waiting.add(partial(reduce, self, param, i))
 
     return run
 
@@ -225,11 +194,3 @@ def _number(names: list[str]) -> list[int]:
     """Return the layers' numbers in the model, from 1: after the first number in their names, or in order."""
     found = [int(match[0]) + 1 for name in names if (match := re.search(r"\d+", name))]
     return found if len(set(found)) == len(names) else list(range(1, len(names) + 1))
-
-
-@contextmanager
-def _speak_json() -> Iterator[None]:
-    try:
-        yield
-    except CounterflowError as error:
-        raise speak_json(error) from error.__cause__

@@ -4,7 +4,6 @@ The layer is upstream's own. Its forward is run on a view of it, in which slots 
 module of the experts' class. It is not a child of the layer, so optimizer, data parallelism and checkpoints do not see it.
 """
 
-import copy
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -15,8 +14,8 @@ import torch
 
 from counterflow.deepspeed.state import slots_of
 from counterflow.moe.clones import LayerExperts
-from counterflow.moe.gradients import Part
 from counterflow.moe.layer import LayerSlots
+from counterflow.moe.stacks import list_parts, make_stack
 from counterflow.options import Options
 
 
@@ -28,7 +27,10 @@ class AutoEPSlots(LayerSlots):
         self._find_layer, self.number = ref(layer), number
         self._is_seen_in_forward = False
         count = options.eplb_clones_per_rank
-        self.clone_module = _make_clones(layer.experts, count) if count else None
+        self.clone_module = None
+        if count:
+            self.clone_module = make_stack(layer.experts, count)
+            self.clone_module.num_experts = count
         ranks = np.arange(layer.ep_size)
         super().__init__(layer.num_local_experts, count, layer.ep_group, ranks, is_exact=options.eplb_split == "exact")
         self.width = layer.num_local_experts + count
@@ -97,20 +99,3 @@ def deal_to_slots(forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward(self if slots is None else SlotView(self, slots), hidden_states)
 
     return run
-
-
-def list_parts(experts: Any) -> list[list[Part]]:
-    """Return the weights of each expert in a module that stacks them."""
-    parameters = list(experts.parameters())
-    return [[Part(one, index) for one in parameters] for index in range(len(parameters[0]))]
-
-
-def _make_clones(experts: Any, count: int) -> Any:
-    """Return a module like ``experts`` with ``count`` experts of weight zero. Draws no random number."""
-    clones = copy.copy(experts)
-    clones._parameters = {
-        name: torch.nn.Parameter(one.data.new_zeros(count, *one.shape[1:]), requires_grad=one.requires_grad)
-        for name, one in experts._parameters.items()
-    }
-    clones.num_experts = count
-    return clones

@@ -4,25 +4,21 @@ from typing import Any
 
 import torch
 
-from counterflow.errors import SeamError
 from counterflow.moe.gradients import Part
+from counterflow.trainer.optimizer_state import list_moments, refuse_unknown
 
 
 def take_state(optimizer: Any, part: Part) -> list[torch.Tensor]:
     """Return the master and the moments of an expert's weight, in the same order on all ranks; [] if this rank has none of it.
 
-    Step counters, which are equal for all parameters, are left out, and so is a master that is the parameter itself. Raises
-    `SeamError` if the optimizer does not know the weight.
+    A master that is the parameter itself is left out. Raises `SeamError` if the optimizer does not know the weight.
     """
     if hasattr(part.whole, "_hp_mapping"):
         return _take_shard(optimizer, part)
     states = getattr(optimizer, "state", {})
     if any(part.whole is own for group in optimizer.param_groups for own in group["params"]):
-        return [moment[part.index] for moment in _list_moments(states.get(part.whole, {}), part.whole)]
-    raise SeamError(
-        f"{type(optimizer).__name__} does not say what it keeps for an expert's weight of shape {tuple(part.whole.shape)}: "
-        "drop eplb.rehome_interval"
-    )
+        return [moment[part.index] for moment in list_moments(states.get(part.whole, {}), part.whole)]
+    raise refuse_unknown(optimizer, part.whole.shape)
 
 
 def _take_shard(optimizer: Any, part: Part) -> list[torch.Tensor]:
@@ -34,10 +30,6 @@ def _take_shard(optimizer: Any, part: Part) -> list[torch.Tensor]:
     start, stop = (min(max(one, held.start), held.start + held.numel) for one in (part.index * size, (part.index + 1) * size))
     name = "single_partition_of_fp32_groups" if hasattr(optimizer, "single_partition_of_fp32_groups") else None
     flat = getattr(optimizer, name or "fp32_groups_flat_partition")[mapping.param_group_index]
-    found = [flat.data, *_list_moments(optimizer.optimizer.state.get(flat, {}), flat)]
+    found = [flat.data, *list_moments(optimizer.optimizer.state.get(flat, {}), flat)]
     offset = mapping.hp_fragment_address.start + start - held.start
     return [one.narrow(0, offset, stop - start) for one in found] if stop > start else []
-
-
-def _list_moments(state: dict[str, Any], like: torch.Tensor) -> list[torch.Tensor]:
-    return [value for _, value in sorted(state.items()) if torch.is_tensor(value) and value.shape == like.shape]

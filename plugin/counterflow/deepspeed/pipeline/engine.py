@@ -16,11 +16,10 @@ import torch.distributed as dist
 from counterflow.deepspeed.pipeline.overlap import list_carried
 from counterflow.deepspeed.pipeline.work import DeepSpeedWork
 from counterflow.deepspeed.pipeline.zero_bubble import split_model
-from counterflow.deepspeed.section import speak_json
 from counterflow.deepspeed.state import chunks_of
-from counterflow.errors import CounterflowError
 from counterflow.options import AUTO
 from counterflow.runtime.messages import Announced
+from counterflow.sections import speaking_json
 from counterflow.trainer.crosslink import Partner, link_pipelines
 from counterflow.trainer.pipeline import Pipeline
 from counterflow.trainer.tables import choose_layout, count_replicas
@@ -146,13 +145,8 @@ def make_engine_class(base: Any) -> Any:
         def _inference_schedule(self, micro_batches: int) -> Step:
             return Step(micro_batches, is_evaluation=True)
 
+        @speaking_json()
         def _exec_schedule(self, step: Step) -> None:
-            try:
-                self._run(step)
-            except CounterflowError as error:
-                raise speak_json(error) from error.__cause__
-
-        def _run(self, step: Step) -> None:
             number = self.global_steps + 1
             self.fwd_outputs: list[Any] = []
             self._due, self._dealt = step.microbatches, {}

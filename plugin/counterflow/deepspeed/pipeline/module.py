@@ -10,13 +10,13 @@ from functools import cache, wraps
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from counterflow.deepspeed.section import Chosen
 from counterflow.deepspeed.state import Chunks, chunks_of, method_of
 from counterflow.errors import OptionError
 from counterflow.schedule.layouts import lay_named
+from counterflow.sections import Chosen
+from counterflow.trainer.moved_layers import ParameterGroups, list_moves, receive_state, send_state
 from counterflow.trainer.tables import choose_layout, name_model_layout
 
 
@@ -47,7 +47,7 @@ def convert(model: Any, chosen: Chosen, optimizer: Any, parameters: Iterable[Any
             f"schedule {chosen.options.schedule} cuts a model into {stages} stages on {ranks} ranks and the PipelineModule has "
             f"{len(model._layer_specs)} layers: give it {stages} or more, or a smaller num_stages"
         )
-    given = [_Grouping(one) for one in (getattr(optimizer, "param_groups", None), parameters)]
+    given = [ParameterGroups(one) for one in (getattr(optimizer, "param_groups", None), parameters)]
     owners, held = [model.stage_owner(layer) for layer in range(model._num_layers)], _list_held(model)
     sources: dict[Any, Any] = held | dict(model.tied_modules)
     bounds = _cut(model, stages)
@@ -59,7 +59,7 @@ def convert(model: Any, chosen: Chosen, optimizer: Any, parameters: Iterable[Any
     model.tied_comms = model._index_tied_modules()
     model._synchronize_tied_weights()
     model.activate(0)
-    _, new_parameters = (one.regroup(model) for one in given)
+    _, new_parameters = (one.regroup(model.parameters()) for one in given)
     return {"optimizer": optimizer, "model_parameters": new_parameters}
 
 
@@ -174,93 +174,14 @@ def _find_key(spec: Any) -> str | None:
     return getattr(spec, "key", None)
 
 
-def _list_moves(specs: list[Any], owners: list[int], homes: list[int]) -> list[tuple[int, int, int]]:
-    """Return the layers that move, each with the pipeline rank that held it and the one that needs it; tied ones once a rank."""
-    holders: dict[Any, set[int]] = {}
-    names = [_find_key(spec) or layer for layer, spec in enumerate(specs)]
-    for name, owner in zip(names, owners, strict=True):
-        holders.setdefault(name, set()).add(owner)
-    moves = []
-    for layer, (name, owner, home) in enumerate(zip(names, owners, homes, strict=True)):
-        if home not in holders[name]:
-            holders[name].add(home)
-            moves.append((layer, owner, home))
-    return moves
-
-
-def _move_layers(model: Any, owners: list[int], sources: dict[Any, Any], given: list["_Grouping"]) -> None:
+def _move_layers(model: Any, owners: list[int], sources: dict[Any, Any], given: list[ParameterGroups]) -> None:
     """Send the state of each layer from the rank that held it to the one that needs it, one layer after the other."""
-    specs = model._layer_specs
-    for layer, owner, home in _list_moves(specs, owners, [model.stage_owner(one) for one in range(len(specs))]):
-        key = _find_key(specs[layer])
+    names = [_find_key(spec) or layer for layer, spec in enumerate(model._layer_specs)]
+    group, find_rank = model._grid.get_pipe_parallel_group(), model._grid.stage_to_global
+    device = next((one.device for one in model.parameters()), torch.device("cpu"))
+    for name, layer, owner, home in list_moves(names, owners, [model.stage_owner(one) for one in range(len(names))]):
         if model.stage_id == owner:
-            _send_state(sources[key or layer], model, home, given)
+            send_state(sources[name], find_rank(home), group, given)
         elif model.stage_id == home:
-            _receive_state(model.tied_modules[key] if key else model._modules.get(str(layer)), model, owner, given)
-
-
-def _send_state(module: Any, model: Any, home: int, given: list["_Grouping"]) -> None:
-    group, receiver = model._grid.get_pipe_parallel_group(), model._grid.stage_to_global(home)
-    state = _list_state(module)
-    header = {name: (tuple(one.shape), one.dtype, one.requires_grad, [g.find(one) for g in given]) for name, one in state.items()}
-    dist.send_object_list([header], receiver, group)
-    for tensor in state.values():
-        dist.send(tensor.detach().contiguous(), receiver, group)
-
-
-def _receive_state(module: Any, model: Any, owner: int, given: list["_Grouping"]) -> None:
-    group, sender = model._grid.get_pipe_parallel_group(), model._grid.stage_to_global(owner)
-    box: list[Any] = [None]
-    dist.recv_object_list(box, sender, group)
-    state, device = _list_state(module), next((one.device for one in model.parameters()), torch.device("cpu"))
-    if set(state) != set(box[0]):
-        raise OptionError(
-            f"a layer of type {type(module).__name__} holds {', '.join(sorted(box[0]))} on one rank and "
-            f"{', '.join(sorted(state))} where it is built anew: its LayerSpec must build what the model holds"
-        )
-    for name, (shape, dtype, is_trained, places) in box[0].items():
-        buffer = torch.empty(shape, dtype=dtype, device=device)
-        dist.recv(buffer, sender, group)
-        state[name].data = buffer
-        if isinstance(state[name], nn.Parameter):
-            state[name].requires_grad_(is_trained)
-        for grouping, place in zip(given, places, strict=True):
-            grouping.put(state[name], place)
-
-
-def _list_state(module: Any) -> dict[str, torch.Tensor]:
-    """Return a layer's parameters and buffers by name; none of a layer that is a plain function."""
-    return dict([*module.named_parameters(), *module.named_buffers()]) if isinstance(module, nn.Module) else {}
-
-
-class _Grouping:
-    """The parameter groups that a script gave: tensors, or dictionaries as torch's optimizers take them."""
-
-    def __init__(self, source: Iterable[Any] | None) -> None:
-        self._source = source
-        items = [] if source is None else list(source)
-        self._is_plain = not any(isinstance(item, dict) for item in items)
-        self._groups: list[dict[str, Any]] = [{"params": items}] if self._is_plain else items
-        # By identity; the parameters themselves are kept, so that no other gets the number of one that is gone.
-        self._places: dict[int, tuple[Any, int]] = {}
-        for place, group in enumerate(self._groups):
-            group["params"] = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
-            for parameter in group["params"]:
-                self.put(parameter, place)
-
-    def find(self, parameter: Any) -> int | None:
-        """Return the group of a parameter."""
-        return self._places.get(id(parameter), (None, None))[1]
-
-    def put(self, parameter: Any, place: int | None) -> None:
-        """Note the group of a parameter."""
-        if place is not None:
-            self._places[id(parameter)] = parameter, place
-
-    def regroup(self, model: Any) -> Any:
-        """Put the parameters that this rank has now in the groups, in place; return the groups in the form that they had."""
-        for place, group in enumerate(self._groups):
-            group["params"] = [parameter for parameter in model.parameters() if self.find(parameter) == place]
-        if self._source is None:
-            return None
-        return self._groups[0]["params"] if self._is_plain else self._groups
+            built = model.tied_modules[name] if name in model.tied_modules else model._modules.get(str(layer))
+            receive_state(built, find_rank(owner), group, given, device)

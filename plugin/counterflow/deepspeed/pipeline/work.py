@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from counterflow.deepspeed.state import Chunks, graphs_of
-from counterflow.errors import ScheduleError
 from counterflow.runtime.executor import Work
-from counterflow.runtime.messages import Message, run_backward
+from counterflow.runtime.messages import Message, pack, run_backward, take_gradients, unpack
 from counterflow.trainer.splits import note_hooks, start_backward
 
 
@@ -52,7 +51,7 @@ class DeepSpeedWork(Work):
                     return run_backward(inputs, outputs, received, start_backward)
             engine.loss = loss
             engine._exec_backward_pass(self._find_buffer(stage, microbatch))
-        return tuple(None if member is None or not member.requires_grad else member.grad for member in inputs)
+        return take_gradients(inputs)
 
     def list_layers(self) -> dict[str, torch.nn.Module]:
         """Return the layers of this rank's chunks by their places in the PipelineModule; plain functions and tied layers not."""
@@ -114,17 +113,3 @@ def _be_in_backward(engine: Any) -> Iterator[None]:
     for name in (*engine.engine_timers.backward_inner_timers, *engine.engine_timers.backward_timers):
         if engine.timers(name).started_:
             engine.timers(name).stop()
-
-
-def pack(outputs: Any, stage: int) -> Message:
-    """Return a stage's output as a message. After a tuple of one comes None: a single tensor is a message of one."""
-    if isinstance(outputs, torch.Tensor):
-        return (outputs,)
-    if not isinstance(outputs, tuple | list) or not outputs or not all(isinstance(one, torch.Tensor) for one in outputs):
-        raise ScheduleError(f"stage {stage} hands on a {type(outputs).__name__}; a tensor or a tuple of tensors is expected")
-    return (outputs[0], None) if len(outputs) == 1 else tuple(outputs)
-
-
-def unpack(message: Message) -> Any:
-    """Return what `pack` made a message of."""
-    return message[0] if len(message) == 1 else tuple(member for member in message if member is not None)

@@ -15,10 +15,6 @@ from counterflow.deepspeed.state import graphs_of
 from counterflow.trainer import splits
 from counterflow.trainer.engine_splits import split_engine_modules
 
-split_linear, split_embedding, split_matmul = splits.split_linear, splits.split_embedding, splits.split_matmul
-split_conv1d, split_conv2d, split_conv3d = splits.split_conv1d, splits.split_conv2d, splits.split_conv3d
-split_backward, split_hooks = splits.split_backward, splits.split_hooks
-
 
 def add_to_optimizer(optimizer: ref[Any], group: int, number: int, weight: Any, gradient: torch.Tensor) -> None:
     """Add a gradient that a W computed, as the hooks of the optimizer do after autograd has added one."""

@@ -11,11 +11,10 @@ save_checkpoint       move homes to where Megatron expects them, and back
 """
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
@@ -26,26 +25,19 @@ from counterflow.megatron.loop import find_arguments, number_iteration
 from counterflow.megatron.state import layer_slots, of_chunk
 from counterflow.moe.planning import compile_planner
 from counterflow.options import Options
-from counterflow.trainer.balanced_layers import LOADS_FOLDER
-from counterflow.trainer.balancing_log import announce_clones, describe_step, end_step, keep_homes_where
-
-NOTHING_TO_BALANCE = (
-    "counterflow: eplb: --expert-model-parallel-size is 1, every rank computes all experts: there is nothing to balance, "
-    "training goes on without it"
-)
+from counterflow.trainer.balancer import Balancer, say_idle
+from counterflow.trainer.balancing_log import describe_step, keep_homes_where
 
 
-class ExpertBalancer:
+class ExpertBalancer(Balancer[BalancedModel]):
     """Wraps Megatron's calls; finds the model's MoE layers in the first step."""
 
     def __init__(self, options: Options) -> None:
+        super().__init__()
         self._options = options
         self._is_attached = False
         # One expert-parallel rank: there is nothing to balance.
         self._is_idle = False
-        # None on a pipeline rank without MoE layers.
-        self._model: BalancedModel | None = None
-        self._figures: dict[str, float] | None = None
         self._training_steps = 0
 
     def wrap_schedule(self, forward_backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,14 +50,14 @@ class ExpertBalancer:
             if self._is_idle:
                 return forward_backward(*args, **kwargs)
             if kwargs.get("forward_only", False):
-                return self._evaluate(partial(forward_backward, *args, **kwargs))
+                with self.evaluate():
+                    return forward_backward(*args, **kwargs)
             if not self._training_steps:
                 _require_reductions(chunks)
-            if self._model is not None:
-                self._model.begin_step(number_iteration(self._training_steps))
+            self.begin_step(number_iteration(self._training_steps))
             result = forward_backward(*args, **kwargs)
             self._training_steps += 1
-            self._end_step(kwargs["num_microbatches"])
+            self.end_step(kwargs["num_microbatches"])
             return result
 
         return balanced_forward_backward
@@ -76,8 +68,8 @@ class ExpertBalancer:
         @wraps(train_step)
         def keep_optimizer(forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
             self._attach(model, _count_microbatches())
-            if self._model is not None:
-                self._model.optimizer = optimizer
+            if self.layers is not None:
+                self.layers.optimizer = optimizer
             return train_step(forward_step, data_iterator, model, optimizer, *args, **kwargs)
 
         return keep_optimizer
@@ -87,15 +79,10 @@ class ExpertBalancer:
 
         @wraps(save_checkpoint)
         def save_at_home(iteration: int, *args: Any, **kwargs: Any) -> Any:
-            if self._model is None:
-                return save_checkpoint(iteration, *args, **kwargs)
-            with self._model.be_at_home():
-                result = save_checkpoint(iteration, *args, **kwargs)
             # A checkpoint that is not persistent is in another folder and is soon deleted.
             is_kept = not kwargs.get("non_persistent_ckpt", False)
-            if is_kept and (directory := _find_loads_folder("save", iteration)) is not None:
-                self._model.save_loads(directory)
-            return result
+            with self.save(_find_checkpoint("save", iteration) if is_kept else None):
+                return save_checkpoint(iteration, *args, **kwargs)
 
         return save_at_home
 
@@ -105,12 +92,12 @@ class ExpertBalancer:
         @wraps(report)
         def report_and_add(*args: Any, **kwargs: Any) -> str:
             line = report(*args, **kwargs)
-            if self._figures is None:
+            if self.figures is None:
                 return line
             if (writer := kwargs.get("writer")) is not None:
-                for name, value in self._figures.items():
+                for name, value in self.figures.items():
                     writer.add_scalar(f"eplb/{name}", value, kwargs["iteration"])
-            return line + describe_step(self._figures)
+            return line + describe_step(self.figures)
 
         return report_and_add
 
@@ -120,28 +107,16 @@ class ExpertBalancer:
         self._is_attached = True
         if parallel_state.get_expert_model_parallel_world_size() == 1:
             self._is_idle = True
-            if dist.get_rank() == 0:
-                print(NOTHING_TO_BALANCE, flush=True)
+            say_idle("--expert-model-parallel-size")
             return
         if find_arguments() is None:
             check_loop(chunks, self._options)
         self._options = keep_homes_where(find_homes_obstacle(find_arguments()), self._options)
         compile_planner()
-        if _find_slots(chunks):
-            self._model = BalancedModel(self._options, chunks)
-            self._model.load_loads(_find_loads_folder("load"), microbatches)
-        announce_clones(self._model, self._options.eplb_clones_per_rank)
-
-    def _evaluate(self, run: Callable[[], Any]) -> Any:
-        if self._model is None:
-            return run()
-        self._model.refresh()
-        result = run()
-        self._model.finish_evaluation()
-        return result
-
-    def _end_step(self, microbatches: int) -> None:
-        self._figures = end_step(self._model, microbatches)
+        model = BalancedModel(self._options, chunks) if _find_slots(chunks) else None
+        self.take(model, self._options.eplb_clones_per_rank)
+        if model is not None:
+            self.resume(_find_checkpoint("load"), microbatches)
 
 
 def _find_slots(chunks: list[Any]) -> bool:
@@ -171,8 +146,8 @@ def _count_microbatches() -> int:
     return int(get_num_microbatches())
 
 
-def _find_loads_folder(which: str, iteration: int | None = None) -> Path | None:
-    """Return the folder for loads in the checkpoint to ``save`` or to ``load``; None if there is no checkpoint."""
+def _find_checkpoint(which: str, iteration: int | None = None) -> Path | None:
+    """Return the folder of the checkpoint to ``save`` or to ``load``; None if there is no checkpoint."""
     args = find_arguments()
     if args is None:
         return None
@@ -181,4 +156,4 @@ def _find_loads_folder(which: str, iteration: int | None = None) -> Path | None:
         return None
     from megatron.training.checkpointing import get_checkpoint_name
 
-    return Path(get_checkpoint_name(directory, iteration, return_base_dir=True)) / LOADS_FOLDER
+    return Path(get_checkpoint_name(directory, iteration, return_base_dir=True))

@@ -25,7 +25,7 @@ def start_when_home(start_grad_sync: Callable[..., None]) -> Callable[..., None]
         if kept is None or kept.clones is None or kept.clones.are_home:
             start_grad_sync(self, *args, **kwargs)
         else:
-            kept.due.append(partial(start_grad_sync, self, *args, **kwargs))
+            kept.due.add(partial(start_grad_sync, self, *args, **kwargs))
 
     return start
 
@@ -38,8 +38,7 @@ def finish_when_home(finish_grad_sync: Callable[..., None]) -> Callable[..., Non
         kept = of_chunk(self)
         if kept.clones is not None:
             kept.clones.finish_homecoming()
-            while kept.due:
-                kept.due.pop(0)()
+            kept.due.start()
         finish_grad_sync(self, *args, **kwargs)
 
     return finish

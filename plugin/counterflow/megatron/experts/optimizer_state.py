@@ -4,14 +4,13 @@ from typing import Any
 
 import torch
 
-from counterflow.errors import SeamError
+from counterflow.trainer.optimizer_state import list_moments, refuse_unknown
 
 
 def take_state(optimizer: Any, parameter: torch.nn.Parameter) -> list[torch.Tensor]:
     """Return the master and the moments of a parameter, in the same order on all ranks; [] if this rank has no shard of it.
 
-    Step counters, which are equal for all parameters, are left out, and so is a master that is the parameter itself. Raises
-    `SeamError` if no optimizer has the parameter.
+    A master that is the parameter itself is left out. Raises `SeamError` if no optimizer has the parameter.
     """
     is_sharded = False
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -19,20 +18,14 @@ def take_state(optimizer: Any, parameter: torch.nn.Parameter) -> list[torch.Tens
             is_sharded = True
             if parameter in one.model_param_group_index_map:
                 state = one._get_main_param_and_optimizer_states(parameter)
-                return [state.pop("param"), *_drop_counters(state)]
+                shard = state.pop("param")
+                return [shard, *list_moments(state, shard)]
             continue
         inner = one.optimizer
         master = getattr(parameter, "main_param", parameter)
         if inner is not None and any(master is own for group in inner.param_groups for own in group["params"]):
-            moments = _drop_counters(inner.state.get(master, {}))
+            moments = list_moments(inner.state.get(master, {}), master)
             return moments if master is parameter else [master, *moments]
     if is_sharded:
         return []
-    raise SeamError(
-        f"{type(optimizer).__name__} of this megatron-core does not know an expert's weight of shape {tuple(parameter.shape)}: "
-        "drop --cf-eplb-rehome-interval"
-    )
-
-
-def _drop_counters(state: dict[str, Any]) -> list[torch.Tensor]:
-    return [value for _, value in sorted(state.items()) if torch.is_tensor(value) and value.dim()]
+    raise refuse_unknown(optimizer, parameter.shape)

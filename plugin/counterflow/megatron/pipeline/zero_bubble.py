@@ -23,7 +23,6 @@ from torch.utils.hooks import unserializable_hook
 from counterflow.errors import ScheduleError
 from counterflow.megatron.gradients import GRADIENTS, is_delayed
 from counterflow.megatron.state import layer_slots, of_chunk, of_weight
-from counterflow.options import Options
 from counterflow.runtime.weight_grads import defer_weight_grad, is_holding
 
 # The first version whose delayed weight gradients work with Megatron's overlapped reductions.
@@ -171,16 +170,6 @@ def find_old_engine() -> str | None:
     if version is None or Version(version) >= FIRST_ENGINE:
         return None
     return f"transformer-engine {version}: it needs {FIRST_ENGINE} or later"
-
-
-def splits_backward(options: Options) -> bool:
-    """Tell whether linears defer weight gradients: to the W, or, in a pair, to the end of the layer's backward.
-
-    Without a schedule nobody would compute them.
-    """
-    if options.schedule is None or options.zero_bubble is False:
-        return False
-    return options.overlap or options.family is None or options.family.splits
 
 
 def delay_after(post_init: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -1,0 +1,101 @@
+"""Lead the balanced layers of one rank through a trainer's steps, evaluations and checkpoints.
+
+An adapter calls a `Balancer` from the trainer's own functions, on every rank: what needs all ranks happens on those without MoE
+layers too.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+from counterflow.trainer.balanced_layers import BalancedLayers
+from counterflow.trainer.balancing_log import announce_clones, end_step
+
+# The folder in a checkpoint for the last loads.
+LOADS_FOLDER = "counterflow"
+
+
+class Balancer[Layers: BalancedLayers]:
+    """Steps, evaluations and checkpoints of ``layers``, which is None on a rank without MoE layers."""
+
+    def __init__(self) -> None:
+        self.layers: Layers | None = None
+        self.figures: dict[str, float] | None = None
+        """Those of the last step (`end_step`), over all ranks."""
+
+    def take(self, layers: Layers | None, clones_per_rank: int) -> None:
+        """Lead these layers from now on (a collective call); rank 0 prints the memory of their clones."""
+        self.layers = layers
+        announce_clones(layers, clones_per_rank)
+
+    def begin_step(self, step: int) -> None:
+        """Take the plan that is due, and start sending weights to clones."""
+        if self.layers is not None:
+            self.layers.begin_step(step)
+
+    def end_step(self, microbatches: int) -> None:
+        """Bring the gradients of clones home, sum the loads and start the next plan (a collective call)."""
+        self.figures = end_step(self.layers, microbatches)
+
+    @contextmanager
+    def evaluate(self) -> Iterator[None]:
+        """Have clones with the weights of their homes inside the block, which changes no weight."""
+        if self.layers is not None:
+            self.layers.refresh()
+        yield
+        if self.layers is not None:
+            self.layers.finish_evaluation()
+
+    @contextmanager
+    def save(self, folder: Path | None) -> Iterator[None]:
+        """Have homes where the trainer puts them inside the block; keep the last loads with a checkpoint in ``folder``."""
+        if self.layers is None:
+            yield
+            return
+        with self.layers.be_at_home():
+            yield
+        if folder is not None:
+            self.layers.save_loads(folder / LOADS_FOLDER)
+
+    @contextmanager
+    def load(self, folder: Path | None, microbatches: int) -> Iterator[None]:
+        """Take what the block reads into the homes; plan from the loads that were kept with the checkpoint in ``folder``."""
+        if self.layers is not None:
+            self.layers.bring_homes_back()
+        yield
+        if self.layers is not None:
+            self.layers.take_over()
+            self.resume(folder, microbatches)
+
+    def resume(self, folder: Path | None, microbatches: int) -> None:
+        """Plan the first step from the loads that were kept with the checkpoint in ``folder``, if there is one."""
+        if self.layers is not None:
+            self.layers.load_loads(None if folder is None else folder / LOADS_FOLDER, microbatches)
+
+
+class Waiting:
+    """Reductions of expert gradients that wait for the gradients of clones."""
+
+    def __init__(self) -> None:
+        self._due: list[Callable[[], None]] = []
+
+    def add(self, reduce: Callable[[], None]) -> None:
+        """Let a reduction wait."""
+        self._due.append(reduce)
+
+    def start(self) -> None:
+        """Start them, in the order in which they came."""
+        while self._due:
+            self._due.pop(0)()
+
+
+def say_idle(option: str) -> None:
+    """Print on rank 0 that there is nothing to balance, since ``option``, the number of expert-parallel ranks, is 1."""
+    if dist.get_rank() == 0:
+        print(
+            f"counterflow: eplb: {option} is 1, every rank computes all experts: there is nothing to balance, training goes on "
+            "without it",
+            flush=True,
+        )

@@ -1,0 +1,23 @@
+"""What an optimizer keeps for a weight, besides counters of its steps: it moves with an expert's home."""
+
+from typing import Any
+
+import torch
+
+from counterflow.errors import SeamError
+
+
+def list_moments(state: dict[str, Any], like: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors of an optimizer's state that have the shape of ``like``, by their names' order.
+
+    Step counters, which are equal for all parameters, are left out.
+    """
+    return [value for _, value in sorted(state.items()) if torch.is_tensor(value) and value.shape == like.shape]
+
+
+def refuse_unknown(optimizer: Any, shape: torch.Size) -> SeamError:
+    """Return the error for a weight of which an optimizer knows nothing."""
+    return SeamError(
+        f"{type(optimizer).__name__} does not say what it keeps for an expert's weight of shape {tuple(shape)}: "
+        "drop --cf-eplb-rehome-interval"
+    )
