@@ -212,7 +212,7 @@ def watch_case(case: dict[str, Any]) -> Iterator[Watch]:
     note(BalancedModel, "begin_step", begin_step, end_planning)
     note(BalancedModel, "refresh", count_refresh, None)
     note(BalancedModel, "_place", note_placement, None)
-    note(ExpertBalancer, "end_step", None, lambda balancer, *_: watch.said.append(balancer.figures))
+    note(ExpertBalancer, "end_step", None, lambda balancer, *_: watch.said.append(balancer.figures.all))
     # Weights do not change inside a forward; behind it, gathers of parameters have ended too.
     note(
         MegatronSlots,

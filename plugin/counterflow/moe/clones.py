@@ -72,17 +72,21 @@ class Traffic:
     """What clones and homes of the expert-parallel group have sent since the last step.
 
     ``clones`` is the number of clones sent, ``moved`` how many of them went to a slot that held another expert, ``homes`` the
-    number of homes that moved. ``bytes`` counts the weights and gradients of all clones. Times are seconds of this host's clock:
+    number of homes that moved. ``bytes`` counts the weights and gradients of all clones, ``home_bytes`` weights and optimizer
+    state of homes. Times are seconds of this host's clock:
     ``weights`` and ``gradients`` run from the start of a transfer to its end, ``waited`` is the part in which the host waited.
+    ``moving`` is the time in which homes moved, and nothing else happened.
     """
 
     clones: int = 0
     moved: int = 0
     homes: int = 0
     bytes: int = 0
+    home_bytes: int = 0
     weights: float = 0.0
     gradients: float = 0.0
     waited: float = 0.0
+    moving: float = 0.0
 
     def reset(self) -> None:
         """Set all numbers to zero."""

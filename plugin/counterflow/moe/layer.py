@@ -8,7 +8,7 @@ from counterflow.balance.placement import Placement, make_home_placement, sum_by
 from counterflow.balance.shares import share_tokens
 from counterflow.devices import find_device
 from counterflow.moe.clones import Clones, LayerExperts
-from counterflow.moe.loads import LoadTracker
+from counterflow.moe.loads import LoadTracker, sum_by_tier
 from counterflow.moe.slots import find_slots, make_slot_table, place_evenly, place_exactly
 
 
@@ -66,8 +66,9 @@ class LayerSlots:
         counts = gathered.view(self._group.size(), -1).cpu().numpy()
         shares = share_tokens(counts, self._table.placement, self._rank_of_source)
         if is_counted:
-            ranks = sum_by_rank(shares.sum(0), self._table.placement.cluster)
-            self._tracker.add(self._index, counts.sum(0), ranks)  # type: ignore[union-attr]
+            tokens, placement = shares.sum(0), self._table.placement
+            tiers = sum_by_tier(tokens, placement, self._table.placement)
+            self._tracker.add(self._index, counts.sum(0), sum_by_rank(tokens, placement.cluster), tiers)  # type: ignore[union-attr]
         slot_map, slot_probs = place_exactly(routing_map, probs, self._table, shares[self._group.rank()])
         return slot_probs, slot_map, torch.from_numpy(shares).to(routing_map.device, non_blocking=True)
 

@@ -23,7 +23,7 @@ from counterflow.deepspeed.experts.layer import AutoEPSlots
 from counterflow.deepspeed.experts.optimizer_state import take_state
 from counterflow.deepspeed.stages import list_layers
 from counterflow.deepspeed.state import balancer_of, holder_of, slots_of
-from counterflow.errors import OptionError
+from counterflow.errors import BalanceError, OptionError
 from counterflow.moe.gradients import GradientStore, PlainGradients, SummedGradients
 from counterflow.moe.planning import compile_planner
 from counterflow.options import Options
@@ -93,7 +93,7 @@ class EngineBalancer(Balancer[EngineLayers]):
         self.waiting.start()
         if engine.monitor.enabled and dist.get_rank() == 0 and self.figures is not None:
             samples = engine.global_samples + engine.train_batch_size()
-            engine.monitor.write_events([(f"Train/EPLB/{name}", value, samples) for name, value in self.figures.items()])
+            engine.monitor.write_events([(f"Train/EPLB/{name}", value, samples) for name, value in self.figures.all.items()])
 
 
 def attach(engine: Any, options: Options) -> None:
@@ -110,6 +110,7 @@ def attach(engine: Any, options: Options) -> None:
         slots_of[layer] = AutoEPSlots(layer, number, options)
     balancer = balancer_of[engine] = EngineBalancer()
     for _, layer in layers:
+        layer.register_state_dict_pre_hook(partial(_require_order, ref(balancer)))
         for parameter in layer.experts.parameters():
             holder_of[parameter] = ref(balancer)
     balancer.take(EngineLayers(options, engine, [one for _, one in layers]) if layers else None, options.eplb_clones_per_rank)
@@ -124,6 +125,29 @@ def _find_homes_obstacle(engine: Any) -> str | None:
             f"{type(engine.basic_optimizer).__name__} is given"
         )
     return find_homes_obstacle(engine._config._param_dict)
+
+
+def _require_order(find: Callable[[], EngineBalancer | None], *_: Any) -> None:
+    """Refuse to hand out weights of experts that are not where AutoEP puts them: whoever reads them takes them for others."""
+    balancer = find()
+    if balancer is not None and balancer.layers is not None and balancer.layers.are_away:
+        raise BalanceError(
+            "eplb: state_dict() is called while homes of experts are on other ranks than AutoEP puts them: read weights from "
+            "save_checkpoint or save_16bit_model, or give eplb.rehome_interval never"
+        )
+
+
+def save_at_home(save: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an engine's ``save_16bit_model``, which all ranks call: homes are where AutoEP expects them."""
+
+    @wraps(save)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if (balancer := balancer_of.get(self)) is None:
+            return save(self, *args, **kwargs)
+        with balancer.save(None):
+            return save(self, *args, **kwargs)
+
+    return run
 
 
 def begin_before(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -176,7 +200,7 @@ def report_after(report: Callable[..., None]) -> Callable[..., None]:
     def run(self: Any, step: int) -> None:
         report(self, step)
         if (balancer := balancer_of.get(self)) is not None and balancer.figures is not None:
-            print(f"step={step},{describe_step(balancer.figures)}", flush=True)
+            print(f"step={step},{describe_step(balancer.figures.all)}", flush=True)
 
     return run
 

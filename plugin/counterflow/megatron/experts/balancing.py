@@ -87,17 +87,23 @@ class ExpertBalancer(Balancer[BalancedModel]):
         return save_at_home
 
     def wrap_report(self, report: Callable[..., str]) -> Callable[..., str]:
-        """Wrap Megatron's report of MoE metrics, which returns a part of the log line and writes to TensorBoard."""
+        """Wrap Megatron's report of MoE metrics, which returns a part of the log line and writes to TensorBoard and W&B."""
 
         @wraps(report)
         def report_and_add(*args: Any, **kwargs: Any) -> str:
             line = report(*args, **kwargs)
             if self.figures is None:
                 return line
+            scalars = {f"eplb/{name}": value for name, value in self.figures.all.items()}
+            if kwargs.get("per_layer_logging"):
+                for number, figures in self.figures.layers.items():
+                    scalars |= {f"eplb/layer {number}/{name}": value for name, value in figures.items()}
             if (writer := kwargs.get("writer")) is not None:
-                for name, value in self.figures.items():
-                    writer.add_scalar(f"eplb/{name}", value, kwargs["iteration"])
-            return line + describe_step(self.figures)
+                for name, value in scalars.items():
+                    writer.add_scalar(name, value, kwargs["iteration"])
+            if (wandb := kwargs.get("wandb_writer")) is not None:
+                wandb.log(scalars, kwargs["iteration"])
+            return line + describe_step(self.figures.all)
 
         return report_and_add
 
