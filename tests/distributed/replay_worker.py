@@ -40,7 +40,8 @@ def build_layer() -> Any:
 
 def run(job: dict[str, Any]) -> None:
     """Run the job."""
-    counterflow.enable({"eplb": True, "eplb_clones_per_rank": CLONES})
+    # An even split sends tokens to every clone.
+    counterflow.enable({"eplb": True, "eplb_clones_per_rank": CLONES, "eplb_split": "even"})
     dist.init_process_group("gloo")
     from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 

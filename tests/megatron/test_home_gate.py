@@ -18,8 +18,8 @@ EXPERTS, RANKS, STEP = 64, 8, 8
 class Followed:
     """A gate that is given the steps of a workload: the steps after which homes moved, and balancedness in each step."""
 
-    def __init__(self, counts: Array, clones: int, costs: Costs | None = None) -> None:
-        gate, self.moved, self.scores = HomeGate(0.1, costs), list[int](), list[float]()
+    def __init__(self, counts: Array, clones: int, costs: Costs | None = None, plan: str = "predicted") -> None:
+        gate, self.moved, self.scores = HomeGate(0.1, plan, 1, costs), list[int](), list[float]()
         placement = make_home_placement(counts.shape[1], EXPERTS, RANKS, clones)
         for number, step in enumerate(counts.reshape(-1, STEP, *counts.shape[1:]), 1):
             planned = plan_next(step[:1].astype(np.float64), placement, STEP, 0.1)
@@ -41,6 +41,12 @@ def test_ranks_whose_experts_get_no_tokens_are_served_after_four_steps(clones: i
     run = Followed(make_workload("zero_ranks", 80, 2, EXPERTS, RANKS, seed=seed), clones)
     assert run.moved[0] == LEAST_STEPS and len(run.moved) <= 2
     assert max(run.scores[:LEAST_STEPS]) < 0.8 and min(run.scores[LEAST_STEPS:]) > 0.9
+
+
+@pytest.mark.parametrize(("plan", "clones"), [("exact", 0), ("auto", 1)])
+def test_they_are_served_beside_just_in_time_clones_too(plan: str, clones: int) -> None:
+    run = Followed(make_workload("zero_ranks", 80, 2, EXPERTS, RANKS), clones, plan=plan)
+    assert run.moved[0] == LEAST_STEPS
 
 
 @pytest.mark.parametrize("kind", ["balanced", "rotating_step", "rotating_micro"])

@@ -5,7 +5,7 @@ same shards of the optimizer's state. So a rank sends its part of an expert unch
 other expert.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ def move_homes(old: Placement, new: Placement, group: dist.ProcessGroup, take: T
     size = 0
     for layer, place in np.argwhere(giver[:, rank] != rank).tolist():
         to, origin = peers[taker[layer, rank, place]], peers[giver[layer, rank, place]]
-        for tensor in take(layer, place):
+        for tensor in leave_out_parts(take(layer, place)):
             arrived = torch.empty_like(tensor)
             operations = [dist.P2POp(dist.isend, tensor.detach(), to, group), dist.P2POp(dist.irecv, arrived, origin, group)]
             for work in dist.batch_isend_irecv(operations):
@@ -38,6 +38,22 @@ def move_homes(old: Placement, new: Placement, group: dist.ProcessGroup, take: T
             tensor.copy_(arrived)
             size += tensor.numel() * tensor.element_size()
     return int((giver != np.arange(len(peers))[:, None]).sum()), size
+
+
+def leave_out_parts(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return tensors without those that are part of an earlier one: a master may be a view of its fp32 weight.
+
+    Such a part has moved with the whole, and what a rank then sent of it would be the expert that has arrived.
+    """
+    kept: list[torch.Tensor] = []
+    ranges: list[tuple[int, int]] = []
+    for tensor in tensors:
+        begin = tensor.data_ptr()
+        end = begin + tensor.numel() * tensor.element_size()
+        if not any(first <= begin and end <= last for first, last in ranges):
+            kept.append(tensor)
+            ranges.append((begin, end))
+    return kept
 
 
 def find_exchanges(old: Placement, new: Placement) -> tuple[Array, Array]:

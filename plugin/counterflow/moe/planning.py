@@ -10,15 +10,16 @@ import torch
 import torch.distributed as dist
 
 from counterflow.arrays import Array
+from counterflow.balance import tiers
 from counterflow.balance.clones import MOVE_PRICE, plan_clones
 from counterflow.balance.costs import RESIDENT, Costs
-from counterflow.balance.gate import LEAST_STEPS, MOST_STEPS, settle_homes
+from counterflow.balance.exact import add_shared_slots, plan_exact
+from counterflow.balance.gate import ERRORS, LEAST_STEPS, MOST_STEPS, Judge, settle_homes
 from counterflow.balance.homes import plan_homes
 from counterflow.balance.moves import arrange_rounds, keep_slots
 from counterflow.balance.placement import EMPTY, Placement, make_home_placement, sum_by_rank
 from counterflow.balance.prediction import LoadPredictor
 from counterflow.balance.split import split_tokens
-from counterflow.balance.tiers import count_clones
 
 # The number of forecast loads for which a plan is made.
 FORECASTS = 8
@@ -32,10 +33,13 @@ class HomeGate:
 
     It asks after `LEAST_STEPS` steps, and after as many again where homes moved; where none did, it waits for twice as long each
     time, up to `MOST_STEPS` steps: to ask takes as long as many plans of clones.
+
+    ``plan`` is one of `counterflow.balance.tiers.PLANS`. Homes are judged beside the clones that it brings, ``shared`` of them on
+    a rank just in time.
     """
 
-    def __init__(self, traffic_weight: float, costs: Costs | None = None) -> None:
-        self._traffic_weight, self._costs = traffic_weight, costs or Costs()
+    def __init__(self, traffic_weight: float, plan: str = "predicted", shared: int = 0, costs: Costs | None = None) -> None:
+        self._traffic_weight, self._plan, self._shared, self._costs = traffic_weight, plan, shared, costs or Costs()
         self._past: deque[Array] = deque(maxlen=MOST_STEPS)
         self._wait = self._left = LEAST_STEPS
 
@@ -53,8 +57,14 @@ class HomeGate:
         self._left -= steps
         if self._left > 0 or len(self._past) < LEAST_STEPS:
             return placement
-        judge = partial(judge_homes, microbatches, self._traffic_weight, self._costs)
-        settled = settle_homes(np.concatenate(self._past).astype(np.int64), placement, microbatches, self._costs, judge)
+        judge: Judge = partial(judge_homes, microbatches, self._traffic_weight, self._costs)
+        if self._plan != "predicted":
+            run = tiers.Run(self._plan, True, microbatches, microbatches, self._shared, self._costs)
+            judge = partial(tiers.judge_homes, run)
+        past = np.concatenate(self._past).astype(np.int64)
+        # Without resident clones a move that turns out to be chance costs little beside the clones.
+        errors = 0.0 if self._plan == "exact" else ERRORS
+        settled = settle_homes(past, placement, microbatches, self._costs, judge, errors)
         assert placement.homes is not None and settled.homes is not None
         has_moved = bool((settled.homes != placement.homes).any())
         self._wait = LEAST_STEPS if has_moved else min(2 * self._wait, MOST_STEPS)
@@ -176,7 +186,9 @@ def judge_homes(
     """
     planned = plan_next(found.astype(np.float64), placement, microbatches, traffic_weight)
     loads = np.stack([sum_by_rank(split_tokens(counts, planned), planned.cluster) for counts in judged])
-    sent = count_clones(planned) @ [costs.exposed * costs.time_transfer(RESIDENT, is_far=is_far) for is_far in (False, True)]
+    sent = tiers.count_clones(planned) @ [
+        costs.exposed * costs.time_transfer(RESIDENT, is_far=is_far) for is_far in (False, True)
+    ]
     times: Array = loads.max(2) * costs.token_time + sent / (microbatches * planned.cluster.ranks)
     return times
 
@@ -221,3 +233,5 @@ def _run_small() -> None:
     split_tokens(np.array([[9, 1, 1, 1]]), placement)
     share_tokens(np.full((2, 4), 3), placement, np.arange(2))
     arrange_rounds(np.array([0, 1]), np.array([1, 0]), 2, 1)
+    wide, shared = add_shared_slots(homes, 1)
+    plan_exact(np.array([[9, 1, 1, 1]]), wide, shared)

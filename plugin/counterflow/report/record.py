@@ -26,8 +26,10 @@ MEGABYTE = 1e6
 TRANSFERS = {
     "clones": "clones sent",
     "moved": "of them new experts",
+    "lent": "just-in-time clones sent",
     "homes_moved": "homes moved",
     "bytes": "clones, sent and received, MB",
+    "lent_bytes": "of them just-in-time clones, MB",
     "home_bytes": "homes, sent, MB",
     "tokens_homes": "tokens at homes",
     "tokens_resident": "tokens on resident clones",

@@ -1,5 +1,6 @@
 """Balance the experts of one rank's model chunks: slots, clones, homes and loads, step by step."""
 
+import re
 import socket
 import time
 from collections import deque
@@ -15,18 +16,23 @@ import torch.distributed as dist
 
 from counterflow.arrays import Array
 from counterflow.balance.cluster import Cluster
+from counterflow.balance.costs import Costs
+from counterflow.balance.exact import FREE
+from counterflow.balance.files.costs import read_costs
 from counterflow.balance.files.recorded import describe_change, read_record, record_step
 from counterflow.balance.placement import EMPTY, Placement, make_home_placement, measure_balancedness, share_evenly, sum_by_rank
 from counterflow.balance.planning import TRAFFIC_WEIGHT
 from counterflow.devices import find_device
 from counterflow.errors import BalanceError
-from counterflow.moe.clones import Clones, Traffic, measure_clones, open_group
+from counterflow.moe.clones import Clones, Traffic, count_bytes, list_gradients, measure_clones, open_group
 from counterflow.moe.gradients import GradientStore, Weight, find_values
 from counterflow.moe.homes import move_homes
+from counterflow.moe.just_in_time import JustInTime
 from counterflow.moe.layer import LayerSlots
 from counterflow.moe.loads import TIERS, Loads, LoadTracker, sum_by_tier
-from counterflow.moe.planning import ClonePlanner, HomeGate, HomeInterval
-from counterflow.options import AUTO, Options
+from counterflow.moe.planning import ClonePlanner, HomeGate, HomeInterval, clear_clones
+from counterflow.options import AUTO, PREDICTED, Options
+from counterflow.runtime.weight_grads import defer_weight_grad
 
 # The number of micro-batches whose loads are saved with a checkpoint, so that the next run starts with a plan. The predictor
 # looks back as far.
@@ -88,6 +94,7 @@ class BalancedLayers:
         self._are_stale = False
         self.traffic = Traffic()
         self._tracker = LoadTracker(len(self._layers))
+        self.just_in_time = self._make_just_in_time()
         self.clones = self._make_clones(layers)
         traffic_weight = 0.0 if options.eplb_policy == "global" else TRAFFIC_WEIGHT
         self._planner = ClonePlanner(
@@ -96,7 +103,7 @@ class BalancedLayers:
             self._device,
             options.eplb_interval,
             traffic_weight,
-            _plan_homes(options.eplb_rehome_interval, traffic_weight),
+            self._make_home_planner(traffic_weight),
         )
         # Since the last plan: the number of steps; record lines and loads not yet summed over replicas; summed loads.
         self._steps = 0
@@ -117,16 +124,44 @@ class BalancedLayers:
         """Wait for gathers of homes' weights before they are sent; most trainers have none."""
 
     def _make_placement(self) -> Placement:
-        groups, clones = self._groups, self._options.eplb_clones_per_rank
+        groups, clones = self._groups, self._options.predicted_clones
         cluster = _agree_on_cluster(groups.experts, self._own + clones, groups.stage, self._device)
         homes = make_home_placement(len(self._layers), self.number_of_experts, cluster.ranks, clones)
         return Placement(cluster, homes.experts, homes.homes)
+
+    def _make_just_in_time(self) -> JustInTime | None:
+        if not self._options.shared_clones:
+            return None
+        if len(self._experts[0].shared) != self._options.shared_clones:
+            raise BalanceError(
+                f"{self._options.shared_clones} shared slots a rank are asked for, and this trainer's layers have "
+                f"{len(self._experts[0].shared)}: give eplb_plan predicted and eplb_buffers per-layer"
+            )
+        group = open_group(self._groups.experts, "CF_JUST_IN_TIME")
+        made = JustInTime(self._experts, group, self.traffic, self._gradients, defer_weight_grad, pairs=self._options.overlap)
+        prices = FREE if self._options.eplb_plan == "exact" else self._read_costs().price_clones(group.size())
+        for one in self._layers:
+            one.lend_by(made, prices)
+        return made
+
+    def _make_home_planner(self, traffic_weight: float) -> HomeGate | HomeInterval | None:
+        options = self._options
+        if options.eplb_rehome_interval == AUTO:
+            lent = options.eplb_clones_per_rank if options.eplb_plan != PREDICTED else 0
+            return HomeGate(traffic_weight, options.eplb_plan, lent, self._read_costs())
+        steps = options.eplb_rehome_interval
+        return HomeInterval(steps, traffic_weight) if isinstance(steps, int) else None
+
+    def _read_costs(self) -> Costs:
+        return read_costs(self._options.eplb_costs) if self._options.eplb_costs is not None else Costs()
 
     def _make_clones(self, layers: Sequence[Sequence[LayerSlots]]) -> list[Clones]:
         made, first = [], 0
         for chunk in filter(None, layers):
             experts = self._experts[first : first + len(chunk)]
             clones = Clones(experts, first, self._placement.cluster, self._group, self.traffic, self._gradients)
+            if self.just_in_time is not None:
+                clones.finish_lent = self.just_in_time.finish_homecoming
             for index, one in enumerate(chunk):
                 one.connect(self._tracker, first + index, clones, index)
             made.append(clones)
@@ -141,6 +176,20 @@ class BalancedLayers:
     def measure_memory(self) -> tuple[int, int, int]:
         """Return the number of layers, and the bytes of their clones' weights and gradients on this rank."""
         return len(self._layers), *measure_clones(self._experts, self._gradients)
+
+    @property
+    def shared_clones(self) -> int:
+        """The number of clone slots on a rank that its layers share."""
+        return self._options.shared_clones
+
+    def measure_shared(self) -> tuple[int, int]:
+        """Return the bytes of weights and gradients of the slots that all layers of this rank share."""
+        return self.just_in_time.measure_memory() if self.just_in_time is not None else (0, 0)
+
+    def measure_slot(self) -> tuple[int, int]:
+        """Return the bytes of weights and gradients that a clone slot of each layer takes on this rank."""
+        homes = [weight for one in self._experts for weight in one.homes[0]]
+        return count_bytes(map(find_values, homes)), count_bytes(list_gradients(homes, self._gradients))
 
     def _place(self, placement: Placement) -> None:
         assert placement.homes is not None
@@ -161,6 +210,8 @@ class BalancedLayers:
         self.refresh()
         for clones in self.clones:
             clones.expect_gradients()
+        for one in self._layers:
+            one.begin_step()
 
     def refresh(self) -> None:
         """Start sending weights to new clones, and to all clones if the optimizer has changed the homes."""
@@ -169,23 +220,30 @@ class BalancedLayers:
         wanted = (experts != EMPTY) & (is_new | self._are_stale)
         assert self._placement.homes is not None
         np.put_along_axis(wanted, self._placement.homes, False, 1)
+        wanted &= self._options.layer_clones > 0
         self.traffic.clones += int(wanted.sum())
         self.traffic.moved += int((wanted & is_new).sum())
-        if wanted.any():
+        if wanted.any() or self.just_in_time is not None:
             self.finish_gathers()
+        # Resident clones in shared slots are sent as they are used.
+        own = self._placement if self._options.layer_clones else clear_clones(self._placement)
         for clones in self.clones:
-            clones.refresh(self._placement, wanted)
+            clones.refresh(own, wanted)
         self._held, self._are_stale = experts.copy(), False
 
     def finish_evaluation(self) -> None:
         """Wait for transfers that the evaluation did not wait for: the next step may change homes or send to the same slots."""
         for clones in self.clones:
             clones.finish_transfers()
+        if self.just_in_time is not None:
+            self.just_in_time.finish_step()
 
     def end_step(self, microbatches: int) -> StepLoads:
         """End a step: take its loads, and start to plan if it is the last of an interval."""
         for clones in self.clones:
             clones.finish_step()
+        if self.just_in_time is not None:
+            self.just_in_time.finish_step()
         self._are_stale = True
         loads = self._tracker.take(microbatches, self._groups.sources)
         step = self._measure(loads)
@@ -250,6 +308,8 @@ class BalancedLayers:
             "moved": traffic.moved,
             "homes_moved": traffic.homes,
             "bytes": traffic.bytes,
+            "lent": traffic.lent,
+            "lent_bytes": traffic.lent_bytes,
             "home_bytes": traffic.home_bytes,
             **{f"tokens_{name.replace(' ', '_')}": int(count) for name, count in zip(TIERS, loads.tiers, strict=True)},
             "weights_ms": traffic.weights * 1e3,
@@ -356,12 +416,6 @@ def take_layer(placement: Placement, layer: int) -> Placement:
     return Placement(placement.cluster, placement.experts[rows], placement.homes[rows])
 
 
-def _plan_homes(rehome_interval: int | str, traffic_weight: float) -> HomeGate | HomeInterval | None:
-    if rehome_interval == AUTO:
-        return HomeGate(traffic_weight)
-    return HomeInterval(rehome_interval, traffic_weight) if isinstance(rehome_interval, int) else None
-
-
 def _write_line(line: dict[str, Any], recorded: Placement | None) -> dict[str, Any]:
     """Return a line of the record behind one whose placement was ``recorded``, None for the first line."""
     rest = {name: value for name, value in line.items() if name != "placement"}
@@ -382,3 +436,9 @@ def _agree_on_cluster(ep_group: Any, width: int, stage: Any, device: torch.devic
     nodes = torch.from_numpy(np.unique(hosts, return_inverse=True)[1]).to(device)
     dist.broadcast(nodes, dist.get_process_group_ranks(stage)[0], group=stage)
     return Cluster((width,) * ep_group.size(), tuple(nodes.tolist()))
+
+
+def number_layers(names: Sequence[str]) -> list[int]:
+    """Return the layers' numbers in the model, from 1: after the first number in their modules' names, or in order."""
+    found = [int(match[0]) + 1 for name in names if (match := re.search(r"\d+", name))]
+    return found if len(set(found)) == len(names) else list(range(1, len(names) + 1))

@@ -28,19 +28,37 @@ def keep_homes_where(obstacle: str | None, options: Options) -> Options:
 def announce_clones(layers: BalancedLayers | None, clones_per_rank: int) -> int:
     """Print the memory of clones, the most of any rank, on rank 0; return the highest number that a MoE layer has.
 
-    Every rank calls it; one without MoE layers passes None.
+    Every rank calls it; one without MoE layers passes None. ``clones_per_rank`` is the number of slots that each layer has for
+    itself.
     """
+    shared = _announce_shared(layers)
     own = (*layers.measure_memory(), max(layers.numbers)) if layers is not None else (0, 0, 0, 0)
     numbers = torch.tensor(own, dtype=torch.int64).to(find_device())
     dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
     count, weights, gradients, highest = numbers.tolist()
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0 and (clones_per_rank or not shared):
         print(
             f"counterflow: eplb: {clones_per_rank} clone{'s' if clones_per_rank != 1 else ''} per rank and MoE layer; on a rank "
             f"of {count} MoE layers {weights:,} bytes of weights and {gradients:,} bytes of gradients, no optimizer state",
             flush=True,
         )
     return int(highest)
+
+
+def _announce_shared(layers: BalancedLayers | None) -> int:
+    """Print the memory of shared clone slots, and what it would be in slots of each layer; return how many there are per rank."""
+    own = (layers.shared_clones, *layers.measure_shared(), *layers.measure_slot()) if layers is not None else (0,) * 5
+    numbers = torch.tensor(own, dtype=torch.int64).to(find_device())
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    count, weights, gradients, slot_weights, slot_gradients = numbers.tolist()
+    if dist.get_rank() == 0 and count:
+        print(
+            f"counterflow: eplb: {count} clone{'s' if count != 1 else ''} per rank in slots that its MoE layers share: "
+            f"{weights:,} bytes of weights and {gradients:,} bytes of gradients, whatever the number of layers; in slots of each "
+            f"layer {count * slot_weights:,} and {count * slot_gradients:,}",
+            flush=True,
+        )
+    return int(count)
 
 
 @dataclass(frozen=True)
@@ -57,13 +75,14 @@ def end_step(layers: BalancedLayers | None, microbatches: int, highest: int = 0)
     ``highest`` is what `announce_clones` returned; without it there are no figures by layer. Every rank calls it; one without MoE
     layers passes None. All figures are summed at once.
     """
-    sums, tiers, bins, rows = np.zeros(10), np.zeros(len(TIERS)), np.zeros(BINS + 1), np.zeros((highest + 1, 4))
+    sums, tiers, bins, rows = np.zeros(9), np.zeros(len(TIERS)), np.zeros(BINS + 1), np.zeros((highest + 1, 4))
     if layers is not None:
         loads = layers.end_step(microbatches)
         traffic = layers.traffic
         sums[:2] = traffic.waited, traffic.moving
         if layers.is_leader:
             sums[2:7] = traffic.clones, traffic.moved, traffic.homes, traffic.bytes, traffic.home_bytes
+            sums[7:9] = traffic.lent, traffic.lent_bytes
         tiers += loads.tiers
         bins += np.bincount((loads.after * BINS).astype(np.int64).ravel(), minlength=len(bins))
         cells = np.stack((loads.before, loads.after, 1 / loads.after, np.ones_like(loads.after)), -1)
@@ -73,7 +92,7 @@ def end_step(layers: BalancedLayers | None, microbatches: int, highest: int = 0)
     dist.all_reduce(summed)
     sums, tiers, bins, flat = np.split(summed.cpu().numpy(), np.cumsum((len(sums), len(tiers), len(bins))))
     rows = flat.reshape(-1, 4)
-    waited, moving, clones, moved, homes, size, home_size = sums[:7].tolist()
+    waited, moving, clones, moved, homes, size, home_size, lent, lent_size = sums.tolist()
     shares = tiers / max(tiers.sum(), 1)
     each = {number: _describe_cells(row) for number, row in enumerate(rows) if number and row[-1]}
     whole = {
@@ -81,8 +100,10 @@ def end_step(layers: BalancedLayers | None, microbatches: int, highest: int = 0)
         "balancedness p5": _find_percentile(bins, 0.05),
         "clones": clones,
         "clones moved": moved,
+        "clones just in time": lent,
         "homes moved": homes,
         "MB": size / 1e6,
+        "MB just in time": lent_size / 1e6,
         "MB of homes": home_size / 1e6,
         **{f"tokens {'at' if name == 'homes' else 'on'} {name}": float(share) for name, share in zip(TIERS, shares, strict=True)},
         "ms waited": waited / dist.get_world_size() * 1e3,
@@ -109,6 +130,7 @@ def _find_percentile(bins: Array, share: float) -> float:
 def describe_step(figures: dict[str, float]) -> str:
     """Return the figures of `end_step` in words, for the log line."""
     clones = figures["tokens on resident"] + figures["tokens on just in time"]
+    lent = f" {figures['clones just in time']:.0f} just in time," if figures["clones just in time"] else ""
     homes = (
         f" homes moved: {figures['homes moved']:.0f}, {figures['MB of homes']:.2f} MB, {figures['ms of homes']:.1f} ms |"
         if figures["homes moved"]
@@ -117,6 +139,6 @@ def describe_step(figures: dict[str, float]) -> str:
     return (
         f" balancedness: {figures['balancedness before']:.4f} -> {figures['balancedness']:.4f},"
         f" p5 {figures['balancedness p5']:.3f}, max/mean {figures['max over mean']:.3f} |"
-        f" clones: {figures['clones']:.0f}, {figures['clones moved']:.0f} moved, {figures['MB']:.2f} MB,"
+        f" clones: {figures['clones']:.0f}, {figures['clones moved']:.0f} moved,{lent} {figures['MB']:.2f} MB,"
         f" {clones:.1%} of tokens, {figures['ms waited']:.1f} ms waited |{homes}"
     )

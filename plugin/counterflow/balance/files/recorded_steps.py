@@ -15,10 +15,13 @@ from counterflow.balance.placement import EMPTY, Placement
 from counterflow.errors import BalanceError
 
 # Of a step, summed over pipeline ranks, and the largest of them.
-SUMS = ("clones", "moved", "homes_moved", "bytes", "home_bytes", "tokens_homes", "tokens_resident", "tokens_just_in_time")
+SUMS = (
+    "clones", "moved", "lent", "homes_moved", "bytes", "lent_bytes", "home_bytes", "tokens_homes", "tokens_resident",
+    "tokens_just_in_time",
+)  # fmt: skip
 TIMES = ("weights_ms", "gradients_ms", "waited_ms", "homes_ms")
 # Those that records of earlier versions lack.
-ADDED = ("home_bytes", "tokens_homes", "tokens_resident", "tokens_just_in_time", "homes_ms")
+ADDED = ("lent", "lent_bytes", "home_bytes", "tokens_homes", "tokens_resident", "tokens_just_in_time", "homes_ms")
 # Far above any run's; what is read must not fill the memory.
 MAX_LINE_BYTES = 16 * 2**20
 MAX_WHOLE = 2**53

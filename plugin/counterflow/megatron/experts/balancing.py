@@ -120,7 +120,7 @@ class ExpertBalancer(Balancer[BalancedModel]):
         self._options = keep_homes_where(find_homes_obstacle(find_arguments()), self._options)
         compile_planner()
         model = BalancedModel(self._options, chunks) if _find_slots(chunks) else None
-        self.take(model, self._options.eplb_clones_per_rank)
+        self.take(model, self._options.layer_clones)
         if model is not None:
             self.resume(_find_checkpoint("load"), microbatches)
 
