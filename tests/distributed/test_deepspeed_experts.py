@@ -102,6 +102,9 @@ def make_cases(folder: Path) -> dict[str, Any]:
         cases[f"{what}, clones"] = make_case(clone() | {"record": str(folder / what)}, **more)
     cases["ZeRO-0, plain"] = make_case(zero=0)
     cases["ZeRO-0, clones"] = make_case(clone(), zero=0)
+    # Long enough steps for homes to pay by themselves.
+    cases["homes alone, plain"] = make_case(gas=8, steps=8)
+    cases["homes alone, auto"] = make_case({"eplb": {"clones_per_rank": 0}, "record": str(folder / "alone")}, gas=8, steps=8)
     # Plain DeepSpeed has no pipeline of these.
     cases["dense, plain"] = make_case(dense=4)
     cases["dense, 1f1b"] = make_case(clone("1f1b"), **PIPELINE, dense=4)
@@ -131,11 +134,21 @@ def test_steps_are_those_of_plain_deepspeed(trained: dict[str, Any], case: str) 
 def test_every_step_had_another_placement(trained: dict[str, Any], folder: Path, name: str) -> None:
     del trained
     steps = read_steps(folder / name)
-    placed = [json.dumps([step["experts"], step["homes"]]) for step in steps]
+    record = read_record(folder / name)
+    placed = [[one.experts.tolist(), one.homes.tolist()] for one in map(record.find_placement, range(STEPS))]  # type: ignore[union-attr]
     assert len(steps) == STEPS
-    assert len(set(placed)) == STEPS
+    assert len({json.dumps(one) for one in placed}) == STEPS
     assert all(step["clones"] > 0 for step in steps[1:])
     assert (sum(step["homes_moved"] for step in steps) > 0) == (name == "homes")
+
+
+def test_homes_move_by_themselves_without_clones(trained: dict[str, Any], folder: Path) -> None:
+    del trained
+    steps = read_steps(folder / "alone")
+    moved = [step["homes_moved"] for step in steps]
+    assert not any(moved[:4]) and moved[4] > 0, "the gate knows enough after four steps"
+    early, late = (np.mean([step["balancedness_after"] for step in part]) for part in (steps[:4], steps[4:]))
+    assert late > early + 0.1, f"homes that moved do not balance: {early}, {late}"
 
 
 @pytest.mark.parametrize("name", ["recompute", "reentrant"])

@@ -80,13 +80,19 @@ def check_balancing(options: Options, config: Mapping[str, Any]) -> None:
         "managed_gradient_accumulation false reduces gradients before a step is known to end: drop it": (
             config.get("managed_gradient_accumulation", True) is False
         ),
-        "eplb.rehome_interval moves optimizer states, and zero_optimization.offload_optimizer keeps them elsewhere: drop one": (
-            options.eplb_rehome_interval is not None and bool(_find(config, "zero_optimization", "offload_optimizer"))
-        ),
     }
     for reason, is_given in refused.items():
         if is_given:
             raise OptionError(f"eplb: {reason}")
+    if options.needs_moves and (obstacle := find_homes_obstacle(config)) is not None:
+        raise OptionError(f"eplb: eplb.rehome_interval {obstacle}: drop one of the two")
+
+
+def find_homes_obstacle(config: Mapping[str, Any]) -> str | None:
+    """Return why homes cannot move under a DeepSpeed config, as the end of a sentence about moves; None if they can."""
+    if _find(config, "zero_optimization", "offload_optimizer"):
+        return "moves optimizer states, and zero_optimization.offload_optimizer keeps them elsewhere"
+    return None
 
 
 def check_experts(model: Any) -> None:

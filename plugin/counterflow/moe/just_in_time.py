@@ -196,7 +196,7 @@ class JustInTime:
                 receives += self._make_operations(dist.irecv, landing, one.home_rank, loan, one, kind)
             if one.home_rank == self._rank:
                 sends += self._make_operations(dist.isend, layer.pack(one.home), one.clone_rank, loan, one, kind)
-        self._traffic.bytes += len(loan.lent) * count_bytes(layer.pack(0))
+        self._count(len(loan.lent) * count_bytes(layer.pack(0)))
         works = dist.batch_isend_irecv([*receives, *sends]) if receives or sends else []
         # NCCL has one work for all, which both then wait for.
         is_each = len(works) == len(receives) + len(sends)
@@ -260,7 +260,7 @@ class JustInTime:
         rounds: list[list[Lent]] = [[] for _ in range(max(turns) + 1)]
         for one, turn in zip(loan.lent, turns, strict=True):
             rounds[turn].append(one)
-        self._traffic.bytes += len(loan.lent) * count_bytes(list_gradients(layer.homes[0], self._gradients))
+        self._count(len(loan.lent) * count_bytes(list_gradients(layer.homes[0], self._gradients)))
         mine = [one.clone for one in loan.lent if one.clone_rank == self._rank]
         own = {clone: list_gradients(layer.shared[clone], self._gradients) for clone in mine}
         for whole in self._shared[loan.layer].wholes:
@@ -308,6 +308,10 @@ class JustInTime:
 
     def _number(self, one: Lent) -> int:
         return one.clone_rank * len(self._layers[0].shared) + one.clone
+
+    def _count(self, size: int) -> None:
+        self._traffic.bytes += size
+        self._traffic.lent_bytes += size
 
     def _wait(self, works: list[dist.Work]) -> None:
         begun = time.monotonic()

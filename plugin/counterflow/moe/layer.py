@@ -12,7 +12,7 @@ from counterflow.balance.shares import share_tokens
 from counterflow.devices import find_device
 from counterflow.moe.clones import Clones, LayerExperts
 from counterflow.moe.just_in_time import JustInTime, Loan, is_in_backward
-from counterflow.moe.loads import LoadTracker
+from counterflow.moe.loads import LoadTracker, sum_by_tier
 from counterflow.moe.slots import SlotTable, find_slots, make_slot_table, place_evenly, place_exactly
 
 
@@ -103,8 +103,9 @@ class LayerSlots:
             is_used = shares.any(0)
             self.dealt.loan = self._just_in_time.lend(self._index, table.placement, is_used, self._own + self._per_rank)
         if is_counted:
-            ranks = sum_by_rank(shares.sum(0), table.placement.cluster)
-            self._tracker.add(self._index, counts.sum(0), ranks)  # type: ignore[union-attr]
+            tokens, cluster = shares.sum(0), table.placement.cluster
+            tiers = sum_by_tier(tokens, table.placement, self._table.placement)
+            self._tracker.add(self._index, counts.sum(0), sum_by_rank(tokens, cluster), tiers)  # type: ignore[union-attr]
         slot_map, slot_probs = place_exactly(routing_map, probs, table, shares[self._group.rank()])
         return slot_probs, slot_map, torch.from_numpy(shares).to(routing_map.device, non_blocking=True)
 
