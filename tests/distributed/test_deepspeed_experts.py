@@ -22,6 +22,7 @@ SEEDS = (11, 1234)
 TOGETHER = 5
 PIPELINE = {"stages": 2, "gas": 4}
 BF16 = {"bf16": {"enabled": True}}
+JUST_IN_TIME: dict[str, Any] = {"plan": "exact"}
 
 
 def make_case(
@@ -82,6 +83,14 @@ def make_cases(folder: Path) -> dict[str, Any]:
     record = {"record": str(folder / "homes")}
     cases["seed 11, homes move"] = make_case(clone(rehome_interval=2) | record, steps=STEPS)
     cases["seed 11, homes move at ZeRO-0"] = make_case(clone("dualpipev", rehome_interval=1), **PIPELINE, zero=0, steps=STEPS)
+    cases["seed 11, just in time"] = make_case(clone(**JUST_IN_TIME), steps=STEPS, evaluate_at=3)
+    cases["seed 1234, just in time, pairs"] = make_case(
+        clone("dualpipev", **JUST_IN_TIME) | {"overlap": True}, seed=1234, **PIPELINE
+    )
+    cases["seed 11, just in time, split"] = make_case(clone("zb-h1", **JUST_IN_TIME), **PIPELINE)
+    cases["recompute, just in time"] = make_case(clone(**JUST_IN_TIME), recompute=False)
+    cases["reentrant, just in time"] = make_case(clone(**JUST_IN_TIME), recompute=True)
+    cases["EP 4, both kinds"] = make_case(clone(plan="auto"), ep=4)
     for what, more in {
         "ZeRO-2": {"zero": 2},
         "overlapped reductions": {"overlap_comm": True},
@@ -166,10 +175,12 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     cases["sums in fp32"] = make_case(clone(), **long, changes=half | {"data_types": {"grad_accum_dtype": "fp32"}})
     cases["dualpipev"] = make_case(clone("dualpipev"), **long, **PIPELINE, changes=half)
     cases["ZeRO-0"] = make_case(clone("dualpipev"), **long, **PIPELINE, zero=0, changes=half)
+    cases["just in time"] = make_case(clone(**JUST_IN_TIME), **long, changes=half)
+    cases["just in time, ZeRO-0"] = make_case(clone("dualpipev", **JUST_IN_TIME), **long, **PIPELINE, zero=0, changes=half)
     return run_cases(cases, tmp_path_factory.mktemp("rounded"))
 
 
-@pytest.mark.parametrize("case", ["clones", "sums in fp32", "dualpipev", "ZeRO-0"])
+@pytest.mark.parametrize("case", ["clones", "sums in fp32", "dualpipev", "ZeRO-0", "just in time", "just in time, ZeRO-0"])
 def test_clones_in_bf16_are_as_near_as_bf16_itself(rounded: dict[str, Any], case: str) -> None:
     losses = {name: np.array([step["loss"] for step in run["steps"]]) for name, run in rounded.items()}
     rounding = np.square(losses["bf16"] - losses["fp32"]).mean()

@@ -116,7 +116,10 @@ class LayerSlots:
         key = counts.tobytes()
         if is_in_backward() and key in self._plans:
             return self._plans.pop(key)
-        planned = plan_exact(counts[None], self._table.placement, self._is_free, self._prices).placement
+        own = self._table.placement
+        planned = plan_exact(counts[None], own, self._is_free, self._prices).placement
+        if (planned.experts == own.experts).all():
+            planned = own
         if self.is_training and not torch.is_grad_enabled():
             self._plans[key] = planned
         return planned
