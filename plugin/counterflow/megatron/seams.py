@@ -281,6 +281,10 @@ BALANCING = (
         ("self", "hidden_states", "probs", "routing_map"),
     ),
     Seam(
+        MOE_LAYER, "postprocess", ".slots.recall_behind", (EPLB,), KNOWN, "takes what was combined: where its backward begins",
+        ("self", "output"),
+    ),
+    Seam(
         f"{MOE}.token_dispatcher", "gather_from_sequence_parallel_region", ".slots.counts.answer_gather", (EPLB,), KNOWN,
         "one gather of counts, not two; there alone, elsewhere the function of that name has other work", ("input_",), alone=True,
     ),

@@ -74,7 +74,7 @@ def attach(engine: Any, options: Options) -> None:
     for _, layer in layers:
         for parameter in layer.experts.parameters():
             holder_of[parameter] = ref(balancer)
-    balancer.take(EngineLayers(options, engine, [one for _, one in layers]) if layers else None, options.eplb_clones_per_rank)
+    balancer.take(EngineLayers(options, engine, [one for _, one in layers]) if layers else None, options.layer_clones)
 
 
 def begin_before(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -138,5 +138,12 @@ def _find_store(optimizer: Any) -> GradientStore:
     if hasattr(optimizer, "fp32_groups_gradients"):
         return SummedGradients(lambda whole: whole._hp_grad.view_as(whole), optimizer.grad_acc_dtype)  # type: ignore[attr-defined]
     if getattr(optimizer, "use_grad_accum_attribute", False):
-        return SummedGradients(lambda whole: whole.grad_accum, optimizer.gradient_accumulation_dtype)  # type: ignore[attr-defined]
+        return SummedGradients(partial(_find_sum, optimizer.gradient_accumulation_dtype), optimizer.gradient_accumulation_dtype)
     return PlainGradients()
+
+
+def _find_sum(dtype: torch.dtype, whole: Any) -> torch.Tensor:
+    """Return where DeepSpeed sums a weight's gradients; before the first backward of a step has done so, it is made."""
+    if whole.grad_accum is None:
+        whole.grad_accum = torch.zeros_like(whole, dtype=dtype)
+    return whole.grad_accum  # type: ignore[no-any-return]
