@@ -1,26 +1,32 @@
 """The search of layouts: as good as trying everything, with a reason for each that is not taken."""
 
+from itertools import product
 from typing import Any
 
 import pytest
 
 from counterflow.errors import PlanError, ScheduleError
+from counterflow.planner import search
 from counterflow.planner.assumptions import can_overlap, choose_dispatcher
+from counterflow.planner.bounds import bound_schedule, bound_step
+from counterflow.planner.choices import (
+    LOOPED_KIND,
+    complete_choice,
+    explain_refusal,
+    find_kind,
+    list_schedules,
+    list_shardings,
+    list_sizes,
+)
 from counterflow.planner.cluster import build_cluster
 from counterflow.planner.config import parse_config
 from counterflow.planner.constants import Constants
-from counterflow.planner.estimate import estimate_plan
+from counterflow.planner.estimate import Estimate, estimate_plan
 from counterflow.planner.models import build_model
-from counterflow.planner.search import (
-    bound_step,
-    complete_choice,
-    find_pareto,
-    list_schedules,
-    list_sizes,
-    search_layouts,
-    split_evenly,
-)
+from counterflow.planner.search import search_layouts
 from counterflow.planner.searched import search_table
+from counterflow.planner.splits import split_evenly
+from counterflow.planner.step import cost_chunks
 from tests.support.running import refuses
 
 SMALL: dict[str, Any] = {
@@ -34,32 +40,59 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def list_all(plan: dict[str, Any]) -> list[Any]:
+def list_all(plan: dict[str, Any]) -> list[tuple[Estimate, float, float]]:
+    """Return every layout of a plan that a trainer runs, with the bound of its sizes and of its schedule."""
     config, constants = parse_config(plan), Constants()
     cluster = build_cluster(config.cluster)
     found = []
     for fields in list_sizes(config, build_model(config.model), cluster, config.cluster.gpus or 1):
-        for choice in list_schedules(config, fields):
+        for choice, sharding in product(list_schedules(config, fields), list_shardings(config)):
             try:
-                assumed = complete_choice(config, choice, cluster)
+                assumed = complete_choice(config, {**choice, **sharding._asdict()}, cluster)
                 estimate = estimate_plan(assumed, cluster, constants)
             except (PlanError, ScheduleError):
                 continue
-            bound = bound_step(assumed, cluster, constants)
-            if assumed.plan.layout.overlap == choice["overlap"]:
-                found.append((estimate, bound))
+            if assumed.plan.layout.overlap == choice["overlap"] and not explain_refusal(assumed.plan):
+                chunks = cost_chunks(assumed.plan, estimate.setting)
+                whole = bound_schedule(assumed.plan, chunks, estimate.setting)
+                found.append((estimate, bound_step(assumed, cluster, constants), whole))
     return found
 
 
 @pytest.mark.parametrize("training", [{}, {"routing": "natural"}], ids=["forced", "natural"])
 def test_the_search_finds_the_best_of_all_and_no_bound_is_above_its_step(training: dict[str, Any]) -> None:
     plan = {**SMALL, "training": {**SMALL["training"], **training}}
-    everything = [(estimate, bound) for estimate, bound in list_all(plan) if estimate.fits is not False]
-    assert all(bound <= estimate.step_s for estimate, bound in everything)
+    everything = [one for one in list_all(plan) if one[0].fits is not False]
+    assert all(max(bound, whole) <= estimate.step_s * (1 + 1e-9) for estimate, bound, whole in everything)
+    assert {(one.plan.layout.fsdp, one.plan.layout.etp) for one, _, _ in everything} >= {(False, 1), (True, 1), (False, 2)}
     found = search_layouts(parse_config(plan), seconds=300, keep=3)
     assert found.untried == 0
-    fastest = sorted(estimate.step_s for estimate, _ in everything if estimate.fits)[:3]
+    fastest = sorted(estimate.step_s for estimate, _, _ in everything if estimate.fits)[:3]
     assert [one.step_s for one in found.candidates[:3]] == pytest.approx(fastest)
+    looped = [one.step_s for one, _, _ in everything if one.fits and find_kind(one.plan.layout) == LOOPED_KIND]
+    assert found.looped is not None and found.looped.step_s == pytest.approx(min(looped))
+
+
+def test_one_process_and_several_find_the_same_and_account_for_every_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = [estimate for estimate, _, _ in list_all(SMALL)]
+    steps = []
+    for most in (1, 2):
+        monkeypatch.setattr(search, "MOST_PROCESSES", most)
+        monkeypatch.setattr(search, "FEW", 1)
+        # So many are kept that no bound leaves out any.
+        found = search_layouts(parse_config(SMALL), seconds=300, keep=len(everything) + 1)
+        steps.append([one.step_s for one in found.candidates])
+        assert all(one.reason for one in found.rejected)
+    assert steps[0] == steps[1]
+    assert len(steps[0]) == found.tried == sum(one.fits is not False for one in everything)
+
+
+def test_a_bound_holds_under_calibrated_constants() -> None:
+    config, constants = parse_config(SMALL), Constants().multiply({"general.scale": 0.5})
+    cluster = build_cluster(config.cluster)
+    fields = {"tp": 1, "pp": 4, "cp": 1, "ep": 2, "etp": 1, "schedule": "1f1b", "overlap": False, "clones_per_rank": 0}
+    assumed = complete_choice(config, fields, cluster)
+    assert bound_step(assumed, cluster, constants) <= estimate_plan(assumed, cluster, constants).step_s
 
 
 def test_what_is_given_is_not_searched() -> None:
@@ -73,7 +106,7 @@ def test_the_front_has_nobody_who_is_slower_and_larger() -> None:
     found = search_layouts(parse_config(SMALL), seconds=300)
     points = [(one.step_s, max(one.memory.per_rank)) for one in found.pareto]
     assert points == sorted(points) and [size for _, size in points] == sorted((size for _, size in points), reverse=True)
-    assert find_pareto(found.candidates) == found.pareto
+    assert found.pareto[0].step_s == min(one.step_s for one in found.candidates)
 
 
 def test_a_cluster_that_is_too_small_names_one_that_would_do() -> None:
@@ -96,7 +129,7 @@ def test_ends_with_embedding_and_head_get_fewer_layers_where_that_is_faster() ->
     fixed = {**SMALL["layout"], "pp": 4, "schedule": "1f1b", "ep": 2}
     config, cluster = parse_config({**large, "layout": fixed}), build_cluster(parse_config(SMALL).cluster)
     even = search_layouts(config, seconds=300).candidates[0]
-    dealt = split_evenly(even, config, cluster, Constants())
+    dealt = split_evenly(even, cluster, Constants())
     assert dealt.step_s < even.step_s and dealt.plan.layout.pipeline_layout is not None
 
 

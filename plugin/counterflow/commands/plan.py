@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,17 +12,22 @@ from typing import Any
 from counterflow.commands.arguments import add_outputs, check_outputs, number, whole, write_outputs
 from counterflow.errors import PlanError
 from counterflow.planner.calibration import Fit, fit_constants, read_runs, tell_apart
+from counterflow.planner.choices import OUR_KIND, find_kind
 from counterflow.planner.cluster import build_cluster
 from counterflow.planner.config import PlanConfig, read_config
 from counterflow.planner.constants import Constants
 from counterflow.planner.emission import emit_deepspeed, emit_megatron
 from counterflow.planner.estimate import Estimate, describe, estimate_config
 from counterflow.planner.explain import compare_measured, explain_step, try_changes
-from counterflow.planner.search import Found, search_layouts, split_evenly
+from counterflow.planner.layouts import Plan
+from counterflow.planner.search import Found, search_layouts
 from counterflow.planner.searched import Searched, search_table
+from counterflow.planner.splits import split_evenly
 from counterflow.report.plan_page import PlanView, render_plan_html
 from counterflow.report.plan_text import (
     list_row,
+    name_layout,
+    name_schedule,
     write_changes,
     write_compared,
     write_estimate,
@@ -33,7 +39,8 @@ from counterflow.report.plan_text import (
 )
 from counterflow.schedule.files import to_csv
 
-MOST_REJECTED = 1000
+# Of the time that a search is given: for layouts, and seconds for the end; the rest is for a table.
+SEARCH_SHARE, RESERVE, LEAST_SECONDS = 0.75, 1.0, 1.0
 
 
 def add_plan_commands(commands: Any) -> None:
@@ -93,7 +100,7 @@ def run_estimate(args: argparse.Namespace) -> int:
     estimate = _estimate(args, read_config(args.config), fit)
     write_outputs(args, {"html": lambda: render_plan_html(PlanView((estimate,)), args.config.name)})
     if args.json:
-        print(json.dumps(_describe([estimate], [], fit, args), indent=2, allow_nan=False))
+        print(json.dumps(_describe([estimate], None, fit, args), indent=2, allow_nan=False))
         return 0
     print("\n".join([*write_estimate(estimate, args.price), *_write_fit(fit), *_write_flags(estimate, args)]))
     return 0
@@ -108,7 +115,7 @@ def run_explain(args: argparse.Namespace) -> int:
     compared = compare_measured(estimate, args.against) if args.against is not None else []
     write_outputs(args, {"html": lambda: render_plan_html(PlanView((estimate,), bars=bars, changes=changes), args.config.name)})
     if args.json:
-        found = _describe([estimate], [], fit, args)
+        found = _describe([estimate], None, fit, args)
         found["waterfall_s"] = {bar.cause: bar.seconds for bar in bars}
         found["what_if"] = [{"change": one.words, "step_s": one.seconds} for one in changes]
         found["against"] = [{"cause": one.cause, "predicted_s": one.predicted, "measured_s": one.measured} for one in compared]
@@ -127,15 +134,23 @@ class _Best:
     estimates: list[Estimate]
     searched: Searched | None = None
 
+    def is_searched(self, estimate: Estimate) -> bool:
+        """Tell whether an estimate is of the searched table."""
+        return self.searched is not None and estimate is self.searched.estimate
+
 
 def run_search(args: argparse.Namespace) -> int:
     """Search, print the best layouts, why others are not, and the flags of the first."""
     check_outputs(args)
+    begun = time.monotonic()
     fit, config = _calibrate(args), read_config(args.config)
-    found = search_layouts(config, _take_constants(fit), seconds=0.8 * args.seconds, keep=args.top)
-    best = _improve(found, config, _take_constants(fit), args)
+    constants = _take_constants(fit)
+    left = args.seconds - (time.monotonic() - begun)
+    found = search_layouts(config, constants, seconds=SEARCH_SHARE * left, keep=args.top)
+    best = _improve(found, config, constants, args, begun + args.seconds)
     winner = best.estimates[0]
-    view = PlanView(tuple(best.estimates), found.pareto, explain_step(winner), try_changes(winner), best.searched)
+    searched = best.searched if best.is_searched(winner) else None
+    view = PlanView(tuple(best.estimates), found.pareto, explain_step(winner), try_changes(winner), searched)
     forms: dict[str, Callable[[], str | bytes]] = {
         "html": lambda: render_plan_html(view, args.config.name),
     }
@@ -146,48 +161,69 @@ def run_search(args: argparse.Namespace) -> int:
         print(f"counterflow: --csv {args.csv} is not written: no searched table is faster than the family's own", file=sys.stderr)
     write_outputs(args, forms)
     if args.json:
-        print(json.dumps(_describe(best.estimates, found.rejected, fit, args), indent=2, allow_nan=False))
+        print(
+            json.dumps(
+                _describe(best.estimates, found, fit, args, None if best.searched is None else best.searched.estimate),
+                indent=2,
+                allow_nan=False,
+            )
+        )
         return 0
-    is_searched = best.searched is not None
-    rows = [list_row(one, place, place == 1 and is_searched) for place, one in enumerate(best.estimates, 1)]
+    rows = [list_row(one, place, best.is_searched(one)) for place, one in enumerate(best.estimates, 1)]
     lines = [*write_rows(rows), *_write_ties(best.estimates), *write_rejected(found), *write_price(winner, args.price)]
-    lines += _write_saving(found, winner, config, args)
-    print("\n".join([*lines, *_write_fit(fit), *_write_flags(winner, args)]))
+    lines += _write_saving(found, best.estimates, args)
+    lines += [f"note: {note}" for note in winner.plan.notes]
+    print("\n".join([*lines, *_write_fit(fit), *_write_flags(winner, args, searched)]))
     return 0
 
 
-def _improve(found: Found, config: PlanConfig, constants: Constants, args: argparse.Namespace) -> _Best:
-    """Deal layers more evenly where that is faster; search a table for the best layout of stages."""
+def _improve(found: Found, config: PlanConfig, constants: Constants, args: argparse.Namespace, deadline: float) -> _Best:
+    """Deal layers more evenly where that is faster; search a table for the best layout of several pipeline ranks."""
     cluster = build_cluster(config.cluster)
-    estimates = [split_evenly(one, config, cluster, constants) for one in found.candidates[: args.top]]
+    estimates = [split_evenly(one, cluster, constants) for one in found.candidates[: args.top]]
     estimates.sort(key=lambda one: (one.fits is not True, one.step_s))
-    searched = search_table(estimates[0], 0.2 * args.seconds) if config.layout.schedule is None else None
+    searched = None
+    if config.layout.schedule is None and (piped := _choose_piped(found, estimates)) is not None:
+        searched = search_table(piped, max(deadline - time.monotonic() - RESERVE, LEAST_SECONDS))
     if searched is not None:
-        estimates = [searched.estimate, *estimates][: args.top]
-    if args.memory == "dry-run":
+        estimates = sorted([searched.estimate, *estimates], key=lambda one: (one.fits is not True, one.step_s))[: args.top]
+        searched = searched if any(one is searched.estimate for one in estimates) else None
+    if args.memory == "dry-run" and not (searched and estimates[0] is searched.estimate):
         estimates = [_dry_run(estimates[0]), *estimates[1:]]
     return _Best(estimates, searched)
 
 
+def _choose_piped(found: Found, estimates: list[Estimate]) -> Estimate | None:
+    """Return the best layout with a pipeline, whose table may be searched."""
+    known = [one for one in (*estimates, found.ours, found.looped) if one is not None and one.plan.layout.pp > 1]
+    return min(known, key=lambda one: (one.fits is not True, one.step_s), default=None)
+
+
 def _write_ties(estimates: list[Estimate]) -> list[str]:
-    """Say from which place on the ranking means something."""
+    """Say from which place on the ranking means something, and which rows no published run was compared with."""
     first = estimates[0]
     sigma = first.setting.constants.sigma
     tied = sum(not tell_apart(one.step_s, first.step_s, sigma) for one in estimates)
-    return [f"the first {tied} cannot be told apart: the model's error is {100 * sigma:.0f} %"] if tied > 1 else []
+    lines = [f"the first {tied} cannot be told apart: the model's error is {100 * sigma:.0f} %"] if tied > 1 else []
+    if any(one.plan.layout.fsdp and one.plan.layout.ep > 1 for one in estimates):
+        lines.append("experts under FSDP were compared with no published run; fsdp: false in layout: leaves them out")
+    return lines
 
 
-def _write_saving(found: Found, winner: Estimate, config: PlanConfig, args: argparse.Namespace) -> list[str]:
-    """Say what is saved against the best layout that Megatron runs itself."""
-    plain = found.plain
-    if plain is None or plain.step_s <= winner.step_s:
+def _write_saving(found: Found, estimates: list[Estimate], args: argparse.Namespace) -> list[str]:
+    """Say what the best layout that needs counterflow saves against Megatron's interleaved schedule at its best."""
+    looped = found.looped
+    ours = [one for one in (*estimates, found.ours) if one is not None and find_kind(one.plan.layout) == OUR_KIND]
+    best = min(ours, key=lambda one: (one.fits is not True, one.step_s), default=None)
+    if looped is None or best is None or looped.step_s <= best.step_s:
         return []
-    saved = plain.gpu_hours - winner.gpu_hours
+    saved = looped.gpu_hours - best.gpu_hours
     cost = f", {saved * args.price:,.0f}" if args.price is not None else ""
-    sizes = f"{plain.plan.layout.schedule} vpp {plain.plan.layout.vpp}"
+    sizes = f"{name_layout(looped)} {name_schedule(looped)}"
     return [
-        f"against Megatron's best ({sizes}, {plain.step_s:.3g} s): {100 * (1 - winner.step_s / plain.step_s):.1f} % of the time, "
-        f"{saved:,.0f} GPU hours a trillion tokens{cost}"
+        f"against Megatron's interleaved schedule at its best ({sizes}, {looped.step_s:.3g} s) {name_schedule(best)} "
+        f"({best.step_s:.3g} s) saves {100 * (1 - best.step_s / looped.step_s):.1f} % of the time, {saved:,.0f} GPU hours a "
+        f"trillion tokens{cost}"
     ]
 
 
@@ -199,28 +235,46 @@ def _write_fit(fit: Fit | None) -> list[str]:
     return lines + [f"  {name}: {100 * residual:+.1f} %" for name, residual in fit.residuals.items()]
 
 
-def _write_flags(estimate: Estimate, args: argparse.Namespace) -> list[str]:
+def _write_flags(estimate: Estimate, args: argparse.Namespace, searched: Searched | None = None) -> list[str]:
+    """Return the trainer's flags; those of a searched table name the file that it is written to."""
+    plan, lines = estimate.plan, []
+    if searched is not None:
+        plan = _name_table(plan, args)
+        lines = [] if args.csv else [f"{plan.layout.schedule}: give --csv FILE, which writes the searched table"]
     try:
         if args.trainer == "deepspeed":
-            return ["DeepSpeed:", json.dumps(emit_deepspeed(estimate.plan), indent=2)]
-        return write_flags(emit_megatron(estimate.plan), {})
+            return [*lines, "DeepSpeed:", json.dumps(emit_deepspeed(plan), indent=2)]
+        return [*lines, *write_flags(emit_megatron(plan), {})]
     except PlanError as error:
         return [f"no flags: {error}"]
 
 
-def _describe(estimates: list[Estimate], rejected: Any, fit: Fit | None, args: argparse.Namespace) -> dict[str, Any]:
+def _name_table(plan: Plan, args: argparse.Namespace) -> Plan:
+    """Return a plan whose schedule is the file of the searched table."""
+    return replace(plan, layout=replace(plan.layout, schedule=str(args.csv or "TABLE.csv")))
+
+
+def _describe(
+    estimates: list[Estimate], search: Found | None, fit: Fit | None, args: argparse.Namespace, searched: Estimate | None = None
+) -> dict[str, Any]:
     """Return what ``--json`` prints."""
     found: dict[str, Any] = {"candidates": [], "rejected": []}
     for estimate in estimates:
         one = describe(estimate, args.price)
+        emit: Callable[[Plan], Any] = emit_deepspeed if args.trainer == "deepspeed" else emit_megatron
+        name = "deepspeed_json" if args.trainer == "deepspeed" else "megatron_args"
         try:
-            one["megatron_args"] = emit_megatron(estimate.plan)
+            one[name] = emit(_name_table(estimate.plan, args) if estimate is searched else estimate.plan)
         except PlanError as error:
-            one["megatron_args"] = []
+            one[name] = None
             one["why"].append(f"no flags: {error}")
         found["candidates"].append(one)
-    found["rejected"] = [{"layout": one.layout, "why": one.reason} for one in rejected[:MOST_REJECTED]]
-    found["rejected_in_all"] = len(rejected)
+    if search is not None:
+        found["rejected"] = [{"layout": one.layout, "why": one.reason} for one in search.rejected]
+        found |= {"tried": search.tried, "untried": search.untried, "seconds": search.seconds}
+        found["pareto"] = [{"step_s": one.step_s, "memory_gib": max(one.memory.per_rank)} for one in search.pareto]
+        for kind, best in (("best_interleaved_s", search.looped), ("best_counterflow_s", search.ours)):
+            found[kind] = None if best is None else best.step_s
     if fit is not None:
         found["calibration"] = {
             "sigma": fit.sigma,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from counterflow.planner.cluster import Cluster
 from counterflow.planner.config import PlanConfig
-from counterflow.planner.layouts import Layout, Plan
+from counterflow.planner.layouts import OWN, Layout, Plan
 from counterflow.schedule.families import FAMILIES
 
 PARTIAL_GRAPH = ("attn", "moe_router", "moe_preprocess")
@@ -48,13 +48,19 @@ def _assume_experts(config: PlanConfig, plan: Plan, cluster: Cluster, notes: lis
     if stated.cuda_graph is None and is_mx and stated.dispatcher == "hybridep":
         layout = replace(layout, cuda_graph=WHOLE_GRAPH)
         notes.append("cuda_graph is not stated: full_iteration, with fused experts and FP8 attention")
-    elif stated.cuda_graph is None and cluster.domain > cluster.gpu.gpus_per_node:
+    elif stated.cuda_graph is None and cluster.domain > cluster.gpu.gpus_per_node and may_graph(layout):
         layout = replace(layout, cuda_graph=PARTIAL_GRAPH)
         notes.append(f"cuda_graph is not stated: {','.join(PARTIAL_GRAPH)}")
     if stated.overlap is None and is_mx and "full_iteration" in layout.cuda_graph and can_overlap(layout.pp, layout.schedule):
         layout = replace(layout, overlap=True)
         notes.append("overlap is not stated: on")
     return layout
+
+
+def may_graph(layout: Layout) -> bool:
+    """Tell whether trainers run attention and router of a layout in CUDA graphs; tables and clones have an order of their own."""
+    is_recomputed = layout.recompute.granularity == "full" or "moe" in layout.recomputes
+    return layout.schedule in OWN and not layout.clones_per_rank and not is_recomputed
 
 
 def choose_dispatcher(ranks: int, cluster: Cluster) -> str:

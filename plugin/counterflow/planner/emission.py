@@ -9,25 +9,25 @@ from collections.abc import Iterable
 from typing import Any
 
 from counterflow.errors import PlanError
-from counterflow.planner.layouts import PLAIN_LOOPED, PLAIN_STRAIGHT, Layout, Plan, place_layers
+from counterflow.planner.layouts import OWN, PLAIN_STRAIGHT, Layout, Plan, place_layers
 from counterflow.planner.models import LINEAR, MLA, LayerShape, ModelShape
 from counterflow.schedule.families import FAMILIES
-from counterflow.schedule.layouts import LOOPED, V
+from counterflow.schedule.layouts import BIDIRECTIONAL, LOOPED, V
 
 # Symbols of HybridModel's pattern: attention by kind, a dense feed-forward, experts.
 _SYMBOLS = {MLA: "+", LINEAR: "G"}
 _ATTENTION, _DENSE, _EXPERTS = "*", "-", "E"
-# Megatron's own schedules need no plugin.
-OWN = (PLAIN_STRAIGHT, PLAIN_LOOPED)
-DEEPSPEED_VPP = 2
+_WHOLE = "full_iteration"
 
 
 def emit_megatron(plan: Plan, hybrid: bool = False) -> list[str]:
     """Return the flags of a Megatron launch script for a plan; for a HybridModel with ``hybrid``.
 
-    Raises `PlanError` for a model that Megatron has no flags for.
+    Raises `PlanError` for a plan that Megatron, or counterflow on it, refuses to run.
     """
     model, layout = plan.model, plan.layout
+    if refusal := find_refusal(plan, hybrid):
+        raise PlanError(refusal)
     groups = [
         _emit_model(model, hybrid),
         _emit_experts(model, layout),
@@ -225,16 +225,78 @@ def _emit_rest(plan: Plan) -> Iterable[Any]:
 
 def _emit_schedule(plan: Plan, hybrid: bool) -> Iterable[Any]:
     layout = plan.layout
-    # Megatron's own pairs run neither a HybridModel nor what is recomputed whole.
-    is_recomputed = layout.recompute.granularity == "full" or "moe" in layout.recomputes
-    is_theirs = not layout.overlap or not (hybrid or is_recomputed or plan.model.mtp_layers > 1)
-    if layout.schedule in OWN and not layout.clones_per_rank and is_theirs:
+    if needs_table(plan, hybrid):
+        yield from ("--cf-schedule", layout.schedule)
+        yield from ["--cf-overlap"] * layout.overlap
+    else:
         yield from ["--overlap-moe-expert-parallel-comm"] * layout.overlap
-        return
-    yield from ("--cf-schedule", layout.schedule)
-    yield from ["--cf-overlap"] * layout.overlap
     if layout.clones_per_rank:
         yield from ("--cf-eplb", "--cf-eplb-clones-per-rank", layout.clones_per_rank)
+
+
+def needs_table(plan: Plan, hybrid: bool = False) -> bool:
+    """Tell whether a plan's schedule is not one that Megatron runs itself.
+
+    Megatron's own pairs run neither a HybridModel, clones, nor what is recomputed whole.
+    """
+    layout = plan.layout
+    is_recomputed = layout.recompute.granularity == "full" or "moe" in layout.recomputes
+    is_ours = layout.overlap and (hybrid or is_recomputed or plan.model.mtp_layers > 1 or layout.clones_per_rank > 0)
+    return layout.schedule not in OWN or is_ours
+
+
+def find_refusal(plan: Plan, hybrid: bool = False) -> str:
+    """Return why Megatron, or counterflow on it, refuses to run a plan; nothing where it runs."""
+    layout = plan.layout
+    graph = ",".join(layout.cuda_graph)
+    partial = bool(graph) and _WHOLE not in layout.cuda_graph
+    if partial and layout.recompute.granularity == "full":
+        return (
+            f"Megatron recomputes no whole layers under CUDA graphs of parts ({graph}): give another recompute, or cuda_graph: []"
+        )
+    if partial and "moe" in layout.recomputes and "moe_router" in layout.cuda_graph:
+        return "Megatron recomputes no moe with moe_router in a CUDA graph: give another recompute, or cuda_graph: []"
+    if needs_table(plan, hybrid):
+        return _refuse_table(plan)
+    if layout.clones_per_rank:
+        return _refuse_clones(plan)
+    if layout.fsdp and layout.overlap and layout.vpp > 1:
+        return "Megatron overlaps no expert communication of several chunks under FSDP: give overlap: false, or fsdp: false"
+    return ""
+
+
+def _refuse_table(plan: Plan) -> str:
+    layout, ours = plan.layout, f"--cf-schedule {plan.layout.schedule}"
+    if layout.pp == 1:
+        return "overlap with recomputed experts, more MTP layers or clones needs a table, hence pp 2 or more: give overlap: false"
+    for is_there, name, change in (
+        (layout.fsdp, "FSDP", "fsdp: false"), (layout.cuda_graph, "CUDA graphs", "cuda_graph: []"),
+        (layout.paged_stash, "a paged stash", "paged_stash: false"),
+    ):  # fmt: skip
+        if is_there:
+            return f"{ours} does not run under {name}: give {change}, or schedule {' or '.join(OWN)}"
+    family = FAMILIES.get(layout.schedule)
+    if family is not None and family.layout in (V, BIDIRECTIONAL):
+        if plan.model.mtp_layers and "m" in (layout.pipeline_layout or "").rpartition("|")[0]:
+            return f"{ours} takes MTP layers on the last stage alone: {layout.pipeline_layout} has one before"
+        if family.replicas > 1 and layout.dp % family.replicas:
+            return f"{ours} joins pairs of replicas, and dp is {layout.dp}: give sizes that leave an even dp"
+    if plan.model.mtp_layers and plan.model.tied:
+        return f"{ours} takes no MTP layers with tied embeddings: give untie_embeddings_and_output_weights: true"
+    return _refuse_clones(plan) if layout.clones_per_rank else ""
+
+
+def _refuse_clones(plan: Plan) -> str:
+    layout, training = plan.layout, plan.training
+    for is_there, name, change in (
+        (layout.fsdp, "FSDP", "fsdp: false"), (layout.cuda_graph, "CUDA graphs", "cuda_graph: []"),
+        (layout.paged_stash, "a paged stash", "paged_stash: false"),
+        (training.fp8_params, "weights in FP8", "fp8_param_gather: false"),
+        (training.precision == "fp8-delayed", "precision fp8-delayed", "another precision"),
+    ):  # fmt: skip
+        if is_there:
+            return f"--cf-eplb does not run under {name}: give {change}, or clones_per_rank: 0"
+    return ""
 
 
 def emit_deepspeed(plan: Plan) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from counterflow.planner.imbalance import find_imbalance
 from counterflow.planner.layouts import Plan, complete_plan
 from counterflow.planner.measured import read_measured
 from counterflow.planner.memory import GIB, MemoryEstimate, estimate_memory
-from counterflow.planner.step import Step, time_step
+from counterflow.planner.step import ChunkCosts, Step, time_step
 from counterflow.planner.times import Setting
 from counterflow.schedule.costs_file import CostsFile
 
@@ -73,11 +73,15 @@ def estimate_plan(
     constants: Constants,
     measured: CostsFile | None = None,
     memory: MemoryEstimate | None = None,
+    chunks: ChunkCosts | None = None,
 ) -> Estimate:
-    """Return the estimate of a complete plan; ``measured`` costs, where given, take the place of the model's."""
+    """Return the estimate of a complete plan; ``measured`` costs, where given, take the place of the model's.
+
+    ``memory`` and ``chunks`` are known from before.
+    """
     plan = assumed.plan
     setting = make_setting(assumed, cluster, constants)
-    step = time_step(plan, setting, measured)
+    step = time_step(plan, setting, measured, chunks)
     memory = estimate_memory(plan) if memory is None else memory
     spread = math.exp(constants.sigma)
     fits = memory.tell_fit(cluster.memory_gib * GIB)

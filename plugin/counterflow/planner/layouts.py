@@ -21,6 +21,8 @@ with (Path(__file__).parent / "families.toml").open("rb") as _file:
 NEAREST: dict[str, str] = _FAMILIES["nearest"]
 PLAIN_STRAIGHT: str = _FAMILIES["default"]["straight"]
 PLAIN_LOOPED: str = _FAMILIES["default"]["looped"]
+# Megatron runs these without a plugin.
+OWN = (PLAIN_STRAIGHT, PLAIN_LOOPED)
 AUTO = "auto"
 
 
@@ -118,6 +120,16 @@ class Layout:
         return self.tp * self.cp * self.dp // (self.ep * self.etp)
 
     @property
+    def local(self) -> "Layout":
+        """The layout with only what the time of a layer on one GPU depends on: no pipeline, no replicas."""
+        return replace(
+            self, pp=1, vpp=1, dp=1, schedule=PLAIN_STRAIGHT, asked_schedule=None, overlap=False, distributed_optimizer=True,
+            fsdp=False, overlap_grad_reduce=True, overlap_param_gather=True, optimizer_offload=0.0, clones_per_rank=0,
+            pipeline_layout=None, first_stage_layers=None, last_stage_layers=None, account_for_embedding=False,
+            account_for_loss=False,
+        )  # fmt: skip
+
+    @property
     def recomputes(self) -> frozenset[str]:
         """The modules that are recomputed selectively."""
         return self.recompute.modules
@@ -153,13 +165,16 @@ class Stage:
     mtp: int = 0
 
 
-def complete_plan(config: PlanConfig) -> Plan:
-    """Return the plan with everything that was left out filled in, and said; raises `PlanError` where sizes do not fit."""
-    model = build_model(config.model)
+def complete_plan(config: PlanConfig, model: ModelShape | None = None) -> Plan:
+    """Return the plan with everything that was left out filled in, and said; raises `PlanError` where sizes do not fit.
+
+    ``model`` is that of the plan, where it was built before.
+    """
+    model = build_model(config.model) if model is None else model
     notes = list(model.assumed)
     layout = complete_layout(config, model, notes)
     training = _complete_training(config, layout, notes)
-    layout = _complete_split(model, layout, notes)
+    layout = complete_split(model, layout, notes)
     notes += [f"flag {show(word)} is not modelled" for word in config.unread_flags]
     left = {
         key for section in (config.training, config.layout) for key in type(section).model_fields if getattr(section, key) is None
@@ -333,7 +348,7 @@ def _can_overlap(schedule: str, pp: int, ep: int, notes: list[str]) -> bool:
     return True
 
 
-def _complete_split(model: ModelShape, layout: Layout, notes: list[str]) -> Layout:
+def complete_split(model: ModelShape, layout: Layout, notes: list[str]) -> Layout:
     """Let embedding and head count as layers, or deal layers unevenly, where only that divides and nothing was asked for."""
     asked = (layout.pipeline_layout, layout.first_stage_layers, layout.last_stage_layers)
     layers, stages = len(model.layers), layout.stages

@@ -6,7 +6,7 @@ A shape comes from Megatron's argument names (`build_model`); the names of known
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -145,6 +145,11 @@ class ModelShape:
     vocab_multiple: int = VOCAB_MULTIPLE
     assumed: tuple[str, ...] = ()
 
+    @cached_property
+    def counts(self) -> tuple[tuple[LayerShape, int], ...]:
+        """Each different layer, and how often the model has it."""
+        return count_equal(self.layers)
+
     def pad_vocab(self, tp: int) -> int:
         """Return the rows of the embedding that ``tp`` tensor-parallel ranks share, as Megatron pads them."""
         multiple = self.vocab_multiple * tp
@@ -169,6 +174,14 @@ class ModelShape:
     def count_active(self) -> int:
         """Return the number of parameters that one token passes, head included and the embedding not."""
         return self.vocab * self.hidden + self.norm_size + sum(layer.count_active() for layer in self.layers)
+
+
+def count_equal(layers: Iterable[LayerShape]) -> tuple[tuple[LayerShape, int], ...]:
+    """Return each different layer, by identity, and how often it is there."""
+    found: dict[int, tuple[LayerShape, int]] = {}
+    for layer in layers:
+        found[id(layer)] = (layer, found.get(id(layer), (layer, 0))[1] + 1)
+    return tuple(found.values())
 
 
 def _count_attention(a: AttentionShape, h: int) -> int:

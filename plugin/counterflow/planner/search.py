@@ -1,46 +1,56 @@
-"""Search of layouts: all sizes, schedules, micro-batches and recomputation that a plan leaves open, best bound first.
+"""Search of layouts: all sizes, shardings, schedules, micro-batches and recomputation that a plan leaves open, best bound first.
 
-Each combination has a bound that needs no table: the work of its micro-batches, spread over the pipeline without a bubble, all
-expert communication of overlapped pairs hidden. Combinations are tried in the order of their bounds until the next bound is
-above the best found, so what is left out cannot be better; where the time ends first, that is said. What does not fit, does not
-divide or is not allowed keeps its reason.
+Each combination of sizes has a bound that needs no table (`counterflow.planner.bounds`). Combinations are tried in the order of
+their bounds until the next bound is above the best found, so what is left out cannot be better; where the time ends first, that
+is said. Of each schedule a second, closer bound is asked before memory is, and memory before a table is built. What does not
+fit, does not divide, is slower or is not allowed keeps its reason.
+
+Several processes share the combinations: each takes the next one, and all know the best steps that any has found.
 """
 
 import math
+import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
-from itertools import product
+from multiprocessing import get_context
 from typing import Any
 
 from counterflow.errors import PlanError, ScheduleError
-from counterflow.planner.assumptions import Assumed, assume_unstated
+from counterflow.planner.assumptions import Assumed
+from counterflow.planner.bounds import bound_schedule, bound_step
+from counterflow.planner.choices import (
+    KINDS,
+    MICRO_BATCHES,
+    Fields,
+    complete_choice,
+    explain_refusal,
+    find_kind,
+    list_kinds,
+    list_schedules,
+    list_shardings,
+    list_sizes,
+    make_straight,
+    name_fields,
+)
 from counterflow.planner.cluster import Cluster, build_cluster
 from counterflow.planner.config import PlanConfig
 from counterflow.planner.constants import Constants
 from counterflow.planner.estimate import Estimate, estimate_plan, make_setting
-from counterflow.planner.layouts import (
-    PLAIN_LOOPED,
-    PLAIN_STRAIGHT,
-    Plan,
-    complete_plan,
-    count_gpus,
-    deal_layers,
-)
+from counterflow.planner.layouts import PLAIN_STRAIGHT, Layout, Plan, complete_split, count_gpus
 from counterflow.planner.memory import GIB, MemoryEstimate, estimate_memory
 from counterflow.planner.models import ModelShape, build_model
-from counterflow.planner.times import time_head, time_layer
-from counterflow.schedule.families import FAMILIES
-from counterflow.schedule.layouts import BIDIRECTIONAL, LOOPED, STRAIGHT, V
+from counterflow.planner.step import ChunkCosts, cost_chunks
 
-CONTEXT_FROM = 16384
-MICRO_BATCHES = (1, 2, 4)
-CHUNKS = (2, 4, 8)
-CLONES = (0, 2)
-MOST_PIPELINE = 64
-SELECTIVE = "moe_act,layernorm,mla_up_proj"
 LARGEST_CLUSTER = 2**17
+# Fewer combinations are searched sooner than a second process starts.
+FEW = 64
+MOST_PROCESSES = 4
+# So many combinations are tried before the others, found among so many.
+MOST_SEEDS, MOST_SCANNED = 4, 200
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,10 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found: estimates, best first; rejected layouts; how many there were, and how many the time left untried."""
+    """What a search found: estimates, best first; rejected layouts; how many there were, and how many the time left untried.
+
+    ``looped`` is the best layout under Megatron's interleaved schedule, ``ours`` the best that needs counterflow.
+    """
 
     candidates: tuple[Estimate, ...]
     rejected: tuple[Rejected, ...]
@@ -61,218 +74,309 @@ class Found:
     untried: int
     seconds: float
     pareto: tuple[Estimate, ...] = ()
-
-    @property
-    def plain(self) -> Estimate | None:
-        """The best layout that Megatron runs itself: its own schedules, without clones."""
-        own = (PLAIN_STRAIGHT, PLAIN_LOOPED)
-        mine = [one for one in self.candidates if one.plan.layout.schedule in own and not one.plan.layout.clones_per_rank]
-        return min(mine, key=lambda one: one.step_s, default=None)
+    looped: Estimate | None = None
+    ours: Estimate | None = None
 
 
 @dataclass(order=True, frozen=True)
-class _Choice:
+class Choice:
+    """Sizes, the bound on any step with them, and the plan with the plain schedule."""
+
     bound: float
-    fields: dict[str, Any] = field(compare=False)
+    fields: Fields = field(compare=False)
     assumed: Assumed = field(compare=False)
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What all processes of a search know."""
+
+    config: PlanConfig
+    cluster: Cluster
+    constants: Constants
+    model: ModelShape
+    keep: int
+    deadline: float
+
+
+class _Best:
+    """The best steps that fit, of all processes: ``keep`` of each, and each one's best of each kind, in shared memory."""
+
+    def __init__(self, keep: int, processes: int, kinds: Sequence[str]) -> None:
+        context = get_context("fork")
+        self.keep = keep
+        self._next, self._found = context.Value("q", 0), context.Value("b", 0)
+        self._steps = context.Array("d", [math.inf] * keep * processes, lock=False)
+        self._kinds = {kind: context.Array("d", [math.inf] * processes, lock=False) for kind in kinds}
+
+    def add(self, worker: int, seconds: float, fits: bool | None, kind: str | None) -> None:
+        """Add a step; only one that surely fits is a limit to others."""
+        self._found.value = 1
+        if not fits:
+            return
+        if kind in self._kinds:
+            self._kinds[kind][worker] = min(self._kinds[kind][worker], seconds)
+        own = slice(worker * self.keep, (worker + 1) * self.keep)
+        self._steps[own] = sorted([*self._steps[own], seconds])[: self.keep]
+
+    def has_some(self) -> bool:
+        """Tell whether any process has an estimate."""
+        return bool(self._found.value)
+
+    def limit(self, *kinds: str | None) -> float:
+        """Return the seconds that a step has to be below to matter: among the first, or as the best of one of ``kinds``."""
+        first: float = sorted(self._steps)[self.keep - 1]
+        others = [float(min(self._kinds[kind])) for kind in kinds if kind in self._kinds]
+        return max([first, *others])
+
+    def take(self) -> int:
+        """Return the number of the next combination, which no other process gets."""
+        with self._next.get_lock():
+            self._next.value += 1
+            return int(self._next.value) - 1
+
+
 def search_layouts(config: PlanConfig, constants: Constants | None = None, *, seconds: float = 50.0, keep: int = 10) -> Found:
-    """Search the layouts of a plan for about so many seconds; raises `PlanError` where no layout fits its cluster."""
+    """Search the layouts of a plan for about so many seconds; raises `PlanError` where no layout fits its cluster.
+
+    ``keep`` are surely the best ones where the time sufficed; others that were estimated follow.
+    """
     begun, constants = time.monotonic(), constants or Constants()
     cluster = build_cluster(config.cluster)
     if count_gpus(config) is None:
         raise PlanError("cluster.gpus is missing: a search needs the number of GPUs")
+    task = _Task(config, cluster, constants, build_model(config.model), keep, begun + seconds)
     rejected: list[Rejected] = []
-    choices = sorted(_list_choices(config, cluster, constants, rejected))
-    found: list[Estimate] = []
-    tried = 0
-    best: list[float] = []
-    screened: dict[tuple[Any, ...], str] = {}
-    for number, choice in enumerate(choices):
-        limit = best[keep - 1] if len(best) >= keep else math.inf
-        if choice.bound > limit:
-            rejected += [Rejected(name_fields(one.fields), f"at least {one.bound:.3g} s a step") for one in choices[number:]]
+    choices = sorted(_list_choices(task, rejected))
+    seeds = _choose_seeds(task, choices)
+    choices = [*seeds, *(one for one in choices if not any(one is seed for seed in seeds))]
+    parts = _run(task, choices, len(seeds))
+    for part in parts:
+        rejected += part.rejected
+    if not any(part.tried for part in parts):
+        _refuse(config, cluster, rejected)
+    return _finish(task, choices, parts, rejected, begun)
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """An estimate in short: how to make it again, its seconds, the bytes of its fullest rank, whether it fits."""
+
+    fields: Fields
+    seconds: float
+    size: float
+    fits: bool | None
+    kind: str | None
+
+
+@dataclass
+class _Part:
+    """What one process did: estimates, rejected layouts, the numbers of the combinations that it finished."""
+
+    tried: list[_Tried] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    done: list[int] = field(default_factory=list)
+
+
+# What the processes of a search share; they are forks, so that nothing of it is sent.
+_shared: tuple[_Task, list[Choice], int, _Best] | None = None
+
+
+def _run(task: _Task, choices: list[Choice], seeds: int) -> list[_Part]:
+    """Search in as many processes as there are processors, at most a few."""
+    global _shared
+    count = min(len(os.sched_getaffinity(0)), MOST_PROCESSES) if len(choices) >= FEW else 1
+    _shared = (task, choices, seeds, _Best(task.keep, count, list_kinds(task.config)))
+    try:
+        if count == 1:
+            return [_search_part(0)]
+        with ProcessPoolExecutor(count, get_context("fork")) as pool:
+            return list(pool.map(_search_part, range(count)))
+    except BrokenProcessPool:
+        raise PlanError(
+            "a process of the search was ended from outside, as where memory runs out: fix some sizes in layout:"
+        ) from None
+    finally:
+        _shared = None
+
+
+def _search_part(worker: int) -> _Part:
+    """Try combinations, best bound first, until none can matter or the time has ended."""
+    assert _shared is not None
+    task, choices, seeds, best = _shared
+    part, known = _Part(), _Known()
+    while (number := best.take()) < len(choices):
+        choice = choices[number]
+        if choice.bound > best.limit(*KINDS):
+            if number < seeds:
+                continue
             break
-        reason = _screen(choice, cluster, screened)
-        if reason:
-            rejected.append(Rejected(name_fields(choice.fields), reason))
+        if not _try_sizes(task, choice, best, worker, part, known):
+            break
+        part.done.append(number)
+    return part
+
+
+@dataclass
+class _Known:
+    """What a process has found out: sizes for which nothing fits, and what the actions of a layout cost."""
+
+    misfits: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    chunks: dict[Layout, ChunkCosts] = field(default_factory=dict)
+
+
+def _try_sizes(task: _Task, choice: Choice, best: _Best, worker: int, part: _Part, known: _Known) -> bool:
+    """Try all schedules and shardings of a combination; return whether there was time for it."""
+    known.chunks.clear()
+    for fields in list_schedules(task.config, choice.fields):
+        try:
+            assumed = complete_choice(task.config, fields, task.cluster, task.model)
+        except (PlanError, ScheduleError) as error:
+            part.rejected.append(Rejected(name_fields(fields), str(error)))
             continue
-        for fields in list_schedules(config, choice.fields):
-            if time.monotonic() - begun > seconds and best:
-                return _finish(found, rejected, tried, len(choices) - number, time.monotonic() - begun)
-            tried += 1
-            estimate = _try(config, fields, cluster, constants, rejected)
-            if estimate is not None:
-                found.append(estimate)
-                best = sorted([*best, estimate.step_s])[:keep]
-    if not found:
-        _refuse(config, cluster, constants, rejected)
-    return _finish(found, rejected, tried, 0, time.monotonic() - begun)
+        # Where overlap has nothing to hide, the choice without it is the same.
+        if assumed.plan.layout.overlap != bool(fields["overlap"]):
+            continue
+        for sharding in list_shardings(task.config):
+            if time.monotonic() > task.deadline and best.has_some():
+                return False
+            layout = replace(assumed.plan.layout, distributed_optimizer=sharding.distributed_optimizer, fsdp=sharding.fsdp)
+            shape, whole = replace(assumed, plan=replace(assumed.plan, layout=layout)), {**fields, **sharding._asdict()}
+            kind = find_kind(layout)
+            tried = _try(task, shape, best.limit(kind), known)
+            if isinstance(tried, str):
+                part.rejected.append(Rejected(name_fields(whole), tried))
+                continue
+            part.tried.append(_Tried(whole, tried.step_s, tried.memory.worst.peak, tried.fits, kind))
+            best.add(worker, tried.step_s, tried.fits, kind)
+    return True
 
 
-def _finish(found: list[Estimate], rejected: list[Rejected], tried: int, untried: int, seconds: float) -> Found:
-    ordered = sorted(found, key=lambda one: (one.fits is not True, one.step_s))
-    sure = [one for one in ordered if one.fits]
-    ordered = sorted(found, key=lambda one: one.step_s) if not sure else ordered
-    return Found(tuple(ordered), tuple(rejected), tried, untried, seconds, find_pareto(found))
+def _try(task: _Task, assumed: Assumed, limit: float, known: _Known) -> Estimate | str:
+    """Return the estimate of a plan, or why it is rejected: what is found out soonest first."""
+    plan, cluster = assumed.plan, task.cluster
+    if refusal := explain_refusal(plan):
+        return refusal
+    setting = make_setting(assumed, cluster, task.constants)
+    try:
+        key = replace(plan.layout, schedule=PLAIN_STRAIGHT, asked_schedule=None)
+        if key not in known.chunks:
+            known.chunks[key] = cost_chunks(plan, setting)
+        bound = bound_schedule(plan, known.chunks[key], setting)
+        if bound > limit:
+            return write_bound(bound)
+        if reason := _screen(plan, cluster, known.misfits):
+            return reason
+        memory = estimate_memory(plan)
+        if memory.tell_fit(cluster.memory_gib * GIB) is False:
+            return explain_memory(memory, cluster)
+        return estimate_plan(assumed, cluster, task.constants, memory=memory, chunks=known.chunks[key])
+    except (PlanError, ScheduleError) as error:
+        return str(error)
 
 
-def find_pareto(found: Iterable[Estimate]) -> tuple[Estimate, ...]:
-    """Return the estimates of which no other is both faster and smaller, fastest first."""
-    front: list[Estimate] = []
-    for one in sorted(found, key=lambda each: (each.step_s, max(each.memory.per_rank))):
-        if not front or max(one.memory.per_rank) < max(front[-1].memory.per_rank):
+def write_bound(seconds: float) -> str:
+    """Return the reason why a layout that takes at least so long was not tried."""
+    return f"at least {seconds:.3g} s a step"
+
+
+def _finish(task: _Task, choices: list[Choice], parts: list[_Part], rejected: list[Rejected], begun: float) -> Found:
+    """Return what all processes found; the first estimates, the best of each kind and the front are made again in full."""
+    tried = sorted((one for part in parts for one in part.tried), key=lambda one: one.seconds)
+    sure = [one for one in tried if one.fits]
+    ordered = [*sure, *(one for one in tried if not one.fits)]
+    kinds = {kind: next((one for one in ordered if one.kind == kind), None) for kind in KINDS}
+    first, front = ordered[: task.keep], find_pareto(tried)
+    rejected += [Rejected(name_fields(one.fields), f"takes {one.seconds:.3g} s a step") for one in ordered[task.keep :]]
+    left = set(range(len(choices))).difference(*(part.done for part in parts))
+    worst = sure[task.keep - 1].seconds if len(sure) >= task.keep else math.inf
+    for kind in list_kinds(task.config):
+        worst = max(worst, min((one.seconds for one in sure if one.kind == kind), default=math.inf))
+    slower = [number for number in left if choices[number].bound > worst]
+    rejected += [Rejected(name_fields(choices[number].fields), write_bound(choices[number].bound)) for number in sorted(slower)]
+    whole: dict[int, Estimate] = {}
+
+    def make(one: _Tried) -> Estimate:
+        if id(one) not in whole:
+            whole[id(one)] = _make_again(task, one)
+        return whole[id(one)]
+
+    return Found(
+        tuple(map(make, first)), tuple(rejected), len(tried), len(left) - len(slower), time.monotonic() - begun,
+        tuple(map(make, front)), *(None if one is None else make(one) for one in kinds.values()),
+    )  # fmt: skip
+
+
+def _make_again(task: _Task, tried: _Tried) -> Estimate:
+    return estimate_plan(complete_choice(task.config, tried.fields, task.cluster, task.model), task.cluster, task.constants)
+
+
+def find_pareto(found: Iterable[_Tried]) -> tuple[_Tried, ...]:
+    """Return those of which no other is both faster and smaller, fastest first."""
+    front: list[_Tried] = []
+    for one in sorted(found, key=lambda each: (each.seconds, each.size)):
+        if not front or one.size < front[-1].size:
             front.append(one)
     return tuple(front)
 
 
-def name_fields(fields: dict[str, Any]) -> str:
-    """Return a layout in a few words."""
-    names = {"micro_batch_size": "mbs"}
-    words = [f"{names.get(name, name)} {value}" for name, value in fields.items() if _is_telling(name, value)]
-    return " ".join(words)
-
-
-def _is_telling(name: str, value: Any) -> bool:
-    if name in ("cp", "etp", "vpp", "clones_per_rank") and value in (None, 0, 1):
-        return False
-    return value not in (None, False, "none")
-
-
-def _list_choices(config: PlanConfig, cluster: Cluster, constants: Constants, rejected: list[Rejected]) -> Iterator[_Choice]:
+def _list_choices(task: _Task, rejected: list[Rejected]) -> Iterator[Choice]:
     """Yield what is left open, but for schedules, with bounds; reasons of what cannot be go to ``rejected``."""
-    model, gpus = build_model(config.model), count_gpus(config)
+    gpus = count_gpus(task.config)
     assert gpus is not None
-    for fields in list_sizes(config, model, cluster, gpus):
-        straight = {**fields, "schedule": PLAIN_STRAIGHT, "vpp": None, "overlap": False}
+    for fields in list_sizes(task.config, task.model, task.cluster, gpus):
         try:
-            assumed = complete_choice(config, straight, cluster)
+            assumed = complete_choice(task.config, make_straight(fields), task.cluster, task.model)
         except (PlanError, ScheduleError) as error:
             rejected.append(Rejected(name_fields(fields), str(error)))
             continue
-        yield _Choice(bound_step(assumed, cluster, constants), fields, assumed)
+        yield Choice(bound_step(assumed, task.cluster, task.constants), fields, assumed)
 
 
-def complete_choice(config: PlanConfig, fields: dict[str, Any], cluster: Cluster) -> Assumed:
-    """Return the complete plan of a choice; what the search chose is stated."""
-    given = {name: value for name, value in fields.items() if value is not None}
-    chosen = config.replace_layout(**given, **({"vpp": None} if fields.get("vpp") is None else {}))
-    assumed = assume_unstated(chosen, complete_plan(chosen), cluster)
-    return replace(assumed, plan=replace(assumed.plan, unstated=frozenset()))
+def _choose_seeds(task: _Task, choices: list[Choice]) -> list[Choice]:
+    """Return what to try before all others: for each pipeline size the combination of the lowest bound that is sure to fit.
+
+    Their steps are limits to the rest, of which the first are too large for the GPUs.
+    """
+    found: dict[int, Choice] = {}
+    least = min((one.fields["micro_batch_size"] for one in choices), default=1)
+    for choice in [one for one in choices if one.fields["micro_batch_size"] == least][:MOST_SCANNED]:
+        pp = choice.fields["pp"]
+        if pp not in found and not _explain_misfit(choice.assumed.plan, task.cluster):
+            found[pp] = choice
+    return sorted(found.values())[:MOST_SEEDS]
 
 
-def list_sizes(config: PlanConfig, model: ModelShape, cluster: Cluster, gpus: int) -> Iterator[dict[str, Any]]:
-    """Yield all sizes that are not given: tp pp cp ep etp, micro-batch, recomputation and clones."""
-    given = config.layout
-    experts = next((layer.moe.experts for layer in model.layers if layer.moe is not None), 1)
-    seq = config.training.seq_length or 4096
-    tps = _pick(given.tp, [tp for tp in (1, 2, 4, 8, 16) if tp <= cluster.domain])
-    pps = _pick(given.pp, [pp for pp in _divide(gpus) if pp <= min(len(model.layers) + 2, MOST_PIPELINE)])
-    cps = _pick(given.cp, [1, 2, 4, 8, 16] if seq >= CONTEXT_FROM else [1])
-    eps = _pick(given.ep, _divide(experts) if experts > 1 else [1])
-    recomputes = [given.recompute] if given.recompute is not None else ["none", SELECTIVE, "full"]
-    is_uneven = config.training.routing not in (None, "forced") and experts > 1
-    clones = _pick(given.clones_per_rank, list(CLONES) if is_uneven else [0])
-    batches = _pick(given.micro_batch_size, list(MICRO_BATCHES))
-    for tp, pp, cp, ep, batch, recompute, clone in product(tps, pps, cps, eps, batches, recomputes, clones):
-        whole = gpus // (tp * pp * cp)
-        if gpus % (tp * pp * cp) or (given.dp is not None and whole != given.dp) or (tp * cp * whole) % (ep * (given.etp or 1)):
-            continue
-        if clone and ep == 1:
-            continue
-        yield {
-            "tp": tp, "pp": pp, "cp": cp, "ep": ep, "etp": given.etp or 1, "micro_batch_size": batch, "recompute": recompute,
-            "clones_per_rank": clone,
-        }  # fmt: skip
-
-
-def _pick(given: int | None, others: list[int]) -> list[int]:
-    return others if given is None else [given]
-
-
-def _divide(number: int) -> list[int]:
-    return [one for one in range(1, number + 1) if number % one == 0] if number < 2**16 else [2**n for n in range(17)]
-
-
-def list_schedules(config: PlanConfig, fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a choice under each schedule, number of chunks and overlap that the plan leaves open."""
-    given = config.layout
-    overlaps = [False, True] if given.overlap is None else [given.overlap]
-    overlaps = overlaps if fields["ep"] > 1 else [False]
-    if given.schedule is not None:
-        yield from ({**fields, "schedule": given.schedule, "vpp": given.vpp, "overlap": overlap} for overlap in overlaps)
-        return
-    if fields["pp"] == 1:
-        yield from ({**fields, "schedule": PLAIN_STRAIGHT, "vpp": None, "overlap": overlap} for overlap in overlaps)
-        return
-    for family in FAMILIES.values():
-        if family.layout == STRAIGHT and not (family.splits or family.name == PLAIN_STRAIGHT):
-            continue
-        if given.vpp is not None and (family.layout == LOOPED) != (given.vpp > 1):
-            continue
-        chunks = (_pick(given.vpp, list(CHUNKS))) if family.layout == LOOPED else [None]
-        for vpp, overlap in product(chunks, overlaps if family.pairs else [False]):
-            yield {**fields, "schedule": family.name, "vpp": vpp, "overlap": overlap}
-
-
-def bound_step(assumed: Assumed, cluster: Cluster, constants: Constants) -> float:
-    """Return seconds that no schedule of this choice can be below: its work without bubble and exposed expert communication."""
-    plan = assumed.plan
-    setting = make_setting(assumed, cluster, constants)
-    counts = Counter(plan.model.layers)
-    total = 0.0
-    for layer, times in counts.items():
-        work = time_layer(layer, setting)
-        whole = work.f + work.i + work.w
-        total += times * max(whole.device - whole.expert, whole.host)
-    head = time_head(plan.model, setting)
-    total += (head.f + head.i + head.w).device * (1 + plan.model.mtp_layers)
-    if plan.model.mtp is not None:
-        work = time_layer(plan.model.mtp, setting)
-        total += plan.model.mtp_layers * (work.f + work.i + work.w).compute
-    return plan.microbatches * total / plan.layout.pp
-
-
-def _screen(choice: _Choice, cluster: Cluster, known: dict[tuple[Any, ...], str]) -> str:
-    """Return why no schedule of a choice fits, nothing where one may.
+def _screen(plan: Plan, cluster: Cluster, known: dict[tuple[Any, ...], str]) -> str:
+    """Return why no schedule of a plan's sizes fits, nothing where one may.
 
     A straight pipeline's first rank holds as many micro-batches of its part as there are ranks; no family's fullest rank holds
     less. Nor does a larger micro-batch fit where the smallest does not.
     """
-    key = tuple(value for name, value in choice.fields.items() if name != "micro_batch_size")
-    size = choice.fields["micro_batch_size"]
-    if (key, size) not in known:
-        smaller = known.get((key, "least"))
-        if smaller is None:
-            least = replace(
-                choice.assumed.plan, layout=replace(choice.assumed.plan.layout, micro_batch_size=min(MICRO_BATCHES + (size,)))
-            )
-            smaller = known[key, "least"] = _explain_misfit(least, cluster)
-        known[key, size] = smaller or _explain_misfit(choice.assumed.plan, cluster)
-    return known[key, size]
+    layout = plan.layout
+    sizes = (layout.tp, layout.pp, layout.cp, layout.ep, layout.etp, layout.recompute, layout.clones_per_rank)
+    sharding = (layout.distributed_optimizer, layout.fsdp)
+    size = layout.micro_batch_size
+    for batch in sorted({min(MICRO_BATCHES[0], size), size}):
+        key = (*sizes, *sharding, batch)
+        if key not in known:
+            known[key] = _explain_misfit(_straighten(plan, batch), cluster)
+        if known[key]:
+            return known[key]
+    return ""
+
+
+def _straighten(plan: Plan, batch: int) -> Plan:
+    layout = replace(
+        plan.layout, schedule=PLAIN_STRAIGHT, vpp=1, overlap=False, micro_batch_size=batch, pipeline_layout=None,
+        account_for_embedding=False, account_for_loss=False,
+    )  # fmt: skip
+    return replace(plan, layout=complete_split(plan.model, layout, []))
 
 
 def _explain_misfit(plan: Plan, cluster: Cluster) -> str:
     memory = estimate_memory(plan)
     return explain_memory(memory, cluster) if memory.tell_fit(cluster.memory_gib * GIB) is False else ""
-
-
-def _try(
-    config: PlanConfig, fields: dict[str, Any], cluster: Cluster, constants: Constants, rejected: list[Rejected]
-) -> Estimate | None:
-    try:
-        assumed = complete_choice(config, fields, cluster)
-        if assumed.plan.layout.overlap != bool(fields["overlap"]):
-            return None
-        memory = estimate_memory(assumed.plan)
-        if memory.tell_fit(cluster.memory_gib * GIB) is False:
-            rejected.append(Rejected(name_fields(fields), explain_memory(memory, cluster)))
-            return None
-        return estimate_plan(assumed, cluster, constants, memory=memory)
-    except (PlanError, ScheduleError) as error:
-        rejected.append(Rejected(name_fields(fields), str(error)))
-        return None
 
 
 def explain_memory(memory: MemoryEstimate, cluster: Cluster) -> str:
@@ -284,7 +388,7 @@ def explain_memory(memory: MemoryEstimate, cluster: Cluster) -> str:
     )  # fmt: skip
 
 
-def _refuse(config: PlanConfig, cluster: Cluster, constants: Constants, rejected: list[Rejected]) -> None:
+def _refuse(config: PlanConfig, cluster: Cluster, rejected: list[Rejected]) -> None:
     """Raise `PlanError` with what is nearest: the smallest cluster that would do, or the reasons."""
     gpus = count_gpus(config) or 1
     smallest = find_smallest(config, cluster, gpus)
@@ -307,27 +411,9 @@ def find_smallest(config: PlanConfig, cluster: Cluster, above: int) -> int | Non
         sizes.sort(key=lambda one: (one["recompute"] != "full", -one["pp"] * one["tp"] * one["ep"]))
         for fields in sizes[:40]:
             try:
-                plan = complete_choice(
-                    larger, {**fields, "schedule": PLAIN_STRAIGHT, "vpp": None, "overlap": False}, cluster
-                ).plan
+                plan = complete_choice(larger, make_straight(fields), cluster, model).plan
                 if estimate_memory(plan).tell_fit(cluster.memory_gib * GIB):
                     return gpus
             except (PlanError, ScheduleError):
                 continue
     return None
-
-
-def split_evenly(estimate: Estimate, config: PlanConfig, cluster: Cluster, constants: Constants) -> Estimate:
-    """Return the plan with layers dealt so that ends with embedding and head get fewer, where that is faster; else the same."""
-    layout = estimate.plan.layout
-    if layout.pp == 1 or layout.pipeline_layout is not None or FAMILIES[layout.schedule].layout in (V, BIDIRECTIONAL):
-        return estimate
-    text = deal_layers(len(estimate.plan.model.layers), layout.stages, estimate.plan.model.mtp_layers)
-    dealt: Plan = replace(
-        estimate.plan, layout=replace(layout, pipeline_layout=text, account_for_embedding=False, account_for_loss=False)
-    )
-    try:
-        other = estimate_plan(Assumed(dealt, estimate.setting.fp8_attention, estimate.setting.fused_permute), cluster, constants)
-    except (PlanError, ScheduleError):
-        return estimate
-    return other if other.step_s < estimate.step_s and other.fits is not False else estimate

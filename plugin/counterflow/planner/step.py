@@ -11,6 +11,7 @@ from counterflow.planner.clock import Clock, compile_table
 from counterflow.planner.layouts import Layout, Plan, Stage, build_table, place_layers
 from counterflow.planner.measured import apply_measured
 from counterflow.planner.memory import Parameters, count_stage
+from counterflow.planner.models import count_equal
 from counterflow.planner.times import (
     Setting,
     Times,
@@ -61,9 +62,9 @@ class Step:
 
 def time_stage(stage: Stage, plan: Plan, setting: Setting) -> Work:
     """Return the time of one micro-batch on a stage."""
-    whole = Work()
-    for layer in stage.layers:
-        whole += time_layer(layer, setting)
+    whole, setting = Work(), setting.local
+    for layer, times in count_equal(stage.layers):
+        whole += time_layer(layer, setting) * times
     if stage.embedding:
         whole += time_embedding(plan.model, setting)
     if stage.head:
@@ -77,14 +78,16 @@ def cost_chunks(plan: Plan, setting: Setting) -> ChunkCosts:
     """Return what the actions of each stage cost."""
     stages = place_layers(plan.model, plan.layout)
     layout = plan.layout
-    found: dict[tuple[object, ...], Work] = {}
-    works = []
+    found: dict[tuple[object, ...], tuple[Work, float]] = {}
+    works, reductions = [], []
     for stage in stages:
-        key = (stage.layers, stage.embedding, stage.head, stage.mtp)
+        key = (tuple(map(id, stage.layers)), stage.embedding, stage.head, stage.mtp)
         if key not in found:
-            found[key] = time_stage(stage, plan, setting)
-        work = _add_shards(found[key], stage, plan, setting) if layout.fsdp else found[key]
-        works.append(work * setting.constants["general.scale"])
+            work = time_stage(stage, plan, setting)
+            work = _add_shards(work, stage, plan, setting) if layout.fsdp else work
+            found[key] = work * setting.constants["general.scale"], time_reduction(stage, plan, setting)
+        works.append(found[key][0])
+        reductions.append(found[key][1])
     pairs = [pair_up(work, setting) for work in works]
     ratio = sum(paired for paired, _ in pairs) / max(sum(parts for _, parts in pairs), 1e-30)
     overlap = ratio if layout.overlap else 1.0
@@ -99,7 +102,7 @@ def cost_chunks(plan: Plan, setting: Setting) -> ChunkCosts:
     costs = Costs(
         tuple(f for f, _, _ in splits), tuple(i for _, i, _ in splits), tuple(w for _, _, w in splits),
         time_p2p(plan, setting), min(max(overlap, 1e-6), 2.0), True, None, None,
-        tuple(time_reduction(stage, plan, setting) for stage in stages),
+        tuple(reductions),
     )  # fmt: skip
     return ChunkCosts(costs, tuple(works))
 
@@ -108,7 +111,9 @@ def pair_up(work: Work, setting: Setting) -> tuple[float, float]:
     """Return the time of an overlapped pair of a chunk's F and B, and the sum of its parts."""
     back = work.i + work.w
     exchange = work.f.expert + back.expert
-    hidden = setting.constants["general.hidden"] * min(exchange, work.f.compute + back.compute)
+    # What hides shards of weights, on the same network, hides nothing else.
+    free = max(work.f.compute + back.compute - work.f.shards - back.shards, 0.0)
+    hidden = setting.constants["general.hidden"] * min(exchange, free)
     paired = max(work.f.device + back.device - hidden, PAIR_LAUNCHES * (work.f.host + back.host))
     return paired, work.f.seconds + back.seconds
 
@@ -235,10 +240,10 @@ def run_table(layout: Layout, microbatches: int, costs: Costs) -> tuple[float, f
     return whole, (busy + rounds * (busy - busy_before)) / (whole * clock.ranks)
 
 
-def time_step(plan: Plan, setting: Setting, measured: CostsFile | None = None) -> Step:
-    """Return the step of a plan; costs that were measured take the place of the model's."""
+def time_step(plan: Plan, setting: Setting, measured: CostsFile | None = None, chunks: ChunkCosts | None = None) -> Step:
+    """Return the step of a plan; costs that were measured take the place of the model's, ``chunks`` are known from before."""
     stages = place_layers(plan.model, plan.layout)
-    chunks = cost_chunks(plan, setting)
+    chunks = cost_chunks(plan, setting) if chunks is None else chunks
     costs = chunks.costs if measured is None else apply_measured(measured, chunks.costs).spread(plan.layout.stages)
     makespan, busy = run_table(plan.layout, plan.microbatches, costs)
     without, _ = run_table(plan.layout, plan.microbatches, replace(costs, reduce=0.0))

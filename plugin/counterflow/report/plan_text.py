@@ -23,6 +23,8 @@ def name_layout(estimate: Estimate) -> str:
         words.append(f"recompute {layout.recompute}")
     if layout.clones_per_rank:
         words.append(f"clones {layout.clones_per_rank}")
+    words += ["fsdp"] * layout.fsdp
+    words += ["no distributed optimizer"] * (not layout.distributed_optimizer and layout.dp * layout.cp > 1)
     return " ".join(words)
 
 
