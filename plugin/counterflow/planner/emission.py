@@ -250,6 +250,8 @@ def find_refusal(plan: Plan, hybrid: bool = False) -> str:
     layout = plan.layout
     graph = ",".join(layout.cuda_graph)
     partial = bool(graph) and _WHOLE not in layout.cuda_graph
+    if not any(layer.moe for layer in plan.model.layers) and (lacking := [one for one in layout.cuda_graph if "moe" in one]):
+        return f"the model has no experts, and cuda_graph asks for {', '.join(lacking)}: leave it out"
     if partial and layout.recompute.granularity == "full":
         return (
             f"Megatron recomputes no whole layers under CUDA graphs of parts ({graph}): give another recompute, or cuda_graph: []"
