@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from counterflow.planner.layouts import Plan, build_table, complete_plan, parse_
 from counterflow.planner.models import build_model
 from counterflow.platform.engine import VARIABLE
 from tests.support import ROOT
+from tests.support.running import run_command
 
 
 @pytest.mark.parametrize("text", ["Et|(tt|)*30mL", "Et*3|(tt|)*6tmL", "E,t*4|(t*4|)*2,tL", "Ett|m|L"])
@@ -116,7 +118,7 @@ def test_megatron_accepts_the_flags_of_fifty_plans_for_both_models() -> None:
     *answers, world, flag = ask_megatron(cases)
     refused = [(case["flags"], answer) for case, answer in zip(cases, answers, strict=False) if answer]
     assert not refused, sorted({str(answer) for _, answer in refused})
-    assert world is not None and "world size" in world
+    assert world is not None and ("world size" in world or "ranks do not fit" in world)
     assert flag is not None and "no-such-flag" in flag
 
 
@@ -173,14 +175,50 @@ def test_a_hybrid_pattern_has_a_segment_for_each_stage_and_two_symbols_for_each_
     assert "--num-layers" not in words
 
 
-def test_deepspeed_gets_a_json_that_it_reads() -> None:
+DEEPSPEED: list[dict[str, Any]] = [
+    {"pp": 8, "ep": 32},
+    {"pp": 8, "ep": 32, "schedule": "dualpipev", "overlap": True},
+    {"pp": 8, "ep": 8, "vpp": 4},
+    {"pp": 8, "ep": 32, "schedule": "zbv", "clones_per_rank": 2, "distributed_optimizer": False},
+    {"pp": 8, "ep": 32, "schedule": "dualpipe", "micro_batch_size": 2},
+    {"pp": 16, "schedule": "zb-h1"},
+    {"pp": 1, "ep": 32, "fsdp": True},
+    {"pp": 1, "ep": 32, "clones_per_rank": 1, "optimizer_offload": 1.0},
+    {"pp": 1, "ep": 32, "fsdp": True, "optimizer_offload": 0.5},
+]
+
+
+@pytest.mark.parametrize("layout", DEEPSPEED, ids=str)
+def test_deepspeed_gets_a_json_that_it_and_the_doctor_read(
+    layout: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    plan = make_plan(pp=8, schedule="dualpipev", ep=32)
+    plan = make_plan(**layout)
     given = emit_deepspeed(plan)
-    assert given["counterflow"] == {"schedule": "dualpipev", "zero_bubble": True}
-    read = DeepSpeedConfig({**given, "train_batch_size": plan.microbatches})
-    assert read.gradient_accumulation_steps == plan.microbatches == 16
-    assert read.zero_config.stage == 1 and read.bfloat16_config.enabled
+    # The parser knows one rank here, which has one replica.
+    read = DeepSpeedConfig({**given, "train_batch_size": plan.microbatches * plan.layout.micro_batch_size})
+    assert read.gradient_accumulation_steps == plan.microbatches
+    assert read.train_micro_batch_size_per_gpu == plan.layout.micro_batch_size and read.bfloat16_config.enabled
+    assert read.zero_config.stage == (3 if plan.layout.fsdp else int(plan.layout.distributed_optimizer))
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(given))
+    code, out, err = run_command(["doctor", "--deepspeed-config", str(path)], capsys)
+    assert (code, err) == (0, "") and "refused" not in out
+    section = given.get("counterflow", {})
+    assert ("schedule" in section) == ("schedule" in layout or layout.get("vpp", 1) > 1)
+    assert section.get("eplb", {}).get("clones_per_rank", 0) == plan.layout.clones_per_rank
+    if "schedule" in section:
+        assert section["schedule"] in out
+
+
+@pytest.mark.parametrize(("layout", "said"), [
+    ({"pp": 8, "fsdp": True}, "shard no weights"), ({"pp": 1, "cp": 2}, "no context parallelism"),
+    ({"pp": 1, "ep": 8, "tp": 2, "etp": 2}, "cuts no expert"), ({"pp": 8, "optimizer_offload": 0.5}, "under ZeRO-3 alone"),
+])  # fmt: skip
+def test_what_deepspeed_does_not_do_is_refused(layout: dict[str, Any], said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        emit_deepspeed(make_plan(**layout))
+    plan = make_plan(pp=8)
     with pytest.raises(PlanError, match="no precision mxfp8"):
         emit_deepspeed(replace(plan, training=replace(plan.training, precision="mxfp8")))
