@@ -70,6 +70,7 @@ nightly: setup
 	@$(BIN)/python -m benchmarks.te
 	@$(BIN)/python -m benchmarks.deepspeed
 	@$(BIN)/python -m benchmarks.pairs
+	@$(BIN)/python -m benchmarks.just_in_time
 	@$(BIN)/python -m benchmarks.works_with
 
 lint: setup

@@ -1,14 +1,15 @@
 """One rank of the planner's runs on stages that sleep; `plan_cpu.py` starts it. Rank 0 writes what all measured as JSON.
 
 A case is ``{"schedule", "vpp", "microbatches", "layers": [per stage], "head": layers that the loss is worth}``. A layer sleeps
-``milliseconds`` times a share for F, I and W.
+``milliseconds`` times a share for F, I and W. All cases run once in each round, so that what else the machine does meets all
+alike. What is written: by case, by round, by rank ``{"begin", "end", "actions": [[action, start, end]]}``, in seconds.
 """
 
 import argparse
 import json
 import os
-import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from counterflow.runtime.recorder import Recorder
 
 # What F, I and W of a layer sleep.
 SHARES = (1.0, 1.3, 0.7)
-STEPS = 4
+ROUNDS = 5
 
 
-def run_case(case: dict[str, Any], milliseconds: float, channels: Channels) -> dict[str, Any]:
-    """Return each step's begin and end on this rank, and the median seconds of each (stage, kind)."""
+def prepare_case(case: dict[str, Any], milliseconds: float, channels: Channels) -> Callable[[], dict[str, Any]]:
+    """Return a function that runs a step of a case and returns this rank's times."""
     layout = Layout(pp=len(channels.pipeline_ranks), vpp=case["vpp"], schedule=case["schedule"])
     table = build_table(layout, case["microbatches"])
     program = lower(table, channels.rank)
@@ -38,17 +39,16 @@ def run_case(case: dict[str, Any], milliseconds: float, channels: Channels) -> d
         stage: SleepingStage(log, sizes[stage] * milliseconds / 1000, SHARES) for stage in table.layout.stages[channels.rank]
     }
     work, recorder = StageWork(stages, last), Recorder(channels.rank, use_cuda_events=False)
-    steps: list[tuple[float, float]] = []
-    taken: dict[str, list[float]] = {}
-    for _ in range(STEPS):
+
+    def run_step() -> dict[str, Any]:
         dist.barrier()
         begin = time.monotonic()
         run_program(program, work, Mailbox(channels, FORM, CPU), recorder=recorder)
-        steps.append((begin, time.monotonic()))
-        for span in recorder.take_spans():
-            for single in span.action.singles():
-                taken.setdefault(f"{single.stage}{single.kind}", []).append(span.end - span.start)
-    return {"steps": steps, "medians": {key: statistics.median(times) for key, times in taken.items()}}
+        end = time.monotonic()
+        actions = [[str(span.action), span.start, span.end] for span in recorder.take_spans()]
+        return {"begin": begin, "end": end, "actions": actions}
+
+    return run_step
 
 
 def main() -> None:
@@ -61,13 +61,15 @@ def main() -> None:
     dist.init_process_group("gloo", timeout=TIMEOUT)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     channels = Channels(list(range(ranks)), rank, TIMEOUT)
-    results = []
-    for case in json.loads(given.cases.read_text()):
-        print(f"{case['name']}", flush=True)
-        mine = run_case(case, given.milliseconds, channels)
-        found: list[Any] = [None] * ranks
-        dist.all_gather_object(found, mine)
-        results.append(found)
+    cases = json.loads(given.cases.read_text())
+    steps = [prepare_case(case, given.milliseconds, channels) for case in cases]
+    results: list[list[Any]] = [[] for _ in cases]
+    for number in range(ROUNDS):
+        print(f"round {number + 1} of {ROUNDS}", flush=True)
+        for step, result in zip(steps, results, strict=True):
+            found: list[Any] = [None] * ranks
+            dist.all_gather_object(found, step())
+            result.append(found)
     if rank == 0:
         (given.out / "measured.json").write_text(json.dumps(results))
     dist.barrier()

@@ -32,6 +32,7 @@ SPEAKING_SECONDS = 20
 # An upper limit for counts: no run has so many clones, or so many steps between plans.
 MOST = 1_000_000
 BALANCING = "eplb_"
+PREDICTED = "predicted"
 # A step's trace takes megabytes, and the profiler holds all of them in memory.
 MOST_PROFILED = 100
 
@@ -101,6 +102,22 @@ class _Fields(BaseModel):
     eplb_policy: Literal["auto", "global"] = _describe(
         "what a plan weighs; auto: keep tokens on their node where that costs no balance worth it; global: balance alone", "auto"
     )
+    eplb_plan: Literal["predicted", "exact", "auto"] = _describe(
+        "which clones there are; predicted: resident ones, planned from past loads; exact: just-in-time ones, for each layer and "
+        "micro-batch from its own counts, in slots that all layers share; auto: both, just-in-time ones where they save more "
+        "time than they cost",
+        PREDICTED,
+    )
+    eplb_buffers: Literal["per-layer", "shared"] = _describe(
+        "where resident clones are; per-layer: in slots of each layer, sent once a step; shared: in the slots that all layers "
+        "of a rank share, where just-in-time clones always are, sent again for each micro-batch, forward and backward",
+        "per-layer",
+    )
+    eplb_costs: Path | None = _describe(
+        "with --cf-eplb-plan auto: times and link speeds by which just-in-time clones are weighed, a JSON object in bytes and "
+        "seconds (default: those of a DeepSeek-V3 expert on H100 nodes)",
+        metavar="FILE",
+    )
     eplb_split: Literal["exact", "even"] = _describe(
         "how the tokens of an expert are split over its slots; exact: by each micro-batch's counts, such that the slowest rank "
         "is as fast as can be; even: in equal parts, without waiting for the counts",
@@ -167,6 +184,43 @@ class Options(_Fields):
                 "--cf-eplb-clones-per-rank 0 leaves nothing to balance with: give 1 or more, or --cf-eplb-rehome-interval"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_plan(self) -> Self:
+        if not self.eplb:
+            return self
+        given = f"--cf-eplb-plan {self.eplb_plan}" if self.eplb_plan != PREDICTED else f"--cf-eplb-buffers {self.eplb_buffers}"
+        if self.shared_clones and self.eplb_split == "even":
+            raise ValueError(f"{given} needs the counts that --cf-eplb-split even does without: give --cf-eplb-split exact")
+        if not self.eplb_clones_per_rank and (self.eplb_plan, self.eplb_buffers) != (PREDICTED, "per-layer"):
+            raise ValueError(f"{given} has no slots with --cf-eplb-clones-per-rank 0: give 1 or more")
+        if self.eplb_plan == "exact" and self.eplb_buffers == "per-layer" and "eplb_buffers" in self.model_fields_set:
+            raise ValueError(
+                "--cf-eplb-plan exact has just-in-time clones alone, which are in shared slots, and --cf-eplb-buffers per-layer "
+                "is given: drop it"
+            )
+        if self.eplb_costs is not None and self.eplb_plan != AUTO:
+            raise ValueError(
+                f"--cf-eplb-costs {_escape(str(self.eplb_costs))} is for --cf-eplb-plan auto and {self.eplb_plan} is in force: "
+                "give that, or drop --cf-eplb-costs"
+            )
+        return self
+
+    @property
+    def predicted_clones(self) -> int:
+        """Clones on a rank and layer that are planned from past loads."""
+        return 0 if self.eplb_plan == "exact" else self.eplb_clones_per_rank
+
+    @property
+    def layer_clones(self) -> int:
+        """Clone slots on a rank that each layer has for itself."""
+        return self.predicted_clones if self.eplb_buffers == "per-layer" else 0
+
+    @property
+    def shared_clones(self) -> int:
+        """Clone slots on a rank that its layers share: for just-in-time clones, and for resident ones by choice."""
+        lent = 0 if self.eplb_plan == PREDICTED else self.eplb_clones_per_rank
+        return lent + self.predicted_clones - self.layer_clones
 
     @model_validator(mode="after")
     def _check_without_schedule(self) -> Self:
@@ -395,8 +449,9 @@ def _validate[Model: BaseModel](model: type[Model], values: Mapping[str, Any], *
 
 
 def suggest(given: Any, known: Iterable[str]) -> str:
-    """Return the known name that is nearest to what is given, as the end of a message; nothing if none is near."""
-    close = difflib.get_close_matches(str(given), known, n=1)
+    """Return the known name that begins with what is given, or is nearest to it, as the end of a message; nothing if none is."""
+    text, names = str(given), list(known)
+    close = [name for name in names if text and name.startswith(text)][:1] or difflib.get_close_matches(text, names, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -4,6 +4,7 @@ Two things differ from the flags. The options of balancing stand in an object, w
 And ``vpp`` gives the model chunks per rank of the family ``interleaved``, which Megatron has a flag of its own for.
 """
 
+import difflib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +41,19 @@ class Chosen(NamedTuple):
 
     options: Options
     vpp: int | None = None
+
+
+def find_section(config: Mapping[str, Any], what: str) -> Mapping[str, Any] | None:
+    """Return the section of a trainer's config; None if there is none. Raises `OptionError` for a key that looks like its own."""
+    if KEY not in config:
+        # Trainers ignore keys that they do not know.
+        if near := difflib.get_close_matches(KEY, [str(key) for key in config], n=1, cutoff=0.8):
+            raise OptionError(f"{what}: key {near[0]!r} is not known; did you mean {KEY!r}?")
+        return None
+    section = config[KEY]
+    if not isinstance(section, Mapping):
+        raise OptionError(f'"{KEY}" is an object of options, {type(section).__name__} given; names: {", ".join(NAMES)}')
+    return section
 
 
 def read_section(section: Mapping[str, Any] | None, *others: Values) -> Chosen:

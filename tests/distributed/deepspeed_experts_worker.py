@@ -185,34 +185,36 @@ def train(
 
 
 def scatter() -> None:
-    """Let every step have another placement: plans are drawn, and so are homes where they may move."""
+    """Let every step have another placement: plans are drawn, so are homes where they may move, and what micro-batches clone."""
     import numpy as np
 
     from counterflow.balance.placement import EMPTY, Placement
-    from counterflow.moe import planning
+    from counterflow.moe import layer, planning
+    from tests.support.drawn_loans import LoanDrawer
 
     drawn = np.random.default_rng(0)
 
     def plan(forecasts: Any, placement: Placement, microbatches: int, traffic_weight: float) -> Placement:
         bare = planning.clear_clones(placement)
         experts = bare.experts.copy()
-        for layer, slot in np.argwhere(experts == EMPTY):
+        for row, slot in np.argwhere(experts == EMPTY):
             rank = slot // placement.cluster.slots_per_rank[0]
-            on_rank = experts[layer].reshape(placement.cluster.ranks, -1)[rank]
+            on_rank = experts[row].reshape(placement.cluster.ranks, -1)[rank]
             others = [one for one in range(EXPERTS) if one not in on_rank]
-            experts[layer, slot] = drawn.choice([*others, EMPTY])
+            experts[row, slot] = drawn.choice([*others, EMPTY])
         return Placement(placement.cluster, experts, placement.homes)
 
     def exchange_homes(forecasts: Any, placement: Placement, horizon: int, *, traffic_weight: float = 0.0) -> Any:
         width, bare = placement.cluster.slots_per_rank[0], planning.clear_clones(placement)
         experts, homes = bare.experts.copy(), bare.homes.copy()  # type: ignore[union-attr]
-        for layer in range(len(experts)):
+        for row in range(len(experts)):
             slots = drawn.integers(homes.shape[1] // placement.cluster.ranks) + width * np.arange(2)
-            homes[layer, experts[layer, slots]] = slots[::-1]
-            experts[layer, slots] = experts[layer, slots[::-1]]
+            homes[row, experts[row, slots]] = slots[::-1]
+            experts[row, slots] = experts[row, slots[::-1]]
         return SimpleNamespace(placement=Placement(placement.cluster, experts, homes))
 
     planning.plan_next, planning.plan_homes = plan, exchange_homes
+    layer.plan_exact = LoanDrawer(0)  # type: ignore[assignment]
 
 
 def run(argument: list[str]) -> None:

@@ -1,7 +1,8 @@
 """One rank of the balancing tests: `worker.py` with clones that change at every step and are compared with their homes.
 
 A case may have "plans": "drawn" (the default: placements drawn anew for every
-step, homes too where they may move) or "made" (the planner's), the "seed" of what is drawn, and "kill": {"rank", "method",
+step, homes too where they may move, and just-in-time clones for every micro-batch) or "made" (the planner's), the "seed" of what
+is drawn, and "kill": {"rank", "method",
 "step"}, where that rank kills itself behind its call of a method of `Clones` or `BalancedModel`. A result has "clones": what
 `Watch` saw on all ranks, summed up.
 """
@@ -22,11 +23,12 @@ import torch.distributed as dist
 import worker
 from counterflow.arrays import Array
 from counterflow.balance.placement import EMPTY, Placement
+from counterflow.moe import layer as moe_layer
 from counterflow.moe import planning
+from counterflow.moe.just_in_time import JustInTime, is_in_backward
 from counterflow.patching import Patches
+from tests.support.drawn_loans import EMPTY_SHARE, LoanDrawer
 
-# Of a drawn placement's clone slots, how many stay empty.
-EMPTY_SHARE = 0.15
 Key = tuple[int, int, int, int]
 
 
@@ -41,6 +43,8 @@ class Watch:
         self.clones: dict[Key, set[str]] = {}
         self.clone_tokens = 0
         self.placements: list[str] = []
+        self.loans: list[str] = []
+        self.backwards = self.plans = 0
         self.said: list[dict[str, float]] = []
         self.steps = self.refreshes = 0
         self.is_planning = False
@@ -48,9 +52,9 @@ class Watch:
     def see_experts(self, slots: Any, tokens_per_slot: Any) -> None:
         """Note the bits of a layer's experts on this rank, as they are when they compute."""
         held = slots.list_experts()
-        own, width = len(held.homes), len(held.homes) + len(held.clones)
+        own, width = len(held.homes), len(held.homes) + len(held.clones) + len(held.shared)
         group = slots.layer.ep_group
-        experts = slots._table.placement.experts[0][group.rank() * width : (group.rank() + 1) * width].tolist()
+        experts = slots.dealt.table.placement.experts[0][group.rank() * width : (group.rank() + 1) * width].tolist()
         self.clone_tokens += int(tokens_per_slot[own:].sum())
         tensors = [
             list_computed(slots.layer.experts, place, weights, is_cached=False) for place, weights in enumerate(held.homes)
@@ -58,12 +62,30 @@ class Watch:
         tensors += [
             list_computed(slots.clone_module, place, weights, is_cached=True) for place, weights in enumerate(held.clones)
         ]
+        tensors += [list(weights) for weights in held.shared]
         for slot, (expert, weights) in enumerate(zip(experts, tensors, strict=True)):
             # What an empty slot or one that no token came to holds is of no concern: it may be under way.
             if slot < own or int(tokens_per_slot[slot]):
                 key = (dist.get_process_group_ranks(group)[0], self.refreshes, slots._index, expert)
                 seen = self.homes if slot < own else self.clones
                 seen.setdefault(key, set()).add(digest_weights(weights))
+            if slot < own:
+                key = (dist.get_process_group_ranks(group)[0], self.refreshes, slots._index, name_place(group.rank(), slot))
+                self.homes.setdefault(key, set()).add(digest_weights(weights))
+
+    def see_loan(self, slots: Any, loan: Any) -> None:
+        """Note the bits of the just-in-time clones that compute next on this rank, in a forward or a backward."""
+        self.backwards += is_in_backward()
+        for one in loan.lent:
+            if one.clone_rank == slots._rank:
+                key = (slots._peers[0], self.refreshes, loan.layer, name_place(one.home_rank, one.home))
+                weights = slots._layers[loan.layer].shared[one.clone]
+                self.clones.setdefault(key, set()).add(digest_weights(weights))
+
+
+def name_place(rank: int, place: int) -> int:
+    """Return a number below 0 for a home slot, beside those of experts."""
+    return -1 - place - 1000 * rank
 
 
 def list_computed(experts: Any, place: int, weights: list[torch.nn.Parameter], *, is_cached: bool) -> list[torch.Tensor]:
@@ -119,6 +141,10 @@ def sum_up(watches: list[Watch]) -> dict[str, Any]:
         "placements": len(last.placements),
         "changes": sum(one != other for one, other in zip(last.placements, last.placements[1:], strict=False)),
         "said": last.said,
+        "loans": len(last.loans),
+        "plans": last.plans,
+        "different_loans": len(set(last.loans)),
+        "backwards": sum(watch.backwards for watch in watches),
     }
 
 
@@ -184,6 +210,7 @@ def watch_case(case: dict[str, Any]) -> Iterator[Watch]:
     if case.get("plans", "drawn") == "drawn":
         patches.set(planning, "plan_next", Drawer(case.get("seed", 1)))
         patches.set(planning, "plan_homes", HomeDrawer(case.get("seed", 1)))
+        patches.set(moe_layer, "plan_exact", LoanDrawer(case.get("seed", 1)))
 
     def note(target: Any, name: str, before: Callable[..., None] | None, after: Callable[..., None] | None) -> None:
         patches.set(target, name, surround(getattr(target, name), before, after))
@@ -203,6 +230,15 @@ def watch_case(case: dict[str, Any]) -> Iterator[Watch]:
         if watch.is_planning or not watch.placements:
             watch.placements.append(hashlib.sha1(placement.experts.tobytes()).hexdigest())
 
+    def note_loan(_: Any, layer: int, placement: Placement, *__: Any) -> None:
+        watch.loans.append(f"{layer} {placement.experts.tolist()}")
+
+    def count_plan(*_: Any) -> None:
+        watch.plans += 1
+
+    note(JustInTime, "lend", note_loan, None)
+    note(moe_layer, "plan_exact", count_plan, None)
+
     def kill_self(*_: Any) -> None:
         if kill["rank"] == dist.get_rank() and kill["step"] == watch.steps:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -218,8 +254,10 @@ def watch_case(case: dict[str, Any]) -> Iterator[Watch]:
         None,
         lambda slots, run, tokens, tokens_per_slot, *_: watch.see_experts(slots, tokens_per_slot),
     )
+    note(JustInTime, "receive", None, watch.see_loan)
     if (kill := case.get("kill")) is not None:
-        note(Clones if hasattr(Clones, kill["method"]) else BalancedModel, kill["method"], None, kill_self)
+        owner = next(one for one in (Clones, BalancedModel, JustInTime) if hasattr(one, kill["method"]))
+        note(owner, kill["method"], None, kill_self)
     try:
         yield watch
     finally:

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,6 +79,25 @@ def test_without_flags_nothing_is_asked_for() -> None:
             "--cf-eplb-policy: allowed: auto, global; did you mean global? (given: 'local')",
         ),
         (["--cf-eplb", "--cf-eplb-split", "half"], "--cf-eplb-split: allowed: exact, even (given: 'half')"),
+        (["--cf-eplb", "--cf-eplb-plan", "best"], "--cf-eplb-plan: allowed: predicted, exact, auto (given: 'best')"),
+        (["--cf-eplb-plan", "exact"], "--cf-eplb-plan is for --cf-eplb, which is not given: add it"),
+        (
+            ["--cf-eplb", "--cf-eplb-plan", "auto", "--cf-eplb-split", "even"],
+            "--cf-eplb-plan auto needs the counts that --cf-eplb-split even does without: give --cf-eplb-split exact",
+        ),
+        (
+            ["--cf-eplb", "--cf-eplb-buffers", "shared", "--cf-eplb-split", "even"],
+            "--cf-eplb-buffers shared needs the counts that --cf-eplb-split even does without: give --cf-eplb-split exact",
+        ),
+        (
+            "--cf-eplb --cf-eplb-plan exact --cf-eplb-clones-per-rank 0 --cf-eplb-rehome-interval 5".split(),
+            "--cf-eplb-plan exact has no slots with --cf-eplb-clones-per-rank 0: give 1 or more",
+        ),
+        (["--cf-eplb", "--cf-eplb-plan", "exact", "--cf-eplb-buffers", "per-layer"], "--cf-eplb-buffers per-layer is given"),
+        (
+            ["--cf-eplb", "--cf-eplb-costs", "c.json"],
+            "--cf-eplb-costs c.json is for --cf-eplb-plan auto and predicted is in force",
+        ),
         (["--cf-overlap"], "--cf-overlap overlaps the pairs of a --cf-schedule and none is given: add --cf-schedule interleaved"),
         (
             ["--cf-record", "x"],
@@ -183,3 +203,18 @@ def test_steps_to_profile_are_read_from_all_sources() -> None:
     assert merge_options(read_flags("--cf-schedule 1f1b --cf-profile 3:12".split())).profile_steps == (3, 12)
     assert Options(schedule="1f1b").profile_folder == Path("runs/profile")
     assert Options(schedule="1f1b", record=Path("x")).profile_folder == Path("x")
+
+
+@pytest.mark.parametrize(
+    ("plan", "buffers", "predicted", "of_a_layer", "shared"),
+    [
+        ("predicted", "per-layer", 2, 2, 0),
+        ("predicted", "shared", 2, 0, 2),
+        ("exact", "shared", 0, 0, 2),
+        ("auto", "per-layer", 2, 2, 2),
+        ("auto", "shared", 2, 0, 4),
+    ],
+)
+def test_slots_are_those_of_the_plan(plan: Any, buffers: Any, predicted: int, of_a_layer: int, shared: int) -> None:
+    options = Options(eplb=True, eplb_clones_per_rank=2, eplb_plan=plan, eplb_buffers=buffers)
+    assert (options.predicted_clones, options.layer_clones, options.shared_clones) == (predicted, of_a_layer, shared)

@@ -37,7 +37,7 @@ ROOMS = {
     "runtime": (COMMON | {"devices", "groups", "schedule"}, {"torch"}),
     "moe": (COMMON | {"devices", "groups", "balance"}, {"torch"}),
     "trainer": (
-        COMMON | {"devices", "groups", "options", "patching", "schedule", "balance", "runtime", "moe", "analysis"},
+        COMMON | {"devices", "groups", "options", "patching", "schedule", "sections", "balance", "runtime", "moe", "analysis"},
         {"torch"},
     ),
     "platform": (COMMON | {"patching", "platform.engine"}, TRAINER_WORLD),

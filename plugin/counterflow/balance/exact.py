@@ -14,7 +14,7 @@ from counterflow.errors import BalanceError
 # A layer's tokens, times 1024ths of tokens and of the mean, stay whole numbers of 64 bits.
 MOST_TOKENS = 2**50
 # Paces that are tried, in 1024ths above the mean.
-PACES = (0, 4, 8, 16, 32, 64, 128, 256, 512)
+PACES = (0, 4, 12, 32, 96, 288)
 # Clones cost next to nothing: fewer and nearer ones are preferred among plans that are nearly as fast.
 FREE = (0, 0)
 

@@ -6,11 +6,10 @@ import logging
 import sys
 import warnings
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import Any
 
 from counterflow.options import SCHEDULES
-from counterflow.version import __version__
+from counterflow.version import __version__, find_package
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "deepspeed", "pydantic", "numpy")
 
@@ -96,14 +95,6 @@ def describe_seam(seam: Any, *, is_due: bool) -> SeamReport:
     """Look at one seam."""
     misfit = seam.find_misfit() if is_due else None
     return SeamReport(seam.path, seam.why, seam.features, seam.versions, seam.wrap is not None, is_due, misfit)
-
-
-def find_package(name: str) -> str | None:
-    """Return the installed version of a distribution, None where there is none."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def print_report(report: Report) -> None:

@@ -10,7 +10,7 @@ from counterflow.errors import OptionError
 from counterflow.options import Options
 from counterflow.sections import KEY, Chosen, read_section
 from counterflow.trainer.crosslink import require_pairs
-from counterflow.trainer.tables import choose_layout, count_replicas, name_model_layout, require_pairs_to_overlap, splits_backward
+from counterflow.trainer.tables import choose_layout, count_replicas, describe_run
 
 WAYS = (
     "make one: PipelineModule(layers=[…], loss_fn=…, num_stages=P); each layer takes what the one before returns; "
@@ -106,22 +106,12 @@ def explain(path: str) -> list[str]:
         return [f'{path} has no key "{KEY}": DeepSpeed runs as without the plugin']
     chosen = read_section(section)
     options = chosen.options
-    given = [f"{name} {value}" for name, value in options.model_dump(exclude_unset=True).items() if value is not None]
-    lines = [f"{path}: {', '.join(given) or 'nothing is asked for: DeepSpeed runs as without the plugin'}"]
     if options.eplb:
         check_balancing(options, load_config(path))
-        lines.append(
-            f"clone slots on a rank in each of AutoEP's layers: {options.eplb_clones_per_rank}; steps between plans: "
-            f"{options.eplb_interval}"
-        )
     if options.schedule is not None:
         check_config(chosen, load_config(path))
-        layout = choose_layout(options, 2, chosen.vpp or 2)
-        lines.append(f"a PipelineModule is cut into {layout.chunks} stages a rank, laid out {name_model_layout(layout)}")
-        splits = options.family is None or options.family.splits
-        behind = "wait for their W" if splits else "wait for the next communication in a pair"
-        lines.append(f"weight gradients {behind if splits_backward(options) else 'are computed in the B'}")
-    require_pairs_to_overlap(options)
+    given, *lines = describe_run(options, chosen.vpp or 2, "PipelineModule", "AutoEP's layers")
+    lines.insert(0, f"{path}: {given}")
     if options.overlap and not _find(load_config(path), "expert_parallel", "enabled"):
         lines.append("overlap: no expert_parallel is enabled, so pairs hide only communications that the model itself marks")
     return lines

@@ -4,11 +4,11 @@
 """
 
 from collections.abc import Collection
-from importlib import metadata
 
-from counterflow.trainer.seam import Seam
+from counterflow.trainer.seam import Seam, list_used
 from counterflow.trainer.seam import check_seams as check_all
 from counterflow.trainer.split_seams import list_split_seams
+from counterflow.version import find_package
 
 CONFIG, SCHEDULE, ZERO_BUBBLE = "DeepSpeed's JSON", "DeepSpeed's schedule", "DeepSpeed's zero bubble"
 EXPERTS = "DeepSpeed's clones of experts"
@@ -42,38 +42,32 @@ STARTING = (
 STEPPING = (
     Seam(PIPE_ENGINE, "__init__", ".choose_engine", (SCHEDULE,), KNOWN, "the engine of a model with a schedule"),
     Seam(PIPE_MODULE, "_build", None, (SCHEDULE,), KNOWN, "builds the layers of a chunk that other ranks held", ("self",)),
-    *(
-        Seam(PIPE_MODULE, symbol, None, (SCHEDULE,), KNOWN, why)
-        for symbol, why in (
-            ("stage_owner", "extended: the rank that holds a layer"),
-            ("save_state_dict", "extended: saves every chunk"),
-            ("load_state_dir", "extended: loads every chunk"),
-            ("compile", "extended: compiles every chunk"),
-            ("_precompute_checkpointable_values", "extended: which layers of every chunk are recomputed"),
-            ("_index_tied_modules", "the groups of ranks that hold a tied layer"),
-            ("_synchronize_tied_weights", "tied layers are alike on all their ranks"),
-        )
-    ),
-    *(
-        Seam(PIPE_ENGINE, symbol, None, (SCHEDULE,), KNOWN, why, parameters)
-        for symbol, why, parameters in (
-            ("_train_schedule", "extended: says that a training step is due", ("self",)),
-            ("_inference_schedule", "extended: says that an evaluation is due", ("self", "micro_batches")),
-            ("_exec_schedule", "extended: runs the table in place of instructions", ("self", "pipe_schedule")),
-            ("_loss_stage_global_rank", "extended: the rank of the last stage", ("self",)),
-            ("clip_fp32_gradients", "extended: clips by the norm of the whole model", ("self",)),
-            ("is_first_stage", "extended: asked for the chunk that runs", ("self",)),
-            ("is_last_stage", "extended: asked for the chunk that runs", ("self",)),
-            ("_next_batch", "extended: on cross-linked replicas labels are the partner's", ("self",)),
-            ("reset_activation_shape", "extended: the next step announces shapes anew", ("self",)),
-            ("_exec_load_micro_batch", "called for each micro-batch", ("self", "buffer_id")),
-            ("_exec_forward_pass", "called for each F", ("self", "buffer_id")),
-            ("_exec_backward_pass", "called for each B of the last stage", ("self", "buffer_id")),
-            ("_exec_reduce_tied_grads", "called after the table", ("self",)),
-            ("_exec_reduce_grads", "called after the table", ("self",)),
-            ("_exec_optimizer_step", "called after the table", ("self",)),
-        )
-    ),
+    *list_used(PIPE_MODULE, (SCHEDULE,), KNOWN, {
+        "stage_owner": "extended: the rank that holds a layer",
+        "save_state_dict": "extended: saves every chunk",
+        "load_state_dir": "extended: loads every chunk",
+        "compile": "extended: compiles every chunk",
+        "_precompute_checkpointable_values": "extended: which layers of every chunk are recomputed",
+        "_index_tied_modules": "the groups of ranks that hold a tied layer",
+        "_synchronize_tied_weights": "tied layers are alike on all their ranks",
+    }),
+    *list_used(PIPE_ENGINE, (SCHEDULE,), KNOWN, {
+        "_train_schedule": ("extended: says that a training step is due", ("self",)),
+        "_inference_schedule": ("extended: says that an evaluation is due", ("self", "micro_batches")),
+        "_exec_schedule": ("extended: runs the table in place of instructions", ("self", "pipe_schedule")),
+        "_loss_stage_global_rank": ("extended: the rank of the last stage", ("self",)),
+        "clip_fp32_gradients": ("extended: clips by the norm of the whole model", ("self",)),
+        "is_first_stage": ("extended: asked for the chunk that runs", ("self",)),
+        "is_last_stage": ("extended: asked for the chunk that runs", ("self",)),
+        "_next_batch": ("extended: on cross-linked replicas labels are the partner's", ("self",)),
+        "reset_activation_shape": ("extended: the next step announces shapes anew", ("self",)),
+        "_exec_load_micro_batch": ("called for each micro-batch", ("self", "buffer_id")),
+        "_exec_forward_pass": ("called for each F", ("self", "buffer_id")),
+        "_exec_backward_pass": ("called for each B of the last stage", ("self", "buffer_id")),
+        "_exec_reduce_tied_grads": ("called after the table", ("self",)),
+        "_exec_reduce_grads": ("called after the table", ("self",)),
+        "_exec_optimizer_step": ("called after the table", ("self",)),
+    }),
 )  # fmt: skip
 
 SPLITTING = (
@@ -87,17 +81,14 @@ SPLITTING = (
 BALANCING = (
     Seam(AUTOEP, "_forward", "experts.layer.deal_to_slots", (EXPERTS,), KNOWN, "runs a layer on slots",
          ("self", "hidden_states")),
-    *(
-        Seam(AUTOEP, symbol, None, (EXPERTS,), KNOWN, why)
-        for symbol, why in (
-            ("num_experts", "slots in place of experts"),
-            ("num_local_experts", "slots in place of experts"),
-            ("router", "called before tokens are dealt to slots"),
-            ("experts", "the homes; their class makes the clones"),
-            ("async_split_plan", "off: slots are known after the router"),
-            ("ep_group", "the ranks that clones are sent among"),
-        )
-    ),
+    *list_used(AUTOEP, (EXPERTS,), KNOWN, {
+        "num_experts": "slots in place of experts",
+        "num_local_experts": "slots in place of experts",
+        "router": "called before tokens are dealt to slots",
+        "experts": "the homes; their class makes the clones",
+        "async_split_plan": "off: slots are known after the router",
+        "ep_group": "the ranks that clones are sent among",
+    }),
     Seam(ENGINE_BASE, "forward", "experts.balancing.begin_before", (EXPERTS,), KNOWN, "clones get weights before a step"),
     *(
         Seam(ENGINE_BASE, symbol, "experts.balancing.end_before", (EXPERTS,), KNOWN, "gradients of clones come home before it")
@@ -125,21 +116,12 @@ PAIRING = (
 SEAMS = (*STARTING, *STEPPING, *SPLITTING, *BALANCING, *PAIRING)
 
 
-def find_version() -> str:
-    """Return the version of the DeepSpeed that is installed."""
-    try:
-        return metadata.version("deepspeed")
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def list_seams() -> list[Seam]:
     """Return the seams of the DeepSpeed version that is installed; none without DeepSpeed."""
-    version = find_version()
-    return [] if version == "not installed" else [seam for seam in SEAMS if seam.is_due(version, KNOWN)]
+    version = find_package("deepspeed")
+    return [] if version is None else [seam for seam in SEAMS if seam.is_due(version, KNOWN)]
 
 
 def check_seams(features: Collection[str]) -> None:
     """Raise `SeamError`, which names version, symbol and remedy, if a seam of these features does not fit."""
-    for feature in features:
-        check_all(list_seams(), feature, f"deepspeed {find_version()}", f"deepspeed {KNOWN[0]}", REMEDIES[feature])
+    check_all(list_seams(), features, f"deepspeed {find_package('deepspeed')}", f"deepspeed {KNOWN[0]}", REMEDIES)

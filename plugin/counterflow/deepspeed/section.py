@@ -1,7 +1,6 @@
 """The key ``"counterflow"`` in a DeepSpeed config, which is a dictionary, a file or base64 of (H)JSON."""
 
 import base64
-import difflib
 import importlib.util
 import json
 import re
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from counterflow.errors import OptionError
-from counterflow.sections import KEY, NAMES
+from counterflow.sections import find_section
 
 
 def load_config(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
@@ -36,13 +35,4 @@ def load_config(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
 
 def read_config(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any] | None:
     """Return the section in a DeepSpeed config (`load_config`); None if there is none."""
-    config = load_config(config)
-    if (near := difflib.get_close_matches(KEY, [str(key) for key in config], n=1, cutoff=0.8)) and KEY not in config:
-        # DeepSpeed ignores keys that it does not know.
-        raise OptionError(f"DeepSpeed config: key {near[0]!r} is not known; did you mean {KEY!r}?")
-    section = config.get(KEY)
-    if section is None and KEY not in config:
-        return None
-    if not isinstance(section, Mapping):
-        raise OptionError(f'"{KEY}" is an object of options, {type(section).__name__} given; names: {", ".join(NAMES)}')
-    return section
+    return find_section(load_config(config), "DeepSpeed config")

@@ -12,6 +12,7 @@ from typing import Any
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 
+from counterflow.balance.files.costs import read_costs
 from counterflow.errors import OptionError, ScheduleError
 from counterflow.megatron.batches import (
     Batch,
@@ -415,6 +416,13 @@ def _check_eplb(args: Any, options: Options) -> None:
             "--cf-eplb does not run with --fp8-recipe delayed, whose scales are another expert's history once a clone changes: "
             "give tensorwise, blockwise or mxfp8"
         )
+    if getattr(args, "fp8", None) and options.shared_clones:
+        raise OptionError(
+            f"--cf-eplb-plan {options.eplb_plan} and --cf-eplb-buffers {options.eplb_buffers} with --fp8-format {args.fp8}: "
+            "clones in shared slots do not compute in FP8 in this version: give --cf-eplb-plan predicted and per-layer buffers"
+        )
+    if options.eplb_costs is not None:
+        read_costs(options.eplb_costs)
     _check_rehoming(args, options)
 
 

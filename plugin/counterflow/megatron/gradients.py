@@ -5,9 +5,13 @@ from typing import Any
 
 import torch
 
+from counterflow.moe.gradients import Defer
+
 
 class MegatronGradients:
     """The `counterflow.moe.gradients.GradientStore` of Megatron's data parallelism."""
+
+    is_on_parameters = True
 
     def of(self, parameter: Any) -> torch.Tensor | None:
         """Return ``main_grad``; None for a frozen parameter and for one outside data parallelism."""
@@ -31,6 +35,17 @@ class MegatronGradients:
             own.zero_()
             parameter.grad_added_to_main_grad = False
 
+    def share(self, parameter: Any, like: Any, other: Any, defer: Defer) -> None:
+        """Give ``parameter`` the ``main_grad`` of ``other``, or one of its own."""
+        if (own := self.of(like)) is not None:
+            parameter.main_grad = torch.zeros_like(own) if other is None else other.main_grad
+            parameter.grad_added_to_main_grad = False
+            if not is_delayed(parameter):
+                parameter.register_post_accumulate_grad_hook(partial(_leave_gradient, defer))
+
+    def release(self, parameter: Any) -> None:
+        """Do nothing: ``main_grad`` stays where it is."""
+
 
 GRADIENTS = MegatronGradients()
 
@@ -50,6 +65,12 @@ def add_behind_delayed(module: Any) -> None:
 def is_delayed(parameter: Any) -> bool:
     """Tell whether Transformer Engine computes the parameter's gradient at its module's W."""
     return bool(getattr(parameter, "skip_backward_post_hook", False))
+
+
+def _leave_gradient(defer: Defer, parameter: Any) -> None:
+    if parameter.grad is not None and not parameter.grad_added_to_main_grad:
+        defer(partial(GRADIENTS.add, parameter, parameter.grad))
+    parameter.grad = None
 
 
 def _add_gradient(parameter: Any) -> None:

@@ -92,7 +92,7 @@ class Installation:
             from counterflow.megatron.experts.layer import SlotWrappers
 
             self.balancer = ExpertBalancer(options)
-            self.slots = SlotWrappers(options.eplb_clones_per_rank, is_exact=options.eplb_split == "exact")
+            self.slots = SlotWrappers(options.layer_clones, is_exact=options.eplb_split == "exact", shared=options.shared_clones)
         take_seams(self.patches, features, self)
         self.patches.on_undo(self._forget)
 

@@ -281,6 +281,10 @@ BALANCING = (
         ("self", "hidden_states", "probs", "routing_map"),
     ),
     Seam(
+        MOE_LAYER, "postprocess", ".slots.recall_behind", (EPLB,), KNOWN, "takes what was combined: where its backward begins",
+        ("self", "output"),
+    ),
+    Seam(
         f"{MOE}.token_dispatcher", "gather_from_sequence_parallel_region", ".slots.counts.answer_gather", (EPLB,), KNOWN,
         "one gather of counts, not two; there alone, elsewhere the function of that name has other work", ("input_",), alone=True,
     ),
@@ -384,6 +388,5 @@ def list_seams() -> list[Seam]:
 
 def check_seams(features: Collection[str] = tuple(REMEDIES)) -> None:
     """Raise `SeamError`, which names version, symbol and remedy, if a seam of these features does not fit."""
-    seams, found, supported = list_seams(), f"megatron-core {find_version()}", f"megatron-core {KNOWN[0]} to {KNOWN[-1]}"
-    for feature in features:
-        check_all(seams, feature, found, supported, REMEDIES[feature])
+    supported = f"megatron-core {KNOWN[0]} to {KNOWN[-1]}"
+    check_all(list_seams(), features, f"megatron-core {find_version()}", supported, REMEDIES)

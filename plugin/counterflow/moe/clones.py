@@ -52,6 +52,8 @@ class LayerExperts:
     homes: Sequence[Sequence[Weight]]
     clones: Sequence[Sequence[Weight]]
     packing: Packing | None = None
+    shared: Sequence[Sequence[Weight]] = ()
+    """The parameters of each slot whose memory all layers share (`counterflow.moe.just_in_time`)."""
 
     def pack(self, home: int) -> Sequence[torch.Tensor]:
         """Return what is sent of a home's weights."""
@@ -72,13 +74,15 @@ class Traffic:
     """What clones and homes of the expert-parallel group have sent since the last step.
 
     ``clones`` is the number of clones sent, ``moved`` how many of them went to a slot that held another expert, ``homes`` the
-    number of homes that moved. ``bytes`` counts the weights and gradients of all clones. Times are seconds of this host's clock:
+    number of homes that moved, ``lent`` the number of just-in-time clones, each of one micro-batch. ``bytes`` counts the weights
+    and gradients of all clones. Times are seconds of this host's clock:
     ``weights`` and ``gradients`` run from the start of a transfer to its end, ``waited`` is the part in which the host waited.
     """
 
     clones: int = 0
     moved: int = 0
     homes: int = 0
+    lent: int = 0
     bytes: int = 0
     weights: float = 0.0
     gradients: float = 0.0
@@ -126,8 +130,7 @@ class Clones:
         self._rank, self._ranks = group.rank(), cluster.ranks
         self._peers = dist.get_process_group_ranks(group)
         self._width, self._own = cluster.slots_per_rank[0], len(layers[0].homes)
-        # Waiting on a GPU orders streams and returns; a time limit there would stop the host instead.
-        self._limit = (find_timeout(group),) if find_values(layers[0].homes[0][0]).device.type == "cpu" else ()
+        self._limit = find_limit(group, layers[0])
         self._held: list[_Transfer] = []
         # By layer: when its transfers began, the transfers, the clones of this rank that receive.
         self._coming: dict[int, tuple[float, list[dist.Work], list[int]]] = {}
@@ -135,6 +138,8 @@ class Clones:
         self._returning: list[dist.Work] = []
         self._landing: list[tuple[_Transfer, list[torch.Tensor]]] = []
         self._sent_home_at: float | None = None
+        self.finish_lent: Callable[[], None] | None = None
+        """Brings home what just-in-time clones have still to return; with them gradients are home at the end of a step alone."""
         self.are_home = True
         """Whether this step's gradients have been added at the homes."""
         for layer in layers:
@@ -161,7 +166,7 @@ class Clones:
         landing = {t.clone: experts.land(t.clone) for t in sent if t.clone_rank == self._rank}
         if sent:
             one = next(iter([*packed.values(), *landing.values()]), None)
-            self._traffic.bytes += len(sent) * _count_bytes(experts.pack(0) if one is None else one)
+            self._traffic.bytes += len(sent) * count_bytes(experts.pack(0) if one is None else one)
         return [
             *(o for t in sent for o in self._send(packed.get(t.home, ()), t.home_rank, t.clone_rank, t, 0)),
             *(o for t in sent for o in self._receive(landing.get(t.clone, ()), t.home_rank, t.clone_rank, t, 0)),
@@ -184,11 +189,11 @@ class Clones:
         """Begin a step, after `refresh`: set the clones' gradients to zero; they have to be sent home in this step."""
         for parameter in list_clone_parameters(self._layers):
             self._gradients.clear(parameter)
-        self._rounds, self._sent_home_at, self.are_home = [], None, not self._held
+        self._rounds, self._sent_home_at, self.are_home = [], None, not self._held and self.finish_lent is None
 
     def start_homecoming(self) -> None:
         """Start sending gradients home, once they are complete; a second call in a step does nothing."""
-        if self.are_home or self._sent_home_at is not None:
+        if self.are_home or self._sent_home_at is not None or not self._held:
             return
         senders = np.array([t.clone_rank for t in self._held], np.int64)
         receivers = np.array([t.home_rank for t in self._held], np.int64)
@@ -197,14 +202,17 @@ class Clones:
         self._rounds = [[] for _ in range(int(rounds.max(initial=-1)) + 1)]
         for transfer, turn in zip(self._held, rounds.tolist(), strict=True):
             self._rounds[turn].append(transfer)
-            self._traffic.bytes += _count_bytes(list_gradients(self._layers[transfer.layer].clones[0], self._gradients))
+            self._traffic.bytes += count_bytes(list_gradients(self._layers[transfer.layer].clones[0], self._gradients))
         self._sent_home_at = time.monotonic()
         self._start_round()
 
     def finish_homecoming(self) -> None:
         """Wait until this step's gradients have been added at the homes."""
         self.start_homecoming()
-        if self.are_home:
+        if self.finish_lent is not None:
+            self.finish_lent()
+        if self.are_home or self._sent_home_at is None:
+            self.are_home = True
             return
         while self._returning or self._rounds:
             self._wait(self._returning)
@@ -213,7 +221,6 @@ class Clones:
                 for home, gradient in zip(trained, gradients, strict=True):
                     self._gradients.add(home, gradient)
             self._start_round()
-        assert self._sent_home_at is not None
         self._traffic.gradients += time.monotonic() - self._sent_home_at
         self.are_home = True
 
@@ -291,9 +298,15 @@ def find_timeout(group: dist.ProcessGroup) -> timedelta:
     return timeout
 
 
-def open_group(experts: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Open a process group for the clones, with the ranks and the timeout of ``experts``, the trainer's expert-parallel group."""
-    group = open_process_group(dist.get_process_group_ranks(experts), find_timeout(experts), "CF_CLONES")
+def find_limit(group: dist.ProcessGroup, layer: LayerExperts) -> tuple[timedelta, ...]:
+    """Return the arguments with which a transfer is waited for."""
+    # Waiting on a GPU orders streams and returns; a time limit there would stop the host instead.
+    return (find_timeout(group),) if find_values(layer.homes[0][0]).device.type == "cpu" else ()
+
+
+def open_group(experts: dist.ProcessGroup, name: str = "CF_CLONES") -> dist.ProcessGroup:
+    """Open a process group for clones, with the ranks and the timeout of ``experts``, the trainer's expert-parallel group."""
+    group = open_process_group(dist.get_process_group_ranks(experts), find_timeout(experts), name)
     # The first batch of transfers in a group may need all of its ranks, but not all of them take part in it.
     dist.barrier(group=group)
     return group
@@ -302,7 +315,7 @@ def open_group(experts: dist.ProcessGroup) -> dist.ProcessGroup:
 def measure_clones(layers: list[LayerExperts], gradients: GradientStore) -> tuple[int, int]:
     """Return the bytes of the weights and of the gradients of this rank's clones."""
     parameters = list_clone_parameters(layers)
-    return _count_bytes(map(find_values, parameters)), _count_bytes(list_gradients(parameters, gradients))
+    return count_bytes(map(find_values, parameters)), count_bytes(list_gradients(parameters, gradients))
 
 
 def list_clone_parameters(layers: list[LayerExperts]) -> list[Weight]:
@@ -310,7 +323,8 @@ def list_clone_parameters(layers: list[LayerExperts]) -> list[Weight]:
     return [parameter for layer in layers for clone in layer.clones for parameter in clone]
 
 
-def _count_bytes(tensors: Iterable[torch.Tensor]) -> int:
+def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -321,6 +335,13 @@ def list_gradients(parameters: Sequence[Weight], gradients: GradientStore) -> li
 
 def _prepare(clone: Sequence[Weight], home: Sequence[Weight], gradients: GradientStore) -> None:
     """Give a clone's parameters the shape and type of a home's, and let them collect gradients as the home's do."""
+    match_home(clone, home)
+    for copied, own in zip(clone, home, strict=True):
+        gradients.prepare(copied, own)
+
+
+def match_home(clone: Sequence[Weight], home: Sequence[Weight]) -> None:
+    """Give a clone's parameters the shape and type of a home's, with zeros."""
     if len(clone) != len(home) or len(home) > TENSORS_PER_EXPERT:
         raise ValueError(
             f"a clone of {len(clone)} tensors for a home of {len(home)}; up to {TENSORS_PER_EXPERT}, as many in both"
@@ -330,4 +351,3 @@ def _prepare(clone: Sequence[Weight], home: Sequence[Weight], gradients: Gradien
         if isinstance(copied, torch.nn.Parameter) and isinstance(own, torch.nn.Parameter):
             copied.data = torch.zeros_like(own.data)
             copied.requires_grad_(own.requires_grad)
-        gradients.prepare(copied, own)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from counterflow.arrays import Array
 from counterflow.balance.clones import MOVE_PRICE, plan_clones
+from counterflow.balance.exact import add_shared_slots, plan_exact
 from counterflow.balance.homes import plan_homes
 from counterflow.balance.moves import arrange_rounds, keep_slots
 from counterflow.balance.placement import EMPTY, Placement, make_home_placement
@@ -151,3 +152,5 @@ def _run_small() -> None:
     plan_homes(np.array([[9.0, 1.0, 1.0, 1.0]]), homes, 8)
     share_tokens(np.full((2, 4), 3), placement, np.arange(2))
     arrange_rounds(np.array([0, 1]), np.array([1, 0]), 2, 1)
+    wide, shared = add_shared_slots(homes, 1)
+    plan_exact(np.array([[9, 1, 1, 1]]), wide, shared)

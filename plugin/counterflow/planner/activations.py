@@ -120,11 +120,13 @@ def _size_attention(a: AttentionShape, hidden: int, s: _Sizes) -> Held:
         kept += _size_scores(heads, s) + (0.0 if a.kind == MLA else BF16 * s.whole * (queries + keys))
     first = 0.0
     if a.kind == MLA:
-        ranks = a.q_lora + a.kv_lora
-        # The compressed tensors before and behind their norms.
-        first = s.part * ranks * (BF16 + s.saved)
+        # The compressed tensors before their norms, the keys' position beside them, and behind the norms.
+        first = BF16 * s.part * (a.q_lora + a.kv_lora + a.rope_dim)
         if "mla_up_proj" in s.layout.recomputes:
+            # The norms lie inside the part that is run again.
             kept -= inputs
+        else:
+            first += s.saved * s.part * (a.q_lora + a.kv_lora)
     else:
         first = BF16 * s.whole * (queries + keys) * (2 if a.output_gate else 1) if a.qk_norm or a.output_gate else 0.0
     gate = BF16 * s.whole * queries if a.output_gate else 0.0
@@ -213,9 +215,13 @@ class StageSizes:
         if stage.head:
             found["head"] = _size_head(model, layout, tokens, part)
         if stage.mtp and model.mtp is not None:
-            one = self._size_layer(model.mtp, False).join(_size_head(model, layout, tokens, part))
+            # Megatron leaves MTP as it is where a number of layers of each chunk is recomputed.
+            recompute = layout.recompute
+            is_whole = recompute.granularity == "full" and recompute.method != "block"
+            one = self._size_layer(model.mtp, recompute.granularity == "full" and not is_whole)
+            one = one.join(_size_head(model, layout, tokens, part))
             # Both halves, their norms and what is projected; recomputed with the layer.
-            both = BF16 * part * model.hidden * (0 if layout.recompute.granularity == "full" else 4)
+            both = BF16 * part * model.hidden * (0 if is_whole else 4)
             found["mtp"] = Held((one.kept + both) * stage.mtp, (one.queued + both) * stage.mtp, one.working, one.ahead)
         return found
 

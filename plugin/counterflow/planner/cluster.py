@@ -3,6 +3,7 @@
 Rates are in bytes a second, for each GPU and direction.
 """
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -101,8 +102,11 @@ def _read_gpu(name: str, entry: Mapping[str, Any]) -> GPU:
 def find_gpu(name: str) -> GPU:
     """Return a GPU by name or alias; raises `PlanError` with the nearest names."""
     names = {fold(word): known for known, entry in _read_entries().items() for word in (known, *entry["aliases"])}
-    if fold(name) in names:
-        return read_gpus()[names[fold(name)]]
+    # Makers and sizes are left out: NVIDIA H100 80GB.
+    bare = re.sub(r"\b(nvidia|amd|instinct|\d+ ?gi?b|sxm\d?|hbm3e?|nvl\d+)\b", "", name.lower())
+    for word in (fold(name), fold(bare)):
+        if word in names:
+            return read_gpus()[names[word]]
     raise PlanError(f"cluster.gpu {show(name)} is not known; allowed: {', '.join(read_gpus())}{suggest(name, read_gpus())}")
 
 

@@ -30,7 +30,16 @@ DTYPES = {
     "exp_avg_sq_dtype": ("fp32", "fp16", "bf16", "fp8"),
 }
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
-_MODULE_NAMES = {"norm": "layernorm", "act": "moe_act", "shared_expert": "shared_experts", "up_proj": "mla_up_proj"}
+_MODULE_NAMES = {
+    "norm": "layernorm", "rmsnorm": "layernorm", "act": "moe_act", "activation": "moe_act", "shared_expert": "shared_experts",
+    "up_proj": "mla_up_proj", "mla": "mla_up_proj", "attn": "core_attn", "attention": "core_attn",
+}  # fmt: skip
+# Other names of a way to exchange tokens. Megatron's flex dispatcher runs DeepEP unless told otherwise; the last two take
+# DeepEP's place with the same calls.
+_DISPATCHER_NAMES = {
+    "a2a": "alltoall", "nccl": "alltoall", "flex": "deepep", "turbodeepep": "deepep", "uccl": "deepep", "uccl-ep": "deepep",
+    "mori": "deepep", "mori-ep": "deepep",
+}  # fmt: skip
 
 
 def _count(least: int = 1, most: int = MOST) -> Any:
@@ -186,9 +195,12 @@ class LayoutSection(_Section):
     @field_validator("dispatcher")
     @classmethod
     def _check_dispatcher(cls, value: str | None) -> str | None:
-        if value is not None and value.lower() not in DISPATCHERS:
+        if value is None:
+            return None
+        names = {fold(name): name for name in DISPATCHERS} | {fold(other): name for other, name in _DISPATCHER_NAMES.items()}
+        if fold(value) not in names:
             raise ValueError(f"allowed: {', '.join(DISPATCHERS)}{suggest(value, DISPATCHERS)}")
-        return None if value is None else value.lower()
+        return names[fold(value)]
 
     @field_validator("recompute")
     @classmethod
@@ -315,7 +327,9 @@ def read_recompute(given: str | list[str] | None) -> tuple[str | None, frozenset
     Takes what Megatron's flags and reports of runs say: ``full,uniform,1``, ``selective``, ``moe_act,layernorm``.
     """
     text = given if isinstance(given, str) else ",".join(given or ())
-    words = [word for word in re.split(r"[^\w-]+", text.lower()) if word and word not in ("none", "no", "off")]
+    text = re.sub(r"full[_-](uniform|block)", r"full,\1", text.lower())
+    text = re.sub(r"(uniform|block)[_-](\d)", r"\1,\2", text)
+    words = [word for word in re.split(r"[^\w-]+", text) if word and word not in ("none", "no", "off")]
     modules, granularity, method, layers = set(), None, None, None
     for word in words:
         name = _MODULE_NAMES.get(word, word)

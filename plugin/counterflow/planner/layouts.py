@@ -310,7 +310,7 @@ def _complete_schedule(config: PlanConfig, pp: int, notes: list[str]) -> tuple[s
     if asked is not None and asked.lower().endswith(".csv"):
         return asked, vpp or 1
     plain = PLAIN_LOOPED if (vpp or 1) > 1 else PLAIN_STRAIGHT
-    name = plain if asked in (None, AUTO) else asked.lower().replace("_", "-")
+    name = plain if asked in (None, AUTO) else re.sub(r"[\s_]+", "-", asked.strip().lower())
     if name in NEAREST:
         notes.append(f"schedule {asked} is planned as {NEAREST[name]}, the nearest family")
         name = NEAREST[name]

@@ -21,6 +21,8 @@ MHA, GQA, MLA, LINEAR = "mha", "gqa", "mla", "linear"
 # Megatron's own default of --make-vocab-size-divisible-by.
 VOCAB_MULTIPLE = 128
 MOST_LAYERS = 10_000
+# Dimensions of an attention head in most models.
+HEAD_SIZE = 128
 
 
 @dataclass(frozen=True)
@@ -243,12 +245,33 @@ def build_model(section: ModelSection) -> ModelShape:
             )
     name = section.name or str(known.pop("name", None) or "model")
     known.pop("name", None)
-    return shape_model(name, {**known, **given}, stated=set(given) | set(known))
+    args = {**known, **given}
+    if section.name is None or known:
+        return shape_model(name, args)
+    args, notes = _complete_named(name, args)
+    model = shape_model(name, args)
+    return replace(model, assumed=(*notes, *model.assumed))
 
 
-def shape_model(name: str, args: Mapping[str, Any], stated: set[str] | None = None) -> ModelShape:
+def _complete_named(name: str, args: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the arguments of a model that is not known, as tables of runs state them, with what most models have.
+
+    Models called GPT keep Megatron's defaults, which are GPT's.
+    """
+    found, notes = dict(args), []
+    if "num_attention_heads" not in args:
+        size = found.setdefault("kv_channels", HEAD_SIZE)
+        found["num_attention_heads"] = max(args["hidden_size"] // size, 1)
+        notes.append(f"num_attention_heads is not stated: {found['num_attention_heads']}, of {size} each")
+    if not args.keys() & {"swiglu", "normalization", "add_bias_linear"} and not fold(name).startswith("gpt"):
+        found |= {"swiglu": True, "normalization": "RMSNorm"}
+        found.setdefault("untie_embeddings_and_output_weights", True)
+        notes.append(f"swiglu is not stated: {name} is taken to have it, and RMSNorm, like most models")
+    return found, notes
+
+
+def shape_model(name: str, args: Mapping[str, Any]) -> ModelShape:
     """Return the shape of Megatron's arguments ``args``; raises `PlanError` that names the argument that is missing or wrong."""
-    stated = set(args) if stated is None else stated
     for key in ("num_layers", "hidden_size", "num_attention_heads"):
         if key not in args:
             raise PlanError(f"model.{key} is missing: give it, a known name, or hf: config.json")

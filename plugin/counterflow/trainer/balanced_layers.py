@@ -1,5 +1,6 @@
 """Balance the experts of one rank's model chunks: slots, clones, homes and loads, step by step."""
 
+import re
 import socket
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -14,18 +15,23 @@ import torch.distributed as dist
 
 from counterflow.arrays import Array
 from counterflow.balance.cluster import Cluster
+from counterflow.balance.costs import Costs
+from counterflow.balance.exact import FREE
+from counterflow.balance.files.costs import read_costs
 from counterflow.balance.files.recorded import read_record, record_step
 from counterflow.balance.placement import EMPTY, Placement, make_home_placement, measure_balancedness, share_evenly, sum_by_rank
 from counterflow.balance.planning import TRAFFIC_WEIGHT
 from counterflow.devices import find_device
 from counterflow.errors import BalanceError
-from counterflow.moe.clones import Clones, Traffic, measure_clones, open_group
+from counterflow.moe.clones import Clones, Traffic, count_bytes, list_gradients, measure_clones, open_group
 from counterflow.moe.gradients import GradientStore, Weight, find_values
 from counterflow.moe.homes import move_homes
+from counterflow.moe.just_in_time import JustInTime
 from counterflow.moe.layer import LayerSlots
 from counterflow.moe.loads import LoadTracker
-from counterflow.moe.planning import ClonePlanner
+from counterflow.moe.planning import ClonePlanner, clear_clones
 from counterflow.options import Options
+from counterflow.runtime.weight_grads import defer_weight_grad
 
 # The number of micro-batches whose loads are saved with a checkpoint, so that the next run starts with a plan. The predictor
 # looks back as far.
@@ -71,6 +77,7 @@ class BalancedLayers:
         self._are_stale = False
         self.traffic = Traffic()
         self._tracker = LoadTracker(len(self._layers))
+        self.just_in_time = self._make_just_in_time()
         self.clones = self._make_clones(layers)
         self._planner = ClonePlanner(
             self._placement,
@@ -98,16 +105,34 @@ class BalancedLayers:
         """Wait for gathers of homes' weights before they are sent; most trainers have none."""
 
     def _make_placement(self) -> Placement:
-        groups, clones = self._groups, self._options.eplb_clones_per_rank
+        groups, clones = self._groups, self._options.predicted_clones
         cluster = _agree_on_cluster(groups.experts, self._own + clones, groups.stage, self._device)
         homes = make_home_placement(len(self._layers), self.number_of_experts, cluster.ranks, clones)
         return Placement(cluster, homes.experts, homes.homes)
+
+    def _make_just_in_time(self) -> JustInTime | None:
+        if not self._options.shared_clones:
+            return None
+        if len(self._experts[0].shared) != self._options.shared_clones:
+            raise BalanceError(
+                f"{self._options.shared_clones} shared slots a rank are asked for, and this trainer's layers have "
+                f"{len(self._experts[0].shared)}: give eplb_plan predicted and eplb_buffers per-layer"
+            )
+        group = open_group(self._groups.experts, "CF_JUST_IN_TIME")
+        made = JustInTime(self._experts, group, self.traffic, self._gradients, defer_weight_grad, pairs=self._options.overlap)
+        costs = read_costs(self._options.eplb_costs) if self._options.eplb_costs is not None else Costs()
+        prices = FREE if self._options.eplb_plan == "exact" else costs.price_clones(group.size())
+        for one in self._layers:
+            one.lend_by(made, prices)
+        return made
 
     def _make_clones(self, layers: Sequence[Sequence[LayerSlots]]) -> list[Clones]:
         made, first = [], 0
         for chunk in filter(None, layers):
             experts = self._experts[first : first + len(chunk)]
             clones = Clones(experts, first, self._placement.cluster, self._group, self.traffic, self._gradients)
+            if self.just_in_time is not None:
+                clones.finish_lent = self.just_in_time.finish_homecoming
             for index, one in enumerate(chunk):
                 one.connect(self._tracker, first + index, clones, index)
             made.append(clones)
@@ -117,6 +142,20 @@ class BalancedLayers:
     def measure_memory(self) -> tuple[int, int, int]:
         """Return the number of layers, and the bytes of their clones' weights and gradients on this rank."""
         return len(self._layers), *measure_clones(self._experts, self._gradients)
+
+    @property
+    def shared_clones(self) -> int:
+        """The number of clone slots on a rank that its layers share."""
+        return self._options.shared_clones
+
+    def measure_shared(self) -> tuple[int, int]:
+        """Return the bytes of weights and gradients of the slots that all layers of this rank share."""
+        return self.just_in_time.measure_memory() if self.just_in_time is not None else (0, 0)
+
+    def measure_slot(self) -> tuple[int, int]:
+        """Return the bytes of weights and gradients that a clone slot of each layer takes on this rank."""
+        homes = [weight for one in self._experts for weight in one.homes[0]]
+        return count_bytes(map(find_values, homes)), count_bytes(list_gradients(homes, self._gradients))
 
     def _place(self, placement: Placement) -> None:
         assert placement.homes is not None
@@ -138,6 +177,8 @@ class BalancedLayers:
         self.refresh()
         for clones in self.clones:
             clones.expect_gradients()
+        for one in self._layers:
+            one.begin_step()
 
     def refresh(self) -> None:
         """Start sending weights to new clones, and to all clones if the optimizer has changed the homes."""
@@ -146,18 +187,23 @@ class BalancedLayers:
         wanted = (experts != EMPTY) & (is_new | self._are_stale)
         assert self._placement.homes is not None
         np.put_along_axis(wanted, self._placement.homes, False, 1)
+        wanted &= self._options.layer_clones > 0
         self.traffic.clones += int(wanted.sum())
         self.traffic.moved += int((wanted & is_new).sum())
-        if wanted.any():
+        if wanted.any() or self.just_in_time is not None:
             self.finish_gathers()
+        # Resident clones in shared slots are sent as they are used.
+        own = self._placement if self._options.layer_clones else clear_clones(self._placement)
         for clones in self.clones:
-            clones.refresh(self._placement, wanted)
+            clones.refresh(own, wanted)
         self._held, self._are_stale = experts.copy(), False
 
     def finish_evaluation(self) -> None:
         """Wait for transfers that the evaluation did not wait for: the next step may change homes or send to the same slots."""
         for clones in self.clones:
             clones.finish_transfers()
+        if self.just_in_time is not None:
+            self.just_in_time.finish_step()
 
     def end_step(self, microbatches: int) -> tuple[Array, Array]:
         """End a step: take its loads, and start to plan if it is the last of an interval.
@@ -167,6 +213,8 @@ class BalancedLayers:
         """
         for clones in self.clones:
             clones.finish_step()
+        if self.just_in_time is not None:
+            self.just_in_time.finish_step()
         self._are_stale = True
         loads = self._tracker.take(microbatches, self._groups.sources)
         before, after = self._measure(loads.experts, loads.ranks)
@@ -319,3 +367,9 @@ def _agree_on_cluster(ep_group: Any, width: int, stage: Any, device: torch.devic
     nodes = torch.from_numpy(np.unique(hosts, return_inverse=True)[1]).to(device)
     dist.broadcast(nodes, dist.get_process_group_ranks(stage)[0], group=stage)
     return Cluster((width,) * ep_group.size(), tuple(nodes.tolist()))
+
+
+def number_layers(names: Sequence[str]) -> list[int]:
+    """Return the layers' numbers in the model, from 1: after the first number in their modules' names, or in order."""
+    found = [int(match[0]) + 1 for name in names if (match := re.search(r"\d+", name))]
+    return found if len(set(found)) == len(names) else list(range(1, len(names) + 1))

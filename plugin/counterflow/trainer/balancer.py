@@ -5,7 +5,7 @@ layers too.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch.distributed as dist
@@ -89,6 +89,41 @@ class Waiting:
         """Start them, in the order in which they came."""
         while self._due:
             self._due.pop(0)()
+
+
+class StepwiseBalancer[Layers: BalancedLayers](Balancer[Layers]):
+    """A balancer for trainers that are called for each micro-batch: a step begins with its first forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting = Waiting()
+        self.is_in_step = False
+        self._microbatches = 0
+
+    @contextmanager
+    def run_forward(self, step: int, *, is_training: bool) -> Iterator[None]:
+        """Begin step ``step`` if there is none yet, or an evaluation."""
+        if not is_training:
+            with nullcontext() if self.is_in_step else self.evaluate():
+                yield
+            return
+        if not self.is_in_step:
+            self.is_in_step, self._microbatches = True, 0
+            self.begin_step(step)
+        self._microbatches += 1
+        yield
+
+    def finish_step(self, microbatches: int | None = None) -> bool:
+        """Bring the gradients of clones home, then start the reductions that waited; tell whether there was a step to end.
+
+        ``microbatches`` are as many as forwards were run, unless a forward ran several.
+        """
+        if not self.is_in_step:
+            return False
+        self.end_step(self._microbatches if microbatches is None else microbatches)
+        self.is_in_step = False
+        self.waiting.start()
+        return True
 
 
 def say_idle(option: str) -> None:

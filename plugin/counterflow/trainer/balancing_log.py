@@ -9,17 +9,37 @@ from counterflow.trainer.balanced_layers import BalancedLayers
 
 
 def announce_clones(layers: BalancedLayers | None, clones_per_rank: int) -> None:
-    """Print the memory of clones, the most of any rank, on rank 0. Every rank calls it; one without MoE layers passes None."""
+    """Print the memory of clones, the most of any rank, on rank 0. Every rank calls it; one without MoE layers passes None.
+
+    ``clones_per_rank`` is the number of slots that each layer has for itself.
+    """
+    shared = _announce_shared(layers)
     numbers = torch.tensor(layers.measure_memory() if layers is not None else (0, 0, 0), dtype=torch.int64)
     numbers = numbers.to(find_device())
     dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
     count, weights, gradients = numbers.tolist()
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0 and (clones_per_rank or not shared):
         print(
             f"counterflow: eplb: {clones_per_rank} clone{'s' if clones_per_rank != 1 else ''} per rank and MoE layer; on a rank "
             f"of {count} MoE layers {weights:,} bytes of weights and {gradients:,} bytes of gradients, no optimizer state",
             flush=True,
         )
+
+
+def _announce_shared(layers: BalancedLayers | None) -> int:
+    """Print the memory of shared clone slots, and what it would be in slots of each layer; return how many there are per rank."""
+    own = (layers.shared_clones, *layers.measure_shared(), *layers.measure_slot()) if layers is not None else (0,) * 5
+    numbers = torch.tensor(own, dtype=torch.int64).to(find_device())
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    count, weights, gradients, slot_weights, slot_gradients = numbers.tolist()
+    if dist.get_rank() == 0 and count:
+        print(
+            f"counterflow: eplb: {count} clone{'s' if count != 1 else ''} per rank in slots that its MoE layers share: "
+            f"{weights:,} bytes of weights and {gradients:,} bytes of gradients, whatever the number of layers; in slots of each "
+            f"layer {count * slot_weights:,} and {count * slot_gradients:,}",
+            flush=True,
+        )
+    return int(count)
 
 
 def end_step(layers: BalancedLayers | None, microbatches: int) -> dict[str, float]:

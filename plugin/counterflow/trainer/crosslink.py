@@ -13,6 +13,7 @@ the partner's micro-batches, whose labels have to be where their losses are comp
 there, or the partner sends them (`Partner`).
 """
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -69,6 +70,14 @@ class Partner:
         me, self._rank = (dist.get_process_group_ranks(replicas)[place] for place in (replicas.rank(), find_partner(replicas)))
         # Gloo, wherever ranks compute: on a GPU a collective can lie in a queue behind a receive that waits for what it brings.
         self._group = open_process_group(sorted((me, self._rank)), timeout, "CF_PARTNERS", backend="gloo")
+
+    def deal(self, draw: Callable[[], Any], count: int) -> tuple[list[Any], list[Any]]:
+        """Draw ``count`` micro-batches, pairs of inputs and labels, and give the partner their labels, which it needs.
+
+        Return those that were drawn, for the first stage, and pairs of None and the partner's labels, for the last.
+        """
+        drawn = [draw() for _ in range(count)]
+        return drawn, [(None, label) for label in self.swap([batch[1] for batch in drawn])]
 
     def swap(self, mine: Any, device: torch.device | None = None) -> Any:
         """Give any object, with tensors anywhere in it, and return the partner's; its tensors are on ``device``, or the CPU.

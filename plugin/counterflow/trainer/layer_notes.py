@@ -1,6 +1,7 @@
 """Layers as annotations in a profiler's trace: hooks on modules and on the tensors between them, while a step is profiled."""
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +20,16 @@ class LayeredWork(Protocol):
 
     def list_layers(self) -> Mapping[str, nn.Module]:
         """Return this rank's layers, by what each is called in the whole model."""
+
+
+def name_once(places: Iterable[tuple[str, Any]]) -> dict[str, nn.Module]:
+    """Return the modules among the layers at these places, by place; those at several places are left out.
+
+    A tied module may be two layers, and its hooks do not know of which they are called.
+    """
+    modules = [(place, layer) for place, layer in places if isinstance(layer, nn.Module)]
+    times = Counter(id(module) for _, module in modules)
+    return {place: module for place, module in modules if times[id(module)] == 1}
 
 
 class LayerNotes:

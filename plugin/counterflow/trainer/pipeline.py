@@ -56,6 +56,7 @@ class Pipeline:
         self._options, self._group, self._chunks, self._device = options, group, chunks, device
         self._tables: dict[tuple[int, bool], ScheduleTable] = {}
         self._programs: dict[tuple[int, bool], Program] = {}
+        self._announced: dict[tuple[int, bool], Announced] = {}
         # By default a new group waits for half an hour; these have the timeout of the trainer's own.
         timeout = group._get_backend(device).options._timeout
         if options.stall_limit is not None:
@@ -110,6 +111,21 @@ class Pipeline:
             self._programs[key] = lower(table, self.rank)
             self._channels.connect(self._programs[key], form, self._device)
         return self._programs[key]
+
+    def run_announced(self, work: Work, microbatches: int, step: int, remedy: str | None, *, forward_only: bool = False) -> None:
+        """Run a step whose stages hand on any tensors: each message brings its form, or with ``remedy`` those of a first run do.
+
+        ``remedy`` says how a user allows that forms change.
+        """
+        table = self.choose_table(microbatches, step, forward_only=forward_only)
+        program, form = self.prepare(table, None, forward_only=forward_only), None
+        if remedy is not None:
+            form = self._announced.setdefault((table.digest, forward_only), Announced(remedy))
+        (self.evaluate if forward_only else self.train)(program, work, form, step)
+
+    def forget_forms(self) -> None:
+        """Let the next run of each table bring its forms anew."""
+        self._announced.clear()
 
     def evaluate(self, program: Program, work: Work, form: Form | Announced | None, step: int) -> None:
         """Run a program of forwards alone, after training step ``step``."""

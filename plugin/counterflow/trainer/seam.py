@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from types import ModuleType
@@ -124,11 +124,26 @@ def _find(owner: Any, symbol: str) -> Any:
     return owner
 
 
-def check_seams(seams: Iterable[Seam], feature: str, trainer: str, supported: str, remedy: str) -> None:
-    """Raise `SeamError`, one line of trainer, symbol and remedy, if a seam of the feature does not fit."""
-    for seam in seams:
-        if feature in seam.features and (misfit := seam.find_misfit()):
-            raise SeamError(
-                f"{trainer}: {seam.path} {misfit}; this version of counterflow supports {supported}: install one of them and "
-                f"what it imports, or {remedy}"
-            )
+def list_used(
+    owner: str, features: tuple[str, ...], versions: tuple[str, ...], symbols: Mapping[str, str | tuple[str, tuple[str, ...]]]
+) -> list[Seam]:
+    """Return the seams of symbols of one owner that are only called, read or extended.
+
+    ``symbols`` says of each what for, and with which parameters where that matters.
+    """
+    told = {symbol: (why, ()) if isinstance(why, str) else why for symbol, why in symbols.items()}
+    return [Seam(owner, symbol, None, features, versions, why, parameters) for symbol, (why, parameters) in told.items()]
+
+
+def check_seams(
+    seams: Iterable[Seam], features: Iterable[str], trainer: str, supported: str, remedies: Mapping[str, str]
+) -> None:
+    """Raise `SeamError`, one line of trainer, symbol and the feature's remedy, if a seam of the features does not fit."""
+    given = list(seams)
+    for feature in features:
+        for seam in given:
+            if feature in seam.features and (misfit := seam.find_misfit()):
+                raise SeamError(
+                    f"{trainer}: {seam.path} {misfit}; this version of counterflow supports {supported}: install one of them "
+                    f"and what it imports, or {remedies[feature]}"
+                )

@@ -112,6 +112,25 @@ def splits_backward(options: Options) -> bool:
     return options.overlap or options.family is None or options.family.splits
 
 
+def describe_run(options: Options, chunks: int, model: str, layers: str) -> list[str]:
+    """Return what the options ask for, then what that does to a ``model`` and to its MoE ``layers``, a line for each part."""
+    given = [f"{name} {value}" for name, value in options.model_dump(exclude_unset=True).items() if value is not None]
+    lines = [", ".join(given) or "nothing is asked for: training runs as without the plugin"]
+    if options.eplb:
+        lines.append(
+            f"clone slots on a rank in each of {layers}: {options.eplb_clones_per_rank}; steps between plans: "
+            f"{options.eplb_interval}"
+        )
+    if options.schedule is not None:
+        layout = choose_layout(options, 2, chunks)
+        lines.append(f"a {model} is cut into {layout.chunks} stages a rank, laid out {name_model_layout(layout)}")
+        splits = options.family is None or options.family.splits
+        behind = "wait for their W" if splits else "wait for the next communication in a pair"
+        lines.append(f"weight gradients {behind if splits_backward(options) else 'are computed in the B'}")
+    require_pairs_to_overlap(options)
+    return lines
+
+
 def require_pairs_to_overlap(options: Options, table: ScheduleTable | None = None) -> None:
     """Raise `OptionError` if overlapped pairs are asked for and ``table``, or without one the family of the run, has none."""
     if not options.overlap:

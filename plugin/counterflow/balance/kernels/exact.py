@@ -5,7 +5,9 @@ in two ways. *Settling* is for loads that lie far apart: like debts among R peop
 transfer fills the rank that lacks most, even where its donor then lacks something and is filled later. So one free slot a rank
 is enough where experts are large enough. *Mending* is for loads that are nearly level, or that clones which are there already
 can nearly level: one clone at a time for the slowest rank, and after each the tokens flow again through all copies there are.
-Of all these plans, and of doing nothing, the cheapest is taken. Only integers are compared, so all machines find the same plan.
+Nodes settle and mend on their own first. Clones from other nodes are for what a node cannot level alone: the tokens that it has
+more than its ranks can take at the pace. Of all these plans, and of doing nothing, the cheapest is taken. Only integers are
+compared, so all machines find the same plan.
 """
 
 from typing import NamedTuple
@@ -13,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from counterflow.arrays import Array
-from counterflow.balance.kernels.flow import Links, find_paths, holds, link_slots, push_tokens, split_layer
+from counterflow.balance.kernels.flow import Links, find_paths, holds, level_ranks, link_slots, push_tokens, split_layer
 from counterflow.compiling import compile_fast
 
 # Prices and paces are whole multiples of a 1024th: of a token, of the mean rank's tokens.
@@ -21,7 +23,12 @@ UNIT = 1024
 # What tokens from another node count beside those from the own one, which count more by as much as a clone from afar is dearer.
 FAR_WEIGHT, MOST_WEIGHT = 16, 1024
 # Where clones are free, one costs such a part of the mean rank's tokens, one from another node such a part.
-NEAR_PART, FAR_PART = 2**16, 2**11
+NEAR_PART, FAR_PART = 2**16, 2**14
+# A slowest rank so little above the mean, in 1024ths, is fast enough: where clones are free, none comes from another node for
+# more, and nothing is mended for more.
+ENOUGH = 5
+# Where nodes cannot settle otherwise, ranks take from anywhere, at first with so much favour for their own node.
+FAVOURS = (2, 0)
 # So many slots and ranks are visited at most to find out which clones can be done without.
 DROP_VISITS = 2000
 
@@ -31,6 +38,8 @@ class Ranks(NamedTuple):
 
     ``is_home[slots]`` marks the homes of experts, ``is_shared[slots]`` the slots that just-in-time clones may fill.
     ``by_node[ranks]`` lists the ranks node by node; those of node n begin at ``node_start[n]`` and end at ``node_start[n + 1]``.
+    Where all are taken for one node, ``machine_of_rank[ranks]`` is the node that they are on, and a donor on the taker's machine
+    counts more by ``favour``, in eighths of what a full rank counts.
     """
 
     rank_of_slot: Array
@@ -41,13 +50,19 @@ class Ranks(NamedTuple):
     homes: Array
     is_home: Array
     is_shared: Array
+    machine_of_rank: Array
+    favour: int
 
 
 class Trials(NamedTuple):
-    """The cheapest plan so far, ``best[slots]``, and its cost: the slowest rank's tokens and the prices of clones, in 1024ths."""
+    """The cheapest plan so far, ``best[slots]``, its cost, ``least``, and the tokens of its slowest rank.
+
+    The cost is the sum of these tokens and the prices of clones, in 1024ths.
+    """
 
     best: Array
     least: int
+    slowest: int
     near_price: int
     far_price: int
 
@@ -75,7 +90,9 @@ def choose_layers(
     for layer in range(counts.shape[0]):
         is_home = np.zeros(experts.shape[1], np.bool_)
         is_home[homes[layer]] = True
-        ranks = Ranks(rank_of_slot, rank_start, node_of_rank, by_node, node_start, homes[layer], is_home, is_shared)
+        ranks = Ranks(
+            rank_of_slot, rank_start, node_of_rank, by_node, node_start, homes[layer], is_home, is_shared, node_of_rank, 0
+        )
         choose_clones(ranks, counts[layer], chosen[layer], paces, near_price, far_price, tokens[layer], load)
     return chosen, tokens
 
@@ -87,31 +104,69 @@ def choose_clones(
     """Fill shared slots of ``experts[slots]`` where that pays; fill ``tokens[slots]`` and ``load[ranks]`` with the split.
 
     ``counts[experts]`` are the layer's tokens. ``paces``, lowest first, are 1024ths above the mean. A clone costs ``near_price``,
-    or ``far_price`` from another node, in 1024ths of a token on the slowest rank.
+    or ``far_price`` from another node, in 1024ths of a token on the slowest rank; a ``far_price`` of 0 says that clones are free.
     """
     links = link_slots(experts, ranks.rank_of_slot, ranks.rank_start, ranks.homes)
     slowest = split_layer(counts, links, tokens, load)
-    total, size = load.sum(), load.shape[0]
-    if far_price == 0:
+    total, size, is_free = load.sum(), load.shape[0], far_price == 0
+    if is_free:
         # No more than it takes to prefer fewer and nearer clones among plans that are nearly as fast.
         near_price, far_price = max(1, total * UNIT // size // NEAR_PART), max(1, total * UNIT // size // FAR_PART)
-    trials = Trials(experts.copy(), slowest * UNIT, near_price, far_price)
     floors = -(-total * (UNIT + paces) // (UNIT * size))
-    merged = merge_nodes(ranks)
-    for pace in floors:
-        if pace * UNIT + near_price >= trials.least:
-            break
-        tried = experts.copy()
-        settle_ranks(ranks, counts, pace, tried, tokens, load)
-        if pace == floors[0] and load.max() > pace and ranks.node_start.shape[0] > 2:
-            trials = take_cheaper(ranks, trials, tried, load)
-            tried = experts.copy()
-            settle_ranks(merged, counts, pace, tried, tokens, load)
-        trials = take_cheaper(ranks, trials, tried, load)
-    trials = mend_ranks(ranks, counts, floors, experts.copy(), tokens, load, trials)
+    if slowest * UNIT <= floors[0] * UNIT + near_price:
+        return
+    enough = -(-total * (UNIT + ENOUGH) // (UNIT * size))
+    trials = Trials(experts.copy(), slowest * UNIT, slowest, near_price, far_price)
+    alone = find_lowest_pace(ranks, load)
+    only = np.array([enough])
+    if alone > floors[0]:
+        # Paces that no clone from another node is needed for.
+        trials = settle_at_paces(ranks, ranks, counts, -(-alone * (UNIT + paces) // UNIT), experts, tokens, load, trials)
+        if is_free and trials.slowest > enough:
+            trials = settle_at_paces(ranks, ranks, counts, only, experts, tokens, load, trials)
+    if not is_free or trials.slowest > enough:
+        trials = settle_at_paces(ranks, ranks, counts, floors[:1] if is_free else floors, experts, tokens, load, trials)
+    for favour in FAVOURS:
+        if trials.slowest > enough and alone > floors[0]:
+            merged, lowest = merge_nodes(ranks, favour), floors[:1] if favour > 0 else only
+            trials = settle_at_paces(ranks, merged, counts, lowest, experts, tokens, load, trials)
+    if trials.slowest > enough:
+        trials = mend_ranks(ranks, counts, floors, experts.copy(), tokens, load, trials)
     experts[:] = trials.best
     split_layer(counts, link_slots(experts, ranks.rank_of_slot, ranks.rank_start, ranks.homes), tokens, load)
     drop_clones(ranks, counts, near_price, far_price, experts, tokens, load)
+
+
+@compile_fast
+def find_lowest_pace(ranks: Ranks, load: Array) -> int:
+    """Return the fewest tokens that the slowest rank can have if no token crosses nodes but to the clones that are there."""
+    lowest = 0
+    for node in range(ranks.node_start.shape[0] - 1):
+        begin, end = ranks.node_start[node], ranks.node_start[node + 1]
+        held = 0
+        for place in range(begin, end):
+            held += load[ranks.by_node[place]]
+        lowest = max(lowest, -(-held // (end - begin)))
+    return lowest
+
+
+@compile_fast
+def settle_at_paces(
+    ranks: Ranks, grouped: Ranks, counts: Array, floors: Array, experts: Array, tokens: Array, load: Array, trials: Trials
+) -> Trials:
+    """Settle at each of the paces ``floors``, lowest first, while that may be cheaper; return the trials then.
+
+    Ranks settle as ``grouped``, clones are priced by ``ranks``.
+    """
+    for pace in floors:
+        if pace * UNIT + trials.near_price >= trials.least:
+            break
+        tried = experts.copy()
+        settle_ranks(grouped, counts, pace, tried, tokens, load)
+        if load.max() > pace:
+            level_ranks(link_slots(tried, ranks.rank_of_slot, ranks.rank_start, ranks.homes), tokens, load)
+        trials = take_cheaper(ranks, trials, tried, load)
+    return trials
 
 
 @compile_fast
@@ -124,12 +179,21 @@ def drop_clones(ranks: Ranks, counts: Array, near_price: int, far_price: int, ex
     trials = DROP_VISITS // (slots + size)
     for slot in used:
         expert = experts[slot]
-        if tokens[slot] > 0 and trials > 0:
+        price = near_price if is_near(ranks, slot, expert) else far_price
+        most, home = load.max(), ranks.homes[expert]
+        back = load[ranks.rank_of_slot[home]] + tokens[slot]
+        if max(most, back) * UNIT < most * UNIT + price:
+            # Its home has room for what it computes.
+            experts[slot] = -1
+            tokens[home] += tokens[slot]
+            load[ranks.rank_of_slot[home]] = back
+            load[ranks.rank_of_slot[slot]] -= tokens[slot]
+            tokens[slot] = 0
+        elif trials > 0:
             trials -= 1
-            price = near_price if is_near(ranks, slot, expert) else far_price
             experts[slot] = -1
             split_layer(counts, link_slots(experts, ranks.rank_of_slot, ranks.rank_start, ranks.homes), left, borne)
-            if borne.max() * UNIT < load.max() * UNIT + price:
+            if borne.max() * UNIT < most * UNIT + price:
                 tokens[:] = left
                 load[:] = borne
             else:
@@ -142,14 +206,20 @@ def drop_clones(ranks: Ranks, counts: Array, near_price: int, far_price: int, ex
 @compile_fast
 def take_cheaper(ranks: Ranks, trials: Trials, tried: Array, load: Array) -> Trials:
     """Return the trials with ``tried`` as the best if it costs less, its clones included."""
-    cost = load.max() * UNIT
-    for slot in range(tried.shape[0]):
-        if not ranks.is_shared[slot] or tried[slot] < 0:
-            continue
-        cost += trials.near_price if is_near(ranks, slot, tried[slot]) else trials.far_price
+    cost = load.max() * UNIT + price_clones(ranks, tried, trials.near_price, trials.far_price)
     if cost >= trials.least:
         return trials
-    return Trials(tried.copy(), cost, trials.near_price, trials.far_price)
+    return Trials(tried.copy(), cost, load.max(), trials.near_price, trials.far_price)
+
+
+@compile_fast
+def price_clones(ranks: Ranks, experts: Array, near_price: int, far_price: int) -> int:
+    """Return the sum of the prices of the clones in shared slots."""
+    cost = 0
+    for slot in range(experts.shape[0]):
+        if ranks.is_shared[slot] and experts[slot] >= 0:
+            cost += near_price if is_near(ranks, slot, experts[slot]) else far_price
+    return cost
 
 
 @compile_fast
@@ -160,8 +230,8 @@ def is_near(ranks: Ranks, slot: int, expert: int) -> bool:
 
 
 @compile_fast
-def merge_nodes(ranks: Ranks) -> Ranks:
-    """Return ``ranks`` as if all were on one node."""
+def merge_nodes(ranks: Ranks, favour: int) -> Ranks:
+    """Return ``ranks`` as if all were on one node, with so much favour for donors on the taker's machine."""
     size = ranks.node_of_rank.shape[0]
     return Ranks(
         ranks.rank_of_slot,
@@ -172,6 +242,8 @@ def merge_nodes(ranks: Ranks) -> Ranks:
         ranks.homes,
         ranks.is_home,
         ranks.is_shared,
+        ranks.node_of_rank,
+        favour,
     )
 
 
@@ -185,23 +257,18 @@ def settle_ranks(ranks: Ranks, counts: Array, pace: int, experts: Array, tokens:
     start_at_home(ranks, counts, pace, experts, tokens, load)
     level, excess = level_nodes(ranks, pace, load)
     done = np.zeros(load.shape[0], np.bool_)
-    while True:
-        taker, room = -1, 0
-        for rank in range(load.shape[0]):
-            lack = level[ranks.node_of_rank[rank]] - load[rank]
-            if lack > room and not done[rank]:
-                taker, room = rank, lack
-        if taker < 0 or load.max() <= pace:
+    while load.max() > pace:
+        taker = find_lacking(ranks, level, experts, load, done)
+        if taker < 0:
             return
         done[taker] = True
-        if find_free(ranks, taker, experts) < 0:
-            continue
         node = ranks.node_of_rank[taker]
+        room = level[node] - load[taker]
         slot, amount = find_donor(ranks, node, level[node], taker, room, room, experts, tokens, load)
-        other = int(excess.argmax())
-        most = min(excess[other], -excess[node])
+        giver = int(excess.argmax())
+        most = min(excess[giver], -excess[node])
         if most > 0:
-            far_slot, far_amount = find_donor(ranks, other, level[other], taker, room, most, experts, tokens, load)
+            far_slot, far_amount = find_donor(ranks, giver, level[giver], taker, room, most, experts, tokens, load)
             if far_amount == room or far_amount > amount:
                 slot, amount = far_slot, far_amount
         if amount == 0:
@@ -209,12 +276,29 @@ def settle_ranks(ranks: Ranks, counts: Array, pace: int, experts: Array, tokens:
         source = ranks.node_of_rank[ranks.rank_of_slot[slot]]
         excess[source] -= amount
         excess[node] += amount
-        place = find_free(ranks, taker, experts)
-        experts[place] = experts[slot]
-        tokens[slot] -= amount
-        tokens[place] += amount
-        load[ranks.rank_of_slot[slot]] -= amount
-        load[taker] += amount
+        place_clone(ranks, slot, taker, amount, experts, tokens, load)
+
+
+@compile_fast
+def find_lacking(ranks: Ranks, level: Array, experts: Array, load: Array, done: Array) -> int:
+    """Return the rank that lacks most to ``level[nodes]``, has a free slot and is not done; -1 where there is none."""
+    taker, room = -1, 0
+    for rank in range(load.shape[0]):
+        lack = level[ranks.node_of_rank[rank]] - load[rank]
+        if lack > room and not done[rank] and find_free(ranks, rank, experts) >= 0:
+            taker, room = rank, lack
+    return taker
+
+
+@compile_fast
+def place_clone(ranks: Ranks, slot: int, taker: int, amount: int, experts: Array, tokens: Array, load: Array) -> None:
+    """Let a free slot of rank ``taker`` compute ``amount`` tokens of home ``slot``."""
+    place = find_free(ranks, taker, experts)
+    experts[place] = experts[slot]
+    tokens[slot] -= amount
+    tokens[place] += amount
+    load[ranks.rank_of_slot[slot]] -= amount
+    load[taker] += amount
 
 
 @compile_fast
@@ -256,6 +340,8 @@ def find_donor(
                 continue
             filled = min(tokens[slot], min(room, most))
             worth = 8 * filled + above + min(tokens[slot], 2 * room)
+            if ranks.machine_of_rank[donor] == ranks.machine_of_rank[taker]:
+                worth += ranks.favour * room
             if worth > value and not holds(experts, ranks.rank_start, taker, experts[slot]):
                 best, value, amount = slot, worth, filled
     return best, amount
@@ -269,7 +355,7 @@ def mend_ranks(ranks: Ranks, counts: Array, paces: Array, experts: Array, tokens
     """
     start_at_home(ranks, counts, paces[-1], experts, tokens, load)
     near_weight = min(max(trials.far_price, trials.near_price) * FAR_WEIGHT // trials.near_price, MOST_WEIGHT)
-    cost = paces[0] * UNIT
+    cost = paces[0] * UNIT + price_clones(ranks, experts, trials.near_price, trials.far_price)
     for pace in paces[::-1]:
         while True:
             hold_pace(pace, link_slots(experts, ranks.rank_of_slot, ranks.rank_start, ranks.homes), tokens, load)

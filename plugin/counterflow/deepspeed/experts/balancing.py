@@ -8,9 +8,7 @@ _report_progress      add balancedness, clones and traffic to the log; monitors 
 save_checkpoint       move homes to where AutoEP expects them, and back
 """
 
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 from weakref import ref
@@ -26,8 +24,8 @@ from counterflow.moe.gradients import GradientStore, PlainGradients, SummedGradi
 from counterflow.moe.planning import compile_planner
 from counterflow.options import Options
 from counterflow.sections import speaking_json
-from counterflow.trainer.balanced_layers import BalancedLayers, ExpertGroups
-from counterflow.trainer.balancer import Balancer, Waiting, say_idle
+from counterflow.trainer.balanced_layers import BalancedLayers, ExpertGroups, number_layers
+from counterflow.trainer.balancer import StepwiseBalancer, say_idle
 from counterflow.trainer.balancing_log import describe_step
 
 
@@ -51,38 +49,14 @@ class EngineLayers(BalancedLayers):
         return take_state(self._find_optimizer(), parameter)
 
 
-class EngineBalancer(Balancer[EngineLayers]):
+class EngineBalancer(StepwiseBalancer[EngineLayers]):
     """Leads the layers of one engine through its steps."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.waiting = Waiting()
-        self.is_in_step = False
-        self._microbatches = 0
-
-    @contextmanager
-    def run_forward(self, engine: Any) -> Iterator[None]:
-        """Begin a step if there is none yet, or an evaluation."""
-        if not (engine.module.training and torch.is_grad_enabled()):
-            with nullcontext() if self.is_in_step else self.evaluate():
-                yield
-            return
-        if not self.is_in_step:
-            self.is_in_step, self._microbatches = True, 0
-            with speaking_json():
-                self.begin_step(engine.global_steps + 1)
-        self._microbatches += 1
-        yield
-
-    def finish_step(self, engine: Any) -> None:
-        """Bring the gradients of clones home, then start the reductions that waited; a second call in a step does nothing."""
-        if not self.is_in_step:
-            return
-        with speaking_json():
-            self.end_step(getattr(engine, "micro_batches", self._microbatches))
-        self.is_in_step = False
-        self.waiting.start()
-        if engine.monitor.enabled and dist.get_rank() == 0 and self.figures is not None:
+    @speaking_json()
+    def end_of(self, engine: Any) -> None:
+        """End the step of an engine; a second call in a step does nothing."""
+        has_ended = self.finish_step(getattr(engine, "micro_batches", None))
+        if has_ended and engine.monitor.enabled and dist.get_rank() == 0 and self.figures is not None:
             samples = engine.global_samples + engine.train_batch_size()
             engine.monitor.write_events([(f"Train/EPLB/{name}", value, samples) for name, value in self.figures.items()])
 
@@ -94,13 +68,13 @@ def attach(engine: Any, options: Options) -> None:
         return
     layers = list_layers(engine)
     compile_planner()
-    for number, (_, layer) in zip(_number([name for name, _ in layers]), layers, strict=True):
+    for number, (_, layer) in zip(number_layers([name for name, _ in layers]), layers, strict=True):
         slots_of[layer] = AutoEPSlots(layer, number, options)
     balancer = balancer_of[engine] = EngineBalancer()
     for _, layer in layers:
         for parameter in layer.experts.parameters():
             holder_of[parameter] = ref(balancer)
-    balancer.take(EngineLayers(options, engine, [one for _, one in layers]) if layers else None, options.eplb_clones_per_rank)
+    balancer.take(EngineLayers(options, engine, [one for _, one in layers]) if layers else None, options.layer_clones)
 
 
 def begin_before(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,7 +84,8 @@ def begin_before(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(self: Any, *inputs: Any, **kwargs: Any) -> Any:
         if (balancer := balancer_of.get(self)) is None:
             return forward(self, *inputs, **kwargs)
-        with balancer.run_forward(self):
+        is_training = self.module.training and torch.is_grad_enabled()
+        with speaking_json(), balancer.run_forward(self.global_steps + 1, is_training=is_training):
             return forward(self, *inputs, **kwargs)
 
     return run
@@ -122,7 +97,7 @@ def end_before(reduce: Callable[..., None]) -> Callable[..., None]:
     @wraps(reduce)
     def run(self: Any, *args: Any, **kwargs: Any) -> None:
         if (balancer := balancer_of.get(self)) is not None and self.is_gradient_accumulation_boundary():
-            balancer.finish_step(self)
+            balancer.end_of(self)
         reduce(self, *args, **kwargs)
 
     return run
@@ -163,11 +138,12 @@ def _find_store(optimizer: Any) -> GradientStore:
     if hasattr(optimizer, "fp32_groups_gradients"):
         return SummedGradients(lambda whole: whole._hp_grad.view_as(whole), optimizer.grad_acc_dtype)  # type: ignore[attr-defined]
     if getattr(optimizer, "use_grad_accum_attribute", False):
-        return SummedGradients(lambda whole: whole.grad_accum, optimizer.gradient_accumulation_dtype)  # type: ignore[attr-defined]
+        return SummedGradients(partial(_find_sum, optimizer.gradient_accumulation_dtype), optimizer.gradient_accumulation_dtype)
     return PlainGradients()
 
 
-def _number(names: list[str]) -> list[int]:
-    """Return the layers' numbers in the model, from 1: after the first number in their names, or in order."""
-    found = [int(match[0]) + 1 for name in names if (match := re.search(r"\d+", name))]
-    return found if len(set(found)) == len(names) else list(range(1, len(names) + 1))
+def _find_sum(dtype: torch.dtype, whole: Any) -> torch.Tensor:
+    """Return where DeepSpeed sums a weight's gradients; before the first backward of a step has done so, it is made."""
+    if whole.grad_accum is None:
+        whole.grad_accum = torch.zeros_like(whole, dtype=dtype)
+    return whole.grad_accum  # type: ignore[no-any-return]

@@ -5,7 +5,7 @@ module of the experts' class. It is not a child of the layer, so optimizer, data
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 from weakref import ref
 
@@ -14,6 +14,7 @@ import torch
 
 from counterflow.deepspeed.state import slots_of
 from counterflow.moe.clones import LayerExperts
+from counterflow.moe.just_in_time import Loan
 from counterflow.moe.layer import LayerSlots
 from counterflow.moe.stacks import list_parts, make_stack
 from counterflow.options import Options
@@ -26,14 +27,12 @@ class AutoEPSlots(LayerSlots):
         # A weak reference: this is the value of a weak-keyed table whose key is the layer.
         self._find_layer, self.number = ref(layer), number
         self._is_seen_in_forward = False
-        count = options.eplb_clones_per_rank
-        self.clone_module = None
-        if count:
-            self.clone_module = make_stack(layer.experts, count)
-            self.clone_module.num_experts = count
-        ranks = np.arange(layer.ep_size)
-        super().__init__(layer.num_local_experts, count, layer.ep_group, ranks, is_exact=options.eplb_split == "exact")
-        self.width = layer.num_local_experts + count
+        count, shared = options.layer_clones, options.shared_clones
+        self.clone_module = _make_clones(layer.experts, count)
+        self.shared_module = _make_clones(layer.experts, shared)
+        ranks, is_exact = np.arange(layer.ep_size), options.eplb_split == "exact"
+        super().__init__(layer.num_local_experts, count, layer.ep_group, ranks, is_exact=is_exact, shared=shared)
+        self.width = layer.num_local_experts + count + shared
 
     @property
     def layer(self) -> Any:
@@ -49,17 +48,35 @@ class AutoEPSlots(LayerSlots):
 
     def list_experts(self) -> LayerExperts:
         """Return this rank's slots: parts of the parameters that stack its experts."""
-        clones = list_parts(self.clone_module) if self.clone_module is not None else []
-        return LayerExperts(list_parts(self.layer.experts), clones)
+        clones, shared = (list_parts(module) if module is not None else [] for module in (self.clone_module, self.shared_module))
+        return LayerExperts(list_parts(self.layer.experts), clones, shared=shared)
 
-    def run_experts(self, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Run tokens, sorted by slot, by homes and clones; ``counts``, ``[slots of this rank]``, are their numbers."""
-        if self.clone_module is None:
-            return self.layer.experts(tokens, counts)  # type: ignore[no-any-return]
-        at_home = int(counts[: self._own].sum())
-        self.finish_refresh()
-        own = self.layer.experts(tokens[:at_home], counts[: self._own])
-        return torch.cat((own, self.clone_module(tokens[at_home:], counts[self._own :])))
+    def run_experts(self, loan: Loan | None, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Run tokens, sorted by slot, by homes and clones; ``counts``, ``[slots of this rank]``, are their numbers.
+
+        ``loan`` is what was cloned for these tokens alone.
+        """
+        (tokens,) = self.give_back(loan, tokens)
+        at_home, lent = int(counts[: self._own].sum()), int(counts[self._own + self._per_rank :].sum())
+        if self.clone_module is None and not lent:
+            return self.layer.experts(tokens, counts[: self._own])  # type: ignore[no-any-return]
+        outputs = [self.layer.experts(tokens[:at_home], counts[: self._own])]
+        # Behind all slots come rows that belong to none: the last module gets them.
+        shared = int(counts.sum()) - lent if lent else len(tokens)
+        if self.clone_module is not None:
+            self.finish_refresh()
+            outputs.append(self.clone_module(tokens[at_home:shared], counts[self._own : self._own + self._per_rank]))
+        if lent:
+            outputs.append(self._run_shared(loan, tokens[shared:], counts[self._own + self._per_rank :]))
+        return torch.cat(outputs)
+
+    def _run_shared(self, loan: Loan | None, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        rank = self._group.rank()
+        if self._just_in_time is None or loan is None or all(one.clone_rank != rank for one in loan.lent):
+            # Upstream pads an expert without tokens.
+            return torch.zeros_like(tokens)
+        run = partial(_run, self.shared_module, counts)
+        return self._just_in_time.compute(loan, run, tokens)
 
 
 class SlotView:
@@ -72,7 +89,7 @@ class SlotView:
         self._layer, self._slots = layer, slots
         self.num_local_experts = slots.width
         self.num_experts = slots.width * layer.ep_size
-        self.experts = slots.run_experts
+        self.loan: Loan | None = None
         # Upstream adds the tokens of each slot; those of each expert are added to the layer's.
         self.tokens_per_expert = layer.tokens_per_expert.new_zeros(self.num_experts)
 
@@ -87,7 +104,13 @@ class SlotView:
         with torch.no_grad():
             self._layer.tokens_per_expert.add_(counts)
         slots = self._slots.deal_selected(selected)
+        # The view is of this forward alone: in an overlapped pair the layer may run another one meanwhile.
+        self.loan = self._slots.dealt.loan
         return scores, slots, count_tokens_per_expert(slots, self.num_experts)
+
+    def experts(self, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Run the tokens of this rank's slots."""
+        return self._slots.run_experts(self.loan, tokens, counts)
 
 
 def deal_to_slots(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,6 +119,25 @@ def deal_to_slots(forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)
     def run(self: Any, hidden_states: torch.Tensor) -> Any:
         slots = slots_of.get(self)
-        return forward(self if slots is None else SlotView(self, slots), hidden_states)
+        if slots is None:
+            return forward(self, hidden_states)
+        view = SlotView(self, slots)
+        output = forward(view, hidden_states)
+        if isinstance(output, tuple):
+            return slots.recall(view.loan, output[0]), *output[1:]
+        return slots.recall(view.loan, output)
 
     return run
+
+
+def _run(module: Any, counts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return module(tokens, counts)  # type: ignore[no-any-return]
+
+
+def _make_clones(experts: Any, count: int) -> Any:
+    """Return a module like ``experts`` for ``count`` clones; None for 0."""
+    if not count:
+        return None
+    clones = make_stack(experts, count)
+    clones.num_experts = count
+    return clones

@@ -11,16 +11,15 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from counterflow.deepspeed.pipeline.overlap import list_carried
 from counterflow.deepspeed.pipeline.work import DeepSpeedWork
 from counterflow.deepspeed.pipeline.zero_bubble import split_model
 from counterflow.deepspeed.state import chunks_of
 from counterflow.options import AUTO
-from counterflow.runtime.messages import Announced
 from counterflow.sections import speaking_json
 from counterflow.trainer.crosslink import Partner, link_pipelines
+from counterflow.trainer.norms import clip_by_norm
 from counterflow.trainer.pipeline import Pipeline
 from counterflow.trainer.tables import choose_layout, count_replicas
 
@@ -38,35 +37,23 @@ class Step(NamedTuple):
     is_evaluation: bool
 
 
-@torch.no_grad()
 def clip_by_whole_norm(model: Any, grid: Any, most: float) -> float:
     """Scale the gradients in ``.grad`` such that their norm over all ranks of a replica is at most ``most``; return the norm."""
     from deepspeed.moe.utils import is_moe_param
     from deepspeed.runtime.utils import is_model_parallel_parameter
     from deepspeed.utils import groups
 
-    gradients, total = [], torch.zeros((), dtype=torch.float32)
-    experts: dict[str, torch.Tensor] = {}
-    for parameter in model.parameters():
-        if parameter.grad is None:
-            continue
-        gradients.append(parameter.grad)
-        if is_moe_param(parameter):
-            square = parameter.grad.float().square().sum()
-            experts[parameter.group_name] = experts.get(parameter.group_name, 0.0) + square
-            continue
+    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    counted: dict[str | None, list[torch.Tensor]] = {}
+    for parameter in trained:
         # Of a tied layer, and of what all tensor-parallel ranks hold, one copy counts.
         is_first = grid.get_slice_parallel_rank() == 0 or is_model_parallel_parameter(parameter)
-        if is_first and not getattr(parameter, "ds_pipe_replicated", False):
-            total = total.to(parameter.device) + parameter.grad.float().square().sum()
-    for name, square in experts.items():
-        dist.all_reduce(square, group=groups._get_expert_parallel_group(name))
-        total = total.to(square.device) + square
-    dist.all_reduce(total, group=grid.get_model_parallel_group())
-    norm = float(total.sqrt())
-    if norm > most:
-        torch._foreach_mul_(gradients, most / (norm + 1e-6))
-    return norm
+        if is_moe_param(parameter):
+            counted.setdefault(parameter.group_name, []).append(parameter.grad)
+        elif is_first and not getattr(parameter, "ds_pipe_replicated", False):
+            counted.setdefault(None, []).append(parameter.grad)
+    sharded = [(own, groups._get_expert_parallel_group(name) if name else None) for name, own in counted.items()]
+    return clip_by_norm([one.grad for one in trained], sharded, grid.get_model_parallel_group(), most)
 
 
 @cache
@@ -80,7 +67,6 @@ def make_engine_class(base: Any) -> Any:
             # While upstream connects ranks, first and last stage mean the first and last rank.
             self._chunks, self._is_connecting = chunks_of[model], True
             self.running_stage: int | None = None
-            self._announced: dict[tuple[int, bool], Announced] = {}
             super().__init__(*args, model=model, **kwargs)
             self._is_connecting = False
             # Messages go whole, so that they may have any members.
@@ -147,21 +133,13 @@ def make_engine_class(base: Any) -> Any:
 
         @speaking_json()
         def _exec_schedule(self, step: Step) -> None:
-            number = self.global_steps + 1
             self.fwd_outputs: list[Any] = []
             self._due, self._dealt = step.microbatches, {}
             work = DeepSpeedWork(
                 self, self._chunks, step.microbatches, is_evaluation=step.is_evaluation, is_linked=self._is_linked
             )
-            table = self._pipeline.choose_table(step.microbatches, number, forward_only=step.is_evaluation)
-            program = self._pipeline.prepare(table, None, forward_only=step.is_evaluation)
-            form = None
-            if not self.dynamic_shape:
-                form = self._announced.setdefault((table.digest, step.is_evaluation), Announced(REMEDY))
-            if step.is_evaluation:
-                self._pipeline.evaluate(program, work, form, number)
-            else:
-                self._pipeline.train(program, work, form, number)
+            remedy = None if self.dynamic_shape else REMEDY
+            self._pipeline.run_announced(work, step.microbatches, self.global_steps + 1, remedy, forward_only=step.is_evaluation)
             if self._partner is not None:
                 self._swap_losses(self._partner)
             if not step.is_evaluation:
@@ -172,17 +150,15 @@ def make_engine_class(base: Any) -> Any:
         def reset_activation_shape(self) -> None:
             """Let the next step announce shapes anew."""
             super().reset_activation_shape()
-            self._announced.clear()
+            self._pipeline.forget_forms()
 
         def _next_batch(self) -> Any:
             if self._partner is None:
                 return super()._next_batch()
             if not self._dealt:
-                # Its labels are needed by the partner, whose labels are needed here.
-                drawn = [super(TableEngine, self)._next_batch() for _ in range(self._due)]
-                labels = self._partner.swap([batch[1] for batch in drawn])
-                self._dealt = {0: drawn[::-1], self._chunks.layout.last_stage: [(None, label) for label in labels[::-1]]}
-            return self._dealt[self.running_stage].pop()
+                both = self._partner.deal(super()._next_batch, self._due)
+                self._dealt = dict(zip((0, self._chunks.layout.last_stage), both, strict=True))
+            return self._dealt[self.running_stage].pop(0)
 
         def _swap_losses(self, partner: Partner) -> None:
             """Give the partner the losses and outputs of its micro-batches, which this rank's last stage computed."""

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from counterflow.deepspeed.state import Chunks, chunks_of, method_of
+from counterflow.deepspeed.state import chunks_of, method_of
 from counterflow.errors import OptionError
 from counterflow.schedule.layouts import lay_named
 from counterflow.sections import Chosen
+from counterflow.trainer.layer_chunks import Chunks
 from counterflow.trainer.moved_layers import ParameterGroups, list_moves, receive_state, send_state
 from counterflow.trainer.tables import choose_layout, name_model_layout
 
@@ -138,13 +139,9 @@ def _cut(model: Any, stages: int) -> list[tuple[int, int]]:
 
     model.num_stages = stages
     # Upstream builds layers to count their parameters; random numbers go on as if it had not.
-    with _keep_random():
+    with torch.random.fork_rng():
         PipelineModule._partition_layers(model, method_of[model])
     return list(zip(model.parts[:-1], model.parts[1:], strict=True))
-
-
-def _keep_random() -> Any:
-    return torch.random.fork_rng()
 
 
 def _build_chunks(model: Any, chunks: Chunks, held: dict[int, nn.Module]) -> None:
@@ -156,7 +153,7 @@ def _build_chunks(model: Any, chunks: Chunks, held: dict[int, nn.Module]) -> Non
     specs, model.fwd_map = model._layer_specs, {}
     # A layer that is a module is taken as it is.
     model._layer_specs = [held.get(layer, spec) for layer, spec in enumerate(specs)]
-    with _keep_random():
+    with torch.random.fork_rng():
         for start, stop in chunks.bounds:
             model._set_bounds(start, stop)
             model.forward_funcs = []

@@ -1,15 +1,16 @@
 """One F and one B of a stage, by the engine's own functions."""
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from counterflow.deepspeed.state import Chunks, graphs_of
+from counterflow.deepspeed.state import graphs_of
 from counterflow.runtime.executor import Work
 from counterflow.runtime.messages import Message, pack, run_backward, take_gradients, unpack
+from counterflow.trainer.layer_chunks import Chunks
+from counterflow.trainer.layer_notes import name_once
 from counterflow.trainer.splits import note_hooks, start_backward
 
 
@@ -56,15 +57,8 @@ class DeepSpeedWork(Work):
     def list_layers(self) -> dict[str, torch.nn.Module]:
         """Return the layers of this rank's chunks by their places in the PipelineModule; plain functions and tied layers not."""
         chunks = self._chunks
-        places = [
-            (layer, function)
-            for (start, _), functions in zip(chunks.bounds, chunks.functions, strict=True)
-            for layer, function in enumerate(functions, start)
-            if isinstance(function, torch.nn.Module)
-        ]
-        # A tied module may be two layers, and its hooks do not know of which they are called.
-        times = Counter(id(function) for _, function in places)
-        return {str(layer): function for layer, function in places if times[id(function)] == 1}
+        starts = zip(chunks.bounds, chunks.functions, strict=True)
+        return name_once((str(layer), one) for (start, _), some in starts for layer, one in enumerate(some, start))
 
     def _list_parameters(self) -> list[torch.Tensor]:
         """Return the parameters of the stage that runs."""

@@ -113,7 +113,7 @@ class ExpertBalancer(Balancer[BalancedModel]):
             check_loop(chunks, self._options)
         compile_planner()
         model = BalancedModel(self._options, chunks) if _find_slots(chunks) else None
-        self.take(model, self._options.eplb_clones_per_rank)
+        self.take(model, self._options.layer_clones)
         if model is not None:
             self.resume(_find_checkpoint("load"), microbatches)
 

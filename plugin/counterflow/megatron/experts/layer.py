@@ -8,7 +8,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 from weakref import ref
 
@@ -22,19 +22,30 @@ from counterflow.megatron.gradients import add_behind_delayed
 from counterflow.megatron.state import layer_slots
 from counterflow.moe.clones import LayerExperts
 from counterflow.moe.layer import LayerSlots
+from counterflow.runtime.weight_grads import defer_weight_grad
 
 
 class MegatronSlots(LayerSlots):
     """The slots of one of Megatron's MoE layers."""
 
-    def __init__(self, layer: Any, dispatcher: Any, clone_module: Any, clones_per_rank: int, *, is_exact: bool) -> None:
+    def __init__(
+        self,
+        layer: Any,
+        dispatcher: Any,
+        clone_module: Any,
+        clones_per_rank: int,
+        *,
+        is_exact: bool,
+        shared_module: Any = None,
+        shared: int = 0,
+    ) -> None:
         # A weak reference: this is the value of a weak-keyed table whose key is the layer.
-        self._find_layer, self.clone_module = ref(layer), clone_module
+        self._find_layer, self.clone_module, self.shared_module = ref(layer), clone_module, shared_module
         self._packing = make_packing(layer.experts, clone_module)
         self.numbered_behind = 0
         sources = dispatcher.tp_ep_group
         rank_of_source = np.arange(sources.size()) // dispatcher.tp_size
-        super().__init__(layer.num_local_experts, clones_per_rank, sources, rank_of_source, is_exact=is_exact)
+        super().__init__(layer.num_local_experts, clones_per_rank, sources, rank_of_source, is_exact=is_exact, shared=shared)
 
     @property
     def layer(self) -> Any:
@@ -50,16 +61,31 @@ class MegatronSlots(LayerSlots):
 
     def run_experts(self, run_homes: Callable[..., Any], tokens: Any, tokens_per_slot: Any, probs: Any, **kwargs: Any) -> Any:
         """Run the tokens of home slots, which come first, by ``run_homes``, and those of clone slots by the clones."""
+        tokens, probs = self.give_back(self.dealt.loan, tokens, probs)
         at_home = int(tokens_per_slot[: self._own].sum())
         if at_home == len(tokens):
             return run_homes(tokens, tokens_per_slot[: self._own], probs, **kwargs)
-        if self.finish_refresh() and self._packing is None:
-            _forget_cached_weights(self.clone_module)
-        sizes = [at_home, len(tokens) - at_home]
-        (own_tokens, other_tokens), (own_probs, other_probs) = torch.split(tokens, sizes), torch.split(probs, sizes)
-        own, bias = run_homes(own_tokens, tokens_per_slot[: self._own], own_probs, **kwargs)
-        others, _ = self.clone_module(other_tokens, tokens_per_slot[self._own :], other_probs)
-        return torch.cat((own, others)), bias
+        lent = int(tokens_per_slot[self._own + self._per_rank :].sum())
+        sizes = [at_home, len(tokens) - at_home - lent, lent]
+        (own, resident, shared), (own_probs, resident_probs, shared_probs) = torch.split(tokens, sizes), torch.split(probs, sizes)
+        output, bias = run_homes(own, tokens_per_slot[: self._own], own_probs, **kwargs)
+        outputs = [output]
+        if sizes[1]:
+            if self.finish_refresh() and self._packing is None:
+                _forget_cached_weights(self.clone_module)
+            counts = tokens_per_slot[self._own : self._own + self._per_rank]
+            outputs.append(self.clone_module(resident, counts, resident_probs)[0])
+        if lent:
+            outputs.append(self._run_shared(shared, tokens_per_slot[self._own + self._per_rank :], shared_probs))
+        return torch.cat(outputs), bias
+
+    def _run_shared(self, tokens: Any, counts: Any, probs: Any) -> Any:
+        assert self._just_in_time is not None and self.dealt.loan is not None
+
+        def run(tokens: Any, probs: Any) -> Any:
+            return self.shared_module(tokens, counts, probs)[0]
+
+        return self._just_in_time.compute(self.dealt.loan, run, tokens, probs, leave=partial(leave_delayed, self.shared_module))
 
     @property
     def number(self) -> int:  # type: ignore[override]
@@ -72,7 +98,8 @@ class MegatronSlots(LayerSlots):
         """Return the parameters of this rank's slots."""
         homes = list_weights(self.layer.experts, self._own)
         clones = list_weights(self.clone_module, self._per_rank) if self.clone_module is not None else []
-        return LayerExperts(homes, clones, self._packing)
+        shared = list_weights(self.shared_module, self._shared) if self.shared_module is not None else []
+        return LayerExperts(homes, clones, self._packing, shared)
 
 
 class KnownCounts:
@@ -121,8 +148,8 @@ class KnownCounts:
 class SlotWrappers:
     """Wrappers of the methods with which Megatron builds and runs MoE layers."""
 
-    def __init__(self, clones_per_rank: int, *, is_exact: bool) -> None:
-        self._clones_per_rank, self._is_exact = clones_per_rank, is_exact
+    def __init__(self, clones_per_rank: int, *, is_exact: bool, shared: int = 0) -> None:
+        self._clones_per_rank, self._is_exact, self._shared = clones_per_rank, is_exact, shared
         self.counts = KnownCounts()
 
     def give_slots(self, build: Callable[..., None]) -> Callable[..., None]:
@@ -135,11 +162,15 @@ class SlotWrappers:
                 return  # every rank computes all experts: there is nothing to balance
             arguments = inspect.signature(build).bind(layer, *args, **kwargs).arguments
             groups = arguments.get("pg_collection") or _get_default_groups()
-            layer.token_dispatcher = _make_slot_dispatcher(layer, self._clones_per_rank, groups)
+            layer.token_dispatcher = _make_slot_dispatcher(layer, self._clones_per_rank + self._shared, groups)
             clones = _build_clones(layer, self._clones_per_rank, groups, arguments.get("name"))
-            slots = MegatronSlots(layer, layer.token_dispatcher, clones, self._clones_per_rank, is_exact=self._is_exact)
+            shared = _build_clones(layer, self._shared, groups, arguments.get("name"), "shared_clones")
+            slots = MegatronSlots(
+                layer, layer.token_dispatcher, clones, self._clones_per_rank, is_exact=self._is_exact,
+                shared_module=shared, shared=self._shared,
+            )  # fmt: skip
             layer_slots[layer] = slots
-            if clones is not None:
+            if clones is not None or shared is not None:
                 _add_clones(layer.experts, slots)
 
         return build_with_slots
@@ -160,6 +191,16 @@ class SlotWrappers:
                 return preprocess(layer, hidden_states, slot_probs, slot_map)
 
         return preprocess_slots
+
+    def recall_behind(self, postprocess: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap ``MoELayer.postprocess``, which takes what was combined: at its gradient just-in-time clones come again."""
+
+        @wraps(postprocess)
+        def postprocess_recalled(layer: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
+            slots = layer_slots.get(layer)
+            return postprocess(layer, output if slots is None else slots.recall(slots.dealt.loan, output), *args, **kwargs)
+
+        return postprocess_recalled
 
 
 def number_prediction_layers(chunk: Any) -> None:
@@ -191,13 +232,13 @@ def _make_slot_dispatcher(layer: Any, clones_per_rank: int, groups: Any) -> Any:
     return dispatcher
 
 
-def _build_clones(layer: Any, count: int, groups: Any, name: str | None) -> Any:
+def _build_clones(layer: Any, count: int, groups: Any, name: str | None, called: str = "clones") -> Any:
     """Return a module of the experts' class for ``count`` clones; None for 0. Draws no random number."""
     if not count:
         return None
     config = copy.copy(layer.config)
     config.perform_initialization = False
-    named = {"name": f"{name}.experts.clones"} if name is not None else {}
+    named = {"name": f"{name}.experts.{called}"} if name is not None else {}
     clones = layer.submodules.experts(count, config, pg_collection=groups, **named)
     add_behind_delayed(clones)
     return clones
@@ -215,12 +256,15 @@ def _add_clones(experts: Any, slots: MegatronSlots) -> None:
     def backward_dw() -> None:
         finish_homes()
         # Nothing is queued if no token of the micro-batch went to a clone.
-        if all(not module.wgrad_store.context.empty() for module in list_delayed(slots.clone_module)):
-            slots.clone_module.backward_dw()
+        resident = slots.clone_module
+        if resident is not None and all(not module.wgrad_store.context.empty() for module in list_delayed(resident)):
+            resident.backward_dw()
 
     @wraps(set_homes_training)
     def train(mode: bool = True) -> Any:
-        slots.clone_module.train(mode)
+        for clones in (slots.clone_module, slots.shared_module):
+            if clones is not None:
+                clones.train(mode)
         return set_homes_training(mode)
 
     experts.forward, experts.backward_dw, experts.train = forward, backward_dw, train
@@ -237,6 +281,22 @@ def list_delayed(module: Any) -> list[Any]:
     """Return Transformer Engine's modules in ``module`` that queue weight gradients."""
     found = [part for part in module.modules() if getattr(part, "wgrad_store", None) is not None]
     return [part for part in found if part.wgrad_store.delay_wgrad_compute()]
+
+
+def leave_delayed(module: Any) -> None:
+    """Hand over what a backward has queued in Transformer Engine's modules: its W puts it back and computes it.
+
+    So each W finds what its own micro-batch has left, whatever the order of W.
+    """
+    for part in list_delayed(module):
+        queue = part.wgrad_store.context
+        while not queue.empty():
+            defer_weight_grad(partial(_compute_delayed, part, queue.get()))
+
+
+def _compute_delayed(part: Any, left: Any) -> None:
+    part.wgrad_store.context.put(left)
+    part.backward_dw()
 
 
 def list_weights(experts: Any, count: int) -> list[list[torch.nn.Parameter]]:

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import random
 from megatron.core.utils import GlobalMemoryBuffer
 
 from counterflow.devices import find_device
+from counterflow.megatron.state import layer_slots
 from counterflow.runtime.communication import Mark, defer, run_marked
 from counterflow.runtime.handover import Carried, find_flow
 from counterflow.trainer.carried import list_engine_state
@@ -86,8 +87,9 @@ def _list_state(layer: Any) -> list[dict[str, Any]]:
 
     In a pair the other part may run the same layer, in a forward that is recomputed.
     """
-    dispatcher = layer.token_dispatcher
-    keepers = (dispatcher, getattr(dispatcher, "_comm_manager", None), dispatcher.shared_experts)
+    dispatcher, slots = layer.token_dispatcher, layer_slots.get(layer)
+    dealt = slots.dealt if slots is not None else None
+    keepers = (dispatcher, getattr(dispatcher, "_comm_manager", None), dispatcher.shared_experts, dealt)
     return [vars(one) for one in keepers if one is not None]
 
 

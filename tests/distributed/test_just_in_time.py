@@ -1,0 +1,89 @@
+"""Real training runs with just-in-time clones, other ones in every micro-batch, against plain Megatron, from one checkpoint."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from counterflow.balance.files.recorded import read_record
+from just_in_time_cases import PLAIN, SHARDED_RUNS, lend, list_cases, name_reference
+from tests.support.comparing import assert_same_steps
+from tests.support.forked_ranks import fork_ranks
+from tests.support.run_cases import RANKS, Runs
+from tests.support.training import SCHEDULES, TWO_STAGES, list_base_flags
+
+STEPS = 12
+MICROBATCHES = 6
+LAYERS = 2
+# In which a rank kills itself: while weights come for a forward, or gradients go home.
+KILLS = ("lend", "_return_gradients")
+
+
+@pytest.fixture(scope="module")
+def lent_runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """What each case logged, by its name."""
+    directory = tmp_path_factory.mktemp("lent")
+    return Runs("eplb_worker", list_cases(text, directory, STEPS), directory)
+
+
+def assert_loans_changed_and_were_their_homes(run: dict[str, Any]) -> None:
+    clones = run["clones"]
+    assert clones["loans"] >= STEPS * MICROBATCHES // 2, "not every micro-batch was planned"
+    assert clones["different_loans"] > 8, "hardly any micro-batch had other clones than the one before"
+    assert clones["computed"] > STEPS and clones["backwards"] > STEPS, "hardly any clone computed"
+    assert clones["wrong"] == 0, f"{clones['wrong']} of {clones['computed']} clones had other weights than their homes"
+
+
+@pytest.mark.parametrize("name", PLAIN | SHARDED_RUNS)
+def test_other_clones_in_every_micro_batch_train_like_megatron(lent_runs: Runs, name: str) -> None:
+    run, reference = lent_runs[name], lent_runs[name_reference(name)]
+    assert len(run["steps"]) == STEPS
+    assert_same_steps(run, reference)
+    assert run["evaluations"] == pytest.approx(reference["evaluations"], rel=1e-5)
+    assert_loans_changed_and_were_their_homes(run)
+
+
+def test_the_same_run_has_the_same_bits(lent_runs: Runs) -> None:
+    assert_same_steps(lent_runs["dualpipe, again"], lent_runs["dualpipe"], 0)
+
+
+def test_a_recomputed_forward_has_the_plan_of_the_first_and_counts_once(lent_runs: Runs) -> None:
+    run = lent_runs["1f1b, full recompute"]
+    training = STEPS * MICROBATCHES * LAYERS
+    evaluated = run["clones"]["loans"] - 2 * training
+    assert run["clones"]["plans"] == training + evaluated, "a recomputed forward was planned again"
+    counts = read_record(run["directory"] / "record").counts
+    # A sample of 32 tokens on each of two expert-parallel ranks, two experts a token.
+    assert set(counts.sum(2).flatten().tolist()) == {32 * 2 * 2}
+
+
+def test_plans_from_a_micro_batchs_own_counts_balance_it(lent_runs: Runs) -> None:
+    run = lent_runs["planned"]
+    assert_same_steps(run, lent_runs["megatron, plain"])
+    assert run["clones"]["wrong"] == 0
+    for step in run["clones"]["said"]:
+        assert step["balancedness before"] < 0.95 < 0.97 < step["balancedness"], f"the plan did not balance: {step}"
+
+
+def test_the_log_says_what_shared_slots_take(lent_runs: Runs) -> None:
+    log = (lent_runs["interleaved, two clones"]["logs"] / "0" / "stdout.log").read_text()
+    # An expert has a gate, an up and a down projection of 32 x 16, in fp32; gradients have memory twice.
+    size = 2 * 3 * 32 * 16 * 4
+    assert (
+        f"counterflow: eplb: 2 clones per rank in slots that its MoE layers share: {size:,} bytes of weights and {2 * size:,} "
+        f"bytes of gradients, whatever the number of layers; in slots of each layer {2 * size:,} and {2 * size:,}\n"
+    ) in log
+
+
+@pytest.mark.parametrize("method", KILLS)
+def test_a_rank_killed_in_a_transfer_ends_all_with_a_report(text: Path, tmp_path: Path, method: str) -> None:
+    flags = [*list_base_flags(text, tmp_path), *TWO_STAGES, *lend("exact", 2), *SCHEDULES["1f1b"], "--train-iters", "4"]
+    case = {"name": "killed", "plugin": True, "flags": flags, "kill": {"rank": 2, "method": method, "step": 3}}
+    job = {"case": case, "results": str(tmp_path / "none.json")}
+    statuses = fork_ranks("eplb_worker", job, RANKS, tmp_path / "killed", alone=True, timeout=120)
+    for index, status in enumerate(statuses):
+        said = (tmp_path / "killed" / str(index) / "stderr.log").read_text()[-3000:]
+        assert status is not None, f"rank {index} waits for ever"
+        assert status == -signal.SIGKILL if index == 2 else status > 0, f"rank {index}: {status}, {said}"
+    assert "counterflow" in (tmp_path / "killed" / "3" / "stderr.log").read_text(), "the killed rank's peer has no report"
