@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from counterflow.planner.against import Comparison
-from counterflow.planner.estimate import Estimate
+from counterflow.planner.estimate import Estimate, list_open
 from counterflow.planner.explain import Bar, Change
 from counterflow.planner.search import Found
 
@@ -78,11 +78,17 @@ def write_memory(estimate: Estimate) -> list[str]:
     """Return the memory of the rank that needs most, by part, and whether it fits."""
     worst, card = estimate.memory.worst, estimate.setting.cluster.memory_gib
     parts = "   ".join(f"{name} {size / 2**30:.1f}" for name, size in worst.parts.items() if size > 2**26)
+    names = list_open(estimate.plan) if estimate.fits is None else []
     verdict = {True: "fits", False: "does not fit", None: "may or may not fit"}[estimate.fits]
     return [
         f"memory of rank {worst.rank}: {worst.peak / 2**30:.1f} GiB ({worst.low / 2**30:.1f} to {worst.high / 2**30:.1f}) of "
         f"{card:.1f}: {verdict}",
         f"  {parts}",
+        *(
+            [f"  stating {', '.join(names)} would narrow it"]
+            if estimate.fits is None and (names := list_open(estimate.plan))
+            else []
+        ),
     ]
 
 
