@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
-from weakref import ref
 
 import numpy as np
 import torch
@@ -39,20 +38,13 @@ class MegatronSlots(LayerSlots):
         shared_module: Any = None,
         shared: int = 0,
     ) -> None:
-        # A weak reference: this is the value of a weak-keyed table whose key is the layer.
-        self._find_layer, self.clone_module, self.shared_module = ref(layer), clone_module, shared_module
+        self.refer_to(layer)
+        self.clone_module, self.shared_module = clone_module, shared_module
         self._packing = make_packing(layer.experts, clone_module)
         self.numbered_behind = 0
         sources = dispatcher.tp_ep_group
         rank_of_source = np.arange(sources.size()) // dispatcher.tp_size
         super().__init__(layer.num_local_experts, clones_per_rank, sources, rank_of_source, is_exact=is_exact, shared=shared)
-
-    @property
-    def layer(self) -> Any:
-        """The MoE layer."""
-        layer = self._find_layer()
-        assert layer is not None
-        return layer
 
     @property
     def is_training(self) -> bool:
