@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from counterflow.balance.cluster import Cluster
 from counterflow.balance.placement import EMPTY, Placement
@@ -199,6 +200,26 @@ def test_weight_gradients_that_wait_are_sent_when_they_are_computed(sent: list[A
     assert [rank for rank, _ in sent].count(TAKER) == 2 * HELD, "a loan has sent no gradient, or too many"
     ranks.finish()
     assert ranks.find_gradients(0) == [3.0, 6.0]
+
+
+def test_a_checkpoint_does_not_run_the_layer_again_for_the_graph_of_the_clones(sent: list[Any]) -> None:
+    ranks, runs = Ranks(PlainGradients(), stacked=True), []
+    loan = ranks.lend(0)[TAKER]
+
+    def run(given: torch.Tensor) -> torch.Tensor:
+        weights = ranks.shared[TAKER][0][0]
+        return torch.stack([given[e] @ weights[e].t() for e in range(HELD)])
+
+    def layer(rows: torch.Tensor) -> torch.Tensor:
+        runs.append(1)
+        return ranks.ranks[TAKER].compute(loan, run, rows * rows) ** 2
+
+    rows = make_rows(1.0)
+    checkpoint(layer, rows, use_reentrant=False).sum().backward()
+    assert len(runs) == 2
+    # Of sum((2 w r^2)^2) over a row of two equal numbers r: each has 16 w^2 r^3.
+    assert rows.grad is not None
+    assert rows.grad[:, 0].tolist() == [16 * weight**2 * r**3 for weight, r in ((1.0, 1.0), (101.0, 2.0))]
 
 
 def test_gradients_of_layers_have_two_memories_and_weights_one(sent: list[Any]) -> None:

@@ -217,12 +217,15 @@ class JustInTime:
 
         That is for views of parameters: what autograd keeps of them is the forward's memory, whatever the parameter's is then.
         A store that finds gradients at parameters is of modules that keep parameters, and needs them as they are.
+
+        What is kept inside stays kept: a checkpoint that recomputes where autograd unpacks would run the layer once more for the
+        graph of the clones, and with it the layer's collectives, on the ranks that have clones alone.
         """
         shared = self._shared[loan.layer]
-        if not self._backward or self._gradients.is_on_parameters:
+        if self._gradients.is_on_parameters:
             return nullcontext()
         here, there = (self._sets[which][shared.form] for which in (self._find_set(), self._backward))
-        places = {one.untyped_storage().data_ptr(): place for place, one in enumerate(here)}
+        places = {one.untyped_storage().data_ptr(): place for place, one in enumerate(here)} if self._backward else {}
 
         def pack(tensor: torch.Tensor) -> Any:
             place = places.get(tensor.untyped_storage().data_ptr())
