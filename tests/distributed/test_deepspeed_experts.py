@@ -93,9 +93,10 @@ def make_cases(folder: Path) -> dict[str, Any]:
         cases[f"{what}, clones"] = make_case(clone() | {"record": str(folder / what)}, **more)
     cases["ZeRO-0, plain"] = make_case(zero=0)
     cases["ZeRO-0, clones"] = make_case(clone(), zero=0)
-    # Long enough steps for homes to pay by themselves.
-    cases["homes alone, plain"] = make_case(gas=8, steps=8)
-    cases["homes alone, auto"] = make_case({"eplb": {"clones_per_rank": 0}, "record": str(folder / "alone")}, gas=8, steps=8)
+    # So many tokens that it pays to move an expert.
+    large: dict[str, Any] = {"gas": 4, "steps": 8, "changes": {"train_micro_batch_size_per_gpu": 32}}
+    cases["homes alone, plain"] = make_case(**large)
+    cases["homes alone, auto"] = make_case({"eplb": {"clones_per_rank": 0}, "record": str(folder / "alone")}, **large)
     # Plain DeepSpeed has no pipeline of these.
     cases["dense, plain"] = make_case(dense=4)
     cases["dense, 1f1b"] = make_case(clone("1f1b"), **PIPELINE, dense=4)
