@@ -5,10 +5,12 @@ import json
 import re
 from itertools import batched
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from counterflow.balance.files.recorded import read_record
 from tests.support.comparing import HALF_TOLERANCE, assert_same_steps
@@ -132,6 +134,23 @@ def test_every_step_had_another_placement(trained: dict[str, Any], folder: Path,
     assert len({json.dumps(one) for one in placed}) == STEPS
     assert all(step["clones"] > 0 for step in steps[1:])
     assert (sum(step["homes_moved"] for step in steps) > 0) == (name == "homes")
+
+
+def test_clones_without_tokens_are_not_called() -> None:
+    from counterflow.deepspeed.experts.layer import AutoEPSlots
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("a clone without tokens computes")
+
+    layer = SimpleNamespace(experts=lambda tokens, counts: tokens * counts.sum())
+    slots = AutoEPSlots.__new__(AutoEPSlots)
+    slots._own, slots._per_rank, slots._just_in_time = 2, 1, None
+    slots._find_layer, slots.clone_module, slots.shared_module = lambda: layer, fail, None  # type: ignore[method-assign,assignment,return-value]
+    tokens = torch.ones(5, 3)
+    computed = slots.run_experts(None, tokens, torch.tensor([3, 2, 0]))
+    assert torch.equal(computed, 5 * tokens)
+    with pytest.raises(AssertionError, match="a clone without tokens computes"):
+        slots.run_experts(None, tokens, torch.tensor([3, 1, 1]))
 
 
 def test_homes_move_by_themselves_without_clones(trained: dict[str, Any], folder: Path) -> None:
