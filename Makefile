@@ -50,7 +50,7 @@ BESIDE := -n auto --maxprocesses 4 --dist loadfile
 # Lint and types run beside the tests.
 check: setup
 	@$(MAKE) --no-print-directory lint & lint=$$!; \
-	$(RUN_TESTS) $(BESIDE) -q -m "not slow" $(or $(TESTS),tests/unit tests/megatron); tests=$$?; wait $$lint && exit $$tests
+	$(RUN_TESTS) $(BESIDE) -q -m "not slow and not nightly" $(or $(TESTS),tests/unit tests/megatron); tests=$$?; wait $$lint && exit $$tests
 
 test-unit: setup
 	@bash scripts/find-browser.sh >/dev/null || true
@@ -65,6 +65,7 @@ test: lint
 
 nightly: setup
 	@HOSTILE_DRAWS=2000 $(RUN_TESTS) $(BESIDE) $(WITHOUT_RANKS) --hypothesis-profile=nightly
+	@$(RUN_TESTS) -m nightly tests/distributed
 	@$(BIN)/python -m benchmarks.equality
 	@$(BIN)/python -m benchmarks.hybrid
 	@$(BIN)/python -m benchmarks.te

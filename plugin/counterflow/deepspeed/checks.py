@@ -73,6 +73,8 @@ def check_balancing(options: Options, config: Mapping[str, Any]) -> None:
         "tensor_parallel.autotp_size above 1 splits an expert's tokens over tensor-parallel ranks: drop it": (
             int(_find(config, "tensor_parallel", "autotp_size") or 1) > 1
         ),
+        f"eplb.plan {options.eplb_plan} with eplb.buffers {options.eplb_buffers} adds gradients at homes in every micro-batch, "
+        "and zero_optimization.stage 2 reduces them there: give stage 0 or 1": options.shared_clones > 0 and stage == 2,
         "compile.deepcompile compiles whole steps: drop it": bool(_find(config, "compile", "deepcompile")),
         "zero_optimization.zenflow delays gradients: drop it": bool(_find(config, "zero_optimization", "zenflow")),
         "managed_gradient_accumulation false reduces gradients before a step is known to end: drop it": (

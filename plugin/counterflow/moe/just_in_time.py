@@ -79,10 +79,11 @@ def list_lent(placement: Placement, is_used: Array, first: int) -> tuple[Lent, .
 
 @dataclass
 class _Return:
-    """Gradients on their way home: what is still to be sent, in rounds, and what arrives."""
+    """Gradients on their way home: what is still to be sent, in rounds, and what arrives. ``own`` are this rank's, by clone."""
 
     loan: Loan
     rounds: list[list[Lent]]
+    own: dict[int, list[torch.Tensor]]
     begun: float
     works: list[dist.Work]
     landing: list[tuple[Lent, list[torch.Tensor]]]
@@ -260,7 +261,11 @@ class JustInTime:
         for one, turn in zip(loan.lent, turns, strict=True):
             rounds[turn].append(one)
         self._count(len(loan.lent) * count_bytes(list_gradients(layer.homes[0], self._gradients)))
-        self._returns.append(_Return(loan, rounds, time.monotonic(), [], []))
+        mine = [one.clone for one in loan.lent if one.clone_rank == self._rank]
+        own = {clone: list_gradients(layer.shared[clone], self._gradients) for clone in mine}
+        for whole in self._shared[loan.layer].wholes:
+            self._gradients.release(whole)
+        self._returns.append(_Return(loan, rounds, own, time.monotonic(), [], []))
         self._start_round(self._returns[-1])
 
     def _start_round(self, going: _Return) -> None:
@@ -269,10 +274,7 @@ class JustInTime:
         going.landing = []
         for one in going.rounds.pop(0):
             if one.clone_rank == self._rank:
-                own = list_gradients(layer.shared[one.clone], self._gradients)
-                operations += self._make_operations(dist.isend, own, one.home_rank, loan, one, GRADIENT)
-                for weight in layer.shared[one.clone]:
-                    self._gradients.release(weight)
+                operations += self._make_operations(dist.isend, going.own[one.clone], one.home_rank, loan, one, GRADIENT)
             if one.home_rank == self._rank:
                 landing = [torch.empty_like(gradient) for gradient in list_gradients(layer.homes[one.home], self._gradients)]
                 going.landing.append((one, landing))
