@@ -13,7 +13,7 @@ from tests.support.forked_ranks import fork_ranks
 from tests.support.run_cases import RANKS, Runs
 from tests.support.training import SCHEDULES, TWO_STAGES, list_base_flags
 
-STEPS = 12
+STEPS = 8
 MICROBATCHES = 6
 LAYERS = 2
 # In which a rank kills itself: while weights come for a forward, or gradients go home.
@@ -69,16 +69,17 @@ def test_plans_from_a_micro_batchs_own_counts_balance_it(lent_runs: Runs) -> Non
 def test_auto_has_clones_of_both_kinds_where_they_pay(lent_runs: Runs) -> None:
     run = lent_runs["planned, auto"]
     assert_same_steps(run, lent_runs["megatron, plain"])
-    # The first step knows no loads of the past.
-    said = run["clones"]["said"][1:]
+    # The first step knows no loads of the past: it has just-in-time clones alone.
+    said = run["clones"]["said"]
     assert sum(step["clones"] for step in said) > 0 and sum(step["clones just in time"] for step in said) > 0
     assert min(step["balancedness"] for step in said) > 0.97
 
 
-def test_auto_has_no_clones_where_they_do_not_pay(lent_runs: Runs) -> None:
-    for step in lent_runs["planned, auto, large experts"]["clones"]["said"]:
-        assert step["clones"] == step["clones just in time"] == step["MB"] == 0
-        assert step["balancedness"] == step["balancedness before"]
+def test_auto_has_no_just_in_time_clones_where_they_do_not_pay(lent_runs: Runs) -> None:
+    run = lent_runs["planned, auto, large experts"]
+    assert run["clones"]["loans"] > 0, "nothing was planned"
+    for step in run["clones"]["said"]:
+        assert step["clones just in time"] == 0
 
 
 def test_the_log_says_what_shared_slots_take(lent_runs: Runs) -> None:
