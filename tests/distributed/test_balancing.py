@@ -130,7 +130,7 @@ def test_homes_move_by_themselves_to_ranks_without_tokens(balanced_runs: Runs, s
     assert [step["homes moved"] > 0 for step in said] == [step == SETTLED for step in range(1, SETTLED_STEPS + 1)]
     early, late = (np.mean([step["balancedness"] for step in part]) for part in (said[: SETTLED - 1], said[SETTLED - 1 :]))
     # The four experts that have tokens are not alike, and each fills a rank.
-    assert late > early + 0.1, f"homes that moved do not balance: {early}, {late}"
+    assert late > early + 0.05, f"homes that moved do not balance: {early}, {late}"
 
 
 @pytest.mark.parametrize("loaded", ["homes alone", "other EP and clones", "megatron"])
