@@ -3,8 +3,12 @@
 The training is Megatron's, with real process groups, clones and an optimizer; only the device's speed and the router's choice
 are put in its place. What computes sleeps in the thread that computes, forward and backward; an all-to-all sleeps behind the real
 one; a transfer of weights or gradients goes on beside the computation, and whoever waits for it sleeps for what is left. Every
-rank has one link that sends and one that receives at a time. All times are stretched by one factor, so that what the CPU does
+rank has one link that sends and one that receives at a time. All sleeps are stretched by one factor, so that what the CPU does
 beside them is small; ratios stay.
+
+Every rank also keeps a clock of the device, which counts what it sleeps for, without the stretch and without what the CPU does:
+messages carry the sender's clock, and an all-to-all sets all clocks to the latest. So a busy machine changes the time that a step
+takes, but not what the clock says of it.
 """
 
 import time
@@ -35,7 +39,7 @@ class Speeds:
     ``token_time``: an expert's forward and backward for one token. ``token_bytes``: a token's size in an all-to-all.
     ``expert_bytes``: an expert's weights in half precision; ``weights``: how many numbers that is in the model that trains.
     ``node_speed``, ``network_speed``: bytes a second of a rank's links. ``node_of_rank``: the nodes. ``stretch``: by how much
-    everything takes longer than on the device.
+    sleeps are longer than on the device; with 0 nothing sleeps, and the clock alone counts.
     """
 
     token_time: float
@@ -48,16 +52,15 @@ class Speeds:
     stretch: float
 
     def time_links(self, sizes: Array, rank: int) -> float:
-        """Return the stretched seconds in which ``sizes``, ``float64[ranks]`` bytes from or to each rank, go through a link."""
+        """Return the seconds in which ``sizes``, ``float64[ranks]`` bytes from or to each rank, go through a link."""
         nodes = np.asarray(self.node_of_rank)
         own, near = np.arange(len(nodes)) == rank, nodes == nodes[rank]
-        times = sizes[near & ~own].sum() / self.node_speed + sizes[~near].sum() / self.network_speed
-        return float(times) * self.stretch
+        return float(sizes[near & ~own].sum() / self.node_speed + sizes[~near].sum() / self.network_speed)
 
 
 @dataclass
 class Note:
-    """What a rank saw of a layer in a micro-batch: when it entered and left it, forward and backward; tokens it computed."""
+    """What a rank saw of a layer in a micro-batch: its clock as it entered and left, forward and backward; tokens it computed."""
 
     entered: float = 0.0
     left: float = 0.0
@@ -67,22 +70,29 @@ class Note:
 
 
 class Device:
-    """Sleeps for one rank, from the moment that it `is_on`, and notes what the rank's layers did."""
+    """One rank's device: its ``clock`` in seconds, its sleeps, once it `is_on`, and notes of the rank's layers."""
 
     def __init__(self, speeds: Speeds) -> None:
-        self.speeds, self.is_on = speeds, False
+        self.speeds, self.is_on, self.clock = speeds, False, 0.0
         self.notes: list[Note] = []
         # When each link is free again: the one that receives, the one that sends.
         self.free = {"receives": 0.0, "sends": 0.0}
 
-    def sleep(self, seconds: float) -> None:
-        """Sleep so many stretched seconds."""
+    def advance(self, seconds: float) -> None:
+        """Let so much time pass."""
+        self.clock += seconds
         if self.is_on and seconds > 0:
-            time.sleep(seconds)
+            time.sleep(seconds * self.speeds.stretch)
 
     def compute(self, tokens: int, share: float) -> None:
         """Take the time of a share of an expert's work on so many tokens."""
-        self.sleep(tokens * self.speeds.token_time * share * self.speeds.stretch)
+        self.advance(tokens * self.speeds.token_time * share)
+
+    def meet(self, group: Any = None) -> None:
+        """Set the clocks of a group to the latest of them: its ranks have waited for each other."""
+        clocks = torch.empty(dist.get_world_size(group), dtype=torch.float64)
+        dist.all_gather_into_tensor(clocks, torch.tensor([self.clock], dtype=torch.float64), group)
+        self.clock = float(clocks.max())
 
     def occupy(self, link: str, begin: float, tensors: list[torch.Tensor], peer: int) -> float:
         """Return when a transfer ends that has begun, or that waits until its link is free."""
@@ -101,7 +111,7 @@ class Transfer:
         self, device: Device, works: list[Any], operations: list[Any], stamps: dict[int, tuple[Any, torch.Tensor]]
     ) -> None:
         self._device, self._works, self._operations, self._stamps = device, works, operations, stamps
-        self._posted, self._end = time.monotonic(), 0.0
+        self._posted, self._end = device.clock, 0.0
         for peer, tensors in _group(operations, dist.isend).items():
             self._end = max(self._end, device.occupy("sends", self._posted, tensors, peer))
 
@@ -116,12 +126,11 @@ class Transfer:
             begin = max(self._posted, float(stamp))
             self._end = max(self._end, self._device.occupy("receives", begin, tensors, peer))
         self._operations = []
-        if self._device.is_on:
-            time.sleep(max(0.0, self._end - time.monotonic()))
+        self._device.advance(max(0.0, self._end - self._device.clock))
 
     def is_completed(self) -> bool:
         """Tell whether both are at their end; a transfer whose begin is not known yet is not."""
-        return not self._works and not self._operations and self._end <= time.monotonic()
+        return not self._works and not self._operations and self._end <= self._device.clock
 
 
 class Late:
@@ -151,12 +160,12 @@ def _group(operations: list[Any], kind: Any) -> dict[int, list[torch.Tensor]]:
 def delay_transfers(device: Device, send: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     """Wrap ``dist.batch_isend_irecv``: what is sent takes the device's time.
 
-    Each sender says when it has posted, since a transfer cannot begin earlier. Clocks of processes on one machine are the same.
+    Each sender says when it has posted, since a transfer cannot begin earlier.
     """
 
     @wraps(send)
     def send_late(operations: list[Any]) -> list[Any]:
-        now = torch.tensor([time.monotonic()], dtype=torch.float64)
+        now = torch.tensor([device.clock], dtype=torch.float64)
         stamps: dict[int, torch.Tensor] = {}
         extra = []
         for kind in (dist.isend, dist.irecv):
@@ -185,7 +194,8 @@ def delay_all_to_all(device: Device, exchange: Callable[..., Any]) -> Callable[.
         if given.dim() == 2 and given.shape[1] > 1 and output_split_sizes is not None:
             speeds, rank = device.speeds, dist.get_rank()
             sizes = (np.array([int(rows) for rows in split]) for split in (output_split_sizes, input_split_sizes))
-            device.sleep(max(speeds.time_links(rows * speeds.token_bytes, rank) for rows in sizes))
+            device.meet(kwargs.get("group"))
+            device.advance(max(speeds.time_links(rows * speeds.token_bytes, rank) for rows in sizes))
         return work
 
     return exchange_late
@@ -224,20 +234,20 @@ def watch_layer(device: Device, run: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(run)
     def run_watched(layer: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        note = Note(entered=time.monotonic())
+        note = Note(entered=device.clock)
         device.notes.append(note)
         output, *rest = run(layer, hidden_states, *args, **kwargs)
-        note.left = time.monotonic()
+        note.left = device.clock
         if output.requires_grad:
             for tensor, name in ((output, "entered_back"), (hidden_states, "left_back")):
-                tensor.register_hook(partial(_note_time, note, name))
+                tensor.register_hook(partial(_note_time, device, note, name))
         return output, *rest
 
     return run_watched
 
 
-def _note_time(note: Note, name: str, gradient: torch.Tensor) -> None:
-    setattr(note, name, time.monotonic())
+def _note_time(device: Device, note: Note, name: str, gradient: torch.Tensor) -> None:
+    setattr(note, name, device.clock)
 
 
 class Routes:

@@ -2,7 +2,8 @@
 
 Each contestant trains the same small Megatron model on the same made-up loads; experts and links sleep (`device`). A layer's time
 goes from the last rank's entry to the last rank's exit, forward and backward; a step's from the last rank's begin to the last
-rank's end. A share of force-balanced is the time with as many tokens on every rank, without ``--cf-eplb``, over a contestant's.
+rank's end. Both are of the device's clock; a step's is of the wall's too. A share of force-balanced is the time with as many
+tokens on every rank, without ``--cf-eplb``, over a contestant's.
 """
 
 import argparse
@@ -48,15 +49,15 @@ SECONDS = 3600.0
 
 @dataclass(frozen=True)
 class Result:
-    """What a contestant's training showed, of its scored micro-batches: balancedness, and seconds of the layers, of the steps.
+    """What a contestant's training showed, of its scored micro-batches.
 
-    ``idle``: the seconds of a layer in the last step in which nothing slept, which the CPU takes beside the device.
+    Balancedness; seconds of the layers and of the steps by the device's clock; seconds of the steps by the wall's.
     """
 
     balancedness: Array
     layers: float
     steps: float
-    idle: float
+    wall: float
 
 
 def measure_device(given: argparse.Namespace, directory: Path) -> float:
@@ -69,11 +70,10 @@ def measure_device(given: argparse.Namespace, directory: Path) -> float:
     balanced = np.full(((warmup + steps) * STEP, 1, EXPERTS), TRAINED * TOP_K // EXPERTS)
     for seed in given.seeds:
         ideal = train("forced", balanced, [], speeds, warmup, directory / f"{seed}")
-        slept = speeds.stretch * (speeds.token_time * TRAINED * TOP_K / RANKS)
         print(
-            f"seed {seed}, stretched {speeds.stretch:g} times: force-balanced {1000 * ideal.layers / steps / STEP:.0f} ms a "
-            f"layer and micro-batch, {1000 * slept:.0f} of them experts, {1000 * ideal.idle:.0f} without sleep; "
-            f"{ideal.steps / steps:.2f} s a step; asked: at least {LEAST} of it",
+            f"seed {seed}: force-balanced, by the device's clock {1000 * ideal.layers / steps / STEP:.2f} ms a layer and "
+            f"micro-batch, {1000 * ideal.steps / steps:.1f} ms a step; by the wall's {ideal.wall / steps:.2f} s a step, "
+            f"stretched {speeds.stretch:g} times; asked: at least {LEAST} of it",
             flush=True,
         )
         for kind in given.kinds:
@@ -84,7 +84,8 @@ def measure_device(given: argparse.Namespace, directory: Path) -> float:
                 print(
                     f"seed {seed}, {kind:14} {name:10} balancedness {found.balancedness.mean():.4f}, 5th percentile "
                     f"{np.percentile(found.balancedness, 5):.4f}; of force-balanced: plan {planned}, layer "
-                    f"{ideal.layers / found.layers:.3f}, step {ideal.steps / found.steps:.3f}",
+                    f"{ideal.layers / found.layers:.3f}, step {ideal.steps / found.steps:.3f}, by the wall's clock "
+                    f"{ideal.wall / found.wall:.3f}",
                     flush=True,
                 )
     return 0.0
@@ -198,15 +199,7 @@ def train(name: str, loads: Array, flags: list[str], speeds: Speeds, warmup: int
     ranks = json.loads((folder / "result.json").read_text())["ranks"]
     notes, times = (np.array([rank[key] for rank in ranks]) for key in ("notes", "times"))
     first = warmup * STEP * loads.shape[1]
-    before, notes, times = notes[:, first - STEP * loads.shape[1] : first], notes[:, first:], times[:, warmup:]
-    scores = measure_balancedness(notes[:, :, 4].T)
-    steps_spent = float((times[:, :, 1].max(0) - times[:, :, 0].max(0)).sum())
-    return Result(scores, sum_layers(notes), steps_spent, sum_layers(before) / before.shape[1])
-
-
-def sum_layers(notes: Array) -> float:
-    """Return the seconds from the last rank's entry to the last rank's exit, forward and backward, summed over all layers.
-
-    ``notes``, ``float64[ranks, layers, 5]``, are those of `device.Note`.
-    """
-    return sum(float((notes[:, :, end].max(0) - notes[:, :, end - 1].max(0)).sum()) for end in (1, 3))
+    notes, times = notes[:, first:], times[:, warmup:]
+    layers = sum(float((notes[:, :, end].max(0) - notes[:, :, end - 1].max(0)).sum()) for end in (1, 3))
+    wall, steps_spent = (float((times[:, :, end].max(0) - times[:, :, end - 1].max(0)).sum()) for end in (1, 3))
+    return Result(measure_balancedness(notes[:, :, 4].T), layers, steps_spent, wall)

@@ -49,7 +49,9 @@ def main() -> None:
     parser.add_argument(
         "--kinds", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS), help="device: of load (default: all)"
     )
-    parser.add_argument("--stretch", type=float, default=100.0, help="device: by how much all times are longer (default: 100)")
+    parser.add_argument(
+        "--stretch", type=float, default=100.0, help="device: by how much sleeps are longer; 0: none (default: 100)"
+    )
     parser.add_argument("--nodes", type=int, choices=(1, 2), default=1, help="device: that the ranks are on (default: 1)")
     given = parser.parse_args()
     for part in given.parts:

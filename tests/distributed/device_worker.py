@@ -21,8 +21,8 @@ from counterflow.patching import Patches
 
 
 @contextmanager
-def run_on_device(case: dict[str, Any], times: list[tuple[float, float]], device: Device) -> Iterator[Device]:
-    """Train on the device inside the block; its ``times`` are each step's begin and end on this rank."""
+def run_on_device(case: dict[str, Any], times: list[tuple[float, ...]], device: Device) -> Iterator[Device]:
+    """Train on the device inside the block; ``times`` get each step's begin and end, by the wall's clock, then the device's."""
     from megatron.training import training
 
     nodes = case["speeds"]["node_of_rank"]
@@ -34,10 +34,11 @@ def run_on_device(case: dict[str, Any], times: list[tuple[float, float]], device
         @wraps(train)
         def train_timed(*args: Any, **kwargs: Any) -> Any:
             device.is_on = len(times) >= case["warmup"]
-            dist.barrier()
-            begin = time.monotonic()
+            device.meet()
+            begin = time.monotonic(), device.clock
             result = train(*args, **kwargs)
-            times.append((begin, time.monotonic()))
+            device.meet()
+            times.append((begin[0], time.monotonic(), begin[1], device.clock))
             return result
 
         return train_timed
