@@ -26,7 +26,7 @@ TOGETHER = 4
 # are not named run under all, at the first seed; the rest of the grid is for ``make nightly``.
 EVERY_TIME = {
     "tuple": ("zbv",), "tied": ("interleaved", "dualpipev"), "fp16": ("zbv",), "fp16-zero-0": ("1f1b",), "mixed": ("zb-h1",),
-    "overlap-comm": ("zbv",), "shapes": ("dualpipev",), "tied-bf16": ("dualpipe",), "loader": ("dualpipe",),
+    "overlap-comm": ("zbv",), "shapes": ("dualpipev",), "cut": ("dualpipe",), "tied-bf16": ("dualpipe",), "loader": ("dualpipe",),
     "groups": ("dualpipev",), "recompute": ("1f1b",), "reentrant": ("dualpipev",), "slices": ("dualpipev",), "v": ("dualpipev",),
     "bf16": ("dualpipev",), "bf16-zero-0": ("dualpipe",), "deep": ("zbv",), "tied-one": ("zbv",), "floats-one": ("dualpipev",),
 }  # fmt: skip
@@ -80,6 +80,7 @@ def make_cases() -> dict[str, dict[str, Any]]:
         zero = make_zero(1, overlap_comm=True, contiguous_gradients=True)
         cases[name("overlap-comm", schedule, 0)] = make_case("tied", schedule, SEEDS[1], zero_optimization=zero)
     for schedule in (None, "interleaved", "dualpipev", "dualpipe"):
+        cases[name("cut", schedule, 0)] = make_case("dense", schedule, SEEDS[0]) | {"has_cut": True}
         cases[name("shapes", schedule, 0)] = make_case("shapes", schedule, SEEDS[0])
         # Two uses of one parameter on one rank are one sum there, and two sums that are added in plain DeepSpeed: equal in fp32.
         # So are those of cross-linked replicas if they are reduced in fp32 too.
@@ -158,7 +159,9 @@ def test_steps_are_those_of_plain_deepspeed(trained: dict[str, Any], case: str) 
     if "-one" not in what:
         for mine, theirs in zip(trained[case]["replicas"], plain["replicas"], strict=True):
             assert mine == pytest.approx(theirs, rel=1e-4), "a replica's own losses and logits"
-    assert plain["steps"][-2]["loss"] < plain["steps"][0]["loss"] - 0.1, "the model learns nothing: equal losses say nothing"
+    assert plain["steps"][STEPS - 1]["loss"] < plain["steps"][0]["loss"] - 0.1, (
+        "the model learns nothing: equal losses say nothing"
+    )
     assert any(step["skipped"] for step in plain["steps"]) == (what == "fp16"), "a scale that is too large skips steps, no other"
 
 

@@ -46,6 +46,7 @@ def test_a_file_that_is_no_config_is_refused(text: str, tmp_path: Path) -> None:
         ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage 2"),
         ({"zero_optimization": {"stage": 3}}, "give stage 0 or 1"),
         ({"compile": {"deepcompile": True}}, "compile.deepcompile"),
+        ({"flops_profiler": {"enabled": True}}, "flops_profiler counts the steps of engines without pipeline"),
     ],
 )
 def test_configs_that_do_not_fit_a_schedule_are_refused(config: dict[str, Any], words: str) -> None:
