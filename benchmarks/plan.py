@@ -2,8 +2,8 @@
 
 ``score`` (the default) estimates every published run of a table and prints predicted and measured side by side, misses included,
 then the figures asked for; with ``--held-out`` each family of models is predicted with constants fitted to the others. ``fit``
-fits the constants to the runs and writes them into ``constants.toml``. ``cpu`` calibrates on one layout of CPU ranks and predicts
-five others.
+fits the constants to the runs and writes them into ``constants.toml``. ``search`` times searches and an estimate. ``cpu``
+calibrates on one layout of CPU ranks and predicts five others.
 """
 
 import argparse
@@ -158,7 +158,7 @@ def _write_value(text: str, name: str, value: float | None) -> str:
 def main() -> None:
     """Measure, print; status 1 where a figure is not reached."""
     parser = argparse.ArgumentParser(description="Score the planner on published runs, and on CPU ranks that sleep.")
-    parser.add_argument("part", nargs="?", choices=("score", "fit", "cpu"), default="score")
+    parser.add_argument("part", nargs="?", choices=("score", "fit", "cpu", "search"), default="score")
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "plan_truth.csv", help="the table of published runs")
     parser.add_argument("--rules", type=Path, default=SHARED / "tools" / "plan_rows.py", help="reads rows, scores estimates")
     parser.add_argument("--held-out", action="store_true", help="fit without each family of models in turn: some minutes")
@@ -169,6 +169,10 @@ def main() -> None:
         from benchmarks.plan_cpu import run_cpu  # loads torch and Megatron
 
         sys.exit(run_cpu(given))
+    if given.part == "search":
+        from benchmarks.plan_search import run_search
+
+        sys.exit(run_search())
     for path in (given.data, given.rules):
         if not path.is_file():
             sys.exit(f"bench-plan: {path} is not there; give --data and --rules")
