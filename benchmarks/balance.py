@@ -325,7 +325,10 @@ def sort_columns(loads: Array, random: np.random.Generator) -> float:
 
 
 def measure_workloads(given: argparse.Namespace) -> None:
-    """Replay the nine kinds and the recording under exact and automatic plans, steps of 8 micro-batches, beside what is asked."""
+    """Replay the nine kinds and the recording under exact and automatic plans, steps of 8 micro-batches, beside what is asked.
+
+    Bytes are those of the micro-batches that are scored; beside them, those of homes that moved before are counted too.
+    """
     cases: list[tuple[str, Array, int, int, int, dict[str, tuple[float, float]]]] = []
     for experts, ranks, nodes in ((64, 8, 1), (128, 16, 2)):
         for kind in WORKLOADS:
@@ -337,7 +340,7 @@ def measure_workloads(given: argparse.Namespace) -> None:
     if given.trace.exists():
         cases.append((given.trace.name, read_trace(given.trace), 8, 1, 1, {"auto": (0.995, 0.985)}))
     for name, counts, ranks, nodes, interval, asked in cases:
-        exact = 0.0
+        exact = exact_early = 0.0
         for plan, (mean, p5) in asked.items():
             done = replay_trace(counts, ranks, 1, interval, nodes, None if interval == 1 else 48, plan)
             assert done.account is not None
@@ -347,8 +350,10 @@ def measure_workloads(given: argparse.Namespace) -> None:
             tiers = {tier: float(sums.sum()) for tier, sums in done.account.sum_bytes().items()}
             early = float(done.account.early.sum()) * HOME * done.account.costs.expert_bytes
             sent = sum(tiers.values())
-            exact = sent if plan == "exact" else exact
-            part = f"; {sent / exact:.3f} of exact's, {(sent + early) / exact:.3f} with early homes" if exact else ""
+            if plan == "exact":
+                exact, exact_early = sent, early
+            whole = (sent + early) / max(1.0, exact + exact_early)
+            part = f"; {sent / exact:.3f} of exact's, {whole:.3f} with the homes that moved before" if exact else ""
             print(
                 f"{name}, {plan}: {scores.mean():.4f} {low:.4f}, asked {mean} {p5}{missed}; "
                 f"force-balanced {done.account.share_of_ideal('counterflow'):.4f}; MB a layer and micro-batch: "
@@ -359,25 +364,36 @@ def measure_workloads(given: argparse.Namespace) -> None:
 
 
 def measure_exact(given: argparse.Namespace) -> None:
-    """Time one layer's exact plan at DeepSeek-V3's size, its split included, and say how balanced it is."""
+    """Time a layer's exact plan at DeepSeek-V3's size, its split included, and say how balanced it is and where clones come from.
+
+    Of every layer the median of several calls counts, one layer a call; asked: 300 us.
+    """
     placement, shared = add_shared_slots(make_home_placement(1, EXPERTS, RANKS, 0, NODES), 1)
-    for sigma in SIGMAS:
-        shares = np.minimum(np.random.default_rng(0).lognormal(0, sigma, (LAYERS, EXPERTS)), 8.0 * EXPERTS)
-        shares = np.minimum(shares / shares.sum(1, keepdims=True), 1 / 8)
-        counts = [np.rint(row * 4096 * 8 * RANKS).astype(np.int64)[None] for row in shares]
-        for name, prices in (("free", FREE), ("priced", Costs().price_clones(RANKS))):
-            plans = [plan_exact(row, placement, shared, prices) for row in counts]
-            spent = time_in_turns({name: partial(run_each, plan_exact, [(row, placement, shared, prices) for row in counts])})
+    cases = {f"sigma {sigma}": make_layers(sigma) for sigma in SIGMAS}
+    for kind in WORKLOADS:
+        cases[kind] = make_workload(kind, 6, 8, EXPERTS, RANKS, 4096 * RANKS, 8).reshape(-1, EXPERTS)
+    for name, layers in cases.items():
+        for prices_name, prices in (("free", FREE), ("priced", Costs().price_clones(RANKS))):
+            plans = [plan_exact(row[None], placement, shared, prices) for row in layers]
+            calls: dict[str, Callable[[], Any]] = {
+                str(index): partial(plan_exact, row[None], placement, shared, prices) for index, row in enumerate(layers)
+            }
+            spent = np.array(list(time_in_turns(calls).values())) * 1e6
             scores = measure_balancedness(np.stack([sum_by_rank(plan.tokens, placement.cluster)[0] for plan in plans]))
-            clones = [
-                sum(int(row.sum()) for row in side) / LAYERS
-                for side in zip(*((plan.near, plan.far) for plan in plans), strict=True)
-            ]
+            near, far = (np.mean([side.sum() for side in sides]) for sides in zip(*((p.near, p.far) for p in plans), strict=True))
             print(
-                f"sigma {sigma}, {name}: {1e6 * spent[name] / LAYERS:.0f} us a layer; balancedness {scores.mean():.4f} "
-                f"{np.percentile(scores, 5):.4f}; clones a layer {clones[0]:.1f} in node, {clones[1]:.1f} across",
+                f"{name}, {prices_name}: {np.median(spent):.0f} us a layer, 95th percentile {np.percentile(spent, 95):.0f}; "
+                f"balancedness {scores.mean():.4f} {np.percentile(scores, 5):.4f}; clones a layer {near:.1f} in node, {far:.1f} "
+                f"across; load {os.getloadavg()[0]:.1f}",
                 flush=True,
             )
+
+
+def make_layers(sigma: float) -> Array:
+    """Return ``int64[layers, experts]``, log-normal loads of DeepSeek-V3's size; no expert gets a token twice."""
+    shares = np.minimum(np.random.default_rng(0).lognormal(0, sigma, (LAYERS, EXPERTS)), 8.0 * EXPERTS)
+    shares = np.minimum(shares / shares.sum(1, keepdims=True), 1 / 8)
+    return np.rint(shares * 4096 * 8 * RANKS).astype(np.int64)
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], None]] = {

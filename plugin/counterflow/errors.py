@@ -1,5 +1,7 @@
 """Errors a user reads. Each message is one line: what was given, what is allowed, what to change."""
 
+from collections.abc import Mapping
+
 
 class CounterflowError(ValueError):
     """Base of every error that counterflow raises on purpose."""
@@ -35,3 +37,10 @@ class TraceError(CounterflowError):
 
 class PlanError(CounterflowError):
     """A plan's model, cluster, layout or costs that cannot work, or a file of them that cannot be read."""
+
+
+def refuse_first(reasons: Mapping[str, bool]) -> None:
+    """Raise `OptionError` with the first of the reasons that holds."""
+    for reason, holds in reasons.items():
+        if holds:
+            raise OptionError(reason)

@@ -5,23 +5,32 @@ import json
 import re
 from itertools import batched
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from counterflow.balance.files.recorded import read_record
+from tests.support.asked import list_asked, mark_nightly
 from tests.support.comparing import HALF_TOLERANCE, assert_same_steps
 from tests.support.forked_ranks import RanksError, run_ranks
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow
 
-STEPS, SHORT = 20, 6
+STEPS, SHORT = 8, 4
+# What of the grid is left to ``make nightly``.
+NIGHTLY = (
+    "seed 1234, dualpipev", "seed 11, plain pipeline", "reentrant, clones", "ZeRO-0, clones", "dense, pipeline",
+    "seed 11, homes move at ZeRO-0", "recompute, just in time",
+)  # fmt: skip
 SEEDS = (11, 1234)
 TOGETHER = 5
 PIPELINE = {"stages": 2, "gas": 4}
 BF16 = {"bf16": {"enabled": True}}
+JUST_IN_TIME: dict[str, Any] = {"plan": "exact"}
 
 
 def make_case(
@@ -82,6 +91,14 @@ def make_cases(folder: Path) -> dict[str, Any]:
     record = {"record": str(folder / "homes")}
     cases["seed 11, homes move"] = make_case(clone(rehome_interval=2) | record, steps=STEPS)
     cases["seed 11, homes move at ZeRO-0"] = make_case(clone("dualpipev", rehome_interval=1), **PIPELINE, zero=0, steps=STEPS)
+    cases["seed 11, just in time"] = make_case(clone(**JUST_IN_TIME), steps=STEPS, evaluate_at=3)
+    cases["seed 1234, just in time, pairs"] = make_case(
+        clone("dualpipev", **JUST_IN_TIME) | {"overlap": True}, seed=1234, **PIPELINE
+    )
+    cases["seed 11, just in time, split"] = make_case(clone("zb-h1", **JUST_IN_TIME), **PIPELINE)
+    cases["recompute, just in time"] = make_case(clone(**JUST_IN_TIME), recompute=False)
+    cases["reentrant, just in time"] = make_case(clone(**JUST_IN_TIME), recompute=True)
+    cases["EP 4, both kinds"] = make_case(clone(plan="auto"), ep=4)
     for what, more in {
         "ZeRO-2": {"zero": 2},
         "overlapped reductions": {"overlap_comm": True},
@@ -93,6 +110,10 @@ def make_cases(folder: Path) -> dict[str, Any]:
         cases[f"{what}, clones"] = make_case(clone() | {"record": str(folder / what)}, **more)
     cases["ZeRO-0, plain"] = make_case(zero=0)
     cases["ZeRO-0, clones"] = make_case(clone(), zero=0)
+    # So many tokens that it pays to move an expert.
+    large: dict[str, Any] = {"gas": 4, "steps": 8, "changes": {"train_micro_batch_size_per_gpu": 32}}
+    cases["homes alone, plain"] = make_case(**large)
+    cases["homes alone, auto"] = make_case({"eplb": {"clones_per_rank": 0}, "record": str(folder / "alone")}, **large)
     # Plain DeepSpeed has no pipeline of these.
     cases["dense, plain"] = make_case(dense=4)
     cases["dense, 1f1b"] = make_case(clone("1f1b"), **PIPELINE, dense=4)
@@ -106,33 +127,78 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("experts")
 
 
+def find_plain(case: str) -> str:
+    """Return the case of plain DeepSpeed that a case is compared with."""
+    return case.split(", ")[0] + ", plain"
+
+
 @pytest.fixture(scope="module")
-def trained(folder: Path) -> dict[str, Any]:
-    return run_cases(make_cases(folder), folder)
+def trained(request: pytest.FixtureRequest, folder: Path) -> dict[str, Any]:
+    asked = list_asked(request) | {RECORDED[name] for name in list_asked(request, "recorded")}
+    asked |= {find_plain(case) for case in asked}
+    return run_cases({case: one for case, one in make_cases(folder).items() if case in asked}, folder)
 
 
-@pytest.mark.parametrize("case", [case for case in make_cases(Path()) if not case.endswith(", plain")])
+COMPARED = [case for case in make_cases(Path()) if not case.endswith(", plain")]
+# The cases whose records are looked at, by the folder of the record.
+RECORDED = {
+    **{f"clones-{seed}": f"seed {seed}, clones" for seed in SEEDS},
+    "homes": "seed 11, homes move",
+    "alone": "homes alone, auto",
+    **{what: f"{what}, clones" for what in ("recompute", "reentrant")},
+}
+
+
+@pytest.mark.parametrize("case", mark_nightly(COMPARED, lambda case: case not in NIGHTLY))
 def test_steps_are_those_of_plain_deepspeed(trained: dict[str, Any], case: str) -> None:
-    plain = trained[case.split(", ")[0] + ", plain"]
+    plain = trained[find_plain(case)]
     assert_same_steps(trained[case], plain)
     assert plain["steps"][-2]["loss"] < plain["steps"][0]["loss"] - 0.1, "the model learns nothing: equal losses say nothing"
 
 
-@pytest.mark.parametrize("name", [*(f"clones-{seed}" for seed in SEEDS), "homes"])
-def test_every_step_had_another_placement(trained: dict[str, Any], folder: Path, name: str) -> None:
+@pytest.mark.parametrize("recorded", [*(f"clones-{seed}" for seed in SEEDS), "homes"])
+def test_every_step_had_another_placement(trained: dict[str, Any], folder: Path, recorded: str) -> None:
     del trained
-    steps = read_steps(folder / name)
-    placed = [json.dumps([step["experts"], step["homes"]]) for step in steps]
+    steps = read_steps(folder / recorded)
+    record = read_record(folder / recorded)
+    placed = [[one.experts.tolist(), one.homes.tolist()] for one in map(record.find_placement, range(STEPS))]  # type: ignore[union-attr]
     assert len(steps) == STEPS
-    assert len(set(placed)) == STEPS
+    assert len({json.dumps(one) for one in placed}) == STEPS
     assert all(step["clones"] > 0 for step in steps[1:])
-    assert (sum(step["homes_moved"] for step in steps) > 0) == (name == "homes")
+    assert (sum(step["homes_moved"] for step in steps) > 0) == (recorded == "homes")
 
 
-@pytest.mark.parametrize("name", ["recompute", "reentrant"])
-def test_a_recomputed_layer_counts_its_tokens_once(trained: dict[str, Any], folder: Path, name: str) -> None:
+def test_clones_without_tokens_are_not_called() -> None:
+    from counterflow.deepspeed.experts.layer import AutoEPSlots
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("a clone without tokens computes")
+
+    layer = SimpleNamespace(experts=lambda tokens, counts: tokens * counts.sum())
+    slots = AutoEPSlots.__new__(AutoEPSlots)
+    slots._own, slots._per_rank, slots._just_in_time = 2, 1, None
+    slots._find_layer, slots.clone_module, slots.shared_module = lambda: layer, fail, None  # type: ignore[method-assign,assignment,return-value]
+    tokens = torch.ones(5, 3)
+    computed = slots.run_experts(None, tokens, torch.tensor([3, 2, 0]))
+    assert torch.equal(computed, 5 * tokens)
+    with pytest.raises(AssertionError, match="a clone without tokens computes"):
+        slots.run_experts(None, tokens, torch.tensor([3, 1, 1]))
+
+
+@pytest.mark.parametrize("recorded", ["alone"])
+def test_homes_move_by_themselves_without_clones(trained: dict[str, Any], folder: Path, recorded: str) -> None:
     del trained
-    counts = read_record(folder / name).counts
+    steps = read_steps(folder / recorded)
+    moved = [step["homes_moved"] for step in steps]
+    assert not any(moved[:4]) and moved[4] > 0, "the gate knows enough after four steps"
+    early, late = (np.mean([step["balancedness_after"] for step in part]) for part in (steps[:4], steps[4:]))
+    assert late > early + 0.1, f"homes that moved do not balance: {early}, {late}"
+
+
+@pytest.mark.parametrize("recorded", mark_nightly(["recompute", "reentrant"], lambda name: RECORDED[name] not in NIGHTLY))
+def test_a_recomputed_layer_counts_its_tokens_once(trained: dict[str, Any], folder: Path, recorded: str) -> None:
+    del trained
+    counts = read_record(folder / recorded).counts
     # Two samples of 12 tokens on each of four ranks, two experts each.
     assert set(counts.sum(2).flatten().tolist()) == {2 * 12 * 4 * 2}
 
@@ -144,7 +210,7 @@ def read_steps(record: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def rounded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     # Larger steps let any difference grow.
     slow = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}
     half, long = BF16 | slow, {"steps": STEPS}
@@ -153,10 +219,16 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     cases["sums in fp32"] = make_case(clone(), **long, changes=half | {"data_types": {"grad_accum_dtype": "fp32"}})
     cases["dualpipev"] = make_case(clone("dualpipev"), **long, **PIPELINE, changes=half)
     cases["ZeRO-0"] = make_case(clone("dualpipev"), **long, **PIPELINE, zero=0, changes=half)
-    return run_cases(cases, tmp_path_factory.mktemp("rounded"))
+    cases["just in time"] = make_case(clone(**JUST_IN_TIME), **long, changes=half)
+    cases["just in time, ZeRO-0"] = make_case(clone("dualpipev", **JUST_IN_TIME), **long, **PIPELINE, zero=0, changes=half)
+    asked = {"fp32", "bf16"} | list_asked(request)
+    return run_cases({case: one for case, one in cases.items() if case in asked}, tmp_path_factory.mktemp("rounded"))
 
 
-@pytest.mark.parametrize("case", ["clones", "sums in fp32", "dualpipev", "ZeRO-0"])
+ROUNDED = ["clones", "sums in fp32", "dualpipev", "ZeRO-0", "just in time", "just in time, ZeRO-0"]
+
+
+@pytest.mark.parametrize("case", mark_nightly(ROUNDED, lambda case: case in ("dualpipev", "ZeRO-0", "just in time, ZeRO-0")))
 def test_clones_in_bf16_are_as_near_as_bf16_itself(rounded: dict[str, Any], case: str) -> None:
     losses = {name: np.array([step["loss"] for step in run["steps"]]) for name, run in rounded.items()}
     rounding = np.square(losses["bf16"] - losses["fp32"]).mean()
@@ -235,7 +307,11 @@ def test_log_and_monitor_have_balancedness(balanced: Path) -> None:
     ("case", "words"),
     [
         (make_case(clone("1f1b"), **PIPELINE, dense=6), "AutoEP finds no MoE layer in this model"),
-        (make_case(clone(), **PIPELINE, dense=4, zero=0, changes=BF16), "give zero_optimization.stage 1"),
+        pytest.param(
+            make_case(clone(), **PIPELINE, dense=4, zero=0, changes=BF16),
+            "give zero_optimization.stage 1",
+            marks=pytest.mark.nightly,
+        ),
     ],
 )
 def test_models_that_cannot_be_balanced_are_refused_on_all_ranks(case: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def test_a_killed_rank_ends_the_others_with_a_report_and_the_last_checkpoint_loa
     assert_same_steps(runs["again"], runs["whole"])
 
 
+@pytest.mark.nightly
 def test_a_killed_partner_is_named(tmp_path: Path) -> None:
     case = make_case("dense", None, SEEDS[0], counterflow={"schedule": "dualpipe", "stall_limit": 5}) | {"kill": [1, 2]}
     (tmp_path / "cases.json").write_text(json.dumps({"killed": case}))

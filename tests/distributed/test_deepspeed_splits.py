@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support import ROOT
+from tests.support.asked import list_asked, mark_nightly
 from tests.support.comparing import TOLERANCE, assert_same_steps, find_difference
 from tests.support.forked_ranks import run_ranks
 
@@ -22,6 +23,18 @@ MICROBATCHES, REPLICAS = 4, 2
 # Embedding and head, which are torch's, and six blocks, in which a layer of two linears leaves two gradients to a W.
 WEIGHTS = 2 + 6 * 5
 HALF: dict[str, Any] = {"bf16": {"enabled": True}}
+
+
+# What of the grid is left to ``make nightly``.
+NIGHTLY_ENGINES = (
+    "None 1f1b",
+    "tensorwise dualpipev",
+    "tensorwise zbv",
+    "blockwise dualpipev",
+    "delayed dualpipev",
+    "delayed 1f1b",
+)
+NIGHTLY_EXPERTS = ("interleaved", "bf16", "recomputed dualpipev")
 
 
 def make_config(section: dict[str, Any] | None, stage: int = 1, **changes: Any) -> dict[str, Any]:
@@ -88,16 +101,33 @@ def run_cases(script: str, cases: dict[str, Any], folder: Path) -> dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def engine_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_cases("deepspeed_engine_worker.py", make_engine_cases(STEPS), tmp_path_factory.mktemp("engine"))
+def engine_runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    asked = list_asked(request) | {f"{recipe} zbv" for recipe in list_asked(request, "recipe")}
+    asked |= {f"{case.split()[0]} None" for case in asked}
+    cases = {case: one for case, one in make_engine_cases(STEPS).items() if case in asked}
+    return run_cases("deepspeed_engine_worker.py", cases, tmp_path_factory.mktemp("engine"))
 
 
 @pytest.fixture(scope="module")
-def expert_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_cases("deepspeed_experts_worker.py", make_expert_cases(), tmp_path_factory.mktemp("experts"))
+def expert_runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    asked = list_asked(request)
+    asked |= {f"{case.split()[0]} plain" for case in asked} | {case.removesuffix(" in pairs") for case in asked}
+    cases = {case: one for case, one in make_expert_cases().items() if case in asked | {"fp32 zbv"}}
+    return run_cases("deepspeed_experts_worker.py", cases, tmp_path_factory.mktemp("experts"))
 
 
-@pytest.mark.parametrize("case", [name for name in make_engine_cases(STEPS) if not name.endswith("None")])
+def is_engine_case_in_every_run(case: str) -> bool:
+    return case not in NIGHTLY_ENGINES
+
+
+def is_expert_case_in_every_run(case: str) -> bool:
+    return not any(word in case for word in NIGHTLY_EXPERTS)
+
+
+ENGINE_CASES = [name for name in make_engine_cases(STEPS) if not name.endswith("None")]
+
+
+@pytest.mark.parametrize("case", mark_nightly(ENGINE_CASES, is_engine_case_in_every_run))
 def test_transformer_engine_trains_as_in_plain_deepspeed(engine_runs: dict[str, Any], case: str) -> None:
     run, plain = engine_runs[case], engine_runs[f"{case.split()[0]} None"]
     assert find_difference(run, plain, "loss") == 0
@@ -106,20 +136,26 @@ def test_transformer_engine_trains_as_in_plain_deepspeed(engine_runs: dict[str, 
     assert run["work"].get("weights") == plain["work"].get("weights"), "a weight is quantized at its first micro-batch"
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_its_weight_gradients_wait_for_the_w(engine_runs: dict[str, Any], recipe: str | None) -> None:
+@pytest.mark.parametrize("recipe", mark_nightly(map(str, RECIPES), lambda recipe: is_engine_case_in_every_run(f"{recipe} zbv")))
+def test_its_weight_gradients_wait_for_the_w(engine_runs: dict[str, Any], recipe: str) -> None:
     run = engine_runs[f"{recipe} zbv"]
     assert run["work"]["left"] == STEPS * MICROBATCHES * REPLICAS * WEIGHTS
     assert "autograd graph" not in "".join(run["said"])
 
 
-@pytest.mark.parametrize("case", [name for name in make_expert_cases() if not name.endswith("plain")])
+EXPERT_CASES = [name for name in make_expert_cases() if not name.endswith("plain")]
+
+
+@pytest.mark.parametrize("case", mark_nightly(EXPERT_CASES, is_expert_case_in_every_run))
 def test_autoep_trains_as_in_plain_deepspeed(expert_runs: dict[str, Any], case: str) -> None:
     tolerance = 1e-3 if case.startswith("bf16") else TOLERANCE
     assert_same_steps(expert_runs[case], expert_runs[f"{case.split()[0]} plain"], tolerance)
 
 
-@pytest.mark.parametrize("case", [name for name in make_expert_cases() if name.endswith("in pairs")])
+PAIRED = [name for name in EXPERT_CASES if name.endswith("in pairs")]
+
+
+@pytest.mark.parametrize("case", mark_nightly(PAIRED, is_expert_case_in_every_run))
 def test_overlapped_pairs_change_no_bit(expert_runs: dict[str, Any], case: str) -> None:
     run = expert_runs[case]
     assert find_difference(run, expert_runs[case.removesuffix(" in pairs")]) == 0

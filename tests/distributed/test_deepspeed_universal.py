@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.test_deepspeed import SEEDS, STEPS, make_case, run_cases
+from tests.support.asked import list_asked
 from tests.support.comparing import assert_same_steps
 
 pytest.importorskip("deepspeed")
@@ -18,28 +19,29 @@ AT = STEPS // 2
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("universal")
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder, asked = tmp_path_factory.mktemp("universal"), list_asked(request, "move")
+    loaded = {saver for saver, _ in asked}
     cases = {"whole": make_case("tied", None, SEEDS[0], **TIED)}
-    for schedule in ("dualpipev", "interleaved", None):
+    for schedule in loaded | list_asked(request, "saver"):
         cases[f"save {schedule}"] = make_case("tied", schedule, SEEDS[0], **TIED) | {
             "steps": AT,
             "save": str(folder / f"{schedule}"),
         }
     saved = run_cases(cases, folder)
-    convert(folder / "dualpipev")
-    convert(folder / "interleaved")
-    # Plain DeepSpeed saves nothing for the script.
-    convert(folder / "None", "--inject_missing_state")
+    for saver in loaded:
+        # Plain DeepSpeed saves nothing for the script.
+        convert(folder / f"{saver}", *(["--inject_missing_state"] if saver is None else []))
     cases = {}
-    for saver, schedule in MOVES:
+    for saver, schedule in asked:
         case = make_case("tied", schedule, SEEDS[0] + 1, **TIED, checkpoint={"load_universal": True})
         cases[f"{saver} to {schedule}"] = case | {"load": {"load_dir": str(folder / f"{saver}")}}
     (folder / "loaded").mkdir()
     return saved | run_cases(cases, folder / "loaded") | {"folder": folder}
 
 
-MOVES = [("dualpipev", "1f1b"), ("dualpipev", None), ("interleaved", "dualpipe"), (None, "dualpipev")]
+MOVES: list[tuple[str | None, str | None]] = [("dualpipev", "1f1b"), (None, "dualpipev")]
+MORE_MOVES = [("dualpipev", None), ("interleaved", "dualpipe")]
 
 
 def convert(folder: Path, *options: str) -> None:
@@ -50,18 +52,18 @@ def convert(folder: Path, *options: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("saver", "schedule"), MOVES)
-def test_training_resumes_under_another_schedule(runs: dict[str, Any], saver: str | None, schedule: str | None) -> None:
-    run = runs[f"{saver} to {schedule}"]
+@pytest.mark.parametrize("move", [*MOVES, *(pytest.param(move, marks=pytest.mark.nightly) for move in MORE_MOVES)])
+def test_training_resumes_under_another_schedule(runs: dict[str, Any], move: tuple[str | None, str | None]) -> None:
+    run = runs["{} to {}".format(*move)]
     assert [step["iteration"] for step in run["steps"]] == list(range(AT + 1, STEPS + 2))
     assert_same_steps(run, runs["whole"])
 
 
-@pytest.mark.parametrize(("schedule", "patterns"), [("dualpipev", []), ("interleaved", [r"tied_modules\.words\."])])
-def test_a_checkpoint_says_what_is_on_several_ranks(runs: dict[str, Any], schedule: str, patterns: list[str]) -> None:
+@pytest.mark.parametrize(("saver", "patterns"), [("dualpipev", []), ("interleaved", [r"tied_modules\.words\."])])
+def test_a_checkpoint_says_what_is_on_several_ranks(runs: dict[str, Any], saver: str, patterns: list[str]) -> None:
     import torch
 
-    file = runs["folder"] / schedule / f"global_step{AT}" / "mp_rank_00_model_states.pt"
+    file = runs["folder"] / saver / f"global_step{AT}" / "mp_rank_00_model_states.pt"
     info = torch.load(file, weights_only=False)["universal_checkpoint_info"]
     # The script would take a tied layer of several ranks from the last that it reads, in the parts of another one.
     assert info["pipeline_replicated_parameter_patterns"] == patterns

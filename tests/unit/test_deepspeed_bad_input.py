@@ -46,6 +46,7 @@ def test_a_file_that_is_no_config_is_refused(text: str, tmp_path: Path) -> None:
         ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage 2"),
         ({"zero_optimization": {"stage": 3}}, "give stage 0 or 1"),
         ({"compile": {"deepcompile": True}}, "compile.deepcompile"),
+        ({"flops_profiler": {"enabled": True}}, "flops_profiler counts the steps of engines without pipeline"),
     ],
 )
 def test_configs_that_do_not_fit_a_schedule_are_refused(config: dict[str, Any], words: str) -> None:
@@ -88,6 +89,14 @@ def test_doctor_explains_balancing(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(EXPERTS | {"counterflow": {"eplb": {"clones_per_rank": 3}}}))
     assert "clone slots on a rank in each of AutoEP's layers: 3" in "\n".join(explain(str(path)))
+
+
+@pytest.mark.parametrize("eplb", [{"plan": "exact"}, {"buffers": "shared"}])
+def test_slots_that_layers_share_need_gradients_that_stay_until_a_step_ends(eplb: dict[str, Any]) -> None:
+    options = read_section({"eplb": eplb}).options
+    check_balancing(options, EXPERTS | {"zero_optimization": {"stage": 1}})
+    with pytest.raises(OptionError, match="adds gradients at homes in every micro-batch, and zero_optimization.stage 2"):
+        check_balancing(options, EXPERTS | {"zero_optimization": {"stage": 2}})
 
 
 @pytest.mark.slow

@@ -4,13 +4,14 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from counterflow.commands.arguments import add_outputs, check_outputs, number, whole, write_outputs
 from counterflow.errors import PlanError
+from counterflow.planner.against import Compared, compare_measured
 from counterflow.planner.calibration import Fit, fit_constants, read_runs, tell_apart
 from counterflow.planner.choices import OUR_KIND, find_kind
 from counterflow.planner.cluster import build_cluster
@@ -18,7 +19,7 @@ from counterflow.planner.config import PlanConfig, read_config
 from counterflow.planner.constants import Constants
 from counterflow.planner.emission import emit_deepspeed, emit_megatron
 from counterflow.planner.estimate import Estimate, describe, estimate_config
-from counterflow.planner.explain import compare_measured, explain_step, try_changes
+from counterflow.planner.explain import explain_step, try_changes
 from counterflow.planner.layouts import Plan
 from counterflow.planner.search import Found, search_layouts
 from counterflow.planner.searched import Searched, search_table
@@ -112,19 +113,27 @@ def run_explain(args: argparse.Namespace) -> int:
     fit = _calibrate(args)
     estimate = _estimate(args, read_config(args.config), fit)
     bars, changes = explain_step(estimate), try_changes(estimate)
-    compared = compare_measured(estimate, args.against) if args.against is not None else []
-    write_outputs(args, {"html": lambda: render_plan_html(PlanView((estimate,), bars=bars, changes=changes), args.config.name)})
+    compared = compare_measured(estimate, args.against) if args.against is not None else None
+    view = PlanView((estimate,), bars=bars, changes=changes, compared=compared)
+    write_outputs(args, {"html": lambda: render_plan_html(view, args.config.name)})
     if args.json:
         found = _describe([estimate], None, fit, args)
         found["waterfall_s"] = {bar.cause: bar.seconds for bar in bars}
         found["what_if"] = [{"change": one.words, "step_s": one.seconds} for one in changes]
-        found["against"] = [{"cause": one.cause, "predicted_s": one.predicted, "measured_s": one.measured} for one in compared]
+        if compared is not None:
+            found["against"] = _list_compared(compared.causes)
+            found["against_chunks"] = _list_compared(compared.chunks)
+            found["against_notes"] = list(compared.notes)
         print(json.dumps(found, indent=2, allow_nan=False))
         return 0
     lines = [*write_estimate(estimate, args.price), *write_waterfall(bars, estimate.step_s)]
-    lines += [*write_changes(changes, estimate.step_s), *(write_compared(compared) if compared else [])]
+    lines += [*write_changes(changes, estimate.step_s), *([] if compared is None else write_compared(compared))]
     print("\n".join([*lines, *_write_fit(fit), *_write_flags(estimate, args)]))
     return 0
+
+
+def _list_compared(rows: Sequence[Compared]) -> list[dict[str, Any]]:
+    return [{"cause": one.cause, "predicted": one.predicted, "measured": one.measured} for one in rows]
 
 
 @dataclass(frozen=True)
@@ -171,7 +180,7 @@ def run_search(args: argparse.Namespace) -> int:
         return 0
     rows = [list_row(one, place, best.is_searched(one)) for place, one in enumerate(best.estimates, 1)]
     lines = [*write_rows(rows), *_write_ties(best.estimates), *write_rejected(found), *write_price(winner, args.price)]
-    lines += _write_saving(found, best.estimates, args)
+    lines += _write_saving(found, best, args)
     lines += [f"note: {note}" for note in winner.plan.notes]
     print("\n".join([*lines, *_write_fit(fit), *_write_flags(winner, args, searched)]))
     return 0
@@ -210,18 +219,21 @@ def _write_ties(estimates: list[Estimate]) -> list[str]:
     return lines
 
 
-def _write_saving(found: Found, estimates: list[Estimate], args: argparse.Namespace) -> list[str]:
+def _write_saving(found: Found, result: _Best, args: argparse.Namespace) -> list[str]:
     """Say what the best layout that needs counterflow saves against Megatron's interleaved schedule at its best."""
     looped = found.looped
-    ours = [one for one in (*estimates, found.ours) if one is not None and find_kind(one.plan.layout) == OUR_KIND]
+    known = [one for one in (*result.estimates, found.ours) if one is not None]
+    ours = [one for one in known if result.is_searched(one) or find_kind(one.plan) == OUR_KIND]
     best = min(ours, key=lambda one: (one.fits is not True, one.step_s), default=None)
-    if looped is None or best is None or looped.step_s <= best.step_s:
+    if looped is None or best is None:
         return []
+    sizes = f"{name_layout(looped)} {name_schedule(looped)}, {looped.step_s:.3g} s"
+    if looped.step_s <= best.step_s:
+        return [f"Megatron's interleaved schedule at its best ({sizes}) is as fast as any other table"]
     saved = looped.gpu_hours - best.gpu_hours
     cost = f", {saved * args.price:,.0f}" if args.price is not None else ""
-    sizes = f"{name_layout(looped)} {name_schedule(looped)}"
     return [
-        f"against Megatron's interleaved schedule at its best ({sizes}, {looped.step_s:.3g} s) {name_schedule(best)} "
+        f"against Megatron's interleaved schedule at its best ({sizes}) {name_schedule(best, result.is_searched(best))} "
         f"({best.step_s:.3g} s) saves {100 * (1 - best.step_s / looped.step_s):.1f} % of the time, {saved:,.0f} GPU hours a "
         f"trillion tokens{cost}"
     ]

@@ -6,7 +6,7 @@ from typing import Any
 import torch.distributed as dist
 
 from counterflow.deepspeed.section import load_config, read_config
-from counterflow.errors import OptionError
+from counterflow.errors import OptionError, refuse_first
 from counterflow.options import Options
 from counterflow.sections import KEY, Chosen, read_section
 from counterflow.trainer.crosslink import require_pairs
@@ -46,15 +46,16 @@ def check_config(chosen: Chosen, config: Mapping[str, Any]) -> None:
     """Raise `OptionError` for keys of a DeepSpeed config that a schedule does not work with."""
     schedule = chosen.options.schedule
     stage = _find(config, "zero_optimization", "stage") or 0
-    if stage not in (0, 1):
-        raise OptionError(
-            f"zero_optimization.stage {stage} does not run in a pipeline, with schedule {schedule} or without (DeepSpeed refuses "
-            "it too): gradients stay whole until a rank's last micro-batch, so it would save nothing over 1: give stage 0 or 1"
-        )
-    if _find(config, "compile", "deepcompile"):
-        raise OptionError(
-            f"compile.deepcompile compiles whole steps, which schedule {schedule} cuts into actions: drop one of them"
-        )
+    whole = f"does not run in a pipeline, with schedule {schedule} or without (DeepSpeed refuses it too): gradients stay whole"
+    cut = f"compiles whole steps, which schedule {schedule} cuts into actions: drop one of them"
+    refuse_first({
+        f"zero_optimization.stage {stage} {whole} until a rank's last micro-batch, so it would save nothing over 1: give stage 0 "
+        "or 1": stage not in (0, 1),
+        f"compile.deepcompile {cut}": bool(_find(config, "compile", "deepcompile")),
+        "flops_profiler counts the steps of engines without pipeline (in one, DeepSpeed ends with an assertion): drop it": (
+            bool(_find(config, "flops_profiler", "enabled"))
+        ),
+    })  # fmt: skip
 
 
 def check_balancing(options: Options, config: Mapping[str, Any]) -> None:
@@ -65,7 +66,7 @@ def check_balancing(options: Options, config: Mapping[str, Any]) -> None:
             '"expert_parallel": {"enabled": true, "autoep_size": N, …}, or drop eplb'
         )
     stage = _find(config, "zero_optimization", "stage") or 0
-    refused = {
+    reasons = {
         f"zero_optimization.stage {stage} keeps no whole expert on a rank: give stage 0, 1 or 2": stage not in (0, 1, 2),
         "expert_parallel.comm_backend deepep sends tokens to experts, not to slots: give comm": (
             _find(config, "expert_parallel", "comm_backend") == "deepep"
@@ -73,18 +74,24 @@ def check_balancing(options: Options, config: Mapping[str, Any]) -> None:
         "tensor_parallel.autotp_size above 1 splits an expert's tokens over tensor-parallel ranks: drop it": (
             int(_find(config, "tensor_parallel", "autotp_size") or 1) > 1
         ),
+        f"eplb.plan {options.eplb_plan} with eplb.buffers {options.eplb_buffers} adds gradients at homes in every micro-batch, "
+        "and zero_optimization.stage 2 reduces them there: give stage 0 or 1": options.shared_clones > 0 and stage == 2,
         "compile.deepcompile compiles whole steps: drop it": bool(_find(config, "compile", "deepcompile")),
         "zero_optimization.zenflow delays gradients: drop it": bool(_find(config, "zero_optimization", "zenflow")),
         "managed_gradient_accumulation false reduces gradients before a step is known to end: drop it": (
             config.get("managed_gradient_accumulation", True) is False
         ),
-        "eplb.rehome_interval moves optimizer states, and zero_optimization.offload_optimizer keeps them elsewhere: drop one": (
-            options.eplb_rehome_interval is not None and bool(_find(config, "zero_optimization", "offload_optimizer"))
-        ),
     }
-    for reason, is_given in refused.items():
-        if is_given:
-            raise OptionError(f"eplb: {reason}")
+    refuse_first({f"eplb: {reason}": holds for reason, holds in reasons.items()})
+    if options.needs_moves and (obstacle := find_homes_obstacle(config)) is not None:
+        raise OptionError(f"eplb: eplb.rehome_interval {obstacle}: drop one of the two")
+
+
+def find_homes_obstacle(config: Mapping[str, Any]) -> str | None:
+    """Return why homes cannot move under a DeepSpeed config, as the end of a sentence about moves; None if they can."""
+    if _find(config, "zero_optimization", "offload_optimizer"):
+        return "moves optimizer states, and zero_optimization.offload_optimizer keeps them elsewhere"
+    return None
 
 
 def check_experts(model: Any) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from counterflow.deepspeed.state import uneven_optimizers
 from counterflow.errors import OptionError
+from counterflow.trainer.norms import sum_norms
 
 # The optimizers whose stages sum once, now.
 _summing: set[int] = set()
@@ -73,9 +74,7 @@ def count_stages_alike(scaled_global_norm: Callable[..., Any]) -> Callable[..., 
             own = torch.as_tensor(scaled_global_norm(self, norm_type), dtype=torch.float32, device=self.device)
         finally:
             _summing.remove(id(self))
-        total = torch.where(own < 0, torch.inf, own).square()
-        dist.all_reduce(total, group=self.model_parallel_group)
-        return torch.where(total.isfinite(), total.sqrt(), -1.0)
+        return sum_norms(own, self.model_parallel_group)
 
     return norm
 

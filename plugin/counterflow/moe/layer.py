@@ -1,6 +1,8 @@
 """One MoE layer's slots: which expert each holds, how tokens are split over them, and where loads are reported."""
 
 from dataclasses import dataclass
+from typing import Any
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -12,7 +14,7 @@ from counterflow.balance.shares import share_tokens
 from counterflow.devices import find_device
 from counterflow.moe.clones import Clones, LayerExperts
 from counterflow.moe.just_in_time import JustInTime, Loan, is_in_backward
-from counterflow.moe.loads import LoadTracker
+from counterflow.moe.loads import LoadTracker, sum_by_tier
 from counterflow.moe.slots import SlotTable, find_slots, make_slot_table, place_evenly, place_exactly
 
 
@@ -34,6 +36,7 @@ class LayerSlots:
     adapter overrides `list_experts`. Every token goes to its expert's home until `connect` was called and clones are planned.
     """
 
+    _is_seen_in_forward = False
     number = 1
     """The layer's number in the model, from 1."""
 
@@ -59,6 +62,25 @@ class LayerSlots:
     def is_training(self) -> bool:
         """Whether the layer trains. Loads are counted only if it does and gradients are on."""
         return True
+
+    def refer_to(self, layer: Any) -> None:
+        """Note the trainer's layer, weakly: slots are the values of a weak-keyed table whose key is the layer."""
+        self._find_layer = ref(layer)
+
+    @property
+    def layer(self) -> Any:
+        """The trainer's layer."""
+        layer = self._find_layer()
+        assert layer is not None
+        return layer
+
+    def is_first_pass(self, is_training: bool) -> bool:
+        """Tell whether a layer trains, and what it is given is not recomputed in a backward.
+
+        What a checkpoint recomputes counts only if its forward had no gradients, and so was not counted.
+        """
+        self._is_seen_in_forward |= is_training and torch.is_grad_enabled() and not is_in_backward()
+        return is_training and not (is_in_backward() and self._is_seen_in_forward)
 
     def connect(self, tracker: LoadTracker, index: int, clones: Clones, clones_index: int) -> None:
         """Set the load tracker and the clones, with this layer's index in each."""
@@ -103,8 +125,9 @@ class LayerSlots:
             is_used = shares.any(0)
             self.dealt.loan = self._just_in_time.lend(self._index, table.placement, is_used, self._own + self._per_rank)
         if is_counted:
-            ranks = sum_by_rank(shares.sum(0), table.placement.cluster)
-            self._tracker.add(self._index, counts.sum(0), ranks)  # type: ignore[union-attr]
+            tokens, cluster = shares.sum(0), table.placement.cluster
+            tiers = sum_by_tier(tokens, table.placement, self._table.placement)
+            self._tracker.add(self._index, counts.sum(0), sum_by_rank(tokens, cluster), tiers)  # type: ignore[union-attr]
         slot_map, slot_probs = place_exactly(routing_map, probs, table, shares[self._group.rank()])
         return slot_probs, slot_map, torch.from_numpy(shares).to(routing_map.device, non_blocking=True)
 
@@ -115,7 +138,10 @@ class LayerSlots:
         key = counts.tobytes()
         if is_in_backward() and key in self._plans:
             return self._plans.pop(key)
-        planned = plan_exact(counts[None], self._table.placement, self._is_free, self._prices).placement
+        own = self._table.placement
+        planned = plan_exact(counts[None], own, self._is_free, self._prices).placement
+        if (planned.experts == own.experts).all():
+            planned = own
         if self.is_training and not torch.is_grad_enabled():
             self._plans[key] = planned
         return planned

@@ -1,4 +1,4 @@
-"""Modules that stack the weights of all their experts: each parameter is ``[experts, …]``."""
+"""Modules that stack the weights of all their experts: each parameter is ``[experts, …]``, ``num_experts`` is their number."""
 
 import copy
 from typing import Any
@@ -15,8 +15,11 @@ def list_parts(experts: torch.nn.Module) -> list[list[Part]]:
 
 
 def make_stack(experts: torch.nn.Module, count: int) -> Any:
-    """Return a module like ``experts`` with ``count`` experts of weight zero. Draws no random number."""
-    stack = copy.copy(experts)
+    """Return a module like ``experts`` with ``count`` experts of weight zero; None for 0. Draws no random number."""
+    if not count:
+        return None
+    stack: Any = copy.copy(experts)
+    stack.num_experts = count
     stack._parameters = {
         name: None
         if one is None

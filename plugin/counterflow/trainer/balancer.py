@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from counterflow.trainer.balanced_layers import BalancedLayers
-from counterflow.trainer.balancing_log import announce_clones, end_step
+from counterflow.trainer.balancing_log import StepFigures, announce_clones, end_step
 
 # The folder in a checkpoint for the last loads.
 LOADS_FOLDER = "counterflow"
@@ -22,13 +22,14 @@ class Balancer[Layers: BalancedLayers]:
 
     def __init__(self) -> None:
         self.layers: Layers | None = None
-        self.figures: dict[str, float] | None = None
+        self.figures: StepFigures | None = None
         """Those of the last step (`end_step`), over all ranks."""
+        self._highest = 0
 
     def take(self, layers: Layers | None, clones_per_rank: int) -> None:
         """Lead these layers from now on (a collective call); rank 0 prints the memory of their clones."""
         self.layers = layers
-        announce_clones(layers, clones_per_rank)
+        self._highest = announce_clones(layers, clones_per_rank)
 
     def begin_step(self, step: int) -> None:
         """Take the plan that is due, and start sending weights to clones."""
@@ -37,7 +38,7 @@ class Balancer[Layers: BalancedLayers]:
 
     def end_step(self, microbatches: int) -> None:
         """Bring the gradients of clones home, sum the loads and start the next plan (a collective call)."""
-        self.figures = end_step(self.layers, microbatches)
+        self.figures = end_step(self.layers, microbatches, self._highest)
 
     @contextmanager
     def evaluate(self) -> Iterator[None]:

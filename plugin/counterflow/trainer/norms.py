@@ -31,3 +31,10 @@ def clip_by_norm(
     if norm > most:
         torch._foreach_mul_(list(gradients), most / (norm + 1e-6))
     return norm
+
+
+def sum_norms(own: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return the norm of what the ranks of ``group`` have, from each rank's own norm; a norm that is not finite is -1."""
+    total = torch.where(own < 0, torch.inf, own).square()
+    dist.all_reduce(total, group=group)
+    return torch.where(total.isfinite(), total.sqrt(), -1.0)

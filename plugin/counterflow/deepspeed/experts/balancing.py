@@ -16,17 +16,26 @@ from weakref import ref
 import torch
 import torch.distributed as dist
 
+from counterflow.deepspeed.checks import find_homes_obstacle
 from counterflow.deepspeed.experts.layer import AutoEPSlots
 from counterflow.deepspeed.experts.optimizer_state import take_state
 from counterflow.deepspeed.stages import list_layers
 from counterflow.deepspeed.state import balancer_of, holder_of, slots_of
+from counterflow.errors import BalanceError, OptionError
 from counterflow.moe.gradients import GradientStore, PlainGradients, SummedGradients
 from counterflow.moe.planning import compile_planner
 from counterflow.options import Options
 from counterflow.sections import speaking_json
 from counterflow.trainer.balanced_layers import BalancedLayers, ExpertGroups, number_layers
 from counterflow.trainer.balancer import StepwiseBalancer, say_idle
-from counterflow.trainer.balancing_log import describe_step
+from counterflow.trainer.balancing_log import describe_step, keep_homes_where
+
+# Optimizers whose state has a number for each number of a weight, which no other changes. Norms of whole weights, or rows and
+# columns of them, would be those of other experts' weights too.
+ELEMENTWISE = {
+    "Adagrad", "Adam", "AdamW", "DeepSpeedCPUAdagrad", "DeepSpeedCPUAdam", "DeepSpeedCPULion", "FusedAdam", "FusedLion",
+    "RMSprop", "SGD",
+}  # fmt: skip
 
 
 class EngineLayers(BalancedLayers):
@@ -58,7 +67,7 @@ class EngineBalancer(StepwiseBalancer[EngineLayers]):
         has_ended = self.finish_step(getattr(engine, "micro_batches", None))
         if has_ended and engine.monitor.enabled and dist.get_rank() == 0 and self.figures is not None:
             samples = engine.global_samples + engine.train_batch_size()
-            engine.monitor.write_events([(f"Train/EPLB/{name}", value, samples) for name, value in self.figures.items()])
+            engine.monitor.write_events([(f"Train/EPLB/{name}", value, samples) for name, value in self.figures.all.items()])
 
 
 def attach(engine: Any, options: Options) -> None:
@@ -67,14 +76,52 @@ def attach(engine: Any, options: Options) -> None:
         say_idle("expert_parallel.autoep_size")
         return
     layers = list_layers(engine)
+    if (obstacle := _find_homes_obstacle(engine)) is not None and options.needs_moves:
+        raise OptionError(f"eplb: eplb.rehome_interval {obstacle}: drop one of the two")
+    options = keep_homes_where(obstacle, options)
     compile_planner()
     for number, (_, layer) in zip(number_layers([name for name, _ in layers]), layers, strict=True):
         slots_of[layer] = AutoEPSlots(layer, number, options)
     balancer = balancer_of[engine] = EngineBalancer()
     for _, layer in layers:
+        layer.register_state_dict_pre_hook(partial(_require_order, ref(balancer)))
         for parameter in layer.experts.parameters():
             holder_of[parameter] = ref(balancer)
     balancer.take(EngineLayers(options, engine, [one for _, one in layers]) if layers else None, options.layer_clones)
+
+
+def _find_homes_obstacle(engine: Any) -> str | None:
+    """Return why homes cannot move with an engine's optimizer; None if they can."""
+    names = {one.__name__ for one in type(engine.basic_optimizer).__mro__}
+    if not names & ELEMENTWISE:
+        return (
+            f"moves the state of optimizers that treat each number alone ({', '.join(sorted(ELEMENTWISE))}), and "
+            f"{type(engine.basic_optimizer).__name__} is given"
+        )
+    return find_homes_obstacle(engine._config._param_dict)
+
+
+def _require_order(find: Callable[[], EngineBalancer | None], *_: Any) -> None:
+    """Refuse to hand out weights of experts that are not where AutoEP puts them: whoever reads them takes them for others."""
+    balancer = find()
+    if balancer is not None and balancer.layers is not None and balancer.layers.are_away:
+        raise BalanceError(
+            "eplb: state_dict() is called while homes of experts are on other ranks than AutoEP puts them: read weights from "
+            "save_checkpoint or save_16bit_model, or give eplb.rehome_interval never"
+        )
+
+
+def save_at_home(save: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an engine's ``save_16bit_model``, which all ranks call: homes are where AutoEP expects them."""
+
+    @wraps(save)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if (balancer := balancer_of.get(self)) is None:
+            return save(self, *args, **kwargs)
+        with balancer.save(None):
+            return save(self, *args, **kwargs)
+
+    return run
 
 
 def begin_before(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,7 +175,7 @@ def report_after(report: Callable[..., None]) -> Callable[..., None]:
     def run(self: Any, step: int) -> None:
         report(self, step)
         if (balancer := balancer_of.get(self)) is not None and balancer.figures is not None:
-            print(f"step={step},{describe_step(balancer.figures)}", flush=True)
+            print(f"step={step},{describe_step(balancer.figures.all)}", flush=True)
 
     return run
 

@@ -5,9 +5,8 @@ module of the experts' class. It is not a child of the layer, so optimizer, data
 """
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
-from weakref import ref
 
 import numpy as np
 import torch
@@ -24,27 +23,18 @@ class AutoEPSlots(LayerSlots):
     """The slots of one of AutoEP's layers; ``number`` is the layer's number in the model."""
 
     def __init__(self, layer: Any, number: int, options: Options) -> None:
-        # A weak reference: this is the value of a weak-keyed table whose key is the layer.
-        self._find_layer, self.number = ref(layer), number
-        self._is_seen_in_forward = False
+        self.refer_to(layer)
+        self.number = number
         count, shared = options.layer_clones, options.shared_clones
-        self.clone_module = _make_clones(layer.experts, count)
-        self.shared_module = _make_clones(layer.experts, shared)
+        self.clone_module, self.shared_module = (make_stack(layer.experts, one) for one in (count, shared))
         ranks, is_exact = np.arange(layer.ep_size), options.eplb_split == "exact"
         super().__init__(layer.num_local_experts, count, layer.ep_group, ranks, is_exact=is_exact, shared=shared)
         self.width = layer.num_local_experts + count + shared
 
     @property
-    def layer(self) -> Any:
-        """The MoE layer."""
-        return self._find_layer()
-
-    @property
     def is_training(self) -> bool:
-        """Whether the layer trains. What a checkpoint recomputes in the backward counts only if its forward had no gradients."""
-        is_recomputing, is_training = torch._C._current_graph_task_id() != -1, bool(self.layer.training)
-        self._is_seen_in_forward |= is_training and torch.is_grad_enabled() and not is_recomputing
-        return is_training and not (is_recomputing and self._is_seen_in_forward)
+        """Whether the layer trains, and its tokens are not counted yet."""
+        return self.is_first_pass(self.layer.training)
 
     def list_experts(self) -> LayerExperts:
         """Return this rank's slots: parts of the parameters that stack its experts."""
@@ -58,12 +48,13 @@ class AutoEPSlots(LayerSlots):
         """
         (tokens,) = self.give_back(loan, tokens)
         at_home, lent = int(counts[: self._own].sum()), int(counts[self._own + self._per_rank :].sum())
-        if self.clone_module is None and not lent:
+        resident = int(counts[self._own : self._own + self._per_rank].sum())
+        if not resident and not lent:
             return self.layer.experts(tokens, counts[: self._own])  # type: ignore[no-any-return]
         outputs = [self.layer.experts(tokens[:at_home], counts[: self._own])]
         # Behind all slots come rows that belong to none: the last module gets them.
         shared = int(counts.sum()) - lent if lent else len(tokens)
-        if self.clone_module is not None:
+        if resident:
             self.finish_refresh()
             outputs.append(self.clone_module(tokens[at_home:shared], counts[self._own : self._own + self._per_rank]))
         if lent:
@@ -75,8 +66,7 @@ class AutoEPSlots(LayerSlots):
         if self._just_in_time is None or loan is None or all(one.clone_rank != rank for one in loan.lent):
             # Upstream pads an expert without tokens.
             return torch.zeros_like(tokens)
-        run = partial(_run, self.shared_module, counts)
-        return self._just_in_time.compute(loan, run, tokens)
+        return self._just_in_time.compute(loan, lambda own: self.shared_module(own, counts), tokens)
 
 
 class SlotView:
@@ -128,16 +118,3 @@ def deal_to_slots(forward: Callable[..., Any]) -> Callable[..., Any]:
         return slots.recall(view.loan, output)
 
     return run
-
-
-def _run(module: Any, counts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    return module(tokens, counts)  # type: ignore[no-any-return]
-
-
-def _make_clones(experts: Any, count: int) -> Any:
-    """Return a module like ``experts`` for ``count`` clones; None for 0."""
-    if not count:
-        return None
-    clones = make_stack(experts, count)
-    clones.num_experts = count
-    return clones

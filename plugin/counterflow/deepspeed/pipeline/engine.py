@@ -135,6 +135,9 @@ def make_engine_class(base: Any) -> Any:
         def _exec_schedule(self, step: Step) -> None:
             self.fwd_outputs: list[Any] = []
             self._due, self._dealt = step.microbatches, {}
+            if step.is_evaluation:
+                # Upstream adds to what the last training step left; logits, with compute_loss=False, do not fit that.
+                self.total_loss = self.total_additional_losses = None
             work = DeepSpeedWork(
                 self, self._chunks, step.microbatches, is_evaluation=step.is_evaluation, is_linked=self._is_linked
             )

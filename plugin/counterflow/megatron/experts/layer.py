@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
-from weakref import ref
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 
 from counterflow.errors import SeamError
 from counterflow.megatron.experts.packing import list_tensors, make_packing
-from counterflow.megatron.gradients import add_behind_delayed
+from counterflow.megatron.gradients import add_behind_delayed, is_delayed
 from counterflow.megatron.state import layer_slots
 from counterflow.moe.clones import LayerExperts
 from counterflow.moe.layer import LayerSlots
@@ -39,20 +38,13 @@ class MegatronSlots(LayerSlots):
         shared_module: Any = None,
         shared: int = 0,
     ) -> None:
-        # A weak reference: this is the value of a weak-keyed table whose key is the layer.
-        self._find_layer, self.clone_module, self.shared_module = ref(layer), clone_module, shared_module
+        self.refer_to(layer)
+        self.clone_module, self.shared_module = clone_module, shared_module
         self._packing = make_packing(layer.experts, clone_module)
         self.numbered_behind = 0
         sources = dispatcher.tp_ep_group
         rank_of_source = np.arange(sources.size()) // dispatcher.tp_size
         super().__init__(layer.num_local_experts, clones_per_rank, sources, rank_of_source, is_exact=is_exact, shared=shared)
-
-    @property
-    def layer(self) -> Any:
-        """The MoE layer."""
-        layer = self._find_layer()
-        assert layer is not None
-        return layer
 
     @property
     def is_training(self) -> bool:
@@ -284,18 +276,23 @@ def list_delayed(module: Any) -> list[Any]:
 
 
 def leave_delayed(module: Any) -> None:
-    """Hand over what a backward has queued in Transformer Engine's modules: its W puts it back and computes it.
+    """Hand over what a backward has queued in Transformer Engine's modules, and what it has left at their parameters.
 
-    So each W finds what its own micro-batch has left, whatever the order of W.
+    The W puts both back and computes. So each W finds what its own micro-batch has left, whatever came in between.
     """
     for part in list_delayed(module):
-        queue = part.wgrad_store.context
+        queue, parameters = part.wgrad_store.context, [*filter(is_delayed, part.parameters(recurse=False))]
         while not queue.empty():
-            defer_weight_grad(partial(_compute_delayed, part, queue.get()))
+            left = [(one, one.grad, getattr(one, "grad_added_to_main_grad", False)) for one in parameters]
+            defer_weight_grad(partial(_compute_delayed, part, queue.get(), left))
+        for one in parameters:
+            one.grad = None
 
 
-def _compute_delayed(part: Any, left: Any) -> None:
-    part.wgrad_store.context.put(left)
+def _compute_delayed(part: Any, queued: Any, left: list[tuple[Any, torch.Tensor | None, bool]]) -> None:
+    part.wgrad_store.context.put(queued)
+    for parameter, gradient, is_added in left:
+        parameter.grad, parameter.grad_added_to_main_grad = gradient, is_added
     part.backward_dw()
 
 
