@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 
 from counterflow.errors import PlanError, ScheduleError
-from counterflow.planner.choices import complete_choice, explain_refusal, list_schedules, list_shardings, list_sizes
-from counterflow.planner.cluster import build_cluster
 from counterflow.planner.assumptions import WEIGHTS_IN_FP8, assume_unstated
+from counterflow.planner.choices import complete_choice, explain_refusal, list_schedules, list_shardings, list_sizes
 from counterflow.planner.cluster import build_cluster
 from counterflow.planner.config import parse_config
 from counterflow.planner.emission import emit_deepspeed, emit_megatron

@@ -52,7 +52,8 @@ def run_job(job: dict[str, Any]) -> list[dict[str, Any]]:
             supply_tokens(job["imbalance"])
             if job["fused_rotation"]:
                 supply_rotation()
-            supply_linear_attention()
+            if has_linear_attention(args):
+                supply_linear_attention()
             model = build_stage(args, config, stage // args.pipeline_model_parallel_size, job["fused_attention"])
             found.append({"stage": stage, **count_parameters(model), **run_stage(model, args, config), "seconds": 0.0})
             found[-1]["seconds"] = time.monotonic() - start
@@ -126,6 +127,11 @@ def supply_rotation() -> None:
     from megatron.core.models.common.embeddings import rope_utils
 
     rope_utils._apply_rotary_pos_emb_bshd = lambda tokens, angles, *more, **named: _Rotation.apply(tokens, angles)
+
+
+def has_linear_attention(config: Any) -> bool:
+    """Tell whether some layers of a model have another attention; older releases of Megatron have no such option."""
+    return getattr(config, "experimental_attention_variant", None) is not None
 
 
 def supply_linear_attention() -> None:
@@ -280,7 +286,7 @@ def build_stage(args: Any, config: Any, vp_stage: int, fused_attention: bool) ->
 
 def _get_specs(args: Any, config: Any, is_engine: bool, vp_stage: int | None) -> tuple[Any, Any]:
     """Return the specs of a stage's block and of the model's last layer: the stage may hold none of its own."""
-    if config.experimental_attention_variant is not None:
+    if has_linear_attention(config):
         from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
 
         block = specs.get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=vp_stage)
