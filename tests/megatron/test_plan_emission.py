@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from counterflow.errors import PlanError, ScheduleError
+from counterflow.planner.assumptions import WEIGHTS_IN_FP8, assume_unstated
 from counterflow.planner.choices import complete_choice, explain_refusal, list_schedules, list_shardings, list_sizes
 from counterflow.planner.cluster import build_cluster
 from counterflow.planner.config import parse_config
@@ -120,6 +121,21 @@ def test_megatron_accepts_the_flags_of_fifty_plans_for_both_models() -> None:
     assert not refused, sorted({str(answer) for _, answer in refused})
     assert world is not None and ("world size" in world or "ranks do not fit" in world)
     assert flag is not None and "no-such-flag" in flag
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", WEIGHTS_IN_FP8)
+def test_megatron_accepts_the_formats_that_are_assumed_where_a_plan_states_none(precision: str) -> None:
+    config = parse_config({
+        "model": {"name": "Qwen3-30B-A3B"}, "cluster": {"gpu": "GB200" if precision == "mxfp8" else "H100", "gpus": 64},
+        "training": {"seq_length": 4096, "global_batch_size": 512, "precision": precision},
+        "layout": {"pp": 4, "ep": 8, "cuda_graph": [], "overlap": False},
+    })  # fmt: skip
+    plan = assume_unstated(config, complete_plan(config), build_cluster(config.cluster)).plan
+    assert plan.training.fp8_params and plan.training.main_grads == "bf16"
+    flags = [*emit_megatron(plan), *OWN.split()]
+    assert {"--fp8-param-gather", "--grad-reduce-in-bf16"} <= set(flags)
+    assert ask_as_gpu([{"world": 64, "flags": flags}], "10.0" if precision == "mxfp8" else "9.0") == [None]
 
 
 SEARCHED = {

@@ -23,7 +23,8 @@ def main() -> None:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
 
-    from counterflow.megatron.dry_run.child import build_stage
+    from counterflow.megatron.dry_run.child import build_stage, leave_out_angles
+    from counterflow.trainer.fake_rank import Kept
 
     args = parse_args()
     validate_args(args)
@@ -33,20 +34,13 @@ def main() -> None:
     model_parallel_cuda_manual_seed(1)
     torch.manual_seed(job["seed"])
     model = build_stage(args, core_transformer_config_from_args(args), 0, fused_attention=False)
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
+    kept = Kept(model)
+    leave_out_angles(model, kept.own)
     words = torch.randint(args.vocab_size, (args.micro_batch_size, args.seq_length))
     places = torch.arange(args.seq_length)[None].expand_as(words)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with kept.watch():
         loss = model(words, places, None, labels=words)
-    size = sum(storage.nbytes() for storage in kept.values())
+    size = kept.size
     loss.float().mean().backward()
     with_gradient = sum(one.grad is not None for one in model.parameters())
     print(json.dumps({"kept": size, "loss": loss.float().mean().item(), "gradients": with_gradient}))

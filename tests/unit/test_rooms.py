@@ -46,7 +46,7 @@ ROOMS = {
     "megatron.v_layout": (ADAPTER | {"megatron.state"}, TRAINER_WORLD),
     "megatron.pipeline": (ADAPTER | SHARED | {"megatron.streams", "megatron.v_layout"}, TRAINER_WORLD),
     "megatron.experts": (ADAPTER | SHARED | {"megatron.checks"}, TRAINER_WORLD),
-    "megatron.dry_run": (COMMON | {"planner", "platform", "platform.engine", "schedule"}, TRAINER_WORLD),
+    "megatron.dry_run": (COMMON | {"planner", "platform", "platform.engine", "schedule", "trainer"}, TRAINER_WORLD),
     "deepspeed": (ADAPTER, DEEPSPEED_WORLD),
     "deepspeed.pipeline": (ADAPTER | {"deepspeed.state"}, DEEPSPEED_WORLD),
     "deepspeed.experts": (ADAPTER | {"deepspeed.checks", "deepspeed.stages", "deepspeed.state"}, DEEPSPEED_WORLD),

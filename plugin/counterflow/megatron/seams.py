@@ -34,6 +34,8 @@ REMEDIES = {
 
 KNOWN = ("0.17", "0.18", "0.19", "0.20")
 SINCE_18 = KNOWN[1:]
+# Linear attention is a package of its own.
+WITH_DELTA = KNOWN[2:]
 
 SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 STATE = "megatron.core.parallel_state"
@@ -362,6 +364,23 @@ DRYING = (
     Seam(
         "megatron.core.models.common.embeddings.rope_utils", "_apply_rotary_pos_emb_bshd", None, (DRY_RUN,), KNOWN,
         "keeps what its fused kernel keeps", ("t", "freqs"),
+    ),
+    *(
+        Seam(f"{GPT}.experimental_attention_variant_module_specs", symbol, None, (DRY_RUN,), WITH_DELTA, why, ("config",))
+        for symbol, why in (
+            ("get_transformer_block_with_experimental_attention_variant_spec", "layers of a model with linear attention"),
+            ("get_transformer_layer_with_experimental_attention_variant_spec", "their kinds"),
+        )
+    ),
+    *(
+        Seam(f"megatron.core.ssm.gated_delta_net.{place}", symbol, None, (DRY_RUN,), WITH_DELTA, why)
+        for place, symbol, why in (
+            ("common", "HAVE_FLA", "linear attention wants kernels that are not run"),
+            ("common", "l2norm", "keeps what its kernel keeps"),
+            ("common", "_GDNBase", "its norm and decay keep what compiled ones keep"),
+            ("gdn", "causal_conv1d", "keeps what its kernel keeps"),
+            ("gdn", "chunk_gated_delta_rule", "keeps what its kernel keeps"),
+        )
     ),
 )  # fmt: skip
 

@@ -271,6 +271,9 @@ class StageSizes:
         every = min(recompute.layers or 1, len(stage.layers)) if recompute.method == "uniform" else 1
         for index, layer in enumerate(stage.layers):
             one = self._size_layer(layer, recompute.method == "block" and index >= (recompute.layers or 0))
+            if index < self._layout.activation_offload_layers:
+                # What it keeps is on the host, but for this layer's and the one that is under way.
+                one = Held(0.0, one.queued, one.working + 2 * one.kept, one.ahead + 2 * one.kept)
             # Of a group one input is kept, and all its layers are there when it is run again.
             total = total.join(Held(one.kept / every, one.queued, one.working * every, one.ahead))
         return total

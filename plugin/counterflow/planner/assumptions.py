@@ -2,18 +2,23 @@
 
 Source: the performance recipes of Megatron-Bridge, ``src/megatron/bridge/perf_recipes``. In domains of many GPUs they dispatch
 by HybridEP and hold attention and router in CUDA graphs. Where they dispatch by HybridEP in MXFP8, one graph holds the whole
-step, experts' products are fused, attention is in FP8, and expert communication overlaps.
+step, experts' products are fused, attention is in FP8, and expert communication overlaps. In FP8 with scales of tensors and in
+MXFP8 they keep weights in FP8 alone (``src/megatron/bridge/training/mixed_precision.py``, ``fp8_param_gather``) and gradients in
+BF16 (``grad_reduce_in_fp32 = False``). A plan that lists Megatron's own flags has Megatron's own defaults.
 """
 
 from dataclasses import dataclass, replace
 
 from counterflow.planner.cluster import Cluster
 from counterflow.planner.config import PlanConfig
-from counterflow.planner.layouts import OWN, Layout, Plan
+from counterflow.planner.layouts import OWN, Layout, Plan, Training
 from counterflow.schedule.families import FAMILIES
 
 PARTIAL_GRAPH = ("attn", "moe_router", "moe_preprocess")
 WHOLE_GRAPH = ("full_iteration",)
+WEIGHTS_IN_FP8 = ("fp8-delayed", "fp8-tensorwise", "mxfp8")
+# Words of whoever lists Megatron's flags.
+LISTED = {"sp", "dist_optimizer", "tied", "untied", "swiglu"}
 FP8_ATTENTION, FUSED_PERMUTE = "fp8 attention", "hybridep_permute_fusion"
 
 
@@ -30,13 +35,32 @@ def assume_unstated(config: PlanConfig, plan: Plan, cluster: Cluster) -> Assumed
     """Return the plan with what it does not state, and a note for each assumption."""
     words = {word.lower() for word in config.unread_flags}
     notes = [note for note in plan.notes if not any(word in note.lower() for word in (FP8_ATTENTION, FUSED_PERMUTE))]
+    plan = replace(plan, training=_assume_formats(config, plan, notes))
     layout, has_fp8 = plan.layout, FP8_ATTENTION in words
+    if layout.activation_offload_layers:
+        notes.append("transfers of offloaded activations are not in the step's time")
+        if layout.pp > 1:
+            notes.append(f"Megatron offloads activations only with pp 1, and pp {layout.pp} is given")
     if config.layout.cross_entropy_fusion is None:
         layout = replace(layout, cross_entropy_fusion=True)
     if any(layer.moe for layer in plan.model.layers):
         layout = _assume_experts(config, replace(plan, layout=layout), cluster, notes)
         has_fp8 = has_fp8 or (plan.training.precision == "mxfp8" and "full_iteration" in layout.cuda_graph)
     return Assumed(replace(plan, layout=layout, notes=tuple(notes)), has_fp8, FUSED_PERMUTE in words)
+
+
+def _assume_formats(config: PlanConfig, plan: Plan, notes: list[str]) -> Training:
+    training, stated = plan.training, config.training
+    is_recipe = training.precision in WEIGHTS_IN_FP8 and not set(config.layout.words) & LISTED
+    if not is_recipe or not plan.layout.distributed_optimizer:
+        return training
+    if stated.fp8_param_gather is None:
+        training = replace(training, fp8_params=True)
+        notes.append(f"fp8_param_gather is not stated: true, as recipes in {training.precision} have it")
+    if stated.main_grads_dtype is None:
+        training = replace(training, main_grads="bf16")
+        notes.append(f"main_grads_dtype is not stated: bf16, as recipes in {training.precision} have it")
+    return training
 
 
 def _assume_experts(config: PlanConfig, plan: Plan, cluster: Cluster, notes: list[str]) -> Layout:

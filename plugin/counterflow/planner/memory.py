@@ -310,10 +310,15 @@ def relax_plan(plan: Plan) -> Plan:
 
 
 def tighten_plan(plan: Plan) -> Plan:
-    """Return the plan with twice the tokens in a micro-batch where it does not state them."""
-    if not plan.unstated & {"micro_batch_size", "seq_length"}:
-        return plan
-    return replace(plan, layout=replace(plan.layout, micro_batch_size=2 * plan.layout.micro_batch_size))
+    """Return the plan with whatever takes memory in place of what it does not state: formats, twice a micro-batch's tokens."""
+    training, layout, left = plan.training, plan.layout, plan.unstated
+    if "main_grads_dtype" in left:
+        training = replace(training, main_grads="fp32")
+    if "fp8_param_gather" in left:
+        training = replace(training, fp8_params=False)
+    if left & {"micro_batch_size", "seq_length"}:
+        layout = replace(layout, micro_batch_size=2 * layout.micro_batch_size)
+    return replace(plan, training=training, layout=layout)
 
 
 class _Case:

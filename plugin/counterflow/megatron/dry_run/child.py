@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from counterflow.planner.activations import DELTA_CHUNK
+from counterflow.trainer.fake_rank import Kept, fake_group
 
 # What the formula calls a stage's parts.
 EXPERT, DENSE = "experts", "dense"
@@ -51,7 +52,8 @@ def run_job(job: dict[str, Any]) -> list[dict[str, Any]]:
             supply_tokens(job["imbalance"])
             if job["fused_rotation"]:
                 supply_rotation()
-            supply_linear_attention()
+            if has_linear_attention(args):
+                supply_linear_attention()
             model = build_stage(args, config, stage // args.pipeline_model_parallel_size, job["fused_attention"])
             found.append({"stage": stage, **count_parameters(model), **run_stage(model, args, config), "seconds": 0.0})
             found[-1]["seconds"] = time.monotonic() - start
@@ -64,28 +66,23 @@ def as_rank(rank: int, args: Any) -> Iterator[None]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    new_group = torch.distributed.new_group
-    torch.distributed.new_group = lambda *given, **named: new_group(*given, **{**named, "backend": "fake"})
-    torch.distributed.init_process_group("fake", world_size=args.world_size, rank=rank, store=FakeStore())
-    try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=args.tensor_model_parallel_size,
-            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
-            context_parallel_size=args.context_parallel_size,
-            expert_model_parallel_size=args.expert_model_parallel_size,
-            expert_tensor_parallel_size=args.expert_tensor_parallel_size,
-            create_gloo_process_groups=False,
-        )
-        model_parallel_cuda_manual_seed(1)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
-        torch.distributed.new_group = new_group
+    with fake_group(rank, args.world_size):
+        try:
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=args.tensor_model_parallel_size,
+                pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+                virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+                context_parallel_size=args.context_parallel_size,
+                expert_model_parallel_size=args.expert_model_parallel_size,
+                expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+                create_gloo_process_groups=False,
+            )
+            model_parallel_cuda_manual_seed(1)
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                yield
+        finally:
+            parallel_state.destroy_model_parallel()
 
 
 def supply_tokens(imbalance: float) -> None:
@@ -130,6 +127,11 @@ def supply_rotation() -> None:
     from megatron.core.models.common.embeddings import rope_utils
 
     rope_utils._apply_rotary_pos_emb_bshd = lambda tokens, angles, *more, **named: _Rotation.apply(tokens, angles)
+
+
+def has_linear_attention(config: Any) -> bool:
+    """Tell whether some layers of a model have another attention; older releases of Megatron have no such option."""
+    return getattr(config, "experimental_attention_variant", None) is not None
 
 
 def supply_linear_attention() -> None:
@@ -284,7 +286,7 @@ def build_stage(args: Any, config: Any, vp_stage: int, fused_attention: bool) ->
 
 def _get_specs(args: Any, config: Any, is_engine: bool, vp_stage: int | None) -> tuple[Any, Any]:
     """Return the specs of a stage's block and of the model's last layer: the stage may hold none of its own."""
-    if config.experimental_attention_variant is not None:
+    if has_linear_attention(config):
         from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
 
         block = specs.get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=vp_stage)
@@ -343,26 +345,18 @@ def run_stage(model: Any, args: Any, config: Any) -> dict[str, int]:
     model.train()
     tokens, batch = args.seq_length // args.context_parallel_size, args.micro_batch_size
     part = tokens // (args.tensor_model_parallel_size if args.sequence_parallel else 1)
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    leave_out_angles(model, own)
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return tensor
-
+    kept = Kept(model)
+    leave_out_angles(model, kept.own)
     words = torch.zeros(batch, tokens, dtype=torch.long)
     places = torch.arange(tokens)[None].expand(batch, tokens)
     dtype = config.params_dtype
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with kept.watch():
         if not model.pre_process:
             model.set_input_tensor(torch.empty(part, batch, args.hidden_size, dtype=dtype, requires_grad=True))
         out = model(words, places, None, labels=words if model.post_process or getattr(model, "mtp_process", False) else None)
-    sizes = [storage.nbytes() for storage in kept.values()]
+    size = kept.size
     del out
-    return {"kept": sum(sizes)}
+    return {"kept": size}
 
 
 if __name__ == "__main__":
