@@ -2,7 +2,8 @@
 
 exact: the example's model made small, from the same weights, with clones drawn anew for every step, beside plain Megatron.
 balance: the example's own model; balancedness with homes alone and as it was. overhead: its step time with ``--cf-eplb`` over
-that without, the router forced to balance, in turns: run it on a quiet machine.
+that without, the router forced to balance, in turns: run it on a quiet machine. device: nine kinds of load on an emulated device
+of eight ranks, beside a router that is forced to balance (`device_contestants`): fifteen minutes a seed.
 """
 
 import argparse
@@ -14,6 +15,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from benchmarks.device_contestants import measure_device
+from counterflow.balance import WORKLOADS
 from data import prepare_text
 from ranks import start_ranks
 from tests.support import ROOT
@@ -43,6 +46,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="steps of each training (default: 30; balance: 100)")
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2], help="exact: of every expert (default: 1 2)")
     parser.add_argument("--turns", type=int, default=5, help="overhead: runs with and without, in turns (default: 5)")
+    parser.add_argument(
+        "--kinds", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS), help="device: of load (default: all)"
+    )
+    parser.add_argument("--stretch", type=float, default=50.0, help="device: by how much all times are longer (default: 50)")
+    parser.add_argument("--nodes", type=int, choices=(1, 2), default=1, help="device: that the ranks are on (default: 1)")
     given = parser.parse_args()
     for part in given.parts:
         if part not in PARTS:
@@ -174,7 +182,7 @@ def time_steps(flags: list[str], directory: Path) -> list[float]:
     return [float(match["ms"]) for line in lines if (match := STEP.search(line))]
 
 
-PARTS = {"exact": measure_exactness, "balance": measure_balance, "overhead": measure_overhead}
+PARTS = {"exact": measure_exactness, "balance": measure_balance, "overhead": measure_overhead, "device": measure_device}
 
 if __name__ == "__main__":
     main()

@@ -95,7 +95,7 @@ def train(options: Options, seed: int, steps: int) -> dict[str, Any]:
         work = Stages({int(s): stages[s] for s in stages}, batches)
         layers.begin_step(step)
         pipeline.train(pipeline.prepare(table, FORM), work, FORM, step)
-        clones.append(end_step(layers, trainer.MICROBATCHES))
+        clones.append(end_step(layers, trainer.MICROBATCHES).all)
         for gradient in [p.grad for name, p in stages.named_parameters() if "experts" not in name and p.grad is not None]:
             dist.all_reduce(gradient, group=experts)
         optimizer.step()

@@ -32,6 +32,7 @@ SPEAKING_SECONDS = 20
 # An upper limit for counts: no run has so many clones, or so many steps between plans.
 MOST = 1_000_000
 BALANCING = "eplb_"
+NEVER = "never"
 PREDICTED = "predicted"
 # A step's trace takes megabytes, and the profiler holds all of them in memory.
 MOST_PROFILED = 100
@@ -123,11 +124,11 @@ class _Fields(BaseModel):
         "is as fast as can be; even: in equal parts, without waiting for the counts",
         "exact",
     )
-    eplb_rehome_interval: int | None = _describe(
-        "steps between swaps of the homes themselves, weights and optimizer state together (default: never)",
-        metavar="STEPS",
-        ge=1,
-        le=MOST,
+    eplb_rehome_interval: int | Literal["auto", "never"] = _describe(
+        "when the homes themselves move, weights and optimizer state together; auto: where the load has settled elsewhere for "
+        "long enough to pay for it; STEPS: every so many steps, where it pays until the next time",
+        AUTO,
+        "auto|never|STEPS",
     )
 
     @field_validator("schedule")
@@ -155,6 +156,16 @@ class _Fields(BaseModel):
             raise ValueError(f"steps {show(value)}; allowed: STEP or FIRST:LAST, from 1 up, {MOST_PROFILED} steps at most")
         return text
 
+    @field_validator("eplb_rehome_interval", mode="before")
+    @classmethod
+    def _check_rehome_interval(cls, value: Any) -> int | str:
+        if value in (AUTO, NEVER):
+            return str(value)
+        text = str(value) if type(value) is int else value
+        if not isinstance(text, str) or not re.fullmatch("[1-9][0-9]{0,6}", text) or int(text) > MOST:
+            raise ValueError(f"allowed: {AUTO}, {NEVER}, or steps from 1 to {MOST:,}{suggest(value, (AUTO, NEVER))}")
+        return int(text)
+
     @field_validator("costs", "record", mode="before")
     @classmethod
     def _read_path(cls, value: Any) -> Path | None:
@@ -179,9 +190,10 @@ class Options(_Fields):
         if balancing and "eplb" not in self.model_fields_set:
             name = min(balancing, key=list(_Fields.model_fields).index)
             raise ValueError(f"{name_flag(name)} is for --cf-eplb, which is not given: add it")
-        if self.eplb and not self.eplb_clones_per_rank and self.eplb_rehome_interval is None:
+        if self.eplb and not self.eplb_clones_per_rank and not self.moves_homes:
             raise ValueError(
-                "--cf-eplb-clones-per-rank 0 leaves nothing to balance with: give 1 or more, or --cf-eplb-rehome-interval"
+                "--cf-eplb-clones-per-rank 0 leaves nothing to balance with under --cf-eplb-rehome-interval never: give 1 clone "
+                "or more, or let homes move"
             )
         return self
 
@@ -255,6 +267,20 @@ class Options(_Fields):
             except ScheduleError as error:
                 raise ValueError(f"--cf-costs: {_escape(str(error))}") from None
         return self
+
+    @property
+    def moves_homes(self) -> bool:
+        """Whether homes may move."""
+        return self.eplb and self.eplb_rehome_interval != NEVER
+
+    @property
+    def needs_moves(self) -> bool:
+        """Whether homes have to be able to move: that was asked for, or there is nothing else to balance with."""
+        return self.moves_homes and ("eplb_rehome_interval" in self.model_fields_set or not self.eplb_clones_per_rank)
+
+    def keep_homes(self) -> "Options":
+        """Return these options for a run in which homes cannot move."""
+        return self.model_copy(update={"eplb_rehome_interval": NEVER})
 
     @property
     def profile_steps(self) -> tuple[int, int] | None:

@@ -1,6 +1,7 @@
 """The balancing cases: clones drawn anew for every step, with what a training may have, and plain Megatron's runs beside them."""
 
 from pathlib import Path
+from typing import Any
 
 from tests.support.run_cases import Case
 from tests.support.training import (
@@ -18,6 +19,9 @@ from tests.support.training import (
 
 STEPS = 6
 SAVED = 3
+# Homes move by themselves at the earliest in the step after four; that one is saved.
+SETTLED, SETTLED_STEPS = 5, 8
+SEEDS = ("1234", "4321")
 
 CLONES = {count: ["--cf-eplb", "--cf-eplb-clones-per-rank", str(count)] for count in range(4)}
 ON = CLONES[1]
@@ -26,6 +30,7 @@ EVEN = ["--cf-eplb-split", "even"]
 # Two replicas of an expert-parallel group of two, and one of four.
 TWO_REPLICAS = ["--expert-model-parallel-size", "2"]
 FOUR_RANKS = ["--expert-model-parallel-size", "4"]
+EIGHT_EXPERTS = ["--num-experts", "8"]
 # The all-to-all dispatcher gathers uneven parts over expert tensor parallel ranks, which gloo cannot.
 SPLIT_EXPERTS = """
     --tensor-model-parallel-size 2 --expert-tensor-parallel-size 2 --sequence-parallel --make-vocab-size-divisible-by 2
@@ -96,5 +101,19 @@ def list_cases(text: Path, directory: Path) -> list[Case]:
     dense_first = ["--moe-layer-freq", "([0]*2+[1]*2)"]
     cases.add("megatron, MTP", TWO_STAGES, MTP, dense_first, plugin=False)
     cases.add("MTP", TWO_STAGES, MTP, dense_first, ON)
+    _add_settling(cases)
     # Each draws placements of its own.
     return [{**case, "seed": seed} for seed, case in enumerate(cases)]
+
+
+def _add_settling(cases: Cases) -> None:
+    """Add runs in which the experts of two of four ranks get no tokens, and homes move by themselves."""
+    for seed in SEEDS:
+        flags = [*FOUR_RANKS, *EIGHT_EXPERTS, *SHARDED, "--seed", seed]
+        how: dict[str, Any] = {"steps": SETTLED_STEPS, "shunned": [0, 1, 2, 3], "plans": "made"}
+        cases.add(f"megatron, two ranks shunned, {seed}", flags, plugin=False, **how)
+        cases.add(f"two ranks shunned, {seed}", flags, CLONES[0], save=SETTLED, **how)
+    resumed = [*EIGHT_EXPERTS, *SHARDED, "--seed", SEEDS[-1], *cases.resume_from(f"two ranks shunned, {SEEDS[-1]}", SETTLED)]
+    cases.add("two ranks shunned -> homes alone", FOUR_RANKS, resumed, CLONES[0], **how)
+    cases.add("two ranks shunned -> other EP and clones", TWO_REPLICAS, resumed, CLONES[2], **how)
+    cases.add("two ranks shunned -> megatron", FOUR_RANKS, resumed, plugin=False, **how)

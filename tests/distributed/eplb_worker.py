@@ -2,9 +2,8 @@
 
 A case may have "plans": "drawn" (the default: placements drawn anew for every
 step, homes too where they may move, and just-in-time clones for every micro-batch) or "made" (the planner's), the "seed" of what
-is drawn, and "kill": {"rank", "method",
-"step"}, where that rank kills itself behind its call of a method of `Clones` or `BalancedModel`. A result has "clones": what
-`Watch` saw on all ranks, summed up.
+is drawn, and "kill": {"rank", "method", "step"}, where that rank kills itself behind its call of a method of `Clones` or
+`BalancedModel`. Experts that are "shunned" get no tokens. A result has "clones": what `Watch` saw on all ranks, summed up.
 """
 
 import hashlib
@@ -201,6 +200,8 @@ def place_homes(homes: Array, placement: Placement) -> Array:
 @contextmanager
 def watch_case(case: dict[str, Any]) -> Iterator[Watch]:
     """Draw placements, watch experts and placements, and kill a rank where the case wants it, inside the block."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
     from counterflow.megatron.experts.balanced_model import BalancedModel
     from counterflow.megatron.experts.balancing import ExpertBalancer
     from counterflow.megatron.experts.layer import MegatronSlots
@@ -246,7 +247,7 @@ def watch_case(case: dict[str, Any]) -> Iterator[Watch]:
     note(BalancedModel, "begin_step", begin_step, end_planning)
     note(BalancedModel, "refresh", count_refresh, None)
     note(BalancedModel, "_place", note_placement, None)
-    note(ExpertBalancer, "end_step", None, lambda balancer, *_: watch.said.append(balancer.figures))
+    note(ExpertBalancer, "end_step", None, lambda balancer, *_: watch.said.append(balancer.figures.all))
     # Weights do not change inside a forward; behind it, gathers of parameters have ended too.
     note(
         MegatronSlots,
@@ -254,6 +255,8 @@ def watch_case(case: dict[str, Any]) -> Iterator[Watch]:
         None,
         lambda slots, run, tokens, tokens_per_slot, *_: watch.see_experts(slots, tokens_per_slot),
     )
+    if (shunned := case.get("shunned")) is not None:
+        patches.set(TopKRouter, "gating", shun(TopKRouter.gating, shunned))
     note(JustInTime, "receive", None, watch.see_loan)
     if (kill := case.get("kill")) is not None:
         owner = next(one for one in (Clones, BalancedModel, JustInTime) if hasattr(one, kill["method"]))
@@ -262,6 +265,17 @@ def watch_case(case: dict[str, Any]) -> Iterator[Watch]:
         yield watch
     finally:
         patches.undo()
+
+
+def shun(gating: Callable[..., Any], experts: list[int]) -> Callable[..., Any]:
+    """Return a router's ``gating`` that gives some experts the least score there is."""
+
+    @wraps(gating)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        logits = gating(*args, **kwargs)
+        return logits.index_fill(-1, torch.tensor(experts), -1e4)
+
+    return run
 
 
 def surround(function: Callable[..., Any], before: Callable[..., None] | None, after: Callable[..., None] | None) -> Any:

@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from eplb_cases import CLONES, MOVING, PLAIN, RESUMED, SAVED, SHARDED_RUNS, STEPS
+from eplb_cases import (
+    CLONES,
+    MOVING,
+    PLAIN,
+    RESUMED,
+    SAVED,
+    SEEDS,
+    SETTLED,
+    SETTLED_STEPS,
+    SHARDED_RUNS,
+    STEPS,
+)
 from tests.support.checkpoints import list_entries, measure_difference, read_tensors
 from tests.support.comparing import HALF_TOLERANCE, TOLERANCE, assert_same_steps
 from tests.support.forked_ranks import fork_ranks
@@ -17,7 +28,7 @@ from tests.support.training import SHARDED, TWO_STAGES, list_base_flags, save_to
 REFERENCES = dict.fromkeys(PLAIN, "megatron, plain") | dict.fromkeys(SHARDED_RUNS, "megatron, sharded")
 # A step in which one of the ranks dies, after the checkpoint of the step before.
 KILLED = 5
-KILLS = ((2, "refresh"), (3, "_put_home"))
+KILLS = ((2, "refresh"), (3, "_take_home"))
 
 
 def assert_clones_changed_and_were_their_homes(run: dict[str, Any]) -> None:
@@ -107,6 +118,26 @@ def test_plans_are_made_at_their_interval_and_balance(balanced_runs: Runs) -> No
     for step in said[2:]:
         assert step["clones"] > 0 and step["MB"] > 0
         assert step["balancedness"] > step["balancedness before"] + 0.05, f"the plan did not balance: {step}"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_homes_move_by_themselves_to_ranks_without_tokens(balanced_runs: Runs, seed: str) -> None:
+    run = balanced_runs[f"two ranks shunned, {seed}"]
+    assert len(run["steps"]) == SETTLED_STEPS
+    assert_same_steps(run, balanced_runs[f"megatron, two ranks shunned, {seed}"])
+    said = run["clones"]["said"]
+    assert [step["homes moved"] > 0 for step in said] == [step == SETTLED for step in range(1, SETTLED_STEPS + 1)]
+    early, late = ([step["balancedness"] for step in part] for part in (said[: SETTLED - 1], said[SETTLED - 1 :]))
+    assert max(early) <= 0.5 and min(late) > 0.75, f"homes that moved do not balance: {early}, {late}"
+
+
+@pytest.mark.parametrize("loaded", ["homes alone", "other EP and clones", "megatron"])
+def test_a_checkpoint_saved_behind_a_move_of_homes_resumes(balanced_runs: Runs, loaded: str) -> None:
+    run = balanced_runs[f"two ranks shunned -> {loaded}"]
+    assert [step["iteration"] for step in run["steps"]] == list(range(SETTLED + 1, SETTLED_STEPS + 1))
+    assert_same_steps(run, balanced_runs[f"megatron, two ranks shunned, {SEEDS[-1]}"])
+    if loaded == "homes alone":
+        assert run["clones"]["said"][0]["homes moved"] > 0, "the loads that were saved do not move homes in the first step"
 
 
 @pytest.mark.parametrize(("name", "clones", "weights", "gradients"), [("plain", 1, 4, 4), ("bf16", 2, 2, 4)])

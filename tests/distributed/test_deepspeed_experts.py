@@ -22,12 +22,13 @@ STEPS, SHORT = 8, 4
 # What of the grid is left to ``make nightly``.
 NIGHTLY = (
     "seed 1234, dualpipev", "seed 11, plain pipeline", "reentrant, clones", "ZeRO-0, clones", "dense, pipeline",
-    "seed 11, homes move at ZeRO-0",
+    "seed 11, homes move at ZeRO-0", "recompute, just in time",
 )  # fmt: skip
 SEEDS = (11, 1234)
 TOGETHER = 5
 PIPELINE = {"stages": 2, "gas": 4}
 BF16 = {"bf16": {"enabled": True}}
+JUST_IN_TIME: dict[str, Any] = {"plan": "exact"}
 
 
 def make_case(
@@ -88,6 +89,14 @@ def make_cases(folder: Path) -> dict[str, Any]:
     record = {"record": str(folder / "homes")}
     cases["seed 11, homes move"] = make_case(clone(rehome_interval=2) | record, steps=STEPS)
     cases["seed 11, homes move at ZeRO-0"] = make_case(clone("dualpipev", rehome_interval=1), **PIPELINE, zero=0, steps=STEPS)
+    cases["seed 11, just in time"] = make_case(clone(**JUST_IN_TIME), steps=STEPS, evaluate_at=3)
+    cases["seed 1234, just in time, pairs"] = make_case(
+        clone("dualpipev", **JUST_IN_TIME) | {"overlap": True}, seed=1234, **PIPELINE
+    )
+    cases["seed 11, just in time, split"] = make_case(clone("zb-h1", **JUST_IN_TIME), **PIPELINE)
+    cases["recompute, just in time"] = make_case(clone(**JUST_IN_TIME), recompute=False)
+    cases["reentrant, just in time"] = make_case(clone(**JUST_IN_TIME), recompute=True)
+    cases["EP 4, both kinds"] = make_case(clone(plan="auto"), ep=4)
     for what, more in {
         "ZeRO-2": {"zero": 2},
         "overlapped reductions": {"overlap_comm": True},
@@ -99,6 +108,9 @@ def make_cases(folder: Path) -> dict[str, Any]:
         cases[f"{what}, clones"] = make_case(clone() | {"record": str(folder / what)}, **more)
     cases["ZeRO-0, plain"] = make_case(zero=0)
     cases["ZeRO-0, clones"] = make_case(clone(), zero=0)
+    # Long enough steps for homes to pay by themselves.
+    cases["homes alone, plain"] = make_case(gas=8, steps=8)
+    cases["homes alone, auto"] = make_case({"eplb": {"clones_per_rank": 0}, "record": str(folder / "alone")}, gas=8, steps=8)
     # Plain DeepSpeed has no pipeline of these.
     cases["dense, plain"] = make_case(dense=4)
     cases["dense, 1f1b"] = make_case(clone("1f1b"), **PIPELINE, dense=4)
@@ -129,6 +141,7 @@ COMPARED = [case for case in make_cases(Path()) if not case.endswith(", plain")]
 RECORDED = {
     **{f"clones-{seed}": f"seed {seed}, clones" for seed in SEEDS},
     "homes": "seed 11, homes move",
+    "alone": "homes alone, auto",
     **{what: f"{what}, clones" for what in ("recompute", "reentrant")},
 }
 
@@ -144,11 +157,22 @@ def test_steps_are_those_of_plain_deepspeed(trained: dict[str, Any], case: str) 
 def test_every_step_had_another_placement(trained: dict[str, Any], folder: Path, recorded: str) -> None:
     del trained
     steps = read_steps(folder / recorded)
-    placed = [json.dumps([step["experts"], step["homes"]]) for step in steps]
+    record = read_record(folder / recorded)
+    placed = [[one.experts.tolist(), one.homes.tolist()] for one in map(record.find_placement, range(STEPS))]  # type: ignore[union-attr]
     assert len(steps) == STEPS
-    assert len(set(placed)) == STEPS
+    assert len({json.dumps(one) for one in placed}) == STEPS
     assert all(step["clones"] > 0 for step in steps[1:])
     assert (sum(step["homes_moved"] for step in steps) > 0) == (recorded == "homes")
+
+
+@pytest.mark.parametrize("recorded", ["alone"])
+def test_homes_move_by_themselves_without_clones(trained: dict[str, Any], folder: Path, recorded: str) -> None:
+    del trained
+    steps = read_steps(folder / recorded)
+    moved = [step["homes_moved"] for step in steps]
+    assert not any(moved[:4]) and moved[4] > 0, "the gate knows enough after four steps"
+    early, late = (np.mean([step["balancedness_after"] for step in part]) for part in (steps[:4], steps[4:]))
+    assert late > early + 0.1, f"homes that moved do not balance: {early}, {late}"
 
 
 @pytest.mark.parametrize("recorded", mark_nightly(["recompute", "reentrant"], lambda name: RECORDED[name] not in NIGHTLY))
@@ -175,14 +199,16 @@ def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     cases["sums in fp32"] = make_case(clone(), **long, changes=half | {"data_types": {"grad_accum_dtype": "fp32"}})
     cases["dualpipev"] = make_case(clone("dualpipev"), **long, **PIPELINE, changes=half)
     cases["ZeRO-0"] = make_case(clone("dualpipev"), **long, **PIPELINE, zero=0, changes=half)
+    cases["just in time"] = make_case(clone(**JUST_IN_TIME), **long, changes=half)
+    cases["just in time, ZeRO-0"] = make_case(clone("dualpipev", **JUST_IN_TIME), **long, **PIPELINE, zero=0, changes=half)
     asked = {"fp32", "bf16"} | list_asked(request)
     return run_cases({case: one for case, one in cases.items() if case in asked}, tmp_path_factory.mktemp("rounded"))
 
 
-ROUNDED = ["clones", "sums in fp32", "dualpipev", "ZeRO-0"]
+ROUNDED = ["clones", "sums in fp32", "dualpipev", "ZeRO-0", "just in time", "just in time, ZeRO-0"]
 
 
-@pytest.mark.parametrize("case", mark_nightly(ROUNDED, lambda case: case in ("dualpipev", "ZeRO-0")))
+@pytest.mark.parametrize("case", mark_nightly(ROUNDED, lambda case: case in ("dualpipev", "ZeRO-0", "just in time, ZeRO-0")))
 def test_clones_in_bf16_are_as_near_as_bf16_itself(rounded: dict[str, Any], case: str) -> None:
     losses = {name: np.array([step["loss"] for step in run["steps"]]) for name, run in rounded.items()}
     rounding = np.square(losses["bf16"] - losses["fp32"]).mean()

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +20,10 @@ from counterflow.megatron.experts import balanced_model, balancing
 from counterflow.megatron.experts.balanced_model import BalancedModel
 from counterflow.megatron.experts.balancing import ExpertBalancer
 from counterflow.megatron.experts.layer import MegatronSlots
+from counterflow.moe.planning import ClonePlanner, HomeGate
 from counterflow.options import Options
 from counterflow.platform import install_cpu
+from counterflow.trainer.balancing_log import end_step
 
 
 @pytest.fixture
@@ -44,21 +47,24 @@ class Planner:
         return self._model._placement
 
 
-def make_layer(group: Any, clones_per_rank: int = 0) -> torch.nn.Module:
+def make_layer(group: Any, clones_per_rank: int = 0, number: int = 1) -> torch.nn.Module:
     layer = torch.nn.Module()
     layer.experts = SimpleNamespace(local_experts=[torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
     layer.token_dispatcher = SimpleNamespace(tp_ep_group=group, tp_size=1)
     layer.config = SimpleNamespace(num_moe_experts=2, num_layers=1)
-    layer.ep_group, layer.num_local_experts, layer.layer_number, layer.is_mtp_layer = group, 2, 1, False
+    layer.ep_group, layer.num_local_experts, layer.layer_number, layer.is_mtp_layer = group, 2, number, False
     state.layer_slots[layer] = MegatronSlots(layer, layer.token_dispatcher, None, clones_per_rank, is_exact=False)
     return layer
 
 
-def make_model(monkeypatch: pytest.MonkeyPatch, group: Any, options: Options) -> tuple[BalancedModel, MegatronSlots]:
+def make_model(
+    monkeypatch: pytest.MonkeyPatch, group: Any, options: Options, layers: int = 1
+) -> tuple[BalancedModel, MegatronSlots]:
     for name in ("get_tensor_and_data_parallel_group", "get_expert_data_parallel_group"):
         monkeypatch.setattr(balanced_model.parallel_state, name, lambda **kwargs: group)
-    layer = make_layer(group)
-    model = BalancedModel(options, [layer])
+    chunk = torch.nn.Sequential(*(make_layer(group, number=number) for number in range(1, layers + 1)))
+    layer = chunk[0]
+    model = BalancedModel(options, [chunk])
     model._planner = Planner(model)  # type: ignore[assignment]
     return model, state.layer_slots[layer]
 
@@ -92,6 +98,43 @@ def test_a_step_that_runs_again_keeps_its_placement_and_counts_once(
     assert (planner.taken, len(planner.started)) == (3, 3)
     assert np.array_equal(read_record(tmp_path).counts[:, 0], [[1, 1], [2, 2], [3, 3]])
     assert len((tmp_path / "eplb-rank00000.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_step_has_as_many_collectives_whatever_the_number_of_layers(monkeypatch: pytest.MonkeyPatch, group: Any) -> None:
+    counts = []
+    for layers in (1, 3):
+        options = Options(eplb=True, eplb_clones_per_rank=0)
+        model, _ = make_model(monkeypatch, group, options, layers)
+        planner = ClonePlanner(model._placement, group, torch.device("cpu"), 1, 0.1, HomeGate(0.1))
+        monkeypatch.setattr(model, "_planner", planner)
+        called: Counter[str] = Counter()
+        with monkeypatch.context() as patch:
+            for name in (
+                "all_reduce",
+                "broadcast",
+                "all_gather_into_tensor",
+                "all_gather_object",
+                "batch_isend_irecv",
+                "barrier",
+            ):
+                patch.setattr(dist, name, count_calls(called, name, getattr(dist, name)))
+            for step in (1, 2):
+                model.begin_step(step)
+                for one in model._layers:
+                    one.deal(torch.ones(step, 2), torch.ones(step, 2, dtype=torch.bool))
+                end_step(model, 1, highest=layers)
+        counts.append(called)
+    assert counts[0] == counts[1]
+    # In each step one for the loads of all layers, one for those of all replicas, one for the figures; in the second a plan.
+    assert counts[0] == {"all_reduce": 6, "broadcast": 1}
+
+
+def count_calls(called: Counter[str], name: str, function: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        called[name] += 1
+        return function(*args, **kwargs)
+
+    return run
 
 
 def test_a_layer_deals_home_before_any_step(group: Any) -> None:

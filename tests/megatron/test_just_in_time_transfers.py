@@ -17,7 +17,7 @@ from counterflow.moe.gradients import GradientStore, Part, PlainGradients, Weigh
 from counterflow.moe.just_in_time import JustInTime, Loan
 from counterflow.runtime.weight_grads import defer_weight_grad, hold_weight_grads
 
-LAYERS = 3
+LAYERS, HELD = 3, 2
 HOME, TAKER = 0, 1
 STORES = pytest.mark.parametrize("store", [GRADIENTS, PlainGradients()], ids=["megatron", "plain"])
 
@@ -74,17 +74,22 @@ class Multiply(torch.autograd.Function):
 
 
 class Ranks:
-    """Two ranks with one expert and one shared slot each, in `LAYERS` layers; the expert of rank 0 has weights of its layer."""
+    """Two ranks with `HELD` experts and as many shared slots each, in `LAYERS` layers; rank 1 clones the experts of rank 0.
+
+    The weights of expert e of rank 0 in layer l are all l + 1 + 100 e.
+    """
 
     def __init__(self, store: GradientStore, *, stacked: bool = False, pairs: bool = False) -> None:
         self.store, self._stacked = store, stacked
-        self.homes = [[self._make(float(layer + 1 + 10 * rank)) for layer in range(LAYERS)] for rank in range(2)]
-        self.shared = [[self._make(float("nan")) for _ in range(LAYERS)] for _ in range(2)]
-        for home in (one for own in self.homes for one in own):
+        self.homes = [
+            [self._make([layer + 1.0 + 100 * e + 10 * rank for e in range(HELD)]) for layer in range(LAYERS)] for rank in range(2)
+        ]
+        self.shared = [[self._make([float("nan")] * HELD) for _ in range(LAYERS)] for _ in range(2)]
+        for home in (one for own in self.homes for experts in own for one in experts):
             if store is GRADIENTS:
                 home.main_grad = torch.zeros_like(home)  # type: ignore[attr-defined]
         self.layers = [
-            [LayerExperts([[self._weigh(home)]], [], shared=[[self._weigh(own)]]) for home, own in zip(*both, strict=True)]
+            [LayerExperts(self._weigh(home), [], shared=self._weigh(own)) for home, own in zip(*both, strict=True)]
             for both in zip(self.homes, self.shared, strict=True)
         ]
         self.ranks = [
@@ -98,41 +103,43 @@ class Ranks:
             )
             for rank in range(2)
         ]
-        cluster = Cluster((2, 2), (0, 0))
-        self.placement = Placement(cluster, np.array([[0, EMPTY, 1, 0]]), np.array([[0, 2]]))
+        experts = np.array([[0, 1, EMPTY, EMPTY, 2, 3, 0, 1]])
+        self.placement = Placement(Cluster((4, 4), (0, 0)), experts, np.array([[0, 1, 4, 5]]))
 
-    def _make(self, value: float) -> torch.nn.Parameter:
-        return torch.nn.Parameter(torch.full((1, 2, 2) if self._stacked else (2, 2), value))
+    def _make(self, values: list[float]) -> list[torch.nn.Parameter]:
+        whole = torch.tensor(values)[:, None, None].repeat(1, 2, 2)
+        return [torch.nn.Parameter(whole)] if self._stacked else [torch.nn.Parameter(one) for one in whole]
 
-    def _weigh(self, parameter: torch.nn.Parameter) -> Weight:
-        return Part(parameter, 0) if self._stacked else parameter
+    def _weigh(self, parameters: list[torch.nn.Parameter]) -> list[list[Weight]]:
+        return [[Part(parameters[0], e)] for e in range(HELD)] if self._stacked else [[one] for one in parameters]
 
     def lend(self, layer: int) -> list[Loan]:
-        used = np.array([True, False, True, True])
-        loans = [rank.lend(layer, self.placement, used, 1) for rank in self.ranks]
+        loans = [rank.lend(layer, self.placement, self.placement.experts[0] != EMPTY, HELD) for rank in self.ranks]
         assert all(loan is not None for loan in loans)
         return [loan for loan in loans if loan is not None]
 
     def forward(self, layer: int, rows: torch.Tensor) -> list[torch.Tensor]:
-        """Run a layer: rank 1 computes with its clone of rank 0's expert; return what each rank's backward begins with."""
+        """Run a layer: on rank 1 each clone computes a row; return what each rank's backward begins with."""
         loans = self.lend(layer)
-        weight = self.shared[TAKER][layer]
         inputs = [
             rank.give_back(loan, one)[0] for rank, loan, one in zip(self.ranks, loans, (torch.zeros(1, 2), rows), strict=True)
         ]
 
         def run(given: torch.Tensor) -> torch.Tensor:
+            kept = self.shared[TAKER][layer]
+            weights = list(kept[0]) if self._stacked else kept
             if self.store is GRADIENTS:
-                return Multiply.apply(given, weight)  # type: ignore[no-any-return,no-untyped-call]
-            return given @ (weight[0] if self._stacked else weight).t()
+                return torch.stack([Multiply.apply(given[e : e + 1], weights[e])[0] for e in range(HELD)])  # type: ignore[no-untyped-call]
+            return torch.stack([given[e] @ weights[e].t() for e in range(HELD)])
 
         outputs = [inputs[HOME], self.ranks[TAKER].compute(loans[TAKER], run, inputs[TAKER])]
         return [rank.recall(loan, one)[0] for rank, loan, one in zip(self.ranks, loans, outputs, strict=True)]
 
-    def find_gradient(self, layer: int) -> list[Any]:
-        gradient = self.store.of(self.layers[HOME][layer].homes[0][0])
-        assert gradient is not None
-        return gradient.tolist()  # type: ignore[no-any-return]
+    def find_gradients(self, layer: int) -> list[float]:
+        """Return the gradients of rank 0's experts, each of which has one value."""
+        found = [self.store.of(weights[0]) for weights in self.layers[HOME][layer].homes]
+        assert all(one is not None and one.unique().numel() == 1 for one in found)
+        return [float(one[0, 0]) for one in found if one is not None]
 
     def finish(self) -> None:
         for rank in reversed(self.ranks):
@@ -144,6 +151,11 @@ def backward(outputs: list[torch.Tensor]) -> None:
         output.sum().backward()  # type: ignore[no-untyped-call]
 
 
+def make_rows(value: float) -> torch.Tensor:
+    """Return a row for each clone, of twice the value for each clone further."""
+    return (value * 2.0 ** torch.arange(HELD)[:, None].repeat(1, 2)).requires_grad_()
+
+
 @STORES
 @pytest.mark.parametrize("stacked", [False, True], ids=["parameters", "parts"])
 @pytest.mark.parametrize("pairs", [False, True], ids=["one set", "two sets"])
@@ -153,50 +165,53 @@ def test_a_backward_computes_with_the_forwards_weights_again(
     if stacked and store is GRADIENTS:
         pytest.skip("Megatron stacks no experts")
     ranks = Ranks(store, stacked=stacked, pairs=pairs)
-    rows = [torch.full((1, 2), 1.0 + layer, requires_grad=True) for layer in range(LAYERS)]
+    rows = [make_rows(1.0 + layer) for layer in range(LAYERS)]
     outputs = [ranks.forward(layer, rows[layer]) for layer in range(LAYERS)]
-    assert [one[TAKER].tolist() for one in outputs] == [[[2.0, 2.0]], [[8.0, 8.0]], [[18.0, 18.0]]]
     for layer in reversed(range(LAYERS)):
+        weights = [layer + 1.0 + 100 * e for e in range(HELD)]
+        found = outputs[layer][TAKER][:, 0].tolist()
+        assert found == [2 * (1.0 + layer) * 2**e * weight for e, weight in enumerate(weights)]
         backward(outputs[layer])
         gradient = rows[layer].grad
-        assert gradient is not None and gradient.tolist() == [[2.0 * (layer + 1)] * 2], "computed with another layer's weights"
+        assert gradient is not None
+        assert gradient[:, 0].tolist() == [2 * weight for weight in weights], "computed with another layer's weights"
     ranks.finish()
-    assert [ranks.find_gradient(layer) for layer in range(LAYERS)] == [[[1.0 + layer] * 2] * 2 for layer in range(LAYERS)]
-    # Three forwards and their gradients; the last layer's weights were still there for its backward.
-    weights = LAYERS if pairs else LAYERS - 1
-    assert [rank for rank, _ in sent].count(HOME) == LAYERS + weights and [rank for rank, _ in sent].count(TAKER) == LAYERS
+    assert [ranks.find_gradients(layer) for layer in range(LAYERS)] == [[1.0 + layer, 2.0 + 2 * layer] for layer in range(LAYERS)]
+    # Forwards and gradients of all layers; the last layer's weights were still there for its backward.
+    weights_sent = LAYERS if pairs else LAYERS - 1
+    senders = [rank for rank, _ in sent]
+    assert senders.count(HOME) == HELD * (LAYERS + weights_sent) and senders.count(TAKER) == HELD * LAYERS
 
 
 @STORES
-def test_weight_gradients_that_wait_are_sent_when_they_are_computed(sent: list[Any], store: GradientStore) -> None:
+@pytest.mark.parametrize("order", ["I0 I1 W1 W0", "I0 W0 I1 W1"])
+def test_weight_gradients_that_wait_are_sent_when_they_are_computed(sent: list[Any], store: GradientStore, order: str) -> None:
     ranks = Ranks(store)
-    rows = [torch.full((1, 2), 1.0 + batch, requires_grad=True) for batch in range(2)]
-    waiting = []
-    for batch in range(2):
-        outputs = ranks.forward(0, rows[batch])
-        with hold_weight_grads() as held:
-            backward(outputs)
-        waiting.append(held)
-    sent.clear()
-    for held in reversed(waiting):
-        for compute in held:
-            compute()
-    gradients = [tensor for rank, tensor in sent if rank == TAKER]
-    assert len(gradients) == 2
+    waiting: dict[str, list[Callable[[], None]]] = {}
+    for kind, batch in order.split():
+        if kind == "I":
+            outputs = ranks.forward(0, make_rows(1.0 + int(batch)))
+            with hold_weight_grads() as waiting[batch]:
+                backward(outputs)
+        else:
+            for compute in waiting[batch]:
+                compute()
+    assert [rank for rank, _ in sent].count(TAKER) == 2 * HELD, "a loan has sent no gradient, or too many"
     ranks.finish()
-    assert ranks.find_gradient(0) == [[3.0] * 2] * 2
+    assert ranks.find_gradients(0) == [3.0, 6.0]
 
 
 def test_gradients_of_layers_have_two_memories_and_weights_one(sent: list[Any]) -> None:
     ranks = Ranks(GRADIENTS)
-    memories = [one.main_grad.data_ptr() for one in ranks.shared[TAKER]]  # type: ignore[attr-defined]
+    memories = [layer[0].main_grad.data_ptr() for layer in ranks.shared[TAKER]]  # type: ignore[attr-defined]
     assert memories[0] == memories[2] != memories[1]
-    assert len({one.data_ptr() for one in ranks.shared[TAKER]}) == 1
-    assert ranks.ranks[TAKER].measure_memory() == (16, 32), "memory grows with the layers"
+    assert len({layer[0].data_ptr() for layer in ranks.shared[TAKER]}) == 1
+    # Four numbers an expert.
+    assert ranks.ranks[TAKER].measure_memory() == (16 * HELD, 2 * 16 * HELD), "memory grows with the layers"
 
 
 def test_what_nobody_clones_sends_nothing(sent: list[Any]) -> None:
     ranks = Ranks(GRADIENTS)
-    unused = np.array([True, False, True, False])
-    assert [rank.lend(0, ranks.placement, unused, 1) for rank in ranks.ranks] == [None, None]
+    unused = np.array([True] * 6 + [False] * 2)
+    assert [rank.lend(0, ranks.placement, unused, HELD) for rank in ranks.ranks] == [None, None]
     assert not sent

@@ -16,7 +16,7 @@ from counterflow.balance.placement import EMPTY, Placement, make_home_placement
 from counterflow.balance.shares import share_tokens
 from counterflow.errors import BalanceError, SeamError
 from counterflow.megatron.experts.layer import KnownCounts, list_weights
-from counterflow.moe.loads import LoadTracker
+from counterflow.moe.loads import LoadTracker, sum_by_tier
 from counterflow.moe.reference import place_one_by_one
 from counterflow.moe.slots import find_slots, make_slot_table, place_evenly, place_exactly
 
@@ -138,17 +138,26 @@ def test_homes_alone_leave_the_logical_map() -> None:
 def test_loads_come_by_micro_batch_and_layer_and_are_forgotten(alone: dist.ProcessGroup) -> None:
     tracker = LoadTracker(2)
     random = np.random.default_rng(2)
-    experts, ranks = random.integers(0, 9, (3, 2, 4)), random.integers(0, 9, (3, 2, 2))
+    experts, ranks, tiers = (random.integers(0, 9, (3, 2, size)) for size in (4, 2, 3))
     # Layer by layer, as under a schedule whose later chunk starts before the first has run all its micro-batches.
     for layer, microbatch in ((0, 0), (0, 1), (1, 0), (0, 2), (1, 1), (1, 2)):
-        tracker.add(layer, experts[microbatch, layer], ranks[microbatch, layer])
+        tracker.add(layer, experts[microbatch, layer], ranks[microbatch, layer], tiers[microbatch, layer])
     taken = tracker.take(3, alone)
     assert (taken.experts == experts).all() and taken.ranks is not None and (taken.ranks == ranks).all()
-    tracker.add(0, experts[0, 0], ranks[0, 0])
+    assert taken.tiers is not None and (taken.tiers == tiers).all()
+    tracker.add(0, experts[0, 0], ranks[0, 0], tiers[0, 0])
     tracker.forget()
     for layer in range(2):
-        tracker.add(layer, experts[1, layer], ranks[1, layer])
+        tracker.add(layer, experts[1, layer], ranks[1, layer], tiers[1, layer])
     assert (tracker.take(1, alone).experts == experts[1:2]).all(), "the step that did not end was counted"
+
+
+def test_tokens_are_counted_at_homes_and_by_either_kind_of_clones() -> None:
+    # Experts 0 and 1 at home on slots 0 and 3; a clone of 1 stays on slot 1, one of 0 is of this micro-batch alone.
+    standing = Placement(make_cluster(2, 6), np.array([[0, 1, -1, 1, -1, -1]]), np.array([[0, 3]]))
+    planned = Placement(make_cluster(2, 6), np.array([[0, 1, -1, 1, 0, -1]]), np.array([[0, 3]]))
+    tokens = np.array([[5, 7, 0, 11, 13, 0], [1, 0, 0, 0, 0, 0]])
+    assert sum_by_tier(tokens, planned, standing).tolist() == [[16, 7, 13], [1, 0, 0]]
 
 
 def test_own_loads_are_summed_where_the_ranks_are_not_known(alone: dist.ProcessGroup) -> None:
@@ -164,14 +173,14 @@ def test_own_loads_are_summed_where_the_ranks_are_not_known(alone: dist.ProcessG
 def test_a_layer_that_runs_twice_in_a_micro_batch_counts_both(alone: dist.ProcessGroup) -> None:
     tracker = LoadTracker(1)
     for count in (1, 2, 10, 20):
-        tracker.add(0, np.array([count, 0]), np.array([count]))
+        tracker.add(0, np.array([count, 0]), np.array([count]), np.zeros(3, np.int64))
     assert tracker.take(2, alone).experts.tolist() == [[[3, 0]], [[30, 0]]]
 
 
 def test_a_layer_that_reported_nothing_has_no_load(alone: dist.ProcessGroup) -> None:
     tracker = LoadTracker(2)
     for count in (1, 2):
-        tracker.add(1, np.array([count, 0]), np.array([count]))
+        tracker.add(1, np.array([count, 0]), np.array([count]), np.zeros(3, np.int64))
     assert tracker.take(2, alone).experts.tolist() == [[[0, 0], [1, 0]], [[0, 0], [2, 0]]]
     tracker.add_own(0, torch.tensor([5, 6]))
     assert tracker.take(1, alone).experts.tolist() == [[[5, 6], [0, 0]]]

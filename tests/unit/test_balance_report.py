@@ -177,7 +177,10 @@ def test_table_of_transfers_is_the_records(record: RecordedBalance) -> None:
     assert [row[0] for row in cells[:2]] == ["homes alone", "with clones"]
     assert cells[2:] == list_transfers(record) and {cell for row in cells[2:] for cell in row} <= set(texts)
     megabytes = record.figures["bytes"] / 1e6
-    assert cells[5] == ("sent and received, MB", *(write_short(v) for v in (megabytes.mean(), megabytes.max(), megabytes.sum())))
+    assert cells[6] == (
+        "clones, sent and received, MB",
+        *(write_short(v) for v in (megabytes.mean(), megabytes.max(), megabytes.sum())),
+    )
 
 
 @pytest.mark.parametrize(

@@ -68,12 +68,14 @@ def test_without_flags_nothing_is_asked_for() -> None:
         (["--cf-eplb-interval", "2"], "--cf-eplb-interval is for --cf-eplb, which is not given: add it"),
         (["--cf-eplb-split", "even"], "--cf-eplb-split is for --cf-eplb, which is not given: add it"),
         (
-            ["--cf-eplb", "--cf-eplb-clones-per-rank", "0"],
-            "--cf-eplb-clones-per-rank 0 leaves nothing to balance with: give 1 or more, or --cf-eplb-rehome-interval",
+            ["--cf-eplb", "--cf-eplb-clones-per-rank", "0", "--cf-eplb-rehome-interval", "never"],
+            "--cf-eplb-clones-per-rank 0 leaves nothing to balance with under --cf-eplb-rehome-interval never: give 1 clone or",
         ),
         (["--cf-eplb", "--cf-eplb-clones-per-rank=-1"], "--cf-eplb-clones-per-rank: Input should be greater than or equal to 0"),
         (["--cf-eplb", "--cf-eplb-interval", "0"], "--cf-eplb-interval: Input should be greater than or equal to 1 (given: '0')"),
-        (["--cf-eplb", "--cf-eplb-rehome-interval", "0"], "--cf-eplb-rehome-interval: Input should be greater than or equal"),
+        (["--cf-eplb", "--cf-eplb-rehome-interval", "0"], "allowed: auto, never, or steps from 1 to 1,000,000 (given: '0')"),
+        (["--cf-eplb", "--cf-eplb-rehome-interval", "1000001"], "--cf-eplb-rehome-interval: allowed: auto, never, or steps from"),
+        (["--cf-eplb", "--cf-eplb-rehome-interval", "soon"], "--cf-eplb-rehome-interval: allowed: auto, never, or steps from 1"),
         (
             ["--cf-eplb", "--cf-eplb-policy", "local"],
             "--cf-eplb-policy: allowed: auto, global; did you mean global? (given: 'local')",
@@ -120,6 +122,22 @@ def test_balancing_is_read_with_what_belongs_to_it() -> None:
     assert merge_options(read_flags(argv)) == expected
     alone = merge_options(read_flags("--cf-eplb --cf-eplb-clones-per-rank 0 --cf-eplb-rehome-interval 50".split()))
     assert (alone.eplb_clones_per_rank, alone.eplb_rehome_interval) == (0, 50)
+
+
+@pytest.mark.parametrize(
+    ("flags", "moves", "needs"),
+    [
+        ("", True, False),
+        ("--cf-eplb-rehome-interval never", False, False),
+        ("--cf-eplb-rehome-interval auto", True, True),
+        ("--cf-eplb-rehome-interval 3", True, True),
+        ("--cf-eplb-clones-per-rank 0", True, True),
+    ],
+)
+def test_homes_may_move_unless_told_not_to_and_have_to_where_that_is_asked(flags: str, moves: bool, needs: bool) -> None:
+    options = merge_options(read_flags(["--cf-eplb", *flags.split()]))
+    assert (options.moves_homes, options.needs_moves) == (moves, needs)
+    assert not options.keep_homes().moves_homes and not options.keep_homes().needs_moves
 
 
 def test_a_mapping_is_as_strict() -> None:
@@ -174,7 +192,8 @@ def test_flags_win_whatever_their_value(argv: str, under: dict[str, object], exp
 
 def test_what_was_merged_is_checked_as_a_whole() -> None:
     with pytest.raises(OptionError, match="--cf-eplb-clones-per-rank 0 leaves nothing to balance with"):
-        merge_options(read_values({"eplb_clones_per_rank": 0}), read_flags(["--cf-eplb"]))
+        never = read_flags(["--cf-eplb", "--cf-eplb-rehome-interval", "never"])
+        merge_options(read_values({"eplb_clones_per_rank": 0}), never)
     with pytest.raises(OptionError, match="--cf-eplb-split is for --cf-eplb, which is not given"):
         merge_options(read_values({"eplb_split": "even"}), read_flags(["--cf-schedule", "1f1b"]))
 

@@ -91,6 +91,14 @@ def test_doctor_explains_balancing(tmp_path: Path) -> None:
     assert "clone slots on a rank in each of AutoEP's layers: 3" in "\n".join(explain(str(path)))
 
 
+@pytest.mark.parametrize("eplb", [{"plan": "exact"}, {"buffers": "shared"}])
+def test_slots_that_layers_share_need_gradients_that_stay_until_a_step_ends(eplb: dict[str, Any]) -> None:
+    options = read_section({"eplb": eplb}).options
+    check_balancing(options, EXPERTS | {"zero_optimization": {"stage": 1}})
+    with pytest.raises(OptionError, match="adds gradients at homes in every micro-batch, and zero_optimization.stage 2"):
+        check_balancing(options, EXPERTS | {"zero_optimization": {"stage": 2}})
+
+
 @pytest.mark.slow
 def test_layers_that_pad_experts_to_a_capacity_are_refused() -> None:
     layer = pytest.importorskip("deepspeed.moe.layer")

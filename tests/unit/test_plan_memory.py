@@ -53,7 +53,10 @@ def list_tensors(model: ModelShape, layout: Layout, rank: int) -> tuple[list[tup
         if stage.embedding:
             dense.append((words, h))
         if stage.head:
-            dense.extend([(words, h), (h,)])
+            dense.append((words, h))
+        # The last norm ends the decoder, before MTP layers on a stage of their own.
+        if stage.numbers and stage.numbers[-1] == len(model.layers) - 1:
+            dense.append((h,))
         for _ in range(stage.mtp):
             dense.extend([(words, h), (h, 2 * h // tp), (h,), (h,), (h,)])
             add_layer(model.mtp)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from counterflow.balance.files import recorded, recorded_steps
 from counterflow.balance.files.loads import read_trace
-from counterflow.balance.files.recorded import append_loads, append_step, read_record, record_step
-from counterflow.balance.placement import count_copies
+from counterflow.balance.files.recorded import append_loads, append_step, describe_change, read_record, record_step
+from counterflow.balance.placement import Placement, count_copies, make_home_placement
 from counterflow.errors import BalanceError
 from tests.support.made_record import make_record
 
@@ -334,3 +334,101 @@ def test_loads_that_are_none_are_refused(tmp_path: Path) -> None:
     header = whole[:128].replace(b"(6, 1, 16)", b"(6, 9" + b"9" * 12 + b", 16)").replace(b" " * 12, b"", 1)
     path.write_bytes(header[:128] + whole[128:])
     refuse(tmp_path, "line 1")
+
+
+# ---- placements that a line has only as far as they change
+
+
+def draw_placements(steps: int, layers: int = 3, experts: int = 8, ranks: int = 4, seed: int = 0) -> list[Placement]:
+    """Placements of which some layers change from step to step, their homes too now and then."""
+    random, placement = np.random.default_rng(seed), make_home_placement(layers, experts, ranks, 1)
+    assert placement.homes is not None
+    drawn = [placement]
+    while len(drawn) < steps:
+        held, homes = placement.experts.copy(), placement.homes.copy()
+        for layer in np.flatnonzero(random.random(layers) < 0.5):
+            if random.random() < 0.3:
+                first, second = np.flatnonzero(homes[layer] % 3 == 0)[:2]
+                homes[layer, [first, second]] = homes[layer, [second, first]]
+            held[layer] = -1
+            held[layer, homes[layer]] = np.arange(experts)
+            rank = random.integers(ranks)
+            held[layer, 3 * rank + 2] = random.choice(np.setdiff1d(np.arange(experts), held[layer, 3 * rank : 3 * rank + 2]))
+        placement = Placement(placement.cluster, held, homes)
+        drawn.append(placement)
+    return drawn
+
+
+def write_placements(directory: Path, placements: list[Placement], first: int = 1, **more: Any) -> None:
+    """Append a step for each placement, as one process writes them."""
+    last, figures = None, dict.fromkeys(("clones", "moved", "homes_moved", "bytes", "weights_ms", "gradients_ms", "waited_ms"), 0)
+    for number, placement in enumerate(placements, first):
+        layers = placement.layers
+        line = {"step": number, "layers": list(range(layers)), "ranks": placement.cluster.ranks, "microbatches": 1, **figures}
+        line |= {"balancedness_before": [0.5] * layers, "balancedness_after": [0.8] * layers, **more}
+        assert placement.homes is not None
+        counts = np.ones((1, layers, placement.homes.shape[1]), np.int64)
+        record_step(directory, 0, counts, line | describe_change(last, placement))
+        last = placement
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_placements_are_read_from_what_changed(tmp_path: Path, seed: int) -> None:
+    placements = draw_placements(20, seed=seed)
+    write_placements(tmp_path, placements)
+    # A resumed run does steps 11 to 15 again, with placements of its own.
+    again = draw_placements(5, seed=seed + 100)
+    write_placements(tmp_path, again, first=11)
+    record = read_record(tmp_path)
+    assert record.steps.tolist() == list(range(1, 16))
+    for index, placement in enumerate([*placements[:10], *again]):
+        found = record.find_placement(index)
+        assert found.homes is not None and placement.homes is not None
+        assert np.array_equal(found.experts, placement.experts) and np.array_equal(found.homes, placement.homes)
+    lines = [json.loads(line) for line in (tmp_path / "eplb-rank00000.jsonl").read_text().splitlines()]
+    assert ["changed" in line for line in lines] == [False] + [True] * 19 + [False] + [True] * 4
+
+
+def test_a_line_whose_placement_stays_is_short(tmp_path: Path) -> None:
+    # DeepSeek-V3's size: 58 layers, 256 experts, 320 slots.
+    write_placements(tmp_path, [make_home_placement(58, 256, 64, 1)] * 3)
+    sizes = [len(line) for line in (tmp_path / "eplb-rank00000.jsonl").read_text().splitlines()]
+    assert sizes[0] > 100_000 and max(sizes[1:]) < 2000
+
+
+def test_a_record_without_added_figures_has_them_all_the_same(tmp_path: Path) -> None:
+    make_record(tmp_path, PARTS, range(1, 9))
+    record = read_record(tmp_path)
+    assert np.array_equal(record.low, record.after) and np.allclose(record.ratio, 1 / record.after)
+    assert not record.figures["home_bytes"].any() and not record.figures["tokens_resident"].any()
+
+
+def test_added_figures_are_read(tmp_path: Path) -> None:
+    more = {"balancedness_p5": [0.6, 0.7, 0.5], "max_over_mean": [1.5, 1.0, 2.0], "home_bytes": 7, "tokens_resident": 5}
+    write_placements(tmp_path, draw_placements(2), homes_ms=1.5, **more)
+    record = read_record(tmp_path)
+    assert record.low.tolist() == [[0.6, 0.7, 0.5]] * 2 and record.ratio.tolist() == [[1.5, 1.0, 2.0]] * 2
+    assert [record.figures[name].tolist() for name in ("home_bytes", "tokens_resident", "homes_ms")] == [
+        [7] * 2,
+        [5] * 2,
+        [1.5] * 2,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "changes", "said"),
+    [
+        (0, {"changed": []}, "line 1 has what has changed of a placement, and no line before it; allowed: a whole placement"),
+        (1, {"changed": [1, 0]}, "changed is [1, 0]; allowed: places of layers, from 0 to 2, ascending"),
+        (1, {"changed": [3]}, "changed is [3]; allowed: places of layers"),
+        (1, {"changed": [0, 1, 2], "experts": [[0] * 12]}, "experts is [[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]]; allowed: 3 rows"),
+        (1, {"changed": [0], "experts": [[0] * 11]}, "experts has rows of 11; allowed: 12, as in the lines before"),
+        (1, {"changed": [0], "experts": [[0] * 12], "homes": [[0] * 7]}, "homes has rows of 7; allowed: 8, as in the lines"),
+        (1, {"max_over_mean": [0.5, 1, 1]}, "max_over_mean is [0.5, 1, 1]; allowed: 3 numbers from 1"),
+        (1, {"tokens_homes": -1}, "tokens_homes is -1; allowed: a whole number"),
+    ],
+)
+def test_what_changed_is_not_trusted(tmp_path: Path, line: int, changes: dict[str, Any], said: str) -> None:
+    write_placements(tmp_path, draw_placements(3))
+    change_line(tmp_path, line, **changes)
+    refuse(tmp_path, said)

@@ -49,7 +49,7 @@ ROOMS = {
     "megatron.dry_run": (COMMON | {"planner", "platform", "platform.engine", "schedule"}, TRAINER_WORLD),
     "deepspeed": (ADAPTER, DEEPSPEED_WORLD),
     "deepspeed.pipeline": (ADAPTER | {"deepspeed.state"}, DEEPSPEED_WORLD),
-    "deepspeed.experts": (ADAPTER | {"deepspeed.stages", "deepspeed.state"}, DEEPSPEED_WORLD),
+    "deepspeed.experts": (ADAPTER | {"deepspeed.checks", "deepspeed.stages", "deepspeed.state"}, DEEPSPEED_WORLD),
     "launch": (COMMON | {"options"}, set()),
     "report": (COMMON | {"schedule", "balance", "analysis", "planner"}, set()),
     "commands": (

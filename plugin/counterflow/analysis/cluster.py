@@ -93,7 +93,15 @@ def _measure_waits(device: Device, starts: Array, ends: Array) -> tuple[int, int
     return union.length, union.length - union.intersect(device.compute)
 
 
-def _find_waits(devices: Sequence[Device]) -> list[tuple[Array, Array] | None]:
+def measure_waiting(devices: Sequence[Device], kinds: Sequence[str]) -> list[int | None]:
+    """Return for how long each device waits for others in kernels of some kinds, exposed; None where none can be matched."""
+    return [
+        None if wait is None else _measure_waits(device, *wait)[1]
+        for device, wait in zip(devices, _find_waits(devices, kinds), strict=True)
+    ]
+
+
+def _find_waits(devices: Sequence[Device], kinds: Sequence[str] = TOGETHER) -> list[tuple[Array, Array] | None]:
     """Return each device's waits as starts and ends; None where nothing is matched.
 
     The n-th kernel of a kind (and process group, and pipeline rank, where known) is the same operation on the ranks that ran
@@ -103,7 +111,7 @@ def _find_waits(devices: Sequence[Device]) -> list[tuple[Array, Array] | None]:
     found: list[list[tuple[Array, Array]]] = [[] for _ in devices]
     members: dict[tuple[str, str, int | None, int], dict[int, tuple[Array, Array]]] = {}
     for number, device in enumerate(devices):
-        for key, spans in _sort_operations(device).items():
+        for key, spans in _sort_operations(device, kinds).items():
             members.setdefault((*key, len(spans[0])), {})[number] = spans
     for alike in members.values():
         if len(alike) > 1:
@@ -116,12 +124,12 @@ def _find_waits(devices: Sequence[Device]) -> list[tuple[Array, Array] | None]:
     ]
 
 
-def _sort_operations(device: Device) -> dict[tuple[str, str, int | None], tuple[Array, Array]]:
+def _sort_operations(device: Device, kinds: Sequence[str]) -> dict[tuple[str, str, int | None], tuple[Array, Array]]:
     """Return starts and ends of the kernels that all ranks run, in order, by kind, process group and pipeline rank."""
     work, trace = device.trace.work, device.trace
     rank = find_pipeline_rank(trace)
     table = {}
-    for kind in TOGETHER:
+    for kind in kinds:
         rows = device.rows[device.kind_of == KINDS.index(kind)]
         for group in np.unique(work.group[rows]).tolist():
             own = rows[work.group[rows] == group]

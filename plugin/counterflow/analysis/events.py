@@ -39,6 +39,7 @@ class Arguments(msgspec.Struct, gc=False):
     correlation: Scalar = None
     collective: Scalar = msgspec.field(default=None, name="Collective name")
     group: Scalar = msgspec.field(default=None, name="Process Group Name")
+    described: Scalar = msgspec.field(default=None, name="Process Group Description")
     action: Scalar = None
 
 
@@ -70,7 +71,7 @@ def _keep_text(text: str) -> _Exact:
 FAST = msgspec.json.Decoder(list[Event])
 SLOW = json.JSONDecoder(parse_float=_keep_text, parse_constant=_keep_text, strict=False)
 FIELDS = {"device": "device", "stream": "stream", "correlation": "correlation", "collective": "Collective name"}
-FIELDS |= {"group": "Process Group Name", "action": "action"}
+FIELDS |= {"group": "Process Group Name", "described": "Process Group Description", "action": "action"}
 
 
 @dataclass

@@ -107,7 +107,7 @@ class Collector:
             process=np.full(len(events), NONE),
             correlation=self._number_ids([one.correlation for one in args]),
             collective=self.collectives.number([one.collective for one in args]),
-            group=self.groups.number([one.group for one in args]),
+            group=self.groups.number([_name_group(one) for one in args]),
         )
 
     def _add_launches(self, events: list[Event]) -> None:
@@ -155,6 +155,11 @@ class Collector:
             NONE if one is None else int(one) if isinstance(one, int | float) and 0 <= one < 2**62 else -2 - self._ids[one]
             for one in ids
         ]
+
+
+def _name_group(given: Arguments) -> Scalar:
+    """Return a process group's name, which may be a number, and what its maker says that it is."""
+    return given.group if given.described is None else f"{given.group} {given.described}"
 
 
 def read_kineto(path: Path) -> Trace:

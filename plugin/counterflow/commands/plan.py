@@ -4,13 +4,14 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from counterflow.commands.arguments import add_outputs, check_outputs, number, whole, write_outputs
 from counterflow.errors import PlanError
+from counterflow.planner.against import Compared, compare_measured
 from counterflow.planner.calibration import Fit, fit_constants, read_runs, tell_apart
 from counterflow.planner.choices import OUR_KIND, find_kind
 from counterflow.planner.cluster import build_cluster
@@ -18,7 +19,7 @@ from counterflow.planner.config import PlanConfig, read_config
 from counterflow.planner.constants import Constants
 from counterflow.planner.emission import emit_deepspeed, emit_megatron
 from counterflow.planner.estimate import Estimate, describe, estimate_config
-from counterflow.planner.explain import compare_measured, explain_step, try_changes
+from counterflow.planner.explain import explain_step, try_changes
 from counterflow.planner.layouts import Plan
 from counterflow.planner.search import Found, search_layouts
 from counterflow.planner.searched import Searched, search_table
@@ -112,19 +113,27 @@ def run_explain(args: argparse.Namespace) -> int:
     fit = _calibrate(args)
     estimate = _estimate(args, read_config(args.config), fit)
     bars, changes = explain_step(estimate), try_changes(estimate)
-    compared = compare_measured(estimate, args.against) if args.against is not None else []
-    write_outputs(args, {"html": lambda: render_plan_html(PlanView((estimate,), bars=bars, changes=changes), args.config.name)})
+    compared = compare_measured(estimate, args.against) if args.against is not None else None
+    view = PlanView((estimate,), bars=bars, changes=changes, compared=compared)
+    write_outputs(args, {"html": lambda: render_plan_html(view, args.config.name)})
     if args.json:
         found = _describe([estimate], None, fit, args)
         found["waterfall_s"] = {bar.cause: bar.seconds for bar in bars}
         found["what_if"] = [{"change": one.words, "step_s": one.seconds} for one in changes]
-        found["against"] = [{"cause": one.cause, "predicted_s": one.predicted, "measured_s": one.measured} for one in compared]
+        if compared is not None:
+            found["against"] = _list_compared(compared.causes)
+            found["against_chunks"] = _list_compared(compared.chunks)
+            found["against_notes"] = list(compared.notes)
         print(json.dumps(found, indent=2, allow_nan=False))
         return 0
     lines = [*write_estimate(estimate, args.price), *write_waterfall(bars, estimate.step_s)]
-    lines += [*write_changes(changes, estimate.step_s), *(write_compared(compared) if compared else [])]
+    lines += [*write_changes(changes, estimate.step_s), *([] if compared is None else write_compared(compared))]
     print("\n".join([*lines, *_write_fit(fit), *_write_flags(estimate, args)]))
     return 0
+
+
+def _list_compared(rows: Sequence[Compared]) -> list[dict[str, Any]]:
+    return [{"cause": one.cause, "predicted": one.predicted, "measured": one.measured} for one in rows]
 
 
 @dataclass(frozen=True)

@@ -74,16 +74,24 @@ def check_balancing(options: Options, config: Mapping[str, Any]) -> None:
         "tensor_parallel.autotp_size above 1 splits an expert's tokens over tensor-parallel ranks: drop it": (
             int(_find(config, "tensor_parallel", "autotp_size") or 1) > 1
         ),
+        f"eplb.plan {options.eplb_plan} with eplb.buffers {options.eplb_buffers} adds gradients at homes in every micro-batch, "
+        "and zero_optimization.stage 2 reduces them there: give stage 0 or 1": options.shared_clones > 0 and stage == 2,
         "compile.deepcompile compiles whole steps: drop it": bool(_find(config, "compile", "deepcompile")),
         "zero_optimization.zenflow delays gradients: drop it": bool(_find(config, "zero_optimization", "zenflow")),
         "managed_gradient_accumulation false reduces gradients before a step is known to end: drop it": (
             config.get("managed_gradient_accumulation", True) is False
         ),
-        "eplb.rehome_interval moves optimizer states, and zero_optimization.offload_optimizer keeps them elsewhere: drop one": (
-            options.eplb_rehome_interval is not None and bool(_find(config, "zero_optimization", "offload_optimizer"))
-        ),
     }
     refuse_first({f"eplb: {reason}": holds for reason, holds in reasons.items()})
+    if options.needs_moves and (obstacle := find_homes_obstacle(config)) is not None:
+        raise OptionError(f"eplb: eplb.rehome_interval {obstacle}: drop one of the two")
+
+
+def find_homes_obstacle(config: Mapping[str, Any]) -> str | None:
+    """Return why homes cannot move under a DeepSpeed config, as the end of a sentence about moves; None if they can."""
+    if _find(config, "zero_optimization", "offload_optimizer"):
+        return "moves optimizer states, and zero_optimization.offload_optimizer keeps them elsewhere"
+    return None
 
 
 def check_experts(model: Any) -> None:

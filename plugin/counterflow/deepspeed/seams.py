@@ -94,6 +94,8 @@ BALANCING = (
         Seam(ENGINE_BASE, symbol, "experts.balancing.end_before", (EXPERTS,), KNOWN, "gradients of clones come home before it")
         for symbol in ("allreduce_gradients", "buffered_allreduce_fallback")
     ),
+    Seam(ENGINE_BASE, "save_16bit_model", "experts.balancing.save_at_home", (EXPERTS,), KNOWN, "homes are in order",
+         ("self", "save_dir")),
     Seam(ENGINE_BASE, "_report_progress", "experts.balancing.report_after", (EXPERTS,), KNOWN, "the log's line",
          ("self", "step")),
     Seam(ZERO, "reduce_ready_partitions_and_remove_grads", "experts.balancing.wait_for_clones", (EXPERTS,), KNOWN,

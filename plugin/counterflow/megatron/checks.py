@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 
 from counterflow.balance.files.costs import read_costs
-from counterflow.errors import OptionError, ScheduleError
+from counterflow.errors import OptionError, ScheduleError, SeamError
 from counterflow.megatron.batches import (
     Batch,
     count_data_ranks,
@@ -25,6 +25,7 @@ from counterflow.megatron.batches import (
 from counterflow.megatron.batches import get_argument as _get
 from counterflow.megatron.engine_checks import check_engine
 from counterflow.megatron.patterns import check_logged_experts, count_predictions, find_pattern, fit_pattern, has_experts
+from counterflow.megatron.seams import REHOMING, check_seams
 from counterflow.megatron.stages import check_stages, count_stages
 from counterflow.megatron.stamp import stamp_layout
 from counterflow.megatron.streams import check_streams
@@ -34,6 +35,9 @@ from counterflow.schedule.families import list_names
 from counterflow.schedule.layouts import LOOPED, STRAIGHT, Layout, V
 from counterflow.trainer.crosslink import require_pairs
 from counterflow.trainer.tables import build_table, choose_layout, count_replicas, name_model_layout, splits_backward
+
+# Why homes stay in a loop that is not Megatron's.
+OWN_LOOP = "moves what Megatron's optimizer keeps, and puts it back for every checkpoint, which takes megatron.training"
 
 
 def prepare_arguments(args: Any, options: Options) -> None:
@@ -441,18 +445,39 @@ def _check_slots(experts: int, ranks: int, options: Options) -> None:
 
 
 def _check_rehoming(args: Any, options: Options) -> None:
-    """Refuse re-homing under optimizers whose state the plugin does not know how to move."""
-    if options.eplb_rehome_interval is None:
-        return
+    if options.needs_moves and (obstacle := find_homes_obstacle(args)) is not None:
+        raise OptionError(f"{_name_moves(options)} {obstacle}: drop one of the two")
+
+
+def _name_moves(options: Options) -> str:
+    """Return what of the options needs homes that move."""
+    is_asked = "eplb_rehome_interval" in options.model_fields_set
+    return "--cf-eplb-rehome-interval" if is_asked else "--cf-eplb-clones-per-rank 0 leaves homes alone to move, and that"
+
+
+def find_homes_obstacle(args: Any) -> str | None:
+    """Return why homes cannot move in this run, as the end of a sentence about moves; None if they can.
+
+    ``args`` are those of ``megatron.training``, None in a loop that does not use it.
+    """
+    if args is None:
+        return OWN_LOOP
+    try:
+        check_seams([REHOMING])
+    except SeamError as error:
+        return f"does not fit: {error}"
     optimizer = getattr(args, "optimizer", None) or "adam"
     if optimizer not in ("adam", "sgd"):
-        raise OptionError(f"--cf-eplb-rehome-interval moves the state of adam and sgd; --optimizer {optimizer} given: drop it")
+        return f"moves the state of adam and sgd; --optimizer {optimizer} given"
     refused = {
         "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
         "optimizer_cpu_offload": "--optimizer-cpu-offload",
         "use_layer_wise_distributed_optimizer": "--use-layer-wise-distributed-optimizer",
+        # It copies the model's weights to another one beside the checkpoints, for which homes are put in order.
+        "perform_rl_step": "--perform-rl-step",
     }
-    _refuse_flags(args, refused, "--cf-eplb-rehome-interval")
+    given = next((flag for name, flag in refused.items() if getattr(args, name, None)), None)
+    return None if given is None else f"does not run with {given} in this version"
 
 
 def check_loop(chunks: list[Any], options: Options) -> None:
@@ -462,11 +487,8 @@ def check_loop(chunks: list[Any], options: Options) -> None:
     """
     config = get_model_config(chunks[0])
     prepare_arguments(describe_model(chunks, config), options)
-    if options.eplb_rehome_interval is not None:
-        raise OptionError(
-            "--cf-eplb-rehome-interval moves what Megatron's optimizer keeps, and puts it back for every checkpoint, which takes "
-            "megatron.training: drop it in a loop of your own"
-        )
+    if options.needs_moves:
+        raise OptionError(f"{_name_moves(options)} {OWN_LOOP}: drop it in a loop of your own")
     if options.schedule is None:
         return
     if options.zero_bubble and any(getattr(part, "wgrad_store", None) for chunk in chunks for part in chunk.modules()):

@@ -48,7 +48,7 @@ def list_features(options: Options) -> list[str]:
         features += [seams.OVERLAP] if options.overlap else []
     if options.eplb:
         features += [seams.EPLB]
-        features += [seams.REHOMING] if options.eplb_rehome_interval is not None else []
+        features += [seams.REHOMING] if options.needs_moves else []
     return features
 
 

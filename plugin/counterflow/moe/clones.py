@@ -75,8 +75,10 @@ class Traffic:
 
     ``clones`` is the number of clones sent, ``moved`` how many of them went to a slot that held another expert, ``homes`` the
     number of homes that moved, ``lent`` the number of just-in-time clones, each of one micro-batch. ``bytes`` counts the weights
-    and gradients of all clones. Times are seconds of this host's clock:
+    and gradients of all clones, ``lent_bytes`` those of just-in-time ones alone, ``home_bytes`` weights and optimizer state of
+    homes. Times are seconds of this host's clock:
     ``weights`` and ``gradients`` run from the start of a transfer to its end, ``waited`` is the part in which the host waited.
+    ``moving`` is the time in which homes moved, and nothing else happened.
     """
 
     clones: int = 0
@@ -84,9 +86,12 @@ class Traffic:
     homes: int = 0
     lent: int = 0
     bytes: int = 0
+    lent_bytes: int = 0
+    home_bytes: int = 0
     weights: float = 0.0
     gradients: float = 0.0
     waited: float = 0.0
+    moving: float = 0.0
 
     def reset(self) -> None:
         """Set all numbers to zero."""

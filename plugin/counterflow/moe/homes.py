@@ -5,7 +5,7 @@ same shards of the optimizer's state. So a rank sends its part of an expert unch
 other expert.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,30 +14,46 @@ import torch.distributed as dist
 from counterflow.arrays import Array
 from counterflow.balance.placement import Placement
 
-# `Take` returns the tensors of the home at (layer, place); `Put` stores tensors that arrived for the home at (layer, place).
+# Returns the tensors of the home at (layer, place), in which those of another home can be put.
 Take = Callable[[int, int], list[torch.Tensor]]
-Put = Callable[[int, int, list[torch.Tensor]], None]
 
 
-def move_homes(old: Placement, new: Placement, group: dist.ProcessGroup, take: Take, put: Put) -> int:
-    """Move every home that is on another rank in ``new`` than in ``old``; return how many moved on all ranks of ``group``.
+def move_homes(old: Placement, new: Placement, group: dist.ProcessGroup, take: Take) -> tuple[int, int]:
+    """Move every home that is on another rank in ``new`` than in ``old``.
 
-    A rank moves one expert at a time, so that receive buffers take the room of one. Every rank calls this with the same two
-    placements. Their homes may differ by exchanges between ranks only, as those of `plan_homes` do.
+    Return how many moved on all ranks of ``group``, and the bytes that this rank sent. A rank moves one tensor of one expert at a
+    time, so that receive buffers take the room of one. Every rank calls this with the same two placements. Their homes may differ
+    by exchanges between ranks only, as those of `plan_homes` do.
     """
     rank, peers = group.rank(), dist.get_process_group_ranks(group)
     giver, taker = find_exchanges(old, new)
+    size = 0
     for layer, place in np.argwhere(giver[:, rank] != rank).tolist():
-        tensors = take(layer, place)
-        arrived = [torch.empty_like(tensor) for tensor in tensors]
-        operations = []
-        for tag, (tensor, buffer) in enumerate(zip(tensors, arrived, strict=True)):
-            operations.append(dist.P2POp(dist.isend, tensor.detach(), peers[taker[layer, rank, place]], group, tag))
-            operations.append(dist.P2POp(dist.irecv, buffer, peers[giver[layer, rank, place]], group, tag))
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
-        put(layer, place, arrived)
-    return int((giver != np.arange(len(peers))[:, None]).sum())
+        to, origin = peers[taker[layer, rank, place]], peers[giver[layer, rank, place]]
+        for tensor in leave_out_parts(take(layer, place)):
+            arrived = torch.empty_like(tensor)
+            operations = [dist.P2POp(dist.isend, tensor.detach(), to, group), dist.P2POp(dist.irecv, arrived, origin, group)]
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+            tensor.copy_(arrived)
+            size += tensor.numel() * tensor.element_size()
+    return int((giver != np.arange(len(peers))[:, None]).sum()), size
+
+
+def leave_out_parts(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return tensors without those that are part of an earlier one: a master may be a view of its fp32 weight.
+
+    Such a part has moved with the whole, and what a rank then sent of it would be the expert that has arrived.
+    """
+    kept: list[torch.Tensor] = []
+    ranges: list[tuple[int, int]] = []
+    for tensor in tensors:
+        begin = tensor.data_ptr()
+        end = begin + tensor.numel() * tensor.element_size()
+        if not any(first <= begin and end <= last for first, last in ranges):
+            kept.append(tensor)
+            ranges.append((begin, end))
+    return kept
 
 
 def find_exchanges(old: Placement, new: Placement) -> tuple[Array, Array]:

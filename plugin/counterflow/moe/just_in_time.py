@@ -79,10 +79,11 @@ def list_lent(placement: Placement, is_used: Array, first: int) -> tuple[Lent, .
 
 @dataclass
 class _Return:
-    """Gradients on their way home: what is still to be sent, in rounds, and what arrives."""
+    """Gradients on their way home: what is still to be sent, in rounds, and what arrives. ``own`` are this rank's, by clone."""
 
     loan: Loan
     rounds: list[list[Lent]]
+    own: dict[int, list[torch.Tensor]]
     begun: float
     works: list[dist.Work]
     landing: list[tuple[Lent, list[torch.Tensor]]]
@@ -195,7 +196,7 @@ class JustInTime:
                 receives += self._make_operations(dist.irecv, landing, one.home_rank, loan, one, kind)
             if one.home_rank == self._rank:
                 sends += self._make_operations(dist.isend, layer.pack(one.home), one.clone_rank, loan, one, kind)
-        self._traffic.bytes += len(loan.lent) * count_bytes(layer.pack(0))
+        self._count(len(loan.lent) * count_bytes(layer.pack(0)))
         works = dist.batch_isend_irecv([*receives, *sends]) if receives or sends else []
         # NCCL has one work for all, which both then wait for.
         is_each = len(works) == len(receives) + len(sends)
@@ -259,8 +260,12 @@ class JustInTime:
         rounds: list[list[Lent]] = [[] for _ in range(max(turns) + 1)]
         for one, turn in zip(loan.lent, turns, strict=True):
             rounds[turn].append(one)
-        self._traffic.bytes += len(loan.lent) * count_bytes(list_gradients(layer.homes[0], self._gradients))
-        self._returns.append(_Return(loan, rounds, time.monotonic(), [], []))
+        self._count(len(loan.lent) * count_bytes(list_gradients(layer.homes[0], self._gradients)))
+        mine = [one.clone for one in loan.lent if one.clone_rank == self._rank]
+        own = {clone: list_gradients(layer.shared[clone], self._gradients) for clone in mine}
+        for whole in self._shared[loan.layer].wholes:
+            self._gradients.release(whole)
+        self._returns.append(_Return(loan, rounds, own, time.monotonic(), [], []))
         self._start_round(self._returns[-1])
 
     def _start_round(self, going: _Return) -> None:
@@ -269,10 +274,7 @@ class JustInTime:
         going.landing = []
         for one in going.rounds.pop(0):
             if one.clone_rank == self._rank:
-                own = list_gradients(layer.shared[one.clone], self._gradients)
-                operations += self._make_operations(dist.isend, own, one.home_rank, loan, one, GRADIENT)
-                for weight in layer.shared[one.clone]:
-                    self._gradients.release(weight)
+                operations += self._make_operations(dist.isend, going.own[one.clone], one.home_rank, loan, one, GRADIENT)
             if one.home_rank == self._rank:
                 landing = [torch.empty_like(gradient) for gradient in list_gradients(layer.homes[one.home], self._gradients)]
                 going.landing.append((one, landing))
@@ -306,6 +308,10 @@ class JustInTime:
 
     def _number(self, one: Lent) -> int:
         return one.clone_rank * len(self._layers[0].shared) + one.clone
+
+    def _count(self, size: int) -> None:
+        self._traffic.bytes += size
+        self._traffic.lent_bytes += size
 
     def _wait(self, works: list[dist.Work]) -> None:
         begun = time.monotonic()

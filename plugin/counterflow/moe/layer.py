@@ -14,7 +14,7 @@ from counterflow.balance.shares import share_tokens
 from counterflow.devices import find_device
 from counterflow.moe.clones import Clones, LayerExperts
 from counterflow.moe.just_in_time import JustInTime, Loan, is_in_backward
-from counterflow.moe.loads import LoadTracker
+from counterflow.moe.loads import LoadTracker, sum_by_tier
 from counterflow.moe.slots import SlotTable, find_slots, make_slot_table, place_evenly, place_exactly
 
 
@@ -125,8 +125,9 @@ class LayerSlots:
             is_used = shares.any(0)
             self.dealt.loan = self._just_in_time.lend(self._index, table.placement, is_used, self._own + self._per_rank)
         if is_counted:
-            ranks = sum_by_rank(shares.sum(0), table.placement.cluster)
-            self._tracker.add(self._index, counts.sum(0), ranks)  # type: ignore[union-attr]
+            tokens, cluster = shares.sum(0), table.placement.cluster
+            tiers = sum_by_tier(tokens, table.placement, self._table.placement)
+            self._tracker.add(self._index, counts.sum(0), sum_by_rank(tokens, cluster), tiers)  # type: ignore[union-attr]
         slot_map, slot_probs = place_exactly(routing_map, probs, table, shares[self._group.rank()])
         return slot_probs, slot_map, torch.from_numpy(shares).to(routing_map.device, non_blocking=True)
 
@@ -137,7 +138,10 @@ class LayerSlots:
         key = counts.tobytes()
         if is_in_backward() and key in self._plans:
             return self._plans.pop(key)
-        planned = plan_exact(counts[None], self._table.placement, self._is_free, self._prices).placement
+        own = self._table.placement
+        planned = plan_exact(counts[None], own, self._is_free, self._prices).placement
+        if (planned.experts == own.experts).all():
+            planned = own
         if self.is_training and not torch.is_grad_enabled():
             self._plans[key] = planned
         return planned

@@ -1,19 +1,25 @@
 """Plan the clones of the next steps from the loads of past steps. One rank plans for all, during the optimizer step."""
 
 import os
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from counterflow.arrays import Array
+from counterflow.balance import tiers
 from counterflow.balance.clones import MOVE_PRICE, plan_clones
+from counterflow.balance.costs import RESIDENT, Costs
 from counterflow.balance.exact import add_shared_slots, plan_exact
+from counterflow.balance.gate import ERRORS, LEAST_STEPS, MOST_STEPS, Judge, settle_homes
 from counterflow.balance.homes import plan_homes
 from counterflow.balance.moves import arrange_rounds, keep_slots
-from counterflow.balance.placement import EMPTY, Placement, make_home_placement
+from counterflow.balance.placement import EMPTY, Placement, make_home_placement, sum_by_rank
 from counterflow.balance.prediction import LoadPredictor
+from counterflow.balance.split import split_tokens
 
 # The number of forecast loads for which a plan is made.
 FORECASTS = 8
@@ -22,12 +28,73 @@ FORECASTS = 8
 TRANSFERS_PER_STEP = 3
 
 
+class HomeGate:
+    """Decides when homes move by themselves: it keeps the loads of the last steps, and asks `settle_homes` now and then.
+
+    It asks after `LEAST_STEPS` steps, and after as many again where homes moved; where none did, it waits for twice as long each
+    time, up to `MOST_STEPS` steps: to ask takes as long as many plans of clones.
+
+    ``plan`` is one of `counterflow.balance.tiers.PLANS`. Homes are judged beside the clones that it brings, ``shared`` of them on
+    a rank just in time.
+    """
+
+    def __init__(self, traffic_weight: float, plan: str = "predicted", shared: int = 0, costs: Costs | None = None) -> None:
+        self._traffic_weight, self._plan, self._shared, self._costs = traffic_weight, plan, shared, costs or Costs()
+        self._past: deque[Array] = deque(maxlen=MOST_STEPS)
+        self._wait = self._left = LEAST_STEPS
+
+    def settle(self, counts: Array, forecasts: Array, microbatches: int, placement: Placement) -> Placement:
+        """Return ``placement``, with other homes where these pay.
+
+        ``counts``, ``int64[micro-batches, layers, experts]``, are the loads since the last call, ``microbatches`` of them a step.
+        """
+        steps = len(counts) // microbatches
+        whole = counts[len(counts) - steps * microbatches :].astype(np.int32)
+        if self._past and self._past[0].shape[0] != microbatches:
+            # Steps of another size: their sum would be taken for another load.
+            self._past.clear()
+        self._past.extend(whole.reshape(steps, microbatches, *whole.shape[1:]))
+        self._left -= steps
+        if self._left > 0 or len(self._past) < LEAST_STEPS:
+            return placement
+        judge: Judge = partial(judge_homes, microbatches, self._traffic_weight, self._costs)
+        if self._plan != "predicted":
+            run = tiers.Run(self._plan, True, microbatches, microbatches, self._shared, self._costs)
+            judge = partial(tiers.judge_homes, run)
+        past = np.concatenate(self._past).astype(np.int64)
+        # Without resident clones a move that turns out to be chance costs little beside the clones.
+        errors = 0.0 if self._plan == "exact" else ERRORS
+        settled = settle_homes(past, placement, microbatches, self._costs, judge, errors)
+        assert placement.homes is not None and settled.homes is not None
+        has_moved = bool((settled.homes != placement.homes).any())
+        self._wait = LEAST_STEPS if has_moved else min(2 * self._wait, MOST_STEPS)
+        self._left = self._wait
+        return settled
+
+
+class HomeInterval:
+    """Decides whether homes move every so many steps, from forecasts of the loads until the next time."""
+
+    def __init__(self, steps: int, traffic_weight: float) -> None:
+        self._every, self._traffic_weight = steps, traffic_weight
+        self._steps = 0
+
+    def settle(self, counts: Array, forecasts: Array, microbatches: int, placement: Placement) -> Placement:
+        """Return ``placement``, with other homes where that pays, if it is time; the arguments are those of `HomeGate.settle`."""
+        self._steps += len(counts) // microbatches
+        if self._steps < self._every:
+            return placement
+        self._steps = 0
+        horizon = microbatches * self._every
+        return plan_homes(forecasts, placement, horizon, traffic_weight=self._traffic_weight).placement
+
+
 class ClonePlanner:
     """Plans on the first rank of ``group``, which broadcasts each plan to the others.
 
-    ``group`` has the ranks that hold the same layers. ``interval`` is the number of steps between plans, ``rehome_interval``
-    the number of steps between plans that may move homes, ``traffic_weight`` is the parameter of `plan_clones`. One rank plans
-    because processors that round differently could come to different placements.
+    ``group`` has the ranks that hold the same layers. ``interval`` is the number of steps between plans, ``traffic_weight`` is
+    the parameter of `plan_clones`; ``homes`` decides when homes move, they stay without it. One rank plans because processors
+    that round differently could come to different placements.
     """
 
     def __init__(
@@ -36,12 +103,11 @@ class ClonePlanner:
         group: dist.ProcessGroup,
         device: torch.device,
         interval: int,
-        rehome_interval: int | None,
         traffic_weight: float,
+        homes: HomeGate | HomeInterval | None = None,
     ) -> None:
         self._placement, self._group, self._device = placement, group, device
-        self._interval, self._rehome_interval, self._traffic_weight = interval, rehome_interval, traffic_weight
-        self._steps = 0
+        self._interval, self._traffic_weight, self._home_planner = interval, traffic_weight, homes
         self._leader = dist.get_process_group_ranks(group)[0]
         self._predictor: LoadPredictor | None = None
         self._pool = ThreadPoolExecutor(1, "counterflow-plan") if group.rank() == 0 else None
@@ -55,7 +121,6 @@ class ClonePlanner:
         is their number in one step; ``placement`` is the one in use now.
         """
         self._is_due = True
-        self._steps += self._interval
         if self._pool is not None:
             self._planned = self._pool.submit(self._plan, counts, microbatches, placement)
 
@@ -93,10 +158,8 @@ class ClonePlanner:
         for seen in counts:
             self._predictor.observe(seen)
         forecasts = self._predictor.forecast(FORECASTS)
-        if self._rehome_interval is not None and self._steps >= self._rehome_interval:
-            self._steps = 0
-            horizon = microbatches * self._rehome_interval
-            placement = plan_homes(forecasts, placement, horizon, traffic_weight=self._traffic_weight).placement
+        if self._home_planner is not None:
+            placement = self._home_planner.settle(counts, forecasts, microbatches, placement)
         return plan_next(forecasts, placement, microbatches, self._traffic_weight)
 
 
@@ -111,6 +174,23 @@ def plan_next(forecasts: Array, placement: Placement, microbatches: int, traffic
     bare = clear_clones(placement)
     plan = plan_clones(forecasts, bare, microbatches, TRANSFERS_PER_STEP * MOVE_PRICE, traffic_weight)
     return keep_slots(placement, plan.placement)
+
+
+def judge_homes(
+    microbatches: int, traffic_weight: float, costs: Costs, found: Array, judged: Array, placement: Placement
+) -> Array:
+    """Return ``float64[samples, layers]``: seconds of the slowest rank in each micro-batch of ``judged``.
+
+    Its clones are those that `plan_next` finds from ``found``; both are ``[samples, layers, experts]``. What of the transfers of
+    clones is not hidden counts too, shared by the ranks and the micro-batches of a step.
+    """
+    planned = plan_next(found.astype(np.float64), placement, microbatches, traffic_weight)
+    loads = np.stack([sum_by_rank(split_tokens(counts, planned), planned.cluster) for counts in judged])
+    sent = tiers.count_clones(planned) @ [
+        costs.exposed * costs.time_transfer(RESIDENT, is_far=is_far) for is_far in (False, True)
+    ]
+    times: Array = loads.max(2) * costs.token_time + sent / (microbatches * planned.cluster.ranks)
+    return times
 
 
 def clear_clones(placement: Placement) -> Placement:
@@ -150,6 +230,7 @@ def _run_small() -> None:
     homes = make_home_placement(1, 4, 2, 1)
     placement = plan_clones(np.array([[9.0, 1.0, 1.0, 1.0]]), homes, move_price=0.0).placement
     plan_homes(np.array([[9.0, 1.0, 1.0, 1.0]]), homes, 8)
+    split_tokens(np.array([[9, 1, 1, 1]]), placement)
     share_tokens(np.full((2, 4), 3), placement, np.arange(2))
     arrange_rounds(np.array([0, 1]), np.array([1, 0]), 2, 1)
     wide, shared = add_shared_slots(homes, 1)

@@ -40,12 +40,14 @@ class Held:
 class _Sizes:
     """Tokens of a micro-batch on a rank: ``whole`` inside attention and feed-forwards, ``part`` where sequence parallelism cuts.
 
-    ``saved`` bytes of an element of a linear's input, ``rows`` tokens that arrive at the rank's experts.
+    ``saved`` bytes of an element of a linear's input, ``wide`` of any other tensor's, ``rows`` tokens that arrive at the rank's
+    experts.
     """
 
     whole: float
     part: float
     saved: float
+    wide: int
     rows: float
     layout: Layout
     seq: int
@@ -59,7 +61,19 @@ class _Sizes:
     @property
     def is_quantized(self) -> bool:
         """Whether linears keep a copy of their input in fewer bits."""
-        return self.saved < BF16
+        return self.saved < self.wide
+
+
+def size_element(training: Training) -> int:
+    """Return the bytes of an element of what layers pass on."""
+    return FP32 if training.precision == "fp32" else BF16
+
+
+def has_final_norm(stage: Stage, model: ModelShape) -> bool:
+    """Tell whether a stage ends the decoder: the last norm stands before MTP layers, on a stage of their own or not."""
+    if model.mtp_layers and model.layers:
+        return bool(stage.numbers) and stage.numbers[-1] == len(model.layers) - 1
+    return stage.head
 
 
 def size_layer(layer: LayerShape, layout: Layout, training: Training, imbalance: float = 1.0) -> Held:
@@ -67,7 +81,7 @@ def size_layer(layer: LayerShape, layout: Layout, training: Training, imbalance:
     sizes = _measure(layer, layout, training, imbalance)
     if layout.recompute.granularity == "full":
         whole = _size_parts(layer, sizes)
-        first = BF16 * layer.hidden * sizes.part
+        first = sizes.wide * layer.hidden * sizes.part
         # The layer is run again before its backward pass: what it keeps is there only then.
         return Held(first, whole.queued, whole.working + whole.kept - first, whole.ahead)
     return _size_parts(layer, sizes)
@@ -78,7 +92,8 @@ def _measure(layer: LayerShape, layout: Layout, training: Training, imbalance: f
     part = whole / layout.tp if layout.sequence_parallel else whole
     topk = layer.moe.topk if layer.moe is not None else 0
     rows = part * topk * layout.etp * imbalance
-    return _Sizes(whole, part, SAVED[training.precision], rows, layout, training.seq_length, training.precision)
+    wide = size_element(training)
+    return _Sizes(whole, part, SAVED[training.precision], wide, rows, layout, training.seq_length, training.precision)
 
 
 def _size_parts(layer: LayerShape, sizes: _Sizes) -> Held:
@@ -94,9 +109,9 @@ def _size_norm(hidden: int, sizes: _Sizes, has_linear: bool, is_fused: bool) -> 
 
     A norm in one module with the linear behind it is not computed again.
     """
-    saved = sizes.saved if has_linear else BF16
+    saved = sizes.saved if has_linear else sizes.wide
     output = 0 if "layernorm" in sizes.layout.recomputes and not is_fused else saved * hidden
-    return sizes.part * (BF16 * hidden + FP32 + output)
+    return sizes.part * (sizes.wide * hidden + FP32 + output)
 
 
 def _size_attention(a: AttentionShape, hidden: int, s: _Sizes) -> Held:
@@ -108,51 +123,64 @@ def _size_attention(a: AttentionShape, hidden: int, s: _Sizes) -> Held:
     keys = max(a.kv_heads / tp, 1) * a.head_dim
     out = s.whole * values
     # Queries, keys and values as attention takes them; its output, which is the projection's input too.
-    inputs = BF16 * s.whole * (queries + (queries + values if a.kind == MLA else 2 * keys))
+    inputs = s.wide * s.whole * (queries + (queries + values if a.kind == MLA else 2 * keys))
     # With delayed scales the projection keeps a quantized copy of its input too.
-    kept = inputs + BF16 * out + (s.saved * out if s.is_delayed else 0.0)
+    kept = inputs + s.wide * out + (s.saved * out if s.is_delayed else 0.0)
     if "core_attn" in s.layout.recomputes:
         # Values are a part of what the first linear made, which stays whole; a kernel would have taken a copy.
-        kept += 0.0 if a.kind == MLA else BF16 * s.whole * (queries + keys)
+        kept += 0.0 if a.kind == MLA else s.wide * s.whole * (queries + keys)
     elif s.layout.fused_attention:
         kept += FP32 * s.whole * heads
     else:
-        kept += _size_scores(heads, s) + (0.0 if a.kind == MLA else BF16 * s.whole * (queries + keys))
+        kept += _size_scores(heads, s) + (0.0 if a.kind == MLA else s.wide * s.whole * (queries + keys))
     first = 0.0
     if a.kind == MLA:
         # The compressed tensors before their norms, the keys' position beside them, and behind the norms.
-        first = BF16 * s.part * (a.q_lora + a.kv_lora + a.rope_dim)
+        first = s.wide * s.part * (a.q_lora + a.kv_lora + a.rope_dim)
         if "mla_up_proj" in s.layout.recomputes:
             # The norms lie inside the part that is run again.
             kept -= inputs
         else:
             first += s.saved * s.part * (a.q_lora + a.kv_lora)
+            if not a.q_lora:
+                # Megatron puts a second norm before the queries' linear.
+                first += s.part * (s.saved * hidden + FP32)
     else:
-        first = BF16 * s.whole * (queries + keys) * (2 if a.output_gate else 1) if a.qk_norm or a.output_gate else 0.0
-    gate = BF16 * s.whole * queries if a.output_gate else 0.0
+        first = s.wide * s.whole * (queries + keys) * (2 if a.output_gate else 1) if a.qk_norm or a.output_gate else 0.0
+    gate = s.wide * s.whole * queries if a.output_gate else 0.0
     # Gradients of queries, keys, values and the output, and what is gathered for the first linear.
-    working = inputs + BF16 * out + BF16 * hidden * (s.whole + 2 * s.part)
+    working = inputs + s.wide * out + s.wide * hidden * (s.whole + 2 * s.part)
     if not s.layout.fused_attention:
         working += _size_scores(heads, s)
     if "mla_up_proj" in s.layout.recomputes:
         working += inputs
-    queued = s.part * hidden * s.saved + s.saved * out + BF16 * (inputs / BF16 + s.part * hidden)
-    return Held(norm + kept + first + gate, queued, working, inputs + BF16 * out)
+    queued = s.part * hidden * s.saved + s.saved * out + s.wide * (inputs / s.wide + s.part * hidden)
+    return Held(norm + kept + first + gate, queued, working, inputs + s.wide * out)
 
 
 def _size_scores(heads: float, s: _Sizes) -> float:
     """Return the bytes of attention's softmax and its mask where no fused kernel avoids them."""
-    return BF16 * heads * s.whole * s.seq + s.seq * s.seq / s.layout.cp
+    return s.wide * heads * s.whole * s.seq + s.seq * s.seq / s.layout.cp
 
 
 def _size_delta(a: AttentionShape, hidden: int, norm: float, s: _Sizes) -> Held:
-    """Gated delta rule: projections, convolution, the state of each chunk of tokens, and the gated norm of its output."""
-    tp = s.layout.tp
-    keys, values = a.kv_heads * a.head_dim / tp, a.heads * a.v_head_dim / tp
-    states = s.whole / DELTA_CHUNK * (a.heads / tp) * a.head_dim * a.v_head_dim
-    inputs = BF16 * s.whole * (2 * keys + values)
-    kept = norm + 2 * inputs + BF16 * (s.whole * values * 3 + states) + 2 * FP32 * s.whole * a.heads / tp
-    return Held(kept, norm + inputs, 2 * inputs + BF16 * (s.whole * hidden + states), inputs)
+    """Gated delta rule: what its linears, convolution, norms and chunked kernel keep.
+
+    The first linear's output is the convolution's input. Queries and keys are there as the norm of heads leaves them and, copied
+    for each head of values, as the kernel takes them; values, the kernel's output, that output's norm, its gate and the product
+    of both. The states of chunks are computed again when the backward pass needs them.
+    """
+    tp, whole = s.layout.tp, s.whole
+    heads, groups = a.heads / tp, a.kv_heads / tp
+    keys, values, copied = groups * a.head_dim, heads * a.v_head_dim, heads * a.head_dim
+    first = 2 * keys + 2 * values + 2 * heads
+    small = s.wide * 3 * heads + FP32 * (2 * heads + 2 * groups)
+    inner = first + 2 * keys + 2 * copied + 4 * values + heads * DELTA_CHUNK
+    kept = norm + whole * (s.wide * inner + s.saved * values + small)
+    states = whole / DELTA_CHUNK * heads * a.head_dim * a.v_head_dim
+    queued = s.saved * (s.part * hidden + whole * values) + s.wide * (whole * first + s.part * hidden)
+    working = s.wide * (whole * (first + 2 * copied + 3 * values + hidden) + states)
+    return Held(kept, queued, working, s.wide * (whole * (first + 2 * copied + values) + states))
 
 
 def _size_ffn(ffn: FFNShape, tokens: float, parts: int, s: _Sizes) -> tuple[float, float]:
@@ -164,13 +192,13 @@ def _size_ffn(ffn: FFNShape, tokens: float, parts: int, s: _Sizes) -> tuple[floa
 def _size_dense(ffn: FFNShape, hidden: int, s: _Sizes) -> Held:
     norm = _size_norm(hidden, s, has_linear=True, is_fused=True)
     first, inner = _size_ffn(ffn, s.whole, s.layout.tp, s)
-    kept = BF16 * first + s.saved * inner
-    working = BF16 * (first + inner + hidden * (s.whole + 2 * s.part))
-    queued = s.saved * (s.part * hidden + inner) + BF16 * (first + s.part * hidden)
+    kept = s.wide * first + s.saved * inner
+    working = s.wide * (first + inner + hidden * (s.whole + 2 * s.part))
+    queued = s.saved * (s.part * hidden + inner) + s.wide * (first + s.part * hidden)
     if "mlp" in s.layout.recomputes:
         # The norm lies inside the part that is run again.
-        return Held(s.part * BF16 * hidden, queued, working + kept + norm, BF16 * (first + inner))
-    return Held(norm + kept, queued, working, BF16 * (first + inner))
+        return Held(s.part * s.wide * hidden, queued, working + kept + norm, s.wide * (first + inner))
+    return Held(norm + kept, queued, working, s.wide * (first + inner))
 
 
 def _size_moe(moe: MoEShape, hidden: int, s: _Sizes) -> Held:
@@ -180,17 +208,19 @@ def _size_moe(moe: MoEShape, hidden: int, s: _Sizes) -> Held:
     # Logits, scores and probabilities in FP32, the map of tokens to experts, and the order of tokens.
     router = s.part * moe.experts * (3 * FP32 + 1) + s.rows * 2 * FP32
     activation = 0.0 if "moe_act" in recomputes else s.saved * inner
-    experts = s.saved * s.rows * hidden + BF16 * first + activation + FP32 * s.rows
+    experts = s.saved * s.rows * hidden + s.wide * first + activation + FP32 * s.rows
     shared = shared_queue = 0.0
     if moe.shared is not None:
         outer, middle = _size_ffn(moe.shared, s.whole, layout.tp, s)
-        shared = BF16 * outer + s.saved * middle + (s.saved * hidden * s.part if s.is_quantized else 0.0)
-        shared_queue = shared + BF16 * (outer + s.part * hidden)
+        shared = s.wide * outer + s.saved * middle + (s.saved * hidden * s.part if s.is_quantized else 0.0)
+        shared_queue = shared + s.wide * (outer + s.part * hidden)
+        # The gate is multiplied with the shared experts' output, which is kept for it, and so is the gate.
+        shared += s.wide * s.part * (hidden + 1) if moe.shared_gate else 0.0
         shared = 0.0 if "shared_experts" in recomputes else shared
     # Gradients of the experts' outputs before and behind the exchange, of the activation, of the first linear and its input.
-    working = BF16 * (3 * s.rows * hidden + inner + first) + (s.saved * inner if "moe_act" in recomputes else 0.0)
-    ahead = BF16 * 2 * s.rows * hidden
-    queued = s.saved * (s.rows * hidden + inner) + BF16 * (first + s.rows * hidden) + shared_queue
+    working = s.wide * (3 * s.rows * hidden + inner + first) + (s.saved * inner if "moe_act" in recomputes else 0.0)
+    ahead = s.wide * 2 * s.rows * hidden
+    queued = s.saved * (s.rows * hidden + inner) + s.wide * (first + s.rows * hidden) + shared_queue
     if "moe" in recomputes:
         return Held(norm, queued, working + router + experts + shared, ahead)
     return Held(norm + router + experts + shared, queued, working, ahead)
@@ -206,22 +236,26 @@ class StageSizes:
 
     def size(self, stage: Stage) -> dict[str, Held]:
         """Return what a micro-batch holds in a stage, by part: ``layers``, ``head`` (logits and loss), ``mtp``, ``embedding``."""
-        model, layout = self._model, self._layout
+        model, layout, wide = self._model, self._layout, size_element(self._training)
         tokens = layout.micro_batch_size * self._training.seq_length / layout.cp
         part = tokens / layout.tp if layout.sequence_parallel else tokens
         found = {"layers": self._size_layers(stage)}
         if stage.embedding:
-            found["embedding"] = Held(8 * tokens, 0.0, BF16 * part * model.hidden, BF16 * part * model.hidden)
+            found["embedding"] = Held(8 * tokens, 0.0, wide * part * model.hidden, wide * part * model.hidden)
+        if stage.head or has_final_norm(stage, model):
+            found["head"] = Held()
+        if has_final_norm(stage, model):
+            found["head"] = _size_final_norm(model, part, wide)
         if stage.head:
-            found["head"] = _size_head(model, layout, tokens, part)
+            found["head"] = found["head"].join(_size_logits(model, layout, tokens, part, wide))
         if stage.mtp and model.mtp is not None:
             # Megatron leaves MTP as it is where a number of layers of each chunk is recomputed.
             recompute = layout.recompute
             is_whole = recompute.granularity == "full" and recompute.method != "block"
             one = self._size_layer(model.mtp, recompute.granularity == "full" and not is_whole)
-            one = one.join(_size_head(model, layout, tokens, part))
+            one = one.join(_size_final_norm(model, part, wide)).join(_size_logits(model, layout, tokens, part, wide))
             # Both halves, their norms and what is projected; recomputed with the layer.
-            both = BF16 * part * model.hidden * (0 if is_whole else 4)
+            both = wide * part * model.hidden * (0 if is_whole else 4)
             found["mtp"] = Held((one.kept + both) * stage.mtp, (one.queued + both) * stage.mtp, one.working, one.ahead)
         return found
 
@@ -242,8 +276,12 @@ class StageSizes:
         return total
 
 
-def _size_head(model: ModelShape, layout: Layout, tokens: float, part: float) -> Held:
-    """Final norm, logits and loss: the softmax is kept in FP32; logits and their gradient are in BF16 beside it."""
-    logits = tokens * model.pad_vocab(layout.tp) / layout.tp
-    kept = part * (2 * BF16 * model.hidden + FP32) + FP32 * logits
-    return Held(kept, BF16 * (part * model.hidden + logits), BF16 * (logits + 2 * part * model.hidden), BF16 * logits)
+def _size_final_norm(model: ModelShape, part: float, wide: int) -> Held:
+    """Return what the last norm keeps: its input and a number per token."""
+    return Held(part * (wide * model.hidden + FP32), 0.0, wide * part * model.hidden)
+
+
+def _size_logits(model: ModelShape, layout: Layout, tokens: float, part: float, wide: int) -> Held:
+    """Head and loss: the head's input and the softmax in FP32; logits and their gradient are beside it in the model's format."""
+    logits, states = tokens * model.pad_vocab(layout.tp) / layout.tp, part * model.hidden
+    return Held(wide * states + FP32 * logits, wide * (states + logits), wide * (logits + 2 * states), wide * logits)

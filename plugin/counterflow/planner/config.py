@@ -176,7 +176,7 @@ class LayoutSection(_Section):
     fsdp: bool | int | None = None
     overlap_grad_reduce: bool | None = None
     overlap_param_gather: bool | None = None
-    optimizer_offload: float | None = Field(default=None, ge=0, le=1)
+    optimizer_offload: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     activation_offload_layers: int | None = _count(0)
     clones_per_rank: int | None = _count(0)
     cuda_graph: str | list[str] | None = None
@@ -256,8 +256,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise PlanError(f"{path} is neither YAML nor JSON: {reason[:200]}") from None
+    if given is None:
+        raise PlanError(f"{path} is empty; expected: keys and values, as docs/plan.md shows them")
     if not isinstance(given, dict):
-        raise PlanError(f"{path} holds {show(given)}; a mapping is expected")
+        raise PlanError(f"{path} holds {show(given)}; expected: keys and values, as docs/plan.md shows them")
     return given
 
 
@@ -289,15 +291,54 @@ def _explain(error: ValidationError) -> str:
         return f"key {show(key)} is not known; {suggest(place[-1], names).lstrip('; ') or 'allowed: ' + ', '.join(names)}"
     if first["type"] == "missing":
         return f"key {key} is missing"
-    reason = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{key} {value} given; {'allowed: ' if first['msg'].startswith('Input should') else ''}{reason}"
+    if first["type"] in ("model_type", "dict_type", "model_attributes_type"):
+        names = [name for name in getattr(_find_section(place), "model_fields", {}) if name != "unread_flags"]
+        return f"{key} {value} given; expected: keys and values, like {key}: {{{names[0] if names else 'key'}: …}}"
+    return f"{key} {value} given; {_name_allowed(first, place)}"
+
+
+def _find_section(place: list[str]) -> Any:
+    field = PlanConfig.model_fields.get(place[0]) if place else None
+    return PlanConfig if field is None else field.annotation
+
+
+# What pydantic calls values that are no number, and the words for it.
+_KINDS = {
+    "int": "a whole number", "float": "a finite number", "finite": "a finite number", "bool": "true or false", "string": "a text",
+    "path": "a path", "list": "a list",
+}  # fmt: skip
+
+
+def _name_allowed(error: Any, place: list[str]) -> str:
+    """Return what a key allows, in words; what this module's own checks say stays as it is."""
+    kind, context = error["type"], error.get("ctx", {})
+    for name, words in (("ge", "{} or more"), ("gt", "a number above {}"), ("le", "{} or less"), ("lt", "a number below {}")):
+        if name in context:
+            return f"allowed: {words.format(context[name])}"
+    if kind.partition("_")[0] in _KINDS:
+        section = _find_section(place)
+        annotation = str(section.model_fields[place[1]].annotation) if len(place) > 1 and place[1] in section.model_fields else ""
+        kinds = [name for name in ("bool", "int", "float", "str") if name in annotation]
+        allowed = [_KINDS["string" if name == "str" else name] for name in kinds] + ["a list"] * ("list" in annotation)
+        return f"allowed: {' or '.join(allowed) or _KINDS[kind.partition('_')[0]]}"
+    return str(error["msg"].removeprefix("Value error, "))
+
+
+# Names are like one that is given from here on, and as much as the nearest one to within so much.
+LIKE, AS_MUCH = 0.6, 0.1
 
 
 def suggest(given: str, names: Any) -> str:
-    """Return ``; nearest: …`` with the names most like the one given, or nothing where none is like it."""
-    folded = {fold(name): name for name in names}
-    found = difflib.get_close_matches(fold(given), folded, n=3, cutoff=0.5)
-    return f"; nearest: {', '.join(folded[name] for name in found)}" if found else ""
+    """Return ``; nearest: …`` with the names that begin with the one given or are most like it; nothing where none is like it."""
+    key = fold(given)
+    scores = {name: 1.0 if len(key) > 2 and fold(name).startswith(key) else _compare(key, fold(name)) for name in names}
+    least = max([LIKE, *(score - AS_MUCH for score in scores.values())])
+    found = sorted((name for name, score in scores.items() if score >= least), key=lambda name: -scores[name])[:3]
+    return f"; nearest: {', '.join(found)}" if found else ""
+
+
+def _compare(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def fold(name: str) -> str:

@@ -250,6 +250,8 @@ def find_refusal(plan: Plan, hybrid: bool = False) -> str:
     layout = plan.layout
     graph = ",".join(layout.cuda_graph)
     partial = bool(graph) and _WHOLE not in layout.cuda_graph
+    if not any(layer.moe for layer in plan.model.layers) and (lacking := [one for one in layout.cuda_graph if "moe" in one]):
+        return f"the model has no experts, and cuda_graph asks for {', '.join(lacking)}: leave it out"
     if partial and layout.recompute.granularity == "full":
         return (
             f"Megatron recomputes no whole layers under CUDA graphs of parts ({graph}): give another recompute, or cuda_graph: []"
@@ -302,15 +304,24 @@ def _refuse_clones(plan: Plan) -> str:
 def emit_deepspeed(plan: Plan) -> dict[str, Any]:
     """Return DeepSpeed's JSON for a plan, with counterflow's key where the schedule is not DeepSpeed's own.
 
-    The model is the user's PipelineModule: its sizes, the pipeline's and those of experts are made in the script. Raises
-    `PlanError` for what DeepSpeed's pipelines do not do.
+    The model is the user's PipelineModule: its sizes, the pipeline's and those of tensor parallelism are made in the script.
+    Raises `PlanError` for what DeepSpeed's pipelines do not do.
     """
     layout, training = plan.layout, plan.training
     if layout.fsdp and layout.pp > 1:
         raise PlanError("DeepSpeed's pipelines shard no weights and gradients: give pp 1, or fsdp: false")
+    if layout.cp > 1:
+        raise PlanError(f"DeepSpeed's pipelines have no context parallelism, cp {layout.cp} given: give cp 1")
+    if layout.etp > 1:
+        raise PlanError(f"DeepSpeed's AutoEP cuts no expert over tensor-parallel ranks, etp {layout.etp} given: give etp 1")
     if training.precision not in ("bf16", "fp16", "fp32"):
         raise PlanError(f"DeepSpeed's JSON has no precision {training.precision}: give bf16, fp16 or fp32")
     stage = 3 if layout.fsdp else int(layout.distributed_optimizer)
+    if 0 < layout.optimizer_offload < 1 and stage < 3:
+        raise PlanError(
+            f"DeepSpeed offloads a part of the optimizer under ZeRO-3 alone, optimizer_offload {layout.optimizer_offload} given: "
+            f"give 1, 0, or fsdp: true"
+        )
     found: dict[str, Any] = {
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": layout.micro_batch_size,
@@ -322,11 +333,27 @@ def emit_deepspeed(plan: Plan) -> dict[str, Any]:
     if training.precision == "bf16" and training.main_grads == "fp32":
         found["data_types"] = {"grad_accum_dtype": "fp32"}
     if layout.optimizer_offload:
-        found["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "ratio": layout.optimizer_offload}
-    if layout.pp > 1 and layout.schedule != PLAIN_STRAIGHT:
-        found["counterflow"] = {"schedule": layout.schedule}
-        if layout.schedule in FAMILIES and FAMILIES[layout.schedule].layout == LOOPED:
-            found["counterflow"]["vpp"] = layout.vpp
-        if layout.schedule in FAMILIES and FAMILIES[layout.schedule].layout == V:
-            found["counterflow"]["zero_bubble"] = True
+        part = {"ratio": layout.optimizer_offload} if layout.optimizer_offload < 1 else {}
+        found["zero_optimization"]["offload_optimizer"] = {"device": "cpu", **part}
+    if layout.ep > 1:
+        found["expert_parallel"] = {"enabled": True, "autoep_size": layout.ep}
+    if ours := _write_section(layout):
+        found["counterflow"] = ours
+    return found
+
+
+def _write_section(layout: Layout) -> dict[str, Any]:
+    """Return counterflow's key of a DeepSpeed JSON."""
+    found: dict[str, Any] = {}
+    if layout.pp > 1 and (layout.schedule != PLAIN_STRAIGHT or layout.overlap):
+        found["schedule"] = layout.schedule
+        family = FAMILIES.get(layout.schedule)
+        if family is not None and family.layout == LOOPED:
+            found["vpp"] = layout.vpp
+        if family is not None and family.splits:
+            found["zero_bubble"] = True
+        if layout.overlap:
+            found["overlap"] = True
+    if layout.clones_per_rank:
+        found["eplb"] = {"clones_per_rank": layout.clones_per_rank}
     return found

@@ -10,9 +10,9 @@ from counterflow.planner.config import PlanConfig
 from counterflow.planner.constants import Constants
 from counterflow.planner.imbalance import find_imbalance
 from counterflow.planner.layouts import Plan, complete_plan
-from counterflow.planner.measured import read_measured
+from counterflow.planner.measured import check_measured, read_measured
 from counterflow.planner.memory import GIB, MemoryEstimate, estimate_memory
-from counterflow.planner.step import ChunkCosts, Step, time_step
+from counterflow.planner.step import ChunkCosts, Step, cost_chunks, time_step
 from counterflow.planner.times import Setting
 from counterflow.schedule.costs_file import CostsFile
 
@@ -55,6 +55,8 @@ def estimate_config(config: PlanConfig, constants: Constants | None = None) -> E
     cluster = build_cluster(config.cluster)
     assumed = assume_unstated(config, complete_plan(config), cluster)
     measured = read_measured(config.costs, assumed.plan) if config.costs is not None else None
+    if measured is not None:
+        check_measured(measured, cost_chunks(assumed.plan, make_setting(assumed, cluster, constants)).costs, str(config.costs))
     return estimate_plan(assumed, cluster, constants, measured)
 
 
@@ -88,6 +90,23 @@ def estimate_plan(
     return Estimate(plan, setting, step, memory, fits, step.seconds / spread, step.seconds * spread)
 
 
+# Keys that leave a plan's memory open, and what they are when they are left out.
+_OPEN = {
+    "layout": ("recompute", "micro_batch_size"),
+    "training": ("seq_length", "main_grads_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"),
+}
+
+
+def list_open(plan: Plan) -> list[str]:
+    """Return the keys of a plan that would narrow the interval of its memory."""
+    if plan.training.precision == "fp32":
+        return [f"layout.{name}" for name in _OPEN["layout"] if name in plan.unstated]
+    found = [f"{section}.{name}" for section, names in _OPEN.items() for name in names if name in plan.unstated]
+    if "fp8_param_gather" in plan.unstated and plan.training.precision not in ("bf16", "fp16"):
+        found.append("training.fp8_param_gather")
+    return found
+
+
 def describe(estimate: Estimate, price: float | None = None) -> dict[str, Any]:
     """Return an estimate as JSON has it."""
     plan = estimate.plan
@@ -104,6 +123,7 @@ def describe(estimate: Estimate, price: float | None = None) -> dict[str, Any]:
         "layout": describe_layout(plan),
         "causes_s": estimate.step.causes,
         "why": list(plan.notes),
+        "narrows_memory": list_open(plan),
     }
     if price is not None:
         found["cost_per_trillion_tokens"] = estimate.gpu_hours * price

@@ -1,15 +1,11 @@
-"""Where a step's time goes, what would change it, and how it compares with a measurement."""
+"""Where a step's time goes, and what would change it."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from counterflow.analysis import analyze_trace, read_traces
 from counterflow.errors import PlanError, ScheduleError
 from counterflow.planner.assumptions import Assumed
 from counterflow.planner.estimate import Estimate, estimate_plan
 from counterflow.planner.step import time_step
-
-NANOSECONDS = 1e9
 
 
 @dataclass(frozen=True)
@@ -65,36 +61,3 @@ def _double(estimate: Estimate) -> Change:
     except (PlanError, ScheduleError) as error:
         return Change(f"{words}: {error}", None, None)
     return Change(words, other.step_s, other.tokens_per_s_per_gpu)
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One cause, predicted and measured, in seconds; None where only one side knows it."""
-
-    cause: str
-    predicted: float | None
-    measured: float | None
-
-
-def compare_measured(estimate: Estimate, path: Path) -> list[Compared]:
-    """Return predicted and measured seconds by cause: of a profiler's trace, or a record of ``--cf-record``.
-
-    Measured are means over the devices of the trace: its window as the step, computation, exposed communication, idle time.
-    """
-    devices = [device for trace in read_traces(path) for device in analyze_trace(trace)]
-    if not devices:
-        raise PlanError(f"--against {path} has no device; give a trace or record of one step")
-    count = NANOSECONDS * len(devices)
-    measured = {
-        "step": sum(device.window for device in devices) / count,
-        "computation": sum(device.compute.length for device in devices) / count,
-        "exposed communication": sum(device.exposed for device in devices) / count,
-    }
-    measured["idle"] = measured["step"] - measured["computation"] - measured["exposed communication"]
-    causes = estimate.step.causes
-    exposed = sum(causes[name] for name in ("tensor parallel", "context parallel", "experts' exchange", "gradient reduction"))
-    exposed += causes["weight gather"]
-    computation = causes["compute"] + causes["optimizer"]
-    predicted = {"step": estimate.step_s, "computation": computation, "exposed communication": exposed}
-    predicted["idle"] = estimate.step_s - computation - exposed
-    return [Compared(name, predicted[name], measured[name]) for name in measured]

@@ -232,7 +232,7 @@ def complete_layout(config: PlanConfig, model: ModelShape, notes: list[str]) -> 
         tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp, dp=dp,
         micro_batch_size=_choose(given.micro_batch_size, 1, "micro_batch_size", notes),
         schedule=schedule, asked_schedule=given.schedule,
-        overlap=bool(given.overlap) and _can_overlap(schedule, pp, ep if experts else 1, notes),
+        overlap=bool(given.overlap) and _can_overlap(schedule, pp, ep, experts > 0, notes),
         recompute=Recompute(granularity, modules, method, layers),
         dispatcher=given.dispatcher or "alltoall",
         sequence_parallel=tp > 1 and (is_default or experts > 0 if given.sequence_parallel is None else given.sequence_parallel),
@@ -336,16 +336,20 @@ def _complete_schedule(config: PlanConfig, pp: int, notes: list[str]) -> tuple[s
     return name, chunks
 
 
-def _can_overlap(schedule: str, pp: int, ep: int, notes: list[str]) -> bool:
+def _can_overlap(schedule: str, pp: int, ep: int, has_experts: bool, notes: list[str]) -> bool:
     """Return whether a schedule has pairs whose expert communication can hide; a line in ``notes`` where it has not."""
-    if ep == 1:
-        notes.append("overlap is planned off: there is no expert communication to hide")
-        return False
+    reasons = []
     family = FAMILIES.get(schedule)
     if pp > 1 and family is not None and not (family.pairs or "ep_overlap" in family.options):
-        notes.append(f"overlap is planned off: schedule {schedule} has no pairs of an F and a B")
-        return False
-    return True
+        able = [one.name for one in FAMILIES.values() if one.pairs or "ep_overlap" in one.options]
+        reasons.append(f"schedule {schedule} has no pairs of an F and a B ({', '.join(able)} have)")
+    if not has_experts:
+        reasons.append("the model has no experts that exchange tokens")
+    elif ep == 1:
+        reasons.append("ep is 1, so that no tokens are exchanged")
+    if reasons:
+        notes.append(f"overlap is planned off: {'; '.join(reasons)}")
+    return not reasons
 
 
 def complete_split(model: ModelShape, layout: Layout, notes: list[str]) -> Layout:

@@ -1,5 +1,6 @@
 """Measured costs of a model chunk in place of the model's own."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from counterflow.errors import PlanError, ScheduleError
 from counterflow.planner.layouts import Plan
 from counterflow.schedule import Costs
+from counterflow.schedule.costs import spread_over
 from counterflow.schedule.costs_file import CostsFile, read_costs
 
 
@@ -24,6 +26,27 @@ def read_measured(path: Path, plan: Plan) -> CostsFile:
                 f"x vpp {plan.layout.vpp}): these are costs of another model or layout; measure this one, or change pp and vpp"
             )
     return measured
+
+
+# Costs that are further off than this are not of the plan: past errors of the model are below a half.
+MOST_OFF = 4.0
+
+
+def check_measured(measured: CostsFile, costs: Costs, name: str) -> None:
+    """Raise `PlanError` for costs that are so far from the model's own that they are those of another model or machine."""
+    whole, own = (_sum_up(one) for one in (apply_measured(measured, costs), costs))
+    if not own / MOST_OFF <= whole <= own * MOST_OFF:
+        raise PlanError(
+            f"costs: {name} says {whole:.3g} s for a micro-batch on all stages, and the plan's model on its GPUs comes to "
+            f"{own:.3g} s: these are costs of another model, micro-batch or machine; measure this one"
+        )
+
+
+def _sum_up(costs: Costs) -> float:
+    """Return the seconds of a micro-batch on all stages."""
+    parts = (costs.f, costs.i, costs.w)
+    stages = max(len(part) if isinstance(part, Sequence) else 1 for part in parts)
+    return float(sum(sum(spread_over(part, stages, "costs")) for part in parts))
 
 
 def apply_measured(measured: CostsFile, costs: Costs) -> Costs:

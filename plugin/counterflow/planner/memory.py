@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from counterflow.arrays import Array
-from counterflow.planner.activations import BF16, FP32, Held, StageSizes
+from counterflow.planner.activations import BF16, FP32, Held, StageSizes, has_final_norm, size_element
 from counterflow.planner.layouts import Layout, Plan, Recompute, Stage, build_table, place_layers
 from counterflow.planner.models import LINEAR, MLA, LayerShape, ModelShape
 from counterflow.schedule.table import ScheduleTable
@@ -119,10 +119,18 @@ def count_layer(layer: LayerShape, layout: Layout) -> Parameters:
     """Return the parameters of a layer that one rank holds."""
     parts, tp = layer.parameters, layout.tp
     replicated = count_replicated(layer)
+    # Whole on each tensor-parallel rank: what is added behind a row-parallel linear, and the shared experts' gate.
+    shared = layer.moe.shared if layer.moe is not None else None
+    ends = sum(layer.hidden for ffn in (layer.ffn, shared) if ffn is not None and ffn.bias)
+    ends += layer.hidden if layer.moe is not None and shared is not None and layer.moe.shared_gate else 0
     attention = replicated + (parts["attention"] - replicated) / tp
-    sharded = attention + (parts["dense"] + parts["shared"]) / tp
+    sharded = attention + ends + (parts["dense"] + parts["shared"] - ends) / tp
     experts = parts["experts"] / (layout.ep * layout.etp)
-    return Parameters(sharded + parts["norms"] + parts["router"], experts, sharded + experts)
+    norms = parts["norms"]
+    if layer.attention.kind == MLA and not layer.attention.q_lora:
+        # Megatron puts a second norm before the queries' linear.
+        norms += layer.hidden
+    return Parameters(sharded + norms + parts["router"], experts, sharded + experts)
 
 
 def count_replicated(layer: LayerShape) -> int:
@@ -155,7 +163,7 @@ def count_stage(stage: Stage, model: ModelShape, layout: Layout) -> Parameters:
     # A tied head is the embedding of the same stage, or a copy of it.
     if (stage.head or stage.mtp) and not (model.tied and (stage.embedding or stage.mtp)):
         total += Parameters(dense=table)
-    if stage.head:
+    if has_final_norm(stage, model):
         total += Parameters(dense=model.norm_size)
     if stage.mtp and model.mtp is not None:
         own = count_layer(model.mtp, layout)
@@ -377,7 +385,7 @@ def _size_buffers(plan: Plan, own: Sequence[int], stages: Sequence[Stage]) -> fl
     """Return the bytes of messages that wait to be sent or read, and of the gradient of a table of words before it is added."""
     layout, training = plan.layout, plan.training
     tokens = layout.micro_batch_size * training.seq_length / layout.cp
-    message = BF16 * plan.model.hidden * (tokens / layout.tp if layout.sequence_parallel else tokens)
+    message = size_element(training) * plan.model.hidden * (tokens / layout.tp if layout.sequence_parallel else tokens)
     messages = 2 * message * len(own) if layout.pp > 1 else 0.0
     has_words = any(stages[stage].embedding for stage in own)
     words = BF16 * plan.model.pad_vocab(layout.tp) * plan.model.hidden / layout.tp if has_words else 0.0

@@ -39,6 +39,8 @@ class CudaOnCpu(TorchFunctionMode):
                 return func(*args)
             if "device" in kwargs:
                 kwargs = {**kwargs, "device": map_device(kwargs["device"])}
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
             return func(*args, **kwargs)
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:

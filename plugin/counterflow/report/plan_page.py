@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from markupsafe import Markup
 
 from counterflow.errors import CounterflowError
+from counterflow.planner.against import Comparison
 from counterflow.planner.estimate import Estimate
 from counterflow.planner.explain import Bar, Change
 from counterflow.planner.layouts import build_table
@@ -14,7 +15,7 @@ from counterflow.planner.searched import Searched
 from counterflow.planner.step import cut_microbatches
 from counterflow.report.filling import fill_page
 from counterflow.report.picture import Picture, clean_text
-from counterflow.report.plan_text import HEADINGS, list_row
+from counterflow.report.plan_text import HEADINGS, list_compared, list_row
 from counterflow.report.svg import render_svg
 from counterflow.schedule import ScheduleTable, Timeline, simulate
 
@@ -35,6 +36,7 @@ class PlanView:
     bars: Sequence[Bar] = ()
     changes: Sequence[Change] = ()
     searched: Searched | None = None
+    compared: Comparison | None = None
 
 
 def render_plan_html(view: PlanView, title: str) -> str:
@@ -54,6 +56,8 @@ def render_plan_html(view: PlanView, title: str) -> str:
         headings=HEADINGS,
         rows=[list_row(one, place, place == 1 and view.searched is not None) for place, one in enumerate(view.estimates, 1)],
         step=f"{first.step_s:.3g} s ({first.low:.3g} to {first.high:.3g})",
+        compared=[] if view.compared is None else list_compared(view.compared),
+        compared_notes=() if view.compared is None else view.compared.notes,
         notes=[clean_text(text) for text in first.plan.notes],
         waterfall=Markup(draw_waterfall(bars, first.step_s)),
         memory=Markup(draw_memory(first, timeline)),

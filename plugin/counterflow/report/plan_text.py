@@ -5,8 +5,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from counterflow.planner.estimate import Estimate
-from counterflow.planner.explain import Bar, Change, Compared
+from counterflow.planner.against import Comparison
+from counterflow.planner.estimate import Estimate, list_open
+from counterflow.planner.explain import Bar, Change
 from counterflow.planner.search import Found
 
 HEADINGS = ["", "layout", "schedule", "step", "tokens/s/GPU", "bubble", "memory", "exposed", "GPU hours/1e12"]
@@ -77,11 +78,17 @@ def write_memory(estimate: Estimate) -> list[str]:
     """Return the memory of the rank that needs most, by part, and whether it fits."""
     worst, card = estimate.memory.worst, estimate.setting.cluster.memory_gib
     parts = "   ".join(f"{name} {size / 2**30:.1f}" for name, size in worst.parts.items() if size > 2**26)
+    names = list_open(estimate.plan) if estimate.fits is None else []
     verdict = {True: "fits", False: "does not fit", None: "may or may not fit"}[estimate.fits]
     return [
         f"memory of rank {worst.rank}: {worst.peak / 2**30:.1f} GiB ({worst.low / 2**30:.1f} to {worst.high / 2**30:.1f}) of "
         f"{card:.1f}: {verdict}",
         f"  {parts}",
+        *(
+            [f"  stating {', '.join(names)} would narrow it"]
+            if estimate.fits is None and (names := list_open(estimate.plan))
+            else []
+        ),
     ]
 
 
@@ -103,14 +110,29 @@ def write_changes(changes: Sequence[Change], seconds: float) -> list[str]:
     return lines
 
 
-def write_compared(compared: Sequence[Compared]) -> list[str]:
-    """Return predicted and measured seconds side by side."""
-    lines = [f"{'':<24}{'predicted':>12}{'measured':>12}"]
-    return lines + [f"{one.cause:<24}{_write(one.predicted):>12}{_write(one.measured):>12}" for one in compared]
+def list_compared(comparison: Comparison) -> list[list[str]]:
+    """Return rows of what was predicted and measured: cause, both, and how far the prediction is off."""
+    rows = []
+    for one in (*comparison.causes, *comparison.chunks):
+        unit = "" if "over its parts" in one.cause else " s"
+        off = ""
+        if one.predicted is not None and one.measured:
+            off = f"{100 * (one.predicted / one.measured - 1):+.0f} %"
+        rows.append([one.cause, _write(one.predicted, unit), _write(one.measured, unit), off])
+    return rows
 
 
-def _write(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{seconds:.4g} s"
+def write_compared(comparison: Comparison) -> list[str]:
+    """Return predicted and measured side by side."""
+    lines = [f"{'':<24}{'predicted':>12}{'measured':>12}{'off':>10}"]
+    lines += [
+        f"{cause:<24}{predicted:>12}{measured:>12}{off:>10}" for cause, predicted, measured, off in list_compared(comparison)
+    ]
+    return lines + [f"  {note}" for note in comparison.notes]
+
+
+def _write(value: float | None, unit: str) -> str:
+    return "–" if value is None else f"{value:.4g}{unit}"
 
 
 def write_rows(rows: Sequence[Sequence[str]]) -> list[str]:

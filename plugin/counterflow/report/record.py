@@ -3,6 +3,7 @@
 from functools import partial
 
 from counterflow.balance.files.recorded import RecordedBalance
+from counterflow.balance.files.recorded_steps import ADDED
 from counterflow.errors import BalanceError
 from counterflow.report.balance_figures import (
     Balancing,
@@ -25,11 +26,18 @@ MEGABYTE = 1e6
 TRANSFERS = {
     "clones": "clones sent",
     "moved": "of them new experts",
+    "lent": "just-in-time clones sent",
     "homes_moved": "homes moved",
-    "bytes": "sent and received, MB",
+    "bytes": "clones, sent and received, MB",
+    "lent_bytes": "of them just-in-time clones, MB",
+    "home_bytes": "homes, sent, MB",
+    "tokens_homes": "tokens at homes",
+    "tokens_resident": "tokens on resident clones",
+    "tokens_just_in_time": "tokens on just-in-time clones",
     "weights_ms": "weights under way, ms",
     "gradients_ms": "gradients under way, ms",
     "waited_ms": "compute waited, ms",
+    "homes_ms": "homes under way, ms",
 }
 
 
@@ -88,16 +96,16 @@ def _make_maps(record: RecordedBalance, places: list[int], grouping: Grouping) -
 
 def _list_bars(record: RecordedBalance) -> list[Bars]:
     figures = record.figures
-    both = figures["weights_ms"] + figures["gradients_ms"]
+    both = figures["weights_ms"] + figures["gradients_ms"] + figures["homes_ms"]
     sent = [
         Series("sent", "up-F", "clones sent", "clones sent per step", figures["clones"]),
         Series("moved", "up-B", "of them new experts", "those of another expert than the slot had", figures["moved"]),
         Series("homes", "", "homes moved", "", figures["homes_moved"]),
-        Series("bytes", "", "MB", "", figures["bytes"] / MEGABYTE),
+        Series("bytes", "", "MB", "", (figures["bytes"] + figures["home_bytes"]) / MEGABYTE),
     ]
     times = [
         Series("times", "up-F", "ms of transfers", "ms that weights and gradients were under way per step", both),
-        Series("waited", "up-B", "ms of it waited for", "that compute waited for", figures["waited_ms"]),
+        Series("waited", "up-B", "ms of it waited for", "that compute waited for", figures["waited_ms"] + figures["homes_ms"]),
         Series("weights", "", "ms of weights", "", figures["weights_ms"]),
         Series("gradients", "", "ms of gradients", "", figures["gradients_ms"]),
     ]
@@ -108,10 +116,17 @@ def _list_bars(record: RecordedBalance) -> list[Bars]:
 
 
 def list_transfers(record: RecordedBalance) -> list[tuple[str, str, str, str]]:
-    """Return what was sent and how long it took: words, mean and most of a step, and in all."""
-    rows = []
+    """Return what was sent and how long it took: words, mean and most of a step, and in all.
+
+    First comes max/mean, a mean over layers and micro-batches. What records of earlier versions lack is left out, and so is what
+    of that never happened.
+    """
+    ratio = record.ratio.mean(1)
+    rows = [("max/mean of tokens per rank, with clones", write_short(float(ratio.mean())), write_short(float(ratio.max())), "–")]
     for name, words in TRANSFERS.items():
-        values = record.figures[name] / (MEGABYTE if name == "bytes" else 1.0)
+        values = record.figures[name] / (MEGABYTE if name.endswith("bytes") else 1.0)
+        if name in ADDED and not values.any():
+            continue
         mean, most, total = (write_short(float(value)) for value in (values.mean(), values.max(), values.sum()))
         rows.append((words, mean, most, total))
     return rows

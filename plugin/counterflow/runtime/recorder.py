@@ -31,11 +31,14 @@ class Arrivals:
 
 
 class Recorder:
-    """Collects the spans of one rank; ``rank`` is its place among the pipeline's ranks."""
+    """Collects the spans of one rank; ``rank`` is its place among the pipeline's ranks.
 
-    def __init__(self, rank: int, use_cuda_events: bool) -> None:
+    ``offset`` is added to all times: the seconds that turn this host's clock into one that all hosts share.
+    """
+
+    def __init__(self, rank: int, use_cuda_events: bool, offset: float = 0.0) -> None:
         self._rank = rank
-        self._use_cuda_events = use_cuda_events
+        self._use_cuda_events, self._offset = use_cuda_events, offset
         self._marks: list[tuple[Action, Any, Any]] = []
         self._communications: list[tuple[Action, tuple[Any, Any, Any], Arrivals]] = []
         self._turns: list[tuple[Action, list[Any]]] = []
@@ -98,12 +101,12 @@ class Recorder:
 
     def _seconds(self, mark: Any) -> float:
         if self._base is None:
-            return float(mark)
+            return float(mark) + self._offset
         host, event = self._base
-        return float(host + event.elapsed_time(mark) / 1000.0)
+        return float(host + event.elapsed_time(mark) / 1000.0) + self._offset
 
     def take_spans(self) -> list[Span]:
-        """Return the spans of one step, in seconds of the host's clock, and forget them."""
+        """Return the spans of one step, in seconds of the common clock, and forget them."""
         if self._use_cuda_events:
             wait_for_device()
         spans = [Span(self._rank, action, self._seconds(b), self._seconds(e)) for action, b, e in self._marks]

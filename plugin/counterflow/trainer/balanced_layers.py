@@ -2,12 +2,13 @@
 
 import re
 import socket
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from counterflow.balance.cluster import Cluster
 from counterflow.balance.costs import Costs
 from counterflow.balance.exact import FREE
 from counterflow.balance.files.costs import read_costs
-from counterflow.balance.files.recorded import read_record, record_step
+from counterflow.balance.files.recorded import describe_change, read_record, record_step
 from counterflow.balance.placement import EMPTY, Placement, make_home_placement, measure_balancedness, share_evenly, sum_by_rank
 from counterflow.balance.planning import TRAFFIC_WEIGHT
 from counterflow.devices import find_device
@@ -28,14 +29,16 @@ from counterflow.moe.gradients import GradientStore, Weight, find_values
 from counterflow.moe.homes import move_homes
 from counterflow.moe.just_in_time import JustInTime
 from counterflow.moe.layer import LayerSlots
-from counterflow.moe.loads import LoadTracker
-from counterflow.moe.planning import ClonePlanner, clear_clones
-from counterflow.options import Options
+from counterflow.moe.loads import TIERS, Loads, LoadTracker, sum_by_tier
+from counterflow.moe.planning import ClonePlanner, HomeGate, HomeInterval, clear_clones
+from counterflow.options import AUTO, PREDICTED, Options
 from counterflow.runtime.weight_grads import defer_weight_grad
 
 # The number of micro-batches whose loads are saved with a checkpoint, so that the next run starts with a plan. The predictor
 # looks back as far.
 KEPT_MICROBATCHES = 64
+# Of balancedness in records.
+DIGITS = 5
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,18 @@ class ExpertGroups:
     stage: dist.ProcessGroup
 
 
+class StepLoads(NamedTuple):
+    """What one expert-parallel group computed in a step.
+
+    ``before`` and ``after``, ``float64[micro-batches, layers]``, are balancedness with homes alone and with the clones of the
+    step. ``tiers``, ``int64[3]``, are the tokens of each of `counterflow.moe.loads.TIERS`.
+    """
+
+    before: Array
+    after: Array
+    tiers: Array
+
+
 class BalancedLayers:
     """One rank's MoE layers, at least one: for each chunk, in the order in which a forward runs them.
 
@@ -63,6 +78,8 @@ class BalancedLayers:
     def __init__(
         self, options: Options, layers: Sequence[Sequence[LayerSlots]], groups: ExpertGroups, gradients: GradientStore
     ) -> None:
+        if not options.needs_moves and type(self).take_state is BalancedLayers.take_state:
+            options = options.keep_homes()
         self._options, self._groups, self._gradients = options, groups, gradients
         self._layers = [one for chunk in layers for one in chunk]
         self._experts = [one.list_experts() for one in self._layers]
@@ -79,13 +96,14 @@ class BalancedLayers:
         self._tracker = LoadTracker(len(self._layers))
         self.just_in_time = self._make_just_in_time()
         self.clones = self._make_clones(layers)
+        traffic_weight = 0.0 if options.eplb_policy == "global" else TRAFFIC_WEIGHT
         self._planner = ClonePlanner(
             self._placement,
             groups.stage,
             self._device,
             options.eplb_interval,
-            options.eplb_rehome_interval,
-            0.0 if options.eplb_policy == "global" else TRAFFIC_WEIGHT,
+            traffic_weight,
+            self._make_home_planner(traffic_weight),
         )
         # Since the last plan: the number of steps; record lines and loads not yet summed over replicas; summed loads.
         self._steps = 0
@@ -95,6 +113,7 @@ class BalancedLayers:
         self._is_again = False
         self._recent: deque[Array] = deque(maxlen=KEPT_MICROBATCHES)
         self._last: dict[str, Any] = {}
+        self._recorded: Placement | None = None
         self._place(self._placement)
 
     def take_state(self, parameter: Weight) -> list[torch.Tensor]:
@@ -120,11 +139,21 @@ class BalancedLayers:
             )
         group = open_group(self._groups.experts, "CF_JUST_IN_TIME")
         made = JustInTime(self._experts, group, self.traffic, self._gradients, defer_weight_grad, pairs=self._options.overlap)
-        costs = read_costs(self._options.eplb_costs) if self._options.eplb_costs is not None else Costs()
-        prices = FREE if self._options.eplb_plan == "exact" else costs.price_clones(group.size())
+        prices = FREE if self._options.eplb_plan == "exact" else self._read_costs().price_clones(group.size())
         for one in self._layers:
             one.lend_by(made, prices)
         return made
+
+    def _make_home_planner(self, traffic_weight: float) -> HomeGate | HomeInterval | None:
+        options = self._options
+        if options.eplb_rehome_interval == AUTO:
+            lent = options.eplb_clones_per_rank if options.eplb_plan != PREDICTED else 0
+            return HomeGate(traffic_weight, options.eplb_plan, lent, self._read_costs())
+        steps = options.eplb_rehome_interval
+        return HomeInterval(steps, traffic_weight) if isinstance(steps, int) else None
+
+    def _read_costs(self) -> Costs:
+        return read_costs(self._options.eplb_costs) if self._options.eplb_costs is not None else Costs()
 
     def _make_clones(self, layers: Sequence[Sequence[LayerSlots]]) -> list[Clones]:
         made, first = [], 0
@@ -138,6 +167,11 @@ class BalancedLayers:
             made.append(clones)
             first += len(chunk)
         return made
+
+    @property
+    def numbers(self) -> list[int]:
+        """The layers' numbers in the model."""
+        return [one.number for one in self._layers]
 
     def measure_memory(self) -> tuple[int, int, int]:
         """Return the number of layers, and the bytes of their clones' weights and gradients on this rank."""
@@ -161,8 +195,7 @@ class BalancedLayers:
         assert placement.homes is not None
         self._placement = placement
         for index, one in enumerate(self._layers):
-            rows = slice(index, index + 1)
-            one.hold(Placement(placement.cluster, placement.experts[rows], placement.homes[rows]), self._device)
+            one.hold(take_layer(placement, index), self._device)
 
     def begin_step(self, step: int) -> None:
         """Take the next plan if there is one, and start sending weights to clones.
@@ -172,7 +205,7 @@ class BalancedLayers:
         self._tracker.forget()
         self._is_again, self._step = step == self._step, step
         if not self._is_again and (planned := self._planner.take()) is not None:
-            self.traffic.homes += self._move_homes(planned)
+            self._follow_homes(planned)
             self._place(planned)
         self.refresh()
         for clones in self.clones:
@@ -205,38 +238,39 @@ class BalancedLayers:
         if self.just_in_time is not None:
             self.just_in_time.finish_step()
 
-    def end_step(self, microbatches: int) -> tuple[Array, Array]:
-        """End a step: take its loads, and start to plan if it is the last of an interval.
-
-        Returns two arrays ``[micro-batches, layers]``, balancedness in this expert-parallel group: with homes alone, and with the
-        clones of this step.
-        """
+    def end_step(self, microbatches: int) -> StepLoads:
+        """End a step: take its loads, and start to plan if it is the last of an interval."""
         for clones in self.clones:
             clones.finish_step()
         if self.just_in_time is not None:
             self.just_in_time.finish_step()
         self._are_stale = True
         loads = self._tracker.take(microbatches, self._groups.sources)
-        before, after = self._measure(loads.experts, loads.ranks)
+        step = self._measure(loads)
         if not self._is_again:
             self._steps += 1
-            self._unsummed.append((self._describe_step(microbatches, before, after), loads.experts))
+            self._unsummed.append((self._describe_step(microbatches, step), loads.experts))
         is_last = self._steps == self._options.eplb_interval
         if is_last or self._options.record is not None:
             self._sum_replicas()
         if is_last:
             self._planner.start(np.concatenate(self._summed), microbatches, self._placement)
             self._summed, self._steps = [], 0
-        return before, after
+        return step
 
-    def _measure(self, experts: Array, ranks: Array | None) -> tuple[Array, Array]:
+    def _measure(self, loads: Loads) -> StepLoads:
         assert self._placement.homes is not None
         cluster, layers = self._placement.cluster, np.arange(len(self._layers))[:, None]
-        at_home = np.zeros((*experts.shape[:2], cluster.slots), np.int64)
-        at_home[:, layers, self._placement.homes] = experts
-        if ranks is None:
-            ranks = np.stack([sum_by_rank(share_evenly(seen, self._placement), cluster) for seen in experts])
-        return measure_balancedness(sum_by_rank(at_home, cluster)), measure_balancedness(ranks)
+        at_home = np.zeros((*loads.experts.shape[:2], cluster.slots), np.int64)
+        at_home[:, layers, self._placement.homes] = loads.experts
+        ranks, tiers = loads.ranks, loads.tiers
+        if ranks is None or tiers is None:
+            split = np.stack([share_evenly(seen, self._placement) for seen in loads.experts])
+            held = [take_layer(self._placement, layer) for layer in range(len(self._layers))]
+            ranks = sum_by_rank(split, cluster)
+            tiers = np.stack([sum_by_tier(split[:, layer], one, one) for layer, one in enumerate(held)], 1)
+        before, after = measure_balancedness(sum_by_rank(at_home, cluster)), measure_balancedness(ranks)
+        return StepLoads(before, after, np.rint(tiers.sum((0, 1))).astype(np.int64))
 
     def _sum_replicas(self) -> None:
         """Sum loads over the replicas of the experts, and record them with the lines of their steps."""
@@ -249,31 +283,39 @@ class BalancedLayers:
             self._summed.append(summed)
             if self.is_leader:
                 if self._options.record is not None:
-                    _record(self._options.record, summed, line)
+                    placement: Placement = line["placement"]
+                    _record(self._options.record, summed, _write_line(line, self._recorded))
+                    self._recorded = placement
                 self._recent.extend(summed)
                 self._last = line
         self._unsummed.clear()
 
-    def _describe_step(self, microbatches: int, before: Array, after: Array) -> dict[str, Any]:
-        """Return the step's line in the record (`counterflow.balance.files.recorded`)."""
+    def _describe_step(self, microbatches: int, loads: StepLoads) -> dict[str, Any]:
+        """Return the step's line in the record (`counterflow.balance.files.recorded`), with the placement as it is."""
         traffic = self.traffic
         return {
             "step": self._step,
-            "layers": [one.number for one in self._layers],
+            "layers": self.numbers,
             "ranks": self._placement.cluster.ranks,
             "clones_per_rank": self._options.eplb_clones_per_rank,
             "microbatches": microbatches,
-            "balancedness_before": before.mean(0),
-            "balancedness_after": after.mean(0),
-            "experts": self._placement.experts,
-            "homes": self._placement.homes,
+            "balancedness_before": loads.before.mean(0).round(DIGITS),
+            "balancedness_after": loads.after.mean(0).round(DIGITS),
+            "balancedness_p5": np.percentile(loads.after, 5, 0).round(DIGITS),
+            "max_over_mean": (1 / loads.after).mean(0).round(DIGITS),
+            "placement": self._placement,
             "clones": traffic.clones,
             "moved": traffic.moved,
             "homes_moved": traffic.homes,
             "bytes": traffic.bytes,
+            "lent": traffic.lent,
+            "lent_bytes": traffic.lent_bytes,
+            "home_bytes": traffic.home_bytes,
+            **{f"tokens_{name.replace(' ', '_')}": int(count) for name, count in zip(TIERS, loads.tiers, strict=True)},
             "weights_ms": traffic.weights * 1e3,
             "gradients_ms": traffic.gradients * 1e3,
             "waited_ms": traffic.waited * 1e3,
+            "homes_ms": traffic.moving * 1e3,
         }
 
     def save_loads(self, directory: Path) -> None:
@@ -283,7 +325,7 @@ class BalancedLayers:
             try:
                 for old in directory.glob(f"*-rank{dist.get_rank():05d}.*"):
                     old.unlink()
-                record_step(directory, dist.get_rank(), counts, {**self._last, "microbatches": len(counts)})
+                record_step(directory, dist.get_rank(), counts, {**_write_line(self._last, None), "microbatches": len(counts)})
             except (OSError, BalanceError) as error:
                 print(
                     f"counterflow: eplb: loads are not kept, a run from {directory.parent} begins without clones: {error}",
@@ -298,15 +340,20 @@ class BalancedLayers:
     def _read_loads(self, directory: Path) -> Array | None:
         try:
             record = read_record(directory)
-            numbers = [one.number for one in self._layers]
-            if record.experts == self.number_of_experts and set(numbers) <= set(record.layers.tolist()):
-                counts: Array = record.counts[:, np.searchsorted(record.layers, numbers)]
+            if record.experts == self.number_of_experts and set(self.numbers) <= set(record.layers.tolist()):
+                counts: Array = record.counts[:, np.searchsorted(record.layers, self.numbers)]
                 return counts
             reason = f"its layers {record.layers.tolist()} of {record.experts} experts are not this model's"
         except BalanceError as error:
             reason = str(error)
         print(f"counterflow: eplb: the loads in {directory} are not used, the first step has no clones: {reason}", flush=True)
         return None
+
+    @property
+    def are_away(self) -> bool:
+        """Whether any home is elsewhere than where the trainer puts it."""
+        assert self._placement.homes is not None and self._straight.homes is not None
+        return bool((self._placement.homes != self._straight.homes).any())
 
     @contextmanager
     def be_at_home(self) -> Iterator[None]:
@@ -323,8 +370,7 @@ class BalancedLayers:
     def bring_homes_back(self) -> Placement | None:
         """Move homes to where the trainer puts them, for a checkpoint; return the placement to restore, None if none moved."""
         before = self._placement
-        assert before.homes is not None and self._straight.homes is not None
-        if (before.homes == self._straight.homes).all():
+        if not self.are_away:
             return None
         self._move_homes(self._straight)
         self._place(self._straight)
@@ -335,22 +381,45 @@ class BalancedLayers:
         self._move_homes(placement)
         self._place(placement)
 
-    def _move_homes(self, new: Placement) -> int:
-        """Move homes, with optimizer state, to where ``new`` has them; return how many moved. Clones stay as they are."""
+    def _move_homes(self, new: Placement) -> tuple[int, int]:
+        """Move homes, with optimizer state, to where ``new`` has them. Clones stay as they are.
+
+        Returns how many moved, and the bytes that this rank sent.
+        """
         assert self._placement.homes is not None and new.homes is not None
         if (self._placement.homes == new.homes).all():
-            return 0
+            return 0, 0
         self.finish_gathers()
         with torch.no_grad():
-            return move_homes(self._placement, new, self._group, self._take_home, self._put_home)
+            return move_homes(self._placement, new, self._group, self._take_home)
+
+    def _follow_homes(self, planned: Placement) -> None:
+        """Move homes to where a plan has them, and count them in the traffic, with the bytes that all ranks of the group sent."""
+        begun = time.monotonic()
+        homes, size = self._move_homes(planned)
+        if homes:
+            sizes = torch.tensor([size], dtype=torch.int64, device=self._device)
+            dist.all_reduce(sizes, group=self._group)
+            self.traffic.homes += homes
+            self.traffic.home_bytes += int(sizes)
+            self.traffic.moving += time.monotonic() - begun
 
     def _take_home(self, layer: int, place: int) -> list[torch.Tensor]:
         parameters = self._experts[layer].homes[place]
         return [tensor for p in parameters for tensor in (find_values(p).data, *self.take_state(p))]
 
-    def _put_home(self, layer: int, place: int, arrived: list[torch.Tensor]) -> None:
-        for tensor, other in zip(self._take_home(layer, place), arrived, strict=True):
-            tensor.copy_(other)
+
+def take_layer(placement: Placement, layer: int) -> Placement:
+    """Return one layer's placement."""
+    assert placement.homes is not None
+    rows = slice(layer, layer + 1)
+    return Placement(placement.cluster, placement.experts[rows], placement.homes[rows])
+
+
+def _write_line(line: dict[str, Any], recorded: Placement | None) -> dict[str, Any]:
+    """Return a line of the record behind one whose placement was ``recorded``, None for the first line."""
+    rest = {name: value for name, value in line.items() if name != "placement"}
+    return rest | describe_change(recorded, line["placement"])
 
 
 def _record(directory: Path, counts: Array, line: dict[str, Any]) -> None:

@@ -1,29 +1,48 @@
 """Lines of the log about balancing: the memory of clones, and the balancedness and traffic of each step, over all ranks."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from counterflow.arrays import Array
 from counterflow.devices import find_device
+from counterflow.moe.loads import TIERS
+from counterflow.options import AUTO, Options
 from counterflow.trainer.balanced_layers import BalancedLayers
 
+# Balancedness is counted in so many bins, of which percentiles over all ranks are read.
+BINS = 1000
 
-def announce_clones(layers: BalancedLayers | None, clones_per_rank: int) -> None:
-    """Print the memory of clones, the most of any rank, on rank 0. Every rank calls it; one without MoE layers passes None.
 
-    ``clones_per_rank`` is the number of slots that each layer has for itself.
+def keep_homes_where(obstacle: str | None, options: Options) -> Options:
+    """Return the options of a run in which homes stay if there is an ``obstacle``, and say so on rank 0."""
+    if obstacle is None or not options.moves_homes:
+        return options
+    if dist.get_rank() == 0:
+        print(f"counterflow: eplb: homes stay where they are: --cf-eplb-rehome-interval {AUTO} {obstacle}", flush=True)
+    return options.keep_homes()
+
+
+def announce_clones(layers: BalancedLayers | None, clones_per_rank: int) -> int:
+    """Print the memory of clones, the most of any rank, on rank 0; return the highest number that a MoE layer has.
+
+    Every rank calls it; one without MoE layers passes None. ``clones_per_rank`` is the number of slots that each layer has for
+    itself.
     """
     shared = _announce_shared(layers)
-    numbers = torch.tensor(layers.measure_memory() if layers is not None else (0, 0, 0), dtype=torch.int64)
-    numbers = numbers.to(find_device())
+    own = (*layers.measure_memory(), max(layers.numbers)) if layers is not None else (0, 0, 0, 0)
+    numbers = torch.tensor(own, dtype=torch.int64).to(find_device())
     dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-    count, weights, gradients = numbers.tolist()
+    count, weights, gradients, highest = numbers.tolist()
     if dist.get_rank() == 0 and (clones_per_rank or not shared):
         print(
             f"counterflow: eplb: {clones_per_rank} clone{'s' if clones_per_rank != 1 else ''} per rank and MoE layer; on a rank "
             f"of {count} MoE layers {weights:,} bytes of weights and {gradients:,} bytes of gradients, no optimizer state",
             flush=True,
         )
+    return int(highest)
 
 
 def _announce_shared(layers: BalancedLayers | None) -> int:
@@ -42,38 +61,84 @@ def _announce_shared(layers: BalancedLayers | None) -> int:
     return int(count)
 
 
-def end_step(layers: BalancedLayers | None, microbatches: int) -> dict[str, float]:
-    """End a step and return its figures over all ranks; clones count once, not in every replica of the experts.
+@dataclass(frozen=True)
+class StepFigures:
+    """What a step's balancing was, over all ranks: figures by name, and by the layer's number those of each layer."""
 
-    Every rank calls it; one without MoE layers passes None.
+    all: dict[str, float]
+    layers: dict[int, dict[str, float]]
+
+
+def end_step(layers: BalancedLayers | None, microbatches: int, highest: int = 0) -> StepFigures:
+    """End a step and return its figures; clones and homes count once, not in every replica of the experts.
+
+    ``highest`` is what `announce_clones` returned; without it there are no figures by layer. Every rank calls it; one without MoE
+    layers passes None. All figures are summed at once.
     """
-    numbers = np.zeros(8)
+    sums, tiers, bins, rows = np.zeros(9), np.zeros(len(TIERS)), np.zeros(BINS + 1), np.zeros((highest + 1, 4))
     if layers is not None:
-        before, after = layers.end_step(microbatches)
+        loads = layers.end_step(microbatches)
         traffic = layers.traffic
-        numbers[:4] = before.sum(), after.sum(), before.size, traffic.waited
+        sums[:2] = traffic.waited, traffic.moving
         if layers.is_leader:
-            numbers[4:] = traffic.clones, traffic.moved, traffic.homes, traffic.bytes
+            sums[2:7] = traffic.clones, traffic.moved, traffic.homes, traffic.bytes, traffic.home_bytes
+            sums[7:9] = traffic.lent, traffic.lent_bytes
+        tiers += loads.tiers
+        bins += np.bincount((loads.after * BINS).astype(np.int64).ravel(), minlength=len(bins))
+        cells = np.stack((loads.before, loads.after, 1 / loads.after, np.ones_like(loads.after)), -1)
+        np.add.at(rows, layers.numbers if highest else [0] * len(layers.numbers), cells.sum(0))
         traffic.reset()
-    summed = torch.from_numpy(numbers).to(find_device())
+    summed = torch.from_numpy(np.concatenate((sums, tiers, bins, rows.ravel()))).to(find_device())
     dist.all_reduce(summed)
-    before, after, cells, waited, clones, moved, homes, size = summed.tolist()
-    return {
-        "balancedness before": before / max(cells, 1),
-        "balancedness": after / max(cells, 1),
+    sums, tiers, bins, flat = np.split(summed.cpu().numpy(), np.cumsum((len(sums), len(tiers), len(bins))))
+    rows = flat.reshape(-1, 4)
+    waited, moving, clones, moved, homes, size, home_size, lent, lent_size = sums.tolist()
+    shares = tiers / max(tiers.sum(), 1)
+    each = {number: _describe_cells(row) for number, row in enumerate(rows) if number and row[-1]}
+    whole = {
+        **_describe_cells(rows.sum(0)),
+        "balancedness p5": _find_percentile(bins, 0.05),
         "clones": clones,
         "clones moved": moved,
+        "clones just in time": lent,
         "homes moved": homes,
         "MB": size / 1e6,
+        "MB just in time": lent_size / 1e6,
+        "MB of homes": home_size / 1e6,
+        **{f"tokens {'at' if name == 'homes' else 'on'} {name}": float(share) for name, share in zip(TIERS, shares, strict=True)},
         "ms waited": waited / dist.get_world_size() * 1e3,
+        "ms of homes": moving / dist.get_world_size() * 1e3,
+        "ms exposed": (waited + moving) / dist.get_world_size() * 1e3,
     }
+    return StepFigures(whole, each)
+
+
+def _describe_cells(row: Array) -> dict[str, float]:
+    """Return the means of ``float64[4]``: sums over micro-batches, and their number."""
+    before, after, ratio, cells = (row / max(row[-1], 1)).tolist()
+    del cells
+    return {"balancedness before": before, "balancedness": after, "max over mean": ratio}
+
+
+def _find_percentile(bins: Array, share: float) -> float:
+    """Return the lower edge of the bin in which a share of what was counted ends; 1 if nothing was."""
+    if not bins.any():
+        return 1.0
+    return float(np.searchsorted(bins.cumsum(), share * bins.sum())) / BINS
 
 
 def describe_step(figures: dict[str, float]) -> str:
     """Return the figures of `end_step` in words, for the log line."""
-    homes = f" homes moved: {figures['homes moved']:.0f} |" if figures["homes moved"] else ""
+    clones = figures["tokens on resident"] + figures["tokens on just in time"]
+    lent = f" {figures['clones just in time']:.0f} just in time," if figures["clones just in time"] else ""
+    homes = (
+        f" homes moved: {figures['homes moved']:.0f}, {figures['MB of homes']:.2f} MB, {figures['ms of homes']:.1f} ms |"
+        if figures["homes moved"]
+        else ""
+    )
     return (
-        f" balancedness: {figures['balancedness before']:.4f} -> {figures['balancedness']:.4f} |"
-        f" clones: {figures['clones']:.0f}, {figures['clones moved']:.0f} moved, {figures['MB']:.2f} MB,"
-        f" {figures['ms waited']:.1f} ms waited |{homes}"
+        f" balancedness: {figures['balancedness before']:.4f} -> {figures['balancedness']:.4f},"
+        f" p5 {figures['balancedness p5']:.3f}, max/mean {figures['max over mean']:.3f} |"
+        f" clones: {figures['clones']:.0f}, {figures['clones moved']:.0f} moved,{lent} {figures['MB']:.2f} MB,"
+        f" {clones:.1%} of tokens, {figures['ms waited']:.1f} ms waited |{homes}"
     )

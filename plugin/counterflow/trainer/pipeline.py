@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from counterflow.errors import OptionError
 from counterflow.options import AUTO, Options
+from counterflow.runtime.clocks import measure_offset
 from counterflow.runtime.executor import Work, run_program
 from counterflow.runtime.handover import Carried, HandOver
 from counterflow.runtime.lowering import Program, lower
@@ -62,13 +63,15 @@ class Pipeline:
         if options.stall_limit is not None:
             timeout = timedelta(seconds=options.stall_limit)
         ranks, rank = dist.get_process_group_ranks(group), group.rank()
-        if count_replicas(choose_layout(options, len(ranks), chunks)) > 1:
+        self.is_linked = count_replicas(choose_layout(options, len(ranks), chunks)) > 1
+        if self.is_linked:
             if link is None:
                 raise OptionError(f"schedule {options.schedule} joins two replicas, which this trainer does not: take another")
             ranks, rank = link(ranks)
         self.rank, self.timeout = rank, timeout
         self._channels = Channels(ranks, rank, timeout)
         self._watch = Watch(find_store(), ranks, rank, timeout.total_seconds())
+        self._offset = measure_offset() if options.record is not None else 0.0
         self._profiler: StepProfiler | None = None
         if options.profile is not None:
             from counterflow.trainer import profiling  # loads the analyser
@@ -137,7 +140,7 @@ class Pipeline:
         self._watch.begin(step)
         is_measured = self._auto is not None and self._auto.is_measuring
         is_recorded = is_measured or self._options.record is not None
-        recorder = Recorder(self.rank, self._device.type == "cuda") if is_recorded else None
+        recorder = Recorder(self.rank, self._device.type == "cuda", self._offset) if is_recorded else None
         mailbox = Mailbox(self._channels, form, self._device)
         profiler = self._profiler
         notes = profiler if profiler is not None and profiler.begin(step, work) else None

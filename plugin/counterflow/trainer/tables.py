@@ -118,9 +118,10 @@ def describe_run(options: Options, chunks: int, model: str, layers: str) -> list
     lines = [", ".join(given) or "nothing is asked for: training runs as without the plugin"]
     if options.eplb:
         lines.append(
-            f"clone slots on a rank in each of {layers}: {options.eplb_clones_per_rank}; steps between plans: "
-            f"{options.eplb_interval}"
+            f"clone slots on a rank in each of {layers}: {options.layer_clones}; steps between plans: {options.eplb_interval}"
         )
+        if options.shared_clones:
+            lines.append(f"clone slots on a rank that {layers} share: {options.shared_clones}")
     if options.schedule is not None:
         layout = choose_layout(options, 2, chunks)
         lines.append(f"a {model} is cut into {layout.chunks} stages a rank, laid out {name_model_layout(layout)}")

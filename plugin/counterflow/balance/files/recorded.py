@@ -2,6 +2,7 @@
 
 ``loads-rank<global rank>.npy`` holds ``int32[micro-batches, layers, experts]``, tokens per logical expert, in numpy's format 1.0;
 ``eplb-rank<global rank>.jsonl`` a JSON object per training step. A process that is killed while it writes leaves both readable.
+A line has a placement only as far as it is another than that of the line before (`describe_change`).
 """
 
 import io
@@ -35,8 +36,9 @@ class RecordedBalance:
 
     ``layers``: ``int64[L]``, their numbers in the model, ascending. ``steps``: ``int64[S]``, their numbers, ascending; of a step
     that a resumed run did again the later is here. ``microbatches``: ``int64[S]``. ``before`` and ``after``: ``float64[S, L]``,
-    balancedness with homes alone and with clones, the mean of the step's micro-batches. ``figures``: ``float64[S]`` by name,
-    `SUMS` summed over pipeline ranks, of `TIMES` the longest.
+    balancedness with homes alone and with clones, the mean of the step's micro-batches; ``low`` and ``ratio``: with clones, their
+    5th percentile and the mean of max/mean, of ``after`` where a record has neither. ``figures``: ``float64[S]`` by name, `SUMS`
+    summed over pipeline ranks, of `TIMES` the longest.
     """
 
     layers: Array
@@ -44,6 +46,8 @@ class RecordedBalance:
     microbatches: Array
     before: Array
     after: Array
+    low: Array
+    ratio: Array
     figures: dict[str, Array]
     experts: int
     parts: "tuple[_Part, ...]" = field(repr=False)
@@ -130,6 +134,20 @@ def record_step(directory: Path, rank: int, counts: Any, step: Mapping[str, Any]
     directory.mkdir(parents=True, exist_ok=True)
     end = append_loads(directory / f"loads-rank{rank:05d}.npy", counts)
     append_step(directory / f"eplb-rank{rank:05d}.jsonl", {**step, "end": end})
+
+
+def describe_change(old: Placement | None, new: Placement) -> dict[str, Array]:
+    """Return what a line says of a placement, of which the line before has ``old``; without one, all of it.
+
+    ``changed`` are the places of the layers whose rows of ``experts`` follow; ``homes``, their rows too, only where a home moved.
+    """
+    assert new.homes is not None
+    if old is None or old.homes is None:
+        return {"experts": new.experts, "homes": new.homes}
+    have_moved = (new.homes != old.homes).any(1)
+    changed = np.flatnonzero((new.experts != old.experts).any(1) | have_moved)
+    homes = {"homes": new.homes[changed]} if have_moved.any() else {}
+    return {"changed": changed, "experts": new.experts[changed], **homes}
 
 
 def append_loads(path: Path, counts: Any) -> int:
@@ -272,6 +290,8 @@ def _merge(directory: Path, parts: tuple[_Part, ...], numbers: list[int]) -> Rec
         microbatches=np.array([row[0].microbatches for row in rows]),
         before=join(lambda step: step.before),
         after=join(lambda step: step.after),
+        low=join(lambda step: step.low),
+        ratio=join(lambda step: step.ratio),
         figures={name: combine(name, math.fsum) for name in SUMS} | {name: combine(name, max) for name in TIMES},
         experts=parts[0].experts,
         parts=parts,

@@ -15,8 +15,13 @@ from counterflow.balance.placement import EMPTY, Placement
 from counterflow.errors import BalanceError
 
 # Of a step, summed over pipeline ranks, and the largest of them.
-SUMS = ("clones", "moved", "homes_moved", "bytes")
-TIMES = ("weights_ms", "gradients_ms", "waited_ms")
+SUMS = (
+    "clones", "moved", "lent", "homes_moved", "bytes", "lent_bytes", "home_bytes", "tokens_homes", "tokens_resident",
+    "tokens_just_in_time",
+)  # fmt: skip
+TIMES = ("weights_ms", "gradients_ms", "waited_ms", "homes_ms")
+# Those that records of earlier versions lack.
+ADDED = ("lent", "lent_bytes", "home_bytes", "tokens_homes", "tokens_resident", "tokens_just_in_time", "homes_ms")
 # Far above any run's; what is read must not fill the memory.
 MAX_LINE_BYTES = 16 * 2**20
 MAX_WHOLE = 2**53
@@ -33,6 +38,8 @@ class RecordedStep:
     end: int
     before: Array
     after: Array
+    low: Array
+    ratio: Array
     experts: Array
     homes: Array
     figures: dict[str, float]
@@ -46,9 +53,11 @@ def read_steps(path: Path, layers: int, experts: int) -> tuple[list[int], list[R
     """
     kept: list[RecordedStep] = []
     numbers: list[int] | None = None
+    step: RecordedStep | None = None
     for line, where in _read_lines(path):
         numbers = _take_layers(line, where, layers, numbers)
-        step = _parse_step(line, where, layers, experts, kept[-1] if kept else None)
+        # Placements follow from the line before, which may be one that does not count.
+        step = _parse_step(line, where, layers, experts, step, kept[-1].end if kept else 0)
         # A resumed run goes back to its checkpoint: what it did after that is no part of how it came here.
         while kept and (kept[-1].number >= step.number or kept[-1].end > step.end - step.microbatches):
             kept.pop()
@@ -74,12 +83,13 @@ def _read_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
             raise BalanceError(f"{path}, line {number + 1} is longer than {MAX_LINE_BYTES} bytes; allowed: one object per step")
 
 
-def _parse_step(entry: dict[str, Any], where: str, layers: int, experts: int, last: RecordedStep | None) -> RecordedStep:
+def _parse_step(
+    entry: dict[str, Any], where: str, layers: int, experts: int, last: RecordedStep | None, end: int
+) -> RecordedStep:
     ranks = _take_whole(entry, "ranks", where, 1)
     microbatches = _take_whole(entry, "microbatches", where, 1)
-    follows = {"end": (last.end if last else 0) + microbatches}
-    held = _take_table(entry, "experts", where, layers, (EMPTY, experts - 1))
-    homes = _take_table(entry, "homes", where, layers, (0, held.shape[1] - 1))
+    follows = {"end": end + microbatches}
+    held, homes = _take_placement(entry, where, layers, experts, last)
     if homes.shape[1] != experts:
         raise BalanceError(f"{where}: homes of {homes.shape[1]} experts; allowed: {experts}, as its loads have")
     try:
@@ -88,18 +98,57 @@ def _parse_step(entry: dict[str, Any], where: str, layers: int, experts: int, la
         raise BalanceError(f"{where}: {error}") from None
     if last is not None and np.array_equal(held, last.experts) and np.array_equal(homes, last.homes):
         held, homes = last.experts, last.homes  # most steps of a long run share theirs
+    after = _take_shares(entry, "balancedness_after", where, layers)
+    # Records of earlier versions lack some figures.
+    entry = dict.fromkeys(ADDED, 0) | entry
     return RecordedStep(
         number=_take_whole(entry, "step", where, 0),
         ranks=ranks,
         microbatches=microbatches,
         end=_take_whole(follows | entry, "end", where, microbatches),
         before=_take_shares(entry, "balancedness_before", where, layers),
-        after=_take_shares(entry, "balancedness_after", where, layers),
+        after=after,
+        low=_take_shares(entry, "balancedness_p5", where, layers) if "balancedness_p5" in entry else after,
+        ratio=_take_ratios(entry, where, layers) if "max_over_mean" in entry else 1 / np.maximum(after, 1 / ranks),
         experts=held,
         homes=homes,
         figures={name: _take_whole(entry, name, where, 0) for name in SUMS}
         | {name: _take_number(entry, name, where) for name in TIMES},
     )
+
+
+def _take_placement(
+    entry: dict[str, Any], where: str, layers: int, experts: int, last: RecordedStep | None
+) -> tuple[Array, Array]:
+    """Return ``experts`` and ``homes`` of a line, of which it may have only the rows that are others than the line before has."""
+    if "changed" not in entry:
+        held = _take_table(entry, "experts", where, layers, (EMPTY, experts - 1))
+        return held, _take_table(entry, "homes", where, layers, (0, held.shape[1] - 1))
+    if last is None:
+        raise BalanceError(
+            f"{where} has what has changed of a placement, and no line before it; allowed: a whole placement first"
+        )
+
+    def fits(value: Any) -> bool:
+        whole = isinstance(value, list) and all(type(each) is int and 0 <= each < layers for each in value)
+        return whole and value == sorted(set(value))
+
+    changed = _take(entry, "changed", where, fits, f"places of layers, from 0 to {layers - 1}, ascending")
+    held, homes = last.experts, last.homes
+    if changed:
+        held = held.copy()
+        held[changed] = _take_rows(entry, "experts", where, (len(changed), held.shape[1]), (EMPTY, experts - 1))
+    if changed and "homes" in entry:
+        homes = homes.copy()
+        homes[changed] = _take_rows(entry, "homes", where, (len(changed), experts), (0, held.shape[1] - 1))
+    return held, homes
+
+
+def _take_rows(entry: dict[str, Any], key: str, where: str, shape: tuple[int, int], bounds: tuple[int, int]) -> Array:
+    rows = _take_table(entry, key, where, shape[0], bounds)
+    if rows.shape != shape:
+        raise BalanceError(f"{where}: {key} has rows of {rows.shape[1]}; allowed: {shape[1]}, as in the lines before")
+    return rows
 
 
 def _take(entry: dict[str, Any], key: str, where: str, fits: Callable[[Any], bool], allowed: str) -> Any:
@@ -127,6 +176,14 @@ def _take_shares(entry: dict[str, Any], key: str, where: str, layers: int) -> Ar
 
     taken = _take(entry, key, where, fits, f"{layers} numbers from 0 to 1, one per layer of its loads")
     return np.minimum(np.array(taken, np.float64), 1.0)
+
+
+def _take_ratios(entry: dict[str, Any], where: str, layers: int) -> Array:
+    def fits(value: Any) -> bool:
+        return _is_list(value, layers) and all(type(each) in (int, float) and 1 - 1e-5 <= each <= MAX_WHOLE for each in value)
+
+    taken = _take(entry, "max_over_mean", where, fits, f"{layers} numbers from 1, one per layer of its loads")
+    return np.maximum(np.array(taken, np.float64), 1.0)
 
 
 def _take_layers(entry: dict[str, Any], where: str, layers: int, before: list[int] | None) -> list[int]:

@@ -16,7 +16,6 @@ from counterflow.errors import PlanError
 from counterflow.planner.emission import emit_megatron
 from counterflow.planner.layouts import PLAIN_LOOPED, PLAIN_STRAIGHT, Layout, Plan, Stage, place_layers
 from counterflow.planner.memory import Measured, MemoryEstimate, Parameters, choose_imbalance, count_stage, estimate_memory
-from counterflow.planner.models import LINEAR
 from counterflow.schedule.table import ScheduleTable
 
 LIMIT_SECONDS = 300.0
@@ -96,14 +95,10 @@ def simplify(layout: Layout) -> Layout:
 def check_runnable(plan: Plan) -> None:
     """Raise `PlanError` for what the dry run has no code of Megatron for."""
     change = "give --memory formula"
-    if any(layer.attention.kind == LINEAR for layer in plan.model.layers):
-        raise PlanError(f"a dry run has no linear attention, which {plan.model.name} has: {change}")
     if plan.training.precision == "nvfp4":
         raise PlanError(f"a dry run has no kernels for precision nvfp4: {change}")
     if plan.training.precision in GATHERED_TOGETHER and plan.layout.sequence_parallel:
         raise PlanError(f"a dry run cannot gather precision {plan.training.precision} over tp {plan.layout.tp}: {change}")
-    if plan.layout.cp > 1:
-        raise PlanError(f"a dry run has no context parallelism, cp {plan.layout.cp} given: {change}")
 
 
 def run_child(job: dict[str, Any], capability: str) -> list[dict[str, Any]]:

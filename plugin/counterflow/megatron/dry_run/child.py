@@ -16,14 +16,20 @@ from typing import Any
 
 import torch
 
+from counterflow.planner.activations import DELTA_CHUNK
+
 # What the formula calls a stage's parts.
 EXPERT, DENSE = "experts", "dense"
 
 
 def main() -> None:
     """Run the job of stdin."""
+    print(json.dumps(run_job(json.load(sys.stdin))))
+
+
+def run_job(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Be Megatron with a job's flags; return what each of its stages holds. The process is good for nothing else afterwards."""
     warnings.simplefilter("ignore")
-    job = json.load(sys.stdin)
     sys.argv = ["pretrain_gpt.py", *job["flags"]]
     os.environ |= {"RANK": "0", "WORLD_SIZE": str(job["world"]), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     from counterflow.platform import install_cpu
@@ -45,10 +51,11 @@ def main() -> None:
             supply_tokens(job["imbalance"])
             if job["fused_rotation"]:
                 supply_rotation()
+            supply_linear_attention()
             model = build_stage(args, config, stage // args.pipeline_model_parallel_size, job["fused_attention"])
             found.append({"stage": stage, **count_parameters(model), **run_stage(model, args, config), "seconds": 0.0})
             found[-1]["seconds"] = time.monotonic() - start
-    print(json.dumps(found))
+    return found
 
 
 @contextmanager
@@ -125,6 +132,25 @@ def supply_rotation() -> None:
     rope_utils._apply_rotary_pos_emb_bshd = lambda tokens, angles, *more, **named: _Rotation.apply(tokens, angles)
 
 
+def supply_linear_attention() -> None:
+    """Let the gated delta rule keep what its kernels keep: flash-linear-attention's, and a compiled norm with its gate."""
+    from megatron.core.ssm.gated_delta_net import common, gdn
+
+    def gate_norm(self: Any, out: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        gated: torch.Tensor = _Keep.apply(self.out_norm(out.reshape(-1, out.shape[-1])), gate.reshape(-1, gate.shape[-1]))
+        return gated
+
+    def find_decay(self: Any, log: torch.Tensor, bias: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> Any:
+        return _Keep.apply(alpha, beta).float(), torch.sigmoid(beta)
+
+    common.HAVE_FLA = True
+    common.l2norm = _Unit.apply
+    gdn.causal_conv1d = lambda x, weight, **named: (_Keep.apply(x, weight), None)
+    gdn.chunk_gated_delta_rule = lambda q, k, v, g, beta, **named: (_Delta.apply(q, k, v, g, beta), None)
+    common._GDNBase._apply_gated_norm = gate_norm
+    common._GDNBase._compute_g_and_beta = find_decay
+
+
 class Counts(list[int]):
     """Counts that answer like a tensor on the host."""
 
@@ -157,6 +183,52 @@ class _Attention(torch.autograd.Function):
         raise NotImplementedError
 
 
+class _Counted(torch.autograd.Function):
+    """A kernel that is not run."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Never run: only what is kept for it is counted."""
+        raise NotImplementedError
+
+
+class _Keep(_Counted):
+    """A kernel that keeps its inputs and returns something like the first."""
+
+    @staticmethod
+    def forward(ctx: Any, first: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        """Return a new tensor of the first one's shape."""
+        ctx.save_for_backward(first, *others)
+        return torch.empty_like(first, memory_format=torch.contiguous_format)
+
+
+class _Unit(_Counted):
+    """A norm of heads' vectors to length 1: it keeps its output and a number for each vector."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: torch.Tensor) -> torch.Tensor:
+        """Return a new tensor of the same shape."""
+        out = torch.empty_like(vectors)
+        ctx.save_for_backward(out, vectors.new_empty(vectors.shape[:-1], dtype=torch.float32))
+        return out
+
+
+class _Delta(_Counted):
+    """The gated delta rule in chunks: it keeps its inputs and, for each token and head, a row of a chunk's matrix.
+
+    The states of chunks are computed again in its backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor
+    ) -> torch.Tensor:
+        """Take ``[batch, tokens, heads, size]``; return an output like ``value``."""
+        rows = key.new_empty(*key.shape[:-1], DELTA_CHUNK)
+        ctx.save_for_backward(query, key, value, torch.empty_like(decay), beta, rows)
+        return torch.empty_like(value)
+
+
 class _Rotation(torch.autograd.Function):
     """A rotary embedding as one kernel: it keeps the angles alone, which all layers share."""
 
@@ -176,21 +248,15 @@ def build_stage(args: Any, config: Any, vp_stage: int, fused_attention: bool) ->
     """Build a stage as Megatron builds it for this rank."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import (
-        get_gpt_decoder_block_spec,
-        get_gpt_decoder_layer_specs,
-        get_gpt_mtp_block_spec,
-    )
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 
     is_engine = args.transformer_impl == "transformer_engine"
     vp = vp_stage if args.virtual_pipeline_model_parallel_size is not None else None
     rank, size = parallel_state.get_pipeline_model_parallel_rank(), args.pipeline_model_parallel_size
     chunks = args.virtual_pipeline_model_parallel_size or 1
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=is_engine, vp_stage=vp)
+    spec, last = _get_specs(args, config, is_engine, vp)
     mtp = None
     if args.mtp_num_layers:
-        # The model's last layer: the stage may hold none of its own.
-        last = get_gpt_decoder_layer_specs(config, is_engine, args.normalization)[-1]
         mtp = get_gpt_mtp_block_spec(config, last, use_transformer_engine=is_engine, vp_stage=vp)
     if fused_attention:
         for layer in spec.layer_specs:
@@ -216,11 +282,26 @@ def build_stage(args: Any, config: Any, vp_stage: int, fused_attention: bool) ->
     return model
 
 
+def _get_specs(args: Any, config: Any, is_engine: bool, vp_stage: int | None) -> tuple[Any, Any]:
+    """Return the specs of a stage's block and of the model's last layer: the stage may hold none of its own."""
+    if config.experimental_attention_variant is not None:
+        from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
+
+        block = specs.get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=vp_stage)
+        return block, specs.get_transformer_layer_with_experimental_attention_variant_spec(config)[-1]
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_decoder_layer_specs
+
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=is_engine, vp_stage=vp_stage)
+    return block, get_gpt_decoder_layer_specs(config, is_engine, args.normalization)[-1]
+
+
 class CoreAttention(torch.nn.Module):
     """A core attention whose kernel is not run."""
 
-    def __init__(self, *given: Any, **named: Any) -> None:
+    def __init__(self, config: Any, *given: Any, **named: Any) -> None:
         super().__init__()
+        if config.softmax_type == "learnable":
+            self.softmax_offset = torch.nn.Parameter(torch.zeros(config.num_attention_heads // config.tensor_model_parallel_size))
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
         """Return an output of the right shape that keeps what a fused kernel keeps."""
@@ -244,12 +325,26 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
     return found
 
 
+def leave_out_angles(model: torch.nn.Module, own: set[int]) -> None:
+    """Add rotary embeddings' angles to the storages ``own`` when they are made: one of each serves all micro-batches."""
+
+    def note(module: torch.nn.Module, given: Any, out: Any) -> None:
+        for one in out if isinstance(out, tuple) else (out,):
+            if isinstance(one, torch.Tensor):
+                own.add(one.untyped_storage()._cdata)
+
+    for name, module in model.named_modules():
+        if name.split(".")[-1] == "rotary_pos_emb":
+            module.register_forward_hook(note)
+
+
 def run_stage(model: Any, args: Any, config: Any) -> dict[str, int]:
     """Run a micro-batch forward through the stage; return the bytes that autograd keeps for its backward pass."""
     model.train()
     tokens, batch = args.seq_length // args.context_parallel_size, args.micro_batch_size
     part = tokens // (args.tensor_model_parallel_size if args.sequence_parallel else 1)
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    leave_out_angles(model, own)
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

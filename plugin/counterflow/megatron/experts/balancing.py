@@ -19,14 +19,14 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from counterflow.errors import OptionError
-from counterflow.megatron.checks import check_loop
+from counterflow.megatron.checks import check_loop, find_homes_obstacle
 from counterflow.megatron.experts.balanced_model import BalancedModel
 from counterflow.megatron.loop import find_arguments, number_iteration
 from counterflow.megatron.state import layer_slots, of_chunk
 from counterflow.moe.planning import compile_planner
 from counterflow.options import Options
 from counterflow.trainer.balancer import Balancer, say_idle
-from counterflow.trainer.balancing_log import describe_step
+from counterflow.trainer.balancing_log import describe_step, keep_homes_where
 
 
 class ExpertBalancer(Balancer[BalancedModel]):
@@ -87,17 +87,23 @@ class ExpertBalancer(Balancer[BalancedModel]):
         return save_at_home
 
     def wrap_report(self, report: Callable[..., str]) -> Callable[..., str]:
-        """Wrap Megatron's report of MoE metrics, which returns a part of the log line and writes to TensorBoard."""
+        """Wrap Megatron's report of MoE metrics, which returns a part of the log line and writes to TensorBoard and W&B."""
 
         @wraps(report)
         def report_and_add(*args: Any, **kwargs: Any) -> str:
             line = report(*args, **kwargs)
             if self.figures is None:
                 return line
+            scalars = {f"eplb/{name}": value for name, value in self.figures.all.items()}
+            if kwargs.get("per_layer_logging"):
+                for number, figures in self.figures.layers.items():
+                    scalars |= {f"eplb/layer {number}/{name}": value for name, value in figures.items()}
             if (writer := kwargs.get("writer")) is not None:
-                for name, value in self.figures.items():
-                    writer.add_scalar(f"eplb/{name}", value, kwargs["iteration"])
-            return line + describe_step(self.figures)
+                for name, value in scalars.items():
+                    writer.add_scalar(name, value, kwargs["iteration"])
+            if (wandb := kwargs.get("wandb_writer")) is not None:
+                wandb.log(scalars, kwargs["iteration"])
+            return line + describe_step(self.figures.all)
 
         return report_and_add
 
@@ -111,6 +117,7 @@ class ExpertBalancer(Balancer[BalancedModel]):
             return
         if find_arguments() is None:
             check_loop(chunks, self._options)
+        self._options = keep_homes_where(find_homes_obstacle(find_arguments()), self._options)
         compile_planner()
         model = BalancedModel(self._options, chunks) if _find_slots(chunks) else None
         self.take(model, self._options.layer_clones)

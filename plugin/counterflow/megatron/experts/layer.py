@@ -17,7 +17,7 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 
 from counterflow.errors import SeamError
 from counterflow.megatron.experts.packing import list_tensors, make_packing
-from counterflow.megatron.gradients import add_behind_delayed
+from counterflow.megatron.gradients import add_behind_delayed, is_delayed
 from counterflow.megatron.state import layer_slots
 from counterflow.moe.clones import LayerExperts
 from counterflow.moe.layer import LayerSlots
@@ -276,18 +276,23 @@ def list_delayed(module: Any) -> list[Any]:
 
 
 def leave_delayed(module: Any) -> None:
-    """Hand over what a backward has queued in Transformer Engine's modules: its W puts it back and computes it.
+    """Hand over what a backward has queued in Transformer Engine's modules, and what it has left at their parameters.
 
-    So each W finds what its own micro-batch has left, whatever the order of W.
+    The W puts both back and computes. So each W finds what its own micro-batch has left, whatever came in between.
     """
     for part in list_delayed(module):
-        queue = part.wgrad_store.context
+        queue, parameters = part.wgrad_store.context, [*filter(is_delayed, part.parameters(recurse=False))]
         while not queue.empty():
-            defer_weight_grad(partial(_compute_delayed, part, queue.get()))
+            left = [(one, one.grad, getattr(one, "grad_added_to_main_grad", False)) for one in parameters]
+            defer_weight_grad(partial(_compute_delayed, part, queue.get(), left))
+        for one in parameters:
+            one.grad = None
 
 
-def _compute_delayed(part: Any, left: Any) -> None:
-    part.wgrad_store.context.put(left)
+def _compute_delayed(part: Any, queued: Any, left: list[tuple[Any, torch.Tensor | None, bool]]) -> None:
+    part.wgrad_store.context.put(queued)
+    for parameter, gradient, is_added in left:
+        parameter.grad, parameter.grad_added_to_main_grad = gradient, is_added
     part.backward_dw()
 
 
