@@ -26,7 +26,7 @@ help:
 	@echo "make bench-handover  time a hand-over between the two parts of an overlapped pair"
 	@echo "make bench-auto  train under --cf-schedule auto on stages that sleep and look at every step (ARGS=\"--ranks 4\")"
 	@echo "make bench-balance  measure the balancer: balancedness, traffic, speed, growth (ARGS=\"speed --eplb FILE\")"
-	@echo "make bench-eplb  measure expert balancing in training: exactness, balance, overhead (ARGS=\"overhead\")"
+	@echo "make bench-eplb  measure expert balancing in training: exactness, balance, overhead, an emulated device (ARGS=\"device\")"
 	@echo "make bench-analyze  measure the analyser of traces: agreement, invariance, time and memory (ARGS=\"cost --gigabytes 2\")"
 	@echo "make bench-plan  score the planner on published runs (ARGS=\"--held-out\"), or on CPU ranks (ARGS=cpu)"
 	@echo "make docs    build the docs as a site in site/, API pages included"

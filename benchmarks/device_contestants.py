@@ -18,7 +18,7 @@ from counterflow.arrays import Array
 from counterflow.balance import Placement, make_cluster, make_workload, measure_balancedness, replay_trace, share_evenly
 from counterflow.balance.costs import Costs
 from counterflow.balance.kernels.deepseek import place_as_deepseek
-from counterflow.balance.tiers import STEP
+from counterflow.balance.tiers import PLANS, STEP
 from data import prepare_text
 from tests.support.forked_ranks import fork_ranks
 from tests.support.run_cases import Case
@@ -48,28 +48,37 @@ SECONDS = 3600.0
 
 @dataclass(frozen=True)
 class Result:
-    """What a contestant's training showed, of its scored micro-batches: balancedness, and seconds of the layers, of the steps."""
+    """What a contestant's training showed, of its scored micro-batches: balancedness, and seconds of the layers, of the steps.
+
+    ``idle``: the seconds of a layer in the last step in which nothing slept, which the CPU takes beside the device.
+    """
 
     balancedness: Array
     layers: float
     steps: float
+    idle: float
 
 
 def measure_device(given: argparse.Namespace, directory: Path) -> float:
     """Print, for each kind of workload and contestant, balancedness and the share of force-balanced, in three modes."""
     steps, warmup = given.steps or 3, 6
     speeds = make_speeds(given.stretch, given.nodes)
+    costs = directory / "costs.json"
+    # A token that trains stands for several.
+    costs.write_text(json.dumps({"token_time": speeds.token_time}))
     balanced = np.full(((warmup + steps) * STEP, 1, EXPERTS), TRAINED * TOP_K // EXPERTS)
     for seed in given.seeds:
         ideal = train("forced", balanced, [], speeds, warmup, directory / f"{seed}")
+        slept = speeds.stretch * (speeds.token_time * TRAINED * TOP_K / RANKS)
         print(
             f"seed {seed}, stretched {speeds.stretch:g} times: force-balanced {1000 * ideal.layers / steps / STEP:.0f} ms a "
-            f"layer and micro-batch, {ideal.steps / steps:.2f} s a step; asked: at least {LEAST} of it",
+            f"layer and micro-batch, {1000 * slept:.0f} of them experts, {1000 * ideal.idle:.0f} without sleep; "
+            f"{ideal.steps / steps:.2f} s a step; asked: at least {LEAST} of it",
             flush=True,
         )
         for kind in given.kinds:
             counts = make_workload(kind, (warmup + steps) * STEP, 1, EXPERTS, RANKS, TRAINED, TOP_K, seed % 2**16)
-            for name, loads, flags, plan in list_contestants(cap_counts(counts, TRAINED), warmup):
+            for name, loads, flags, plan in list_contestants(cap_counts(counts, TRAINED), costs):
                 planned = describe_plan(loads if plan is None else counts, plan, warmup, given.nodes)
                 found = train(f"{kind} {name}", loads, flags, speeds, warmup, directory / f"{seed}")
                 print(
@@ -96,13 +105,14 @@ def make_speeds(stretch: float, nodes: int) -> Speeds:
     )
 
 
-def list_contestants(counts: Array, warmup: int) -> Iterator[tuple[str, Array, list[str], str | None]]:
+def list_contestants(counts: Array, costs: Path) -> Iterator[tuple[str, Array, list[str], str | None]]:
     """Yield name, loads of what are experts to the trainer, flags, and the plan as which `replay_trace` knows it."""
-    eplb = ["--cf-eplb", "--cf-eplb-clones-per-rank", "1"]
     yield "fixed", counts, [], None
     yield "loss-free", route_without_loss(counts), [], None
     yield "EPLB", place_by_eplb(counts), [], None
-    yield "predicted", counts, eplb, "predicted"
+    for plan in PLANS:
+        weighed = ["--cf-eplb-costs", str(costs)] if plan == "auto" else []
+        yield plan, counts, ["--cf-eplb", "--cf-eplb-plan", plan, *weighed], plan
 
 
 def place_by_eplb(counts: Array) -> Array:
@@ -187,7 +197,16 @@ def train(name: str, loads: Array, flags: list[str], speeds: Speeds, warmup: int
         raise SystemExit(f"{name}: rank {bad} ended badly: {(folder / 'logs' / str(bad) / 'stderr.log').read_text()[-3000:]}")
     ranks = json.loads((folder / "result.json").read_text())["ranks"]
     notes, times = (np.array([rank[key] for rank in ranks]) for key in ("notes", "times"))
-    notes, times = notes[:, warmup * STEP * loads.shape[1] :], times[:, warmup:]
-    spent = sum(float((notes[:, :, end].max(0) - notes[:, :, end - 1].max(0)).sum()) for end in (1, 3))
+    first = warmup * STEP * loads.shape[1]
+    before, notes, times = notes[:, first - STEP * loads.shape[1] : first], notes[:, first:], times[:, warmup:]
     scores = measure_balancedness(notes[:, :, 4].T)
-    return Result(scores, spent, float((times[:, :, 1].max(0) - times[:, :, 0].max(0)).sum()))
+    steps_spent = float((times[:, :, 1].max(0) - times[:, :, 0].max(0)).sum())
+    return Result(scores, sum_layers(notes), steps_spent, sum_layers(before) / before.shape[1])
+
+
+def sum_layers(notes: Array) -> float:
+    """Return the seconds from the last rank's entry to the last rank's exit, forward and backward, summed over all layers.
+
+    ``notes``, ``float64[ranks, layers, 5]``, are those of `device.Note`.
+    """
+    return sum(float((notes[:, :, end].max(0) - notes[:, :, end - 1].max(0)).sum()) for end in (1, 3))

@@ -3,7 +3,7 @@
 exact: the example's model made small, from the same weights, with clones drawn anew for every step, beside plain Megatron.
 balance: the example's own model; balancedness with homes alone and as it was. overhead: its step time with ``--cf-eplb`` over
 that without, the router forced to balance, in turns: run it on a quiet machine. device: nine kinds of load on an emulated device
-of eight ranks, beside a router that is forced to balance (`device_contestants`): fifteen minutes a seed.
+of eight ranks, beside a router that is forced to balance (`device_contestants`): an hour a seed.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument(
         "--kinds", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS), help="device: of load (default: all)"
     )
-    parser.add_argument("--stretch", type=float, default=50.0, help="device: by how much all times are longer (default: 50)")
+    parser.add_argument("--stretch", type=float, default=100.0, help="device: by how much all times are longer (default: 100)")
     parser.add_argument("--nodes", type=int, choices=(1, 2), default=1, help="device: that the ranks are on (default: 1)")
     given = parser.parse_args()
     for part in given.parts:

@@ -194,7 +194,7 @@ def scatter() -> None:
 
     drawn = np.random.default_rng(0)
 
-    def plan(forecasts: Any, placement: Placement, microbatches: int, traffic_weight: float) -> Placement:
+    def plan(forecasts: Any, placement: Placement, microbatches: int, traffic_weight: float, costs: Any = None) -> Placement:
         bare = planning.clear_clones(placement)
         experts = bare.experts.copy()
         for row, slot in np.argwhere(experts == EMPTY):

@@ -31,6 +31,8 @@ EVEN = ["--cf-eplb-split", "even"]
 TWO_REPLICAS = ["--expert-model-parallel-size", "2"]
 FOUR_RANKS = ["--expert-model-parallel-size", "4"]
 EIGHT_EXPERTS = ["--num-experts", "8"]
+# So many tokens that it pays to move an expert.
+LARGE = ["--micro-batch-size", "4", "--global-batch-size", "64"]
 # The all-to-all dispatcher gathers uneven parts over expert tensor parallel ranks, which gloo cannot.
 SPLIT_EXPERTS = """
     --tensor-model-parallel-size 2 --expert-tensor-parallel-size 2 --sequence-parallel --make-vocab-size-divisible-by 2
@@ -109,11 +111,18 @@ def list_cases(text: Path, directory: Path) -> list[Case]:
 def _add_settling(cases: Cases) -> None:
     """Add runs in which the experts of two of four ranks get no tokens, and homes move by themselves."""
     for seed in SEEDS:
-        flags = [*FOUR_RANKS, *EIGHT_EXPERTS, *SHARDED, "--seed", seed]
+        flags = [*FOUR_RANKS, *EIGHT_EXPERTS, *LARGE, *SHARDED, "--seed", seed]
         how: dict[str, Any] = {"steps": SETTLED_STEPS, "shunned": [0, 1, 2, 3], "plans": "made"}
         cases.add(f"megatron, two ranks shunned, {seed}", flags, plugin=False, **how)
         cases.add(f"two ranks shunned, {seed}", flags, CLONES[0], save=SETTLED, **how)
-    resumed = [*EIGHT_EXPERTS, *SHARDED, "--seed", SEEDS[-1], *cases.resume_from(f"two ranks shunned, {SEEDS[-1]}", SETTLED)]
+    resumed = [
+        *EIGHT_EXPERTS,
+        *LARGE,
+        *SHARDED,
+        "--seed",
+        SEEDS[-1],
+        *cases.resume_from(f"two ranks shunned, {SEEDS[-1]}", SETTLED),
+    ]
     cases.add("two ranks shunned -> homes alone", FOUR_RANKS, resumed, CLONES[0], **how)
     cases.add("two ranks shunned -> other EP and clones", TWO_REPLICAS, resumed, CLONES[2], **how)
     cases.add("two ranks shunned -> megatron", FOUR_RANKS, resumed, plugin=False, **how)

@@ -153,7 +153,9 @@ class Drawer:
     def __init__(self, seed: int) -> None:
         self._random = np.random.default_rng(seed)
 
-    def __call__(self, forecasts: Array, placement: Placement, microbatches: int, traffic_weight: float) -> Placement:
+    def __call__(
+        self, forecasts: Array, placement: Placement, microbatches: int, traffic_weight: float, costs: Any = None
+    ) -> Placement:
         """Return a placement with clones anywhere but on a rank that has the expert."""
         while planning.has_clone_slots(placement):
             drawn = placement.experts.copy()

@@ -86,7 +86,11 @@ def list_cases(text: Path, directory: Path, steps: int, seed: int = SEEDS[0]) ->
         cases.add(name, predicting, *flags)
     cases.add("dualpipe, again", weights, *SHARDED_RUNS["dualpipe"])
     cases.add("planned", weights, *MORE_PLAIN["1f1b"], plans="made")
-    cases.add("planned, pairs", weights, *MORE_PLAIN["dualpipev, two clones, pairs"], ["--bf16"], plans="made")
+    # Clones cost next to nothing; by the costs of large experts none would pay for these few tokens.
+    (directory / "costs.json").write_text('{"expert_bytes": 1, "clone_time": 1e-9}')
+    costs = ["--cf-eplb-costs", str(directory / "costs.json")]
+    cases.add("planned, auto", weights, *MORE_PLAIN["1f1b"][:1], lend("auto"), SCHEDULES["1f1b"], costs, plans="made")
+    cases.add("planned, auto, large experts", weights, *MORE_PLAIN["1f1b"][:1], lend("auto"), plans="made", steps=4)
     # The same case draws the same clones.
     numbers = {name: place for place, name in enumerate(dict.fromkeys(one["name"].removesuffix(", again") for one in cases))}
     return [{**case, "seed": seed + numbers[case["name"].removesuffix(", again")]} for case in cases]

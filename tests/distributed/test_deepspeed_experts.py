@@ -5,10 +5,12 @@ import json
 import re
 from itertools import batched
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from counterflow.balance.files.recorded import read_record
 from tests.support.asked import list_asked, mark_nightly
@@ -108,9 +110,10 @@ def make_cases(folder: Path) -> dict[str, Any]:
         cases[f"{what}, clones"] = make_case(clone() | {"record": str(folder / what)}, **more)
     cases["ZeRO-0, plain"] = make_case(zero=0)
     cases["ZeRO-0, clones"] = make_case(clone(), zero=0)
-    # Long enough steps for homes to pay by themselves.
-    cases["homes alone, plain"] = make_case(gas=8, steps=8)
-    cases["homes alone, auto"] = make_case({"eplb": {"clones_per_rank": 0}, "record": str(folder / "alone")}, gas=8, steps=8)
+    # So many tokens that it pays to move an expert.
+    large: dict[str, Any] = {"gas": 4, "steps": 8, "changes": {"train_micro_batch_size_per_gpu": 32}}
+    cases["homes alone, plain"] = make_case(**large)
+    cases["homes alone, auto"] = make_case({"eplb": {"clones_per_rank": 0}, "record": str(folder / "alone")}, **large)
     # Plain DeepSpeed has no pipeline of these.
     cases["dense, plain"] = make_case(dense=4)
     cases["dense, 1f1b"] = make_case(clone("1f1b"), **PIPELINE, dense=4)
@@ -163,6 +166,23 @@ def test_every_step_had_another_placement(trained: dict[str, Any], folder: Path,
     assert len({json.dumps(one) for one in placed}) == STEPS
     assert all(step["clones"] > 0 for step in steps[1:])
     assert (sum(step["homes_moved"] for step in steps) > 0) == (recorded == "homes")
+
+
+def test_clones_without_tokens_are_not_called() -> None:
+    from counterflow.deepspeed.experts.layer import AutoEPSlots
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("a clone without tokens computes")
+
+    layer = SimpleNamespace(experts=lambda tokens, counts: tokens * counts.sum())
+    slots = AutoEPSlots.__new__(AutoEPSlots)
+    slots._own, slots._per_rank, slots._just_in_time = 2, 1, None
+    slots._find_layer, slots.clone_module, slots.shared_module = lambda: layer, fail, None  # type: ignore[method-assign,assignment,return-value]
+    tokens = torch.ones(5, 3)
+    computed = slots.run_experts(None, tokens, torch.tensor([3, 2, 0]))
+    assert torch.equal(computed, 5 * tokens)
+    with pytest.raises(AssertionError, match="a clone without tokens computes"):
+        slots.run_experts(None, tokens, torch.tensor([3, 1, 1]))
 
 
 @pytest.mark.parametrize("recorded", ["alone"])

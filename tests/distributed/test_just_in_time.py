@@ -66,6 +66,21 @@ def test_plans_from_a_micro_batchs_own_counts_balance_it(lent_runs: Runs) -> Non
         assert step["balancedness before"] < 0.95 < 0.97 < step["balancedness"], f"the plan did not balance: {step}"
 
 
+def test_auto_has_clones_of_both_kinds_where_they_pay(lent_runs: Runs) -> None:
+    run = lent_runs["planned, auto"]
+    assert_same_steps(run, lent_runs["megatron, plain"])
+    # The first step knows no loads of the past.
+    said = run["clones"]["said"][1:]
+    assert sum(step["clones"] for step in said) > 0 and sum(step["clones just in time"] for step in said) > 0
+    assert min(step["balancedness"] for step in said) > 0.97
+
+
+def test_auto_has_no_clones_where_they_do_not_pay(lent_runs: Runs) -> None:
+    for step in lent_runs["planned, auto, large experts"]["clones"]["said"]:
+        assert step["clones"] == step["clones just in time"] == step["MB"] == 0
+        assert step["balancedness"] == step["balancedness before"]
+
+
 def test_the_log_says_what_shared_slots_take(lent_runs: Runs) -> None:
     log = (lent_runs["interleaved, two clones"]["logs"] / "0" / "stdout.log").read_text()
     # An expert has a gate, an up and a down projection of 32 x 16, in fp32; gradients have memory twice.

@@ -15,7 +15,7 @@ from counterflow.balance.cluster import make_cluster
 from counterflow.balance.placement import EMPTY, Placement, make_home_placement
 from counterflow.balance.shares import share_tokens
 from counterflow.errors import BalanceError, SeamError
-from counterflow.megatron.experts.layer import KnownCounts, list_weights
+from counterflow.megatron.experts.layer import KnownCounts, MegatronSlots, list_weights
 from counterflow.moe.loads import LoadTracker, sum_by_tier
 from counterflow.moe.reference import place_one_by_one
 from counterflow.moe.slots import find_slots, make_slot_table, place_evenly, place_exactly
@@ -150,6 +150,31 @@ def test_loads_come_by_micro_batch_and_layer_and_are_forgotten(alone: dist.Proce
     for layer in range(2):
         tracker.add(layer, experts[1, layer], ranks[1, layer], tiers[1, layer])
     assert (tracker.take(1, alone).experts == experts[1:2]).all(), "the step that did not end was counted"
+
+
+def test_clones_without_tokens_are_not_called_and_nothing_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("a clone without tokens computes")
+
+    slots = MegatronSlots.__new__(MegatronSlots)
+    slots._own, slots._per_rank, slots._just_in_time = 2, 1, None
+    slots.clone_module, slots.dealt = fail, SimpleNamespace(loan=None)  # type: ignore[assignment]
+    tokens, probs = torch.ones(5, 3), torch.ones(5)
+    given = []
+
+    def run_homes(*parts: torch.Tensor) -> tuple[torch.Tensor, None]:
+        given.append(parts[0])
+        return parts[0], None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "split", fail)
+        patch.setattr(torch, "cat", fail)
+        slots.run_experts(run_homes, tokens, torch.tensor([3, 2, 0]), probs)
+    assert given == [tokens], "homes get the tokens as they are"
+    monkeypatch.setattr(slots, "finish_refresh", lambda: False)
+    slots._packing = None
+    with pytest.raises(AssertionError, match="a clone without tokens computes"):
+        slots.run_experts(run_homes, tokens, torch.tensor([3, 1, 1]), probs)
 
 
 def test_tokens_are_counted_at_homes_and_by_either_kind_of_clones() -> None:

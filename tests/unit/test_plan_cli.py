@@ -88,6 +88,16 @@ def test_shipped_plans_are_plans(config: Path) -> None:
     ({"training": {"seq_length": 4096, "global_batch_size": 100}, "layout": {"pp": 2, "ep": 8, "micro_batch_size": 3}}, "divide"),
     ({"layouts": {}}, "is not known"),
     ({"costs": "nowhere.json"}, "costs"),
+    ({"model": "Mixtral"}, "expected: keys and values, like model: {name: …}"),
+    ({"model": {"name": "Mixtral"}}, "nearest: Mixtral-8x7B, Mixtral-8x22B"),
+    ({"model": {"nmae": "Mixtral-8x7B"}}, "key model.nmae is not known; nearest: name"),
+    ({"cluster": {"gpu": "H100", "gpus": 16, "memory_gib": float("nan")}}, "allowed: a finite number"),
+    ({"training": {"tokens": float("inf")}}, "allowed: a finite number"),
+    ({"layout": {"optimizer_offload": float("nan")}}, "allowed: a finite number"),
+    ({"layout": {"tp": "x"}}, "layout.tp x given; allowed: a whole number"),
+    ({"layout": {"tp": 2.5}}, "allowed: a whole number"),
+    ({"layout": {"micro_batch_size": 0}}, "allowed: 1 or more"),
+    ({"layout": {"overlap": "perhaps"}}, "allowed: true or false"),
 ])  # fmt: skip
 def test_bad_plans_end_in_one_line(sections: Any, said: str, write_plan: Any, capsys: pytest.CaptureFixture[str]) -> None:
     check_refusal(["plan", "estimate", write_plan(**sections)], said, capsys)
@@ -100,3 +110,52 @@ def test_bad_plans_end_in_one_line(sections: Any, said: str, write_plan: Any, ca
 ])  # fmt: skip
 def test_bad_options_end_in_one_line(argv: list[str], said: str, write_plan: Any, capsys: pytest.CaptureFixture[str]) -> None:
     check_refusal(["plan", "estimate", write_plan(), *argv], said, capsys)
+
+
+def test_an_empty_plan_says_that_it_is_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "plan.yaml").write_text("")
+    check_refusal(["plan", "estimate", str(tmp_path / "plan.yaml")], "is empty", capsys)
+
+
+@pytest.mark.parametrize(("layout", "wanted"), [
+    ({"pp": 2, "ep": 8, "schedule": "1f1b"}, ["schedule 1f1b has no pairs"]),
+    ({"pp": 2, "schedule": "1f1b"}, ["schedule 1f1b has no pairs", "ep is 1"]),
+    ({"pp": 2, "schedule": "dualpipev"}, ["ep is 1"]),
+])  # fmt: skip
+def test_overlap_that_is_planned_off_says_every_reason(
+    layout: dict[str, Any], wanted: list[str], write_plan: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = run_command(["plan", "estimate", write_plan(layout={**layout, "overlap": True})], capsys)
+    note = next(line for line in out.splitlines() if "overlap is planned off" in line)
+    assert all(words in note for words in wanted)
+    assert ("ep is 1" in note) == ("ep is 1" in wanted) or len(wanted) > 1
+
+
+def test_keys_that_would_narrow_the_memory_are_named(write_plan: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = {"gpu": "H100", "gpus": 16, "memory_gib": 60}
+    _, out, _ = run_command(["plan", "estimate", write_plan(cluster=cluster)], capsys)
+    assert "may or may not fit" in out and "stating layout.recompute" in out and "layout.micro_batch_size" not in out
+    stated = {**PLAN["layout"], "recompute": "none"}
+    _, out, _ = run_command(["plan", "estimate", write_plan(cluster=cluster, layout=stated)], capsys)
+    assert "stating layout.recompute" not in out
+
+
+def test_costs_of_another_model_with_as_many_stages_are_refused(
+    write_plan: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    costs = tmp_path / "costs.json"
+    costs.write_text(json.dumps({"unit": "ms", "f": [900.0] * 4, "i": [900.0] * 4, "w": [900.0] * 4}))
+    check_refusal(["plan", "estimate", write_plan(costs=str(costs))], "these are costs of another model", capsys)
+    costs.write_text(json.dumps({"unit": "ms", "f": [20.0] * 4, "i": [20.0] * 4, "w": [15.0] * 4}))
+    code, _, err = run_command(["plan", "estimate", write_plan(costs=str(costs))], capsys)
+    assert (code, err) == (0, "")
+
+
+def test_a_search_says_what_a_table_saves_against_the_interleaved_schedule(
+    write_plan: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_plan(layout={"micro_batch_size": 1, "recompute": "full", "tp": 1, "cp": 1, "pp": 4, "ep": 4})
+    code, out, _ = run_command(["plan", "search", path, "--seconds", "20", "--top", "3", "--price", "2"], capsys)
+    assert code == 0
+    line = next(line for line in out.splitlines() if "Megatron's interleaved schedule" in line)
+    assert "at its best" in line and "vpp" in line

@@ -166,7 +166,7 @@ def test_a_yaml_reads_like_its_mapping(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("- 1", "a mapping is expected"), ("a: [", "neither YAML nor JSON"), ("model: 3\ncluster: {gpu: a}", "model")],
+    [("- 1", "expected: keys and values"), ("a: [", "neither YAML nor JSON"), ("model: 3\ncluster: {gpu: a}", "model")],
 )
 def test_a_file_that_is_no_plan_is_refused(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"

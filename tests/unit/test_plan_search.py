@@ -69,7 +69,7 @@ def test_the_search_finds_the_best_of_all_and_no_bound_is_above_its_step(trainin
     assert found.untried == 0
     fastest = sorted(estimate.step_s for estimate, _, _ in everything if estimate.fits)[:3]
     assert [one.step_s for one in found.candidates[:3]] == pytest.approx(fastest)
-    looped = [one.step_s for one, _, _ in everything if one.fits and find_kind(one.plan.layout) == LOOPED_KIND]
+    looped = [one.step_s for one, _, _ in everything if one.fits and find_kind(one.plan) == LOOPED_KIND]
     assert found.looped is not None and found.looped.step_s == pytest.approx(min(looped))
 
 

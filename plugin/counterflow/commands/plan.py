@@ -180,7 +180,7 @@ def run_search(args: argparse.Namespace) -> int:
         return 0
     rows = [list_row(one, place, best.is_searched(one)) for place, one in enumerate(best.estimates, 1)]
     lines = [*write_rows(rows), *_write_ties(best.estimates), *write_rejected(found), *write_price(winner, args.price)]
-    lines += _write_saving(found, best.estimates, args)
+    lines += _write_saving(found, best, args)
     lines += [f"note: {note}" for note in winner.plan.notes]
     print("\n".join([*lines, *_write_fit(fit), *_write_flags(winner, args, searched)]))
     return 0
@@ -219,18 +219,21 @@ def _write_ties(estimates: list[Estimate]) -> list[str]:
     return lines
 
 
-def _write_saving(found: Found, estimates: list[Estimate], args: argparse.Namespace) -> list[str]:
+def _write_saving(found: Found, result: _Best, args: argparse.Namespace) -> list[str]:
     """Say what the best layout that needs counterflow saves against Megatron's interleaved schedule at its best."""
     looped = found.looped
-    ours = [one for one in (*estimates, found.ours) if one is not None and find_kind(one.plan.layout) == OUR_KIND]
+    known = [one for one in (*result.estimates, found.ours) if one is not None]
+    ours = [one for one in known if result.is_searched(one) or find_kind(one.plan) == OUR_KIND]
     best = min(ours, key=lambda one: (one.fits is not True, one.step_s), default=None)
-    if looped is None or best is None or looped.step_s <= best.step_s:
+    if looped is None or best is None:
         return []
+    sizes = f"{name_layout(looped)} {name_schedule(looped)}, {looped.step_s:.3g} s"
+    if looped.step_s <= best.step_s:
+        return [f"Megatron's interleaved schedule at its best ({sizes}) is as fast as any other table"]
     saved = looped.gpu_hours - best.gpu_hours
     cost = f", {saved * args.price:,.0f}" if args.price is not None else ""
-    sizes = f"{name_layout(looped)} {name_schedule(looped)}"
     return [
-        f"against Megatron's interleaved schedule at its best ({sizes}, {looped.step_s:.3g} s) {name_schedule(best)} "
+        f"against Megatron's interleaved schedule at its best ({sizes}) {name_schedule(best, result.is_searched(best))} "
         f"({best.step_s:.3g} s) saves {100 * (1 - best.step_s / looped.step_s):.1f} % of the time, {saved:,.0f} GPU hours a "
         f"trillion tokens{cost}"
     ]

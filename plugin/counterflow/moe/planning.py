@@ -93,8 +93,9 @@ class ClonePlanner:
     """Plans on the first rank of ``group``, which broadcasts each plan to the others.
 
     ``group`` has the ranks that hold the same layers. ``interval`` is the number of steps between plans, ``traffic_weight`` is
-    the parameter of `plan_clones`; ``homes`` decides when homes move, they stay without it. One rank plans because processors
-    that round differently could come to different placements.
+    the parameter of `plan_clones`; ``homes`` decides when homes move, they stay without it. With ``costs`` the clones are planned
+    as those beside just-in-time ones (`tiers.plan_residents`). One rank plans because processors that round differently could
+    come to different placements.
     """
 
     def __init__(
@@ -105,8 +106,9 @@ class ClonePlanner:
         interval: int,
         traffic_weight: float,
         homes: HomeGate | HomeInterval | None = None,
+        costs: Costs | None = None,
     ) -> None:
-        self._placement, self._group, self._device = placement, group, device
+        self._placement, self._group, self._device, self._costs = placement, group, device, costs
         self._interval, self._traffic_weight, self._home_planner = interval, traffic_weight, homes
         self._leader = dist.get_process_group_ranks(group)[0]
         self._predictor: LoadPredictor | None = None
@@ -157,18 +159,24 @@ class ClonePlanner:
             self._predictor = LoadPredictor(counts.shape[1], counts.shape[2], microbatches * self._interval)
         for seen in counts:
             self._predictor.observe(seen)
-        forecasts = self._predictor.forecast(FORECASTS)
+        forecasts = self._predictor.forecast(FORECASTS + (tiers.SPARE_FORECASTS if self._costs is not None else 0))
         if self._home_planner is not None:
             placement = self._home_planner.settle(counts, forecasts, microbatches, placement)
-        return plan_next(forecasts, placement, microbatches, self._traffic_weight)
+        return plan_next(forecasts, placement, microbatches, self._traffic_weight, self._costs)
 
 
-def plan_next(forecasts: Array, placement: Placement, microbatches: int, traffic_weight: float) -> Placement:
+def plan_next(
+    forecasts: Array, placement: Placement, microbatches: int, traffic_weight: float, costs: Costs | None = None
+) -> Placement:
     """Return the placement of the next step.
 
     The optimizer changes the homes, so every clone is sent again in every step, even to a slot that held it before. Each clone
-    therefore has to save more time, within the micro-batches of one step, than its transfers cost.
+    therefore has to save more time, within the micro-batches of one step, than its transfers cost. With ``costs`` just-in-time
+    clones are there too, and serve what is rare.
     """
+    if costs is not None:
+        run = tiers.Run("auto", False, microbatches, microbatches, 0, costs)
+        return tiers.plan_residents(forecasts, placement, run, begins=True)
     if not has_clone_slots(placement):
         return placement
     bare = clear_clones(placement)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from counterflow.planner.assumptions import Assumed, assume_unstated
 from counterflow.planner.cluster import Cluster
 from counterflow.planner.config import PlanConfig
-from counterflow.planner.emission import find_refusal
-from counterflow.planner.layouts import OWN, PLAIN_LOOPED, PLAIN_STRAIGHT, Layout, Plan, complete_plan
+from counterflow.planner.emission import find_refusal, needs_table
+from counterflow.planner.layouts import OWN, PLAIN_LOOPED, PLAIN_STRAIGHT, Plan, complete_plan
 from counterflow.planner.models import ModelShape
 from counterflow.schedule.families import FAMILIES
 from counterflow.schedule.layouts import LOOPED, STRAIGHT
@@ -128,9 +128,10 @@ LOOPED_KIND, OUR_KIND = "looped", "ours"
 KINDS = (LOOPED_KIND, OUR_KIND)
 
 
-def find_kind(layout: Layout) -> str | None:
-    """Return the kind of a layout, None for one of neither."""
-    if layout.schedule not in OWN or layout.clones_per_rank:
+def find_kind(plan: Plan) -> str | None:
+    """Return the kind of a plan's layout, None for one of neither."""
+    layout = plan.layout
+    if needs_table(plan) or layout.clones_per_rank:
         return OUR_KIND
     return LOOPED_KIND if layout.schedule == PLAIN_LOOPED and not layout.fsdp else None
 

@@ -276,7 +276,8 @@ def _refuse_table(plan: Plan) -> str:
         (layout.paged_stash, "a paged stash", "paged_stash: false"),
     ):  # fmt: skip
         if is_there:
-            return f"{ours} does not run under {name}: give {change}, or schedule {' or '.join(OWN)}"
+            other = "overlap: false" if layout.schedule in OWN else f"schedule {' or '.join(OWN)}"
+            return f"{ours} does not run under {name}: give {change}, or {other}"
     family = FAMILIES.get(layout.schedule)
     if family is not None and family.layout in (V, BIDIRECTIONAL):
         if plan.model.mtp_layers and "m" in (layout.pipeline_layout or "").rpartition("|")[0]:

@@ -220,13 +220,13 @@ def find_known(name: str) -> dict[str, Any] | None:
     for known, entry in _read_catalogue().items():
         if wanted in map(fold, (known, *entry.get("aliases", ()))):
             base = find_known(entry["like"]) if "like" in entry else {}
-            own = {key: value for key, value in entry.items() if key not in ("aliases", "source", "billions", "like")}
+            own = {key: value for key, value in entry.items() if key not in ("aliases", "source", "billions", "total", "like")}
             return {**(base or {}), **own}
     return None
 
 
 def read_published(name: str) -> float | None:
-    """Return the published number of parameters of a known model, in billions."""
+    """Return the published number of parameters of a known model, in billions, with as many digits as are published."""
     return _read_catalogue()[name].get("billions")
 
 

@@ -242,7 +242,7 @@ def _try_sizes(task: _Task, choice: Choice, best: _Best, worker: int, part: _Par
                 return False
             layout = replace(assumed.plan.layout, distributed_optimizer=sharding.distributed_optimizer, fsdp=sharding.fsdp)
             shape, whole = replace(assumed, plan=replace(assumed.plan, layout=layout)), {**fields, **sharding._asdict()}
-            kind = find_kind(layout)
+            kind = find_kind(shape.plan)
             tried = _try(task, shape, best.limit(kind), known)
             if isinstance(tried, str):
                 part.rejected.append(Rejected(name_fields(whole), tried))

@@ -104,6 +104,7 @@ class BalancedLayers:
             options.eplb_interval,
             traffic_weight,
             self._make_home_planner(traffic_weight),
+            self._read_costs() if options.eplb_plan == AUTO else None,
         )
         # Since the last plan: the number of steps; record lines and loads not yet summed over replicas; summed loads.
         self._steps = 0
@@ -187,9 +188,9 @@ class BalancedLayers:
         return self.just_in_time.measure_memory() if self.just_in_time is not None else (0, 0)
 
     def measure_slot(self) -> tuple[int, int]:
-        """Return the bytes of weights and gradients that a clone slot of each layer takes on this rank."""
-        homes = [weight for one in self._experts for weight in one.homes[0]]
-        return count_bytes(map(find_values, homes)), count_bytes(list_gradients(homes, self._gradients))
+        """Return the bytes of weights and gradients that a shared slot would take if each layer of this rank had one."""
+        slots = [weight for one in self._experts for weight in (one.shared[0] if one.shared else ())]
+        return count_bytes(map(find_values, slots)), count_bytes(list_gradients(slots, self._gradients))
 
     def _place(self, placement: Placement) -> None:
         assert placement.homes is not None

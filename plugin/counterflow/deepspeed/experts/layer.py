@@ -48,12 +48,13 @@ class AutoEPSlots(LayerSlots):
         """
         (tokens,) = self.give_back(loan, tokens)
         at_home, lent = int(counts[: self._own].sum()), int(counts[self._own + self._per_rank :].sum())
-        if self.clone_module is None and not lent:
+        resident = int(counts[self._own : self._own + self._per_rank].sum())
+        if not resident and not lent:
             return self.layer.experts(tokens, counts[: self._own])  # type: ignore[no-any-return]
         outputs = [self.layer.experts(tokens[:at_home], counts[: self._own])]
         # Behind all slots come rows that belong to none: the last module gets them.
         shared = int(counts.sum()) - lent if lent else len(tokens)
-        if self.clone_module is not None:
+        if resident:
             self.finish_refresh()
             outputs.append(self.clone_module(tokens[at_home:shared], counts[self._own : self._own + self._per_rank]))
         if lent:
