@@ -55,7 +55,8 @@ def guard(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         bound.apply_defaults()
         given = bound.arguments
         has_states = given["load_optimizer_states"] and not given["load_module_only"]
-        if _has_layers(self) and has_states and not self.load_universal_checkpoint():
+        has_layers = hasattr(self.module, "num_pipeline_stages") and hasattr(self.module, "parts")
+        if has_layers and has_states and not self.load_universal_checkpoint():
             require_same_cut(self.module, Path(given["load_dir"]), given["tag"])
         if self not in balancer_of:
             return load_checkpoint(self, *args, **kwargs)
@@ -111,7 +112,3 @@ def _find_tag(folder: Path, tag: str | None) -> str:
     if tag is None:
         return latest.read_text().strip() if latest.is_file() else ""
     return str(tag)
-
-
-def _has_layers(engine: Any) -> bool:
-    return hasattr(engine.module, "num_pipeline_stages") and hasattr(engine.module, "parts")

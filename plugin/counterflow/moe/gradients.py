@@ -124,6 +124,17 @@ class SummedGradients(PlainGradients):
         self._find_sum, self._dtype = find_sum, dtype
         self._sums: Any = WeakTensorKeyDictionary()
 
+    @classmethod
+    def in_attribute(cls, name: str, dtype: torch.dtype) -> "SummedGradients":
+        """Return the store of a trainer whose parameters have their sums in an attribute, None before a step's first backward."""
+
+        def find(whole: Any) -> torch.Tensor:
+            if getattr(whole, name) is None:
+                setattr(whole, name, torch.zeros_like(whole, dtype=dtype))
+            return getattr(whole, name)  # type: ignore[no-any-return]
+
+        return cls(find, dtype)
+
     def find(self, whole: torch.nn.Parameter) -> torch.Tensor:
         """Return the sum of a whole parameter that is trained."""
         own: torch.Tensor | None = self._sums.get(whole)

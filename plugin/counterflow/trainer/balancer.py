@@ -4,12 +4,17 @@ An adapter calls a `Balancer` from the trainer's own functions, on every rank: w
 layers too.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial, wraps
 from pathlib import Path
+from typing import Any
+from weakref import ref
 
+import torch
 import torch.distributed as dist
 
+from counterflow.errors import BalanceError
 from counterflow.trainer.balanced_layers import BalancedLayers
 from counterflow.trainer.balancing_log import StepFigures, announce_clones, end_step
 
@@ -70,10 +75,38 @@ class Balancer[Layers: BalancedLayers]:
             self.layers.take_over()
             self.resume(folder, microbatches)
 
+    def guard_order(self, module: torch.nn.Module, remedy: str) -> None:
+        """Refuse to hand out a layer's weights while they are not where the trainer puts them; ``remedy`` is the error's end."""
+        module.register_state_dict_pre_hook(partial(_require_order, ref(self), remedy))  # type: ignore[no-untyped-call]
+
     def resume(self, folder: Path | None, microbatches: int) -> None:
         """Plan the first step from the loads that were kept with the checkpoint in ``folder``, if there is one."""
         if self.layers is not None:
             self.layers.load_loads(None if folder is None else folder / LOADS_FOLDER, microbatches)
+
+
+def _require_order(find: Callable[[], Balancer[Any] | None], remedy: str, *_: Any) -> None:
+    """Refuse to hand out weights of experts that are elsewhere: whoever reads them takes them for others."""
+    balancer = find()
+    if balancer is not None and balancer.layers is not None and balancer.layers.are_away:
+        raise BalanceError(
+            f"eplb: state_dict() is called while homes of experts are on other ranks than the trainer puts them: {remedy}"
+        )
+
+
+def led_by[B](balancers: Mapping[Any, B], lead: Callable[[B, Any], AbstractContextManager[None]]) -> Callable[..., Any]:
+    """Return a wrapper of a method: a call on an object that has a balancer runs inside what ``lead`` returns for both."""
+
+    def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            balancer = balancers.get(self)
+            with nullcontext() if balancer is None else lead(balancer, self):
+                return method(self, *args, **kwargs)
+
+        return run
+
+    return wrap
 
 
 class Waiting:

@@ -63,7 +63,8 @@ class Pipeline:
         if options.stall_limit is not None:
             timeout = timedelta(seconds=options.stall_limit)
         ranks, rank = dist.get_process_group_ranks(group), group.rank()
-        if count_replicas(choose_layout(options, len(ranks), chunks)) > 1:
+        self.is_linked = count_replicas(choose_layout(options, len(ranks), chunks)) > 1
+        if self.is_linked:
             if link is None:
                 raise OptionError(f"schedule {options.schedule} joins two replicas, which this trainer does not: take another")
             ranks, rank = link(ranks)

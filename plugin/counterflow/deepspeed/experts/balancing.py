@@ -8,7 +8,8 @@ _report_progress      add balancedness, clones and traffic to the log; monitors 
 save_checkpoint       move homes to where AutoEP expects them, and back
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial, wraps
 from typing import Any
 from weakref import ref
@@ -21,21 +22,15 @@ from counterflow.deepspeed.experts.layer import AutoEPSlots
 from counterflow.deepspeed.experts.optimizer_state import take_state
 from counterflow.deepspeed.stages import list_layers
 from counterflow.deepspeed.state import balancer_of, holder_of, slots_of
-from counterflow.errors import BalanceError, OptionError
+from counterflow.errors import OptionError
 from counterflow.moe.gradients import GradientStore, PlainGradients, SummedGradients
 from counterflow.moe.planning import compile_planner
 from counterflow.options import Options
 from counterflow.sections import speaking_json
 from counterflow.trainer.balanced_layers import BalancedLayers, ExpertGroups, number_layers
-from counterflow.trainer.balancer import StepwiseBalancer, say_idle
+from counterflow.trainer.balancer import StepwiseBalancer, led_by, say_idle
 from counterflow.trainer.balancing_log import describe_step, keep_homes_where
-
-# Optimizers whose state has a number for each number of a weight, which no other changes. Norms of whole weights, or rows and
-# columns of them, would be those of other experts' weights too.
-ELEMENTWISE = {
-    "Adagrad", "Adam", "AdamW", "DeepSpeedCPUAdagrad", "DeepSpeedCPUAdam", "DeepSpeedCPULion", "FusedAdam", "FusedLion",
-    "RMSprop", "SGD",
-}  # fmt: skip
+from counterflow.trainer.optimizer_state import find_elementwise_obstacle
 
 
 class EngineLayers(BalancedLayers):
@@ -61,6 +56,24 @@ class EngineLayers(BalancedLayers):
 class EngineBalancer(StepwiseBalancer[EngineLayers]):
     """Leads the layers of one engine through its steps."""
 
+    @contextmanager
+    def lead_forward(self, engine: Any) -> Iterator[None]:
+        """Around an engine's ``forward``, which runs a micro-batch, begin a step or an evaluation."""
+        is_training = engine.module.training and torch.is_grad_enabled()
+        with speaking_json(), self.run_forward(engine.global_steps + 1, is_training=is_training):
+            yield
+
+    @contextmanager
+    def lead_reduction(self, engine: Any) -> Iterator[None]:
+        """Bring the gradients of clones home before an engine's reduction of a step's gradients."""
+        if engine.is_gradient_accumulation_boundary():
+            self.end_of(engine)
+        yield
+
+    def lead_save(self, engine: Any) -> AbstractContextManager[None]:
+        """Around an engine's ``save_16bit_model``, which all ranks call, have homes where AutoEP expects them."""
+        return self.save(None)
+
     @speaking_json()
     def end_of(self, engine: Any) -> None:
         """End the step of an engine; a second call in a step does nothing."""
@@ -76,7 +89,8 @@ def attach(engine: Any, options: Options) -> None:
         say_idle("expert_parallel.autoep_size")
         return
     layers = list_layers(engine)
-    if (obstacle := _find_homes_obstacle(engine)) is not None and options.needs_moves:
+    obstacle = find_elementwise_obstacle(engine.basic_optimizer) or find_homes_obstacle(engine._config._param_dict)
+    if obstacle is not None and options.needs_moves:
         raise OptionError(f"eplb: eplb.rehome_interval {obstacle}: drop one of the two")
     options = keep_homes_where(obstacle, options)
     compile_planner()
@@ -84,70 +98,15 @@ def attach(engine: Any, options: Options) -> None:
         slots_of[layer] = AutoEPSlots(layer, number, options)
     balancer = balancer_of[engine] = EngineBalancer()
     for _, layer in layers:
-        layer.register_state_dict_pre_hook(partial(_require_order, ref(balancer)))
+        balancer.guard_order(layer, "read weights from save_checkpoint or save_16bit_model, or give eplb.rehome_interval never")
         for parameter in layer.experts.parameters():
             holder_of[parameter] = ref(balancer)
     balancer.take(EngineLayers(options, engine, [one for _, one in layers]) if layers else None, options.layer_clones)
 
 
-def _find_homes_obstacle(engine: Any) -> str | None:
-    """Return why homes cannot move with an engine's optimizer; None if they can."""
-    names = {one.__name__ for one in type(engine.basic_optimizer).__mro__}
-    if not names & ELEMENTWISE:
-        return (
-            f"moves the state of optimizers that treat each number alone ({', '.join(sorted(ELEMENTWISE))}), and "
-            f"{type(engine.basic_optimizer).__name__} is given"
-        )
-    return find_homes_obstacle(engine._config._param_dict)
-
-
-def _require_order(find: Callable[[], EngineBalancer | None], *_: Any) -> None:
-    """Refuse to hand out weights of experts that are not where AutoEP puts them: whoever reads them takes them for others."""
-    balancer = find()
-    if balancer is not None and balancer.layers is not None and balancer.layers.are_away:
-        raise BalanceError(
-            "eplb: state_dict() is called while homes of experts are on other ranks than AutoEP puts them: read weights from "
-            "save_checkpoint or save_16bit_model, or give eplb.rehome_interval never"
-        )
-
-
-def save_at_home(save: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an engine's ``save_16bit_model``, which all ranks call: homes are where AutoEP expects them."""
-
-    @wraps(save)
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if (balancer := balancer_of.get(self)) is None:
-            return save(self, *args, **kwargs)
-        with balancer.save(None):
-            return save(self, *args, **kwargs)
-
-    return run
-
-
-def begin_before(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an engine's ``forward``, which runs a micro-batch."""
-
-    @wraps(forward)
-    def run(self: Any, *inputs: Any, **kwargs: Any) -> Any:
-        if (balancer := balancer_of.get(self)) is None:
-            return forward(self, *inputs, **kwargs)
-        is_training = self.module.training and torch.is_grad_enabled()
-        with speaking_json(), balancer.run_forward(self.global_steps + 1, is_training=is_training):
-            return forward(self, *inputs, **kwargs)
-
-    return run
-
-
-def end_before(reduce: Callable[..., None]) -> Callable[..., None]:
-    """Wrap an engine's reduction of gradients: before that of a step the gradients of clones come home."""
-
-    @wraps(reduce)
-    def run(self: Any, *args: Any, **kwargs: Any) -> None:
-        if (balancer := balancer_of.get(self)) is not None and self.is_gradient_accumulation_boundary():
-            balancer.end_of(self)
-        reduce(self, *args, **kwargs)
-
-    return run
+begin_before, end_before, save_at_home = (
+    led_by(balancer_of, lead) for lead in (EngineBalancer.lead_forward, EngineBalancer.lead_reduction, EngineBalancer.lead_save)
+)
 
 
 def wait_for_clones(reduce: Callable[..., None]) -> Callable[..., None]:
@@ -185,12 +144,5 @@ def _find_store(optimizer: Any) -> GradientStore:
     if hasattr(optimizer, "fp32_groups_gradients"):
         return SummedGradients(lambda whole: whole._hp_grad.view_as(whole), optimizer.grad_acc_dtype)  # type: ignore[attr-defined]
     if getattr(optimizer, "use_grad_accum_attribute", False):
-        return SummedGradients(partial(_find_sum, optimizer.gradient_accumulation_dtype), optimizer.gradient_accumulation_dtype)
+        return SummedGradients.in_attribute("grad_accum", optimizer.gradient_accumulation_dtype)
     return PlainGradients()
-
-
-def _find_sum(dtype: torch.dtype, whole: Any) -> torch.Tensor:
-    """Return where DeepSpeed sums a weight's gradients; before the first backward of a step has done so, it is made."""
-    if whole.grad_accum is None:
-        whole.grad_accum = torch.zeros_like(whole, dtype=dtype)
-    return whole.grad_accum  # type: ignore[no-any-return]

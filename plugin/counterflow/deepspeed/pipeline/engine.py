@@ -21,7 +21,6 @@ from counterflow.sections import speaking_json
 from counterflow.trainer.crosslink import Partner, link_pipelines
 from counterflow.trainer.norms import clip_by_norm
 from counterflow.trainer.pipeline import Pipeline
-from counterflow.trainer.tables import choose_layout, count_replicas
 
 # Where DeepSpeed sends shapes once, so do tables.
 REMEDY = (
@@ -81,8 +80,7 @@ def make_engine_class(base: Any) -> Any:
             # that are still to be loaded, by stage.
             self._partner: Partner | None = None
             self._dealt: dict[int | None, list[Any]] = {}
-            self._is_linked = count_replicas(choose_layout(chunks.chosen.options, self.num_stages, chunks.layout.chunks)) > 1
-            if self._is_linked and chunks.holds(0):
+            if self._pipeline.is_linked and chunks.holds(0):
                 self._partner = Partner(replicas, self._pipeline.timeout)
             if chunks.chosen.options.schedule != AUTO:
                 # What the table refuses is refused before the first step.
@@ -139,7 +137,7 @@ def make_engine_class(base: Any) -> Any:
                 # Upstream adds to what the last training step left; logits, with compute_loss=False, do not fit that.
                 self.total_loss = self.total_additional_losses = None
             work = DeepSpeedWork(
-                self, self._chunks, step.microbatches, is_evaluation=step.is_evaluation, is_linked=self._is_linked
+                self, self._chunks, step.microbatches, is_evaluation=step.is_evaluation, is_linked=self._pipeline.is_linked
             )
             remedy = None if self.dynamic_shape else REMEDY
             self._pipeline.run_announced(work, step.microbatches, self.global_steps + 1, remedy, forward_only=step.is_evaluation)

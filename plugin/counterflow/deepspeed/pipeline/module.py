@@ -49,7 +49,9 @@ def convert(model: Any, chosen: Chosen, optimizer: Any, parameters: Iterable[Any
             f"{len(model._layer_specs)} layers: give it {stages} or more, or a smaller num_stages"
         )
     given = [ParameterGroups(one) for one in (getattr(optimizer, "param_groups", None), parameters)]
-    owners, held = [model.stage_owner(layer) for layer in range(model._num_layers)], _list_held(model)
+    owners = [model.stage_owner(layer) for layer in range(model._num_layers)]
+    # Layers on this rank; modules of tied layers have other names.
+    held = {int(name): module for name, module in model.named_children() if name.isdecimal()}
     sources: dict[Any, Any] = held | dict(model.tied_modules)
     bounds = _cut(model, stages)
     chunks = Chunks(chosen, layout, rank, [bounds[stage] for stage in layout.stages[rank]])
@@ -126,11 +128,6 @@ def _find_base(model: Any) -> Any:
             f"{type(model).__name__} extends DualPipeVModule: let it extend PipelineModule, the schedule makes the V"
         )
     return type(model)
-
-
-def _list_held(model: Any) -> dict[int, nn.Module]:
-    """Return the modules of layers on this rank, by layer; those of tied layers are left out."""
-    return {int(name): module for name, module in model.named_children() if name.isdecimal()}
 
 
 def _cut(model: Any, stages: int) -> list[tuple[int, int]]:
