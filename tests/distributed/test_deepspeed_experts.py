@@ -93,9 +93,9 @@ def make_cases(folder: Path) -> dict[str, Any]:
     cases["seed 11, homes move at ZeRO-0"] = make_case(clone("dualpipev", rehome_interval=1), **PIPELINE, zero=0, steps=STEPS)
     cases["seed 11, just in time"] = make_case(clone(**JUST_IN_TIME), steps=STEPS, evaluate_at=3)
     cases["seed 1234, just in time, pairs"] = make_case(
-        clone("dualpipev", **JUST_IN_TIME) | {"overlap": True}, seed=1234, **PIPELINE
+        clone("dualpipev", **JUST_IN_TIME) | {"overlap": True}, seed=1234, steps=STEPS, **PIPELINE
     )
-    cases["seed 11, just in time, split"] = make_case(clone("zb-h1", **JUST_IN_TIME), **PIPELINE)
+    cases["seed 11, just in time, split"] = make_case(clone("zb-h1", **JUST_IN_TIME), steps=STEPS, **PIPELINE)
     cases["recompute, just in time"] = make_case(clone(**JUST_IN_TIME), recompute=False)
     cases["reentrant, just in time"] = make_case(clone(**JUST_IN_TIME), recompute=True)
     cases["EP 4, both kinds"] = make_case(clone(plan="auto"), ep=4)
@@ -176,7 +176,7 @@ def test_clones_without_tokens_are_not_called() -> None:
 
     layer = SimpleNamespace(experts=lambda tokens, counts: tokens * counts.sum())
     slots = AutoEPSlots.__new__(AutoEPSlots)
-    slots._own, slots._per_rank, slots._just_in_time = 2, 1, None
+    slots._own, slots._per_rank, slots._just_in_time, slots._clones = 2, 1, None, None
     slots._find_layer, slots.clone_module, slots.shared_module = lambda: layer, fail, None  # type: ignore[method-assign,assignment,return-value]
     tokens = torch.ones(5, 3)
     computed = slots.run_experts(None, tokens, torch.tensor([3, 2, 0]))

@@ -11,6 +11,7 @@ save_checkpoint       move homes to where AutoEP expects them, and back
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial, wraps
+from itertools import chain
 from typing import Any
 from weakref import ref
 
@@ -142,7 +143,10 @@ def report_after(report: Callable[..., None]) -> Callable[..., None]:
 def _find_store(optimizer: Any) -> GradientStore:
     """Return where an engine's optimizer keeps the gradients of a step."""
     if hasattr(optimizer, "fp32_groups_gradients"):
-        return SummedGradients(lambda whole: whole._hp_grad.view_as(whole), optimizer.grad_acc_dtype)  # type: ignore[attr-defined]
+        # A weight knows its own only from the first gradient on, and a clone's may be there before.
+        weights, sums = (chain.from_iterable(groups) for groups in (optimizer.bf16_groups, optimizer.fp32_groups_gradients))
+        kept = dict(zip(weights, sums, strict=True))
+        return SummedGradients(lambda whole: kept[whole].view_as(whole), optimizer.grad_acc_dtype)
     if getattr(optimizer, "use_grad_accum_attribute", False):
         return SummedGradients.in_attribute("grad_accum", optimizer.gradient_accumulation_dtype)
     return PlainGradients()
