@@ -34,7 +34,9 @@ MOST_OFF = 4.0
 
 def check_measured(measured: CostsFile, costs: Costs, name: str) -> None:
     """Raise `PlanError` for costs that are so far from the model's own that they are those of another model or machine."""
-    whole, own = (_sum_up(one) for one in (apply_measured(measured, costs), costs))
+    # A number alone is that of each stage; the model's own costs are by stage.
+    stages = len(costs.f) if isinstance(costs.f, Sequence) else 1
+    whole, own = (_sum_up(one, stages) for one in (apply_measured(measured, costs), costs))
     if not own / MOST_OFF <= whole <= own * MOST_OFF:
         raise PlanError(
             f"costs: {name} says {whole:.3g} s for a micro-batch on all stages, and the plan's model on its GPUs comes to "
@@ -42,11 +44,9 @@ def check_measured(measured: CostsFile, costs: Costs, name: str) -> None:
         )
 
 
-def _sum_up(costs: Costs) -> float:
+def _sum_up(costs: Costs, stages: int) -> float:
     """Return the seconds of a micro-batch on all stages."""
-    parts = (costs.f, costs.i, costs.w)
-    stages = max(len(part) if isinstance(part, Sequence) else 1 for part in parts)
-    return float(sum(sum(spread_over(part, stages, "costs")) for part in parts))
+    return float(sum(sum(spread_over(part, stages, "costs")) for part in (costs.f, costs.i, costs.w)))
 
 
 def apply_measured(measured: CostsFile, costs: Costs) -> Costs:
