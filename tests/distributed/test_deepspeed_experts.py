@@ -219,14 +219,18 @@ def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     cases["sums in fp32"] = make_case(clone(), **long, changes=half | {"data_types": {"grad_accum_dtype": "fp32"}})
     cases["dualpipev"] = make_case(clone("dualpipev"), **long, **PIPELINE, changes=half)
     cases["ZeRO-0"] = make_case(clone("dualpipev"), **long, **PIPELINE, zero=0, changes=half)
+    cases["just in time"] = make_case(clone(**JUST_IN_TIME), **long, changes=half)
+    cases["just in time, ZeRO-0"] = make_case(clone("dualpipev", **JUST_IN_TIME), **long, **PIPELINE, zero=0, changes=half)
     asked = {"fp32", "bf16"} | list_asked(request)
     return run_cases({case: one for case, one in cases.items() if case in asked}, tmp_path_factory.mktemp("rounded"))
 
 
-ROUNDED = ["clones", "sums in fp32", "dualpipev", "ZeRO-0"]
+ROUNDED = ["clones", "sums in fp32", "dualpipev", "ZeRO-0", "just in time", "just in time, ZeRO-0"]
 
 
-@pytest.mark.parametrize("case", mark_nightly(ROUNDED, lambda case: case in ("dualpipev", "ZeRO-0", "just in time, ZeRO-0")))
+@pytest.mark.parametrize(
+    "case", mark_nightly(ROUNDED, lambda case: case in ("dualpipev", "just in time", "just in time, ZeRO-0"))
+)
 def test_clones_in_bf16_are_as_near_as_bf16_itself(rounded: dict[str, Any], case: str) -> None:
     losses = {name: np.array([step["loss"] for step in run["steps"]]) for name, run in rounded.items()}
     rounding = np.square(losses["bf16"] - losses["fp32"]).mean()

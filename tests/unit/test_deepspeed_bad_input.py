@@ -97,8 +97,8 @@ def test_slots_that_layers_share_need_gradients_that_stay_until_a_step_ends(eplb
     check_balancing(options, EXPERTS | {"zero_optimization": {"stage": 1}})
     with pytest.raises(OptionError, match="adds gradients at homes in every micro-batch, and zero_optimization.stage 2"):
         check_balancing(options, EXPERTS | {"zero_optimization": {"stage": 2}})
-    with pytest.raises(OptionError, match="runs in fp32 alone in this version, and bf16 or fp16 is enabled"):
-        check_balancing(options, EXPERTS | {"bf16": {"enabled": True}})
+    with pytest.raises(OptionError, match="runs in fp32 and bf16 in this version, and fp16 is enabled"):
+        check_balancing(options, EXPERTS | {"fp16": {"enabled": True}})
 
 
 @pytest.mark.slow

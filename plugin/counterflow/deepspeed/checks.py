@@ -76,9 +76,9 @@ def check_balancing(options: Options, config: Mapping[str, Any]) -> None:
         ),
         f"eplb.plan {options.eplb_plan} with eplb.buffers {options.eplb_buffers} adds gradients at homes in every micro-batch, "
         "and zero_optimization.stage 2 reduces them there: give stage 0 or 1": options.shared_clones > 0 and stage == 2,
-        f"eplb.plan {options.eplb_plan} with eplb.buffers {options.eplb_buffers} runs in fp32 alone in this version, and bf16 or "
-        "fp16 is enabled: give plan predicted and buffers per-layer": options.shared_clones > 0
-        and bool(_find(config, "bf16", "enabled") or _find(config, "fp16", "enabled")),
+        f"eplb.plan {options.eplb_plan} with eplb.buffers {options.eplb_buffers} runs in fp32 and bf16 in this version, and fp16 "
+        "is enabled: give plan predicted and buffers per-layer": options.shared_clones > 0
+        and bool(_find(config, "fp16", "enabled")),
         "compile.deepcompile compiles whole steps: drop it": bool(_find(config, "compile", "deepcompile")),
         "zero_optimization.zenflow delays gradients: drop it": bool(_find(config, "zero_optimization", "zenflow")),
         "managed_gradient_accumulation false reduces gradients before a step is known to end: drop it": (
