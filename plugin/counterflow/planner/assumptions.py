@@ -54,7 +54,8 @@ def _assume_formats(config: PlanConfig, plan: Plan, notes: list[str]) -> Trainin
     is_recipe = training.precision in WEIGHTS_IN_FP8 and not set(config.layout.words) & LISTED
     if not is_recipe or not plan.layout.distributed_optimizer:
         return training
-    if stated.fp8_param_gather is None:
+    # Clones do not run under weights in FP8.
+    if stated.fp8_param_gather is None and not plan.layout.clones_per_rank:
         training = replace(training, fp8_params=True)
         notes.append(f"fp8_param_gather is not stated: true, as recipes in {training.precision} have it")
     if stated.main_grads_dtype is None:
