@@ -35,6 +35,13 @@ def send(output: torch.Tensor, given: torch.Tensor, async_op: bool = False) -> W
 exchange = defer(send)
 
 
+class Layer:
+    """What pairs read of a layer; the adapter's state finds it by a weak reference, as it does modules."""
+
+    def __init__(self, layer_number: int, config: Any, token_dispatcher: Any) -> None:
+        self.layer_number, self.config, self.token_dispatcher = layer_number, config, token_dispatcher
+
+
 class Dispatcher:
     """Keeps on itself what a layer has dispatched, as Megatron's do, its shared experts too."""
 
@@ -57,7 +64,7 @@ def test_a_layer_that_both_parts_run_keeps_what_each_has_dispatched(shared: bool
     from counterflow.megatron.pipeline.overlap import mark_dispatch
 
     config = SimpleNamespace(moe_token_dispatcher_type="alltoall")
-    layer = SimpleNamespace(layer_number=3, config=config, token_dispatcher=Dispatcher(shared))
+    layer = Layer(layer_number=3, config=config, token_dispatcher=Dispatcher(shared))
     dispatch = mark_dispatch(lambda layer, *given: layer.token_dispatcher.token_dispatch(*given))
     seen: list[tuple[int, ...]] = []
     said: list[str] = []
@@ -87,9 +94,7 @@ def test_a_transfer_of_deep_ep_hands_over_before_it_is_waited_for() -> None:
         wait("combine")
         return tokens
 
-    layer = SimpleNamespace(
-        layer_number=1, config=None, token_dispatcher=SimpleNamespace(shared_experts=None, _comm_manager=None)
-    )
+    layer = Layer(layer_number=1, config=None, token_dispatcher=SimpleNamespace(shared_experts=None, _comm_manager=None))
     combine = mark_combine(combine)
     with torch.no_grad():
         wait("layout")
