@@ -54,6 +54,11 @@ def test_homes_stay_where_a_move_gains_nothing(kind: str) -> None:
     assert Followed(make_workload(kind, 120, 2, EXPERTS, RANKS), 1).moved == []
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_homes_stay_where_just_in_time_clones_leave_next_to_nothing_to_gain(seed: int) -> None:
+    assert Followed(make_workload("balanced", 120, 2, EXPERTS, RANKS, seed=seed), 1, plan="auto").moved == []
+
+
 def test_a_move_that_costs_more_than_it_gains_is_not_made() -> None:
     counts = make_workload("zero_ranks", 80, 2, EXPERTS, RANKS)
     assert Followed(counts, 0, Costs(node_speed=1e6, network_speed=1e6)).moved == []

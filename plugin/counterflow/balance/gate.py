@@ -17,6 +17,9 @@ ERRORS = 3.0
 # A swap is undone where it gains less than so many times what its transfers take of every rank's time.
 UNDO = 8.0
 
+# A layer's homes stay where moves would gain less of the time that the mean rank computes.
+LEAST_GAIN = 0.002
+
 Judge = Callable[[Array, Array, Placement], Array]
 """From loads to plan from and to judge by, ``[samples, layers, experts]``, and a placement: ``[samples, layers]`` seconds."""
 
@@ -26,8 +29,9 @@ def settle_homes(past: Array, placement: Placement, step: int, costs: Costs, jud
 
     ``past``, ``int64[micro-batches, layers, experts]``, are the loads so far; ``step`` micro-batches make a step. Homes are found
     from every second step and judged by the steps between, so that homes which fit one step's load, or chance, do not seem to
-    gain. The gain, less ``errors`` standard errors, is counted for `MOST_STEPS` steps. A move costs the time in which the busiest
-    rank receives its new homes, with masters and moments; nothing hides that. Layers that change have empty clone slots.
+    gain. The gain, less ``errors`` standard errors and `LEAST_GAIN`, is counted for `MOST_STEPS` steps. A move costs the time in
+    which the busiest rank receives its new homes, with masters and moments; nothing hides that. Layers that change have empty
+    clone slots.
     """
     steps = min(len(past) // step, MOST_STEPS)
     if steps < LEAST_STEPS:
@@ -50,7 +54,7 @@ def settle_homes(past: Array, placement: Placement, step: int, costs: Costs, jud
         moved = Placement(cluster, place_homes(option, cluster), option)
         saved = now - judge(found, judged, moved)
         sure = saved.mean(0) - errors * saved.std(0) / np.sqrt(len(saved))
-        gain[:] = horizon * sure - time_moves(empty, moved, costs)
+        gain[:] = horizon * (sure - LEAST_GAIN * mean) - time_moves(empty, moved, costs)
     best, layer = gains.argmax(0), np.arange(placement.layers)
     homes = options[best, layer]
     experts = np.where(best[:, None] > 0, place_homes(homes, cluster), placement.experts)
