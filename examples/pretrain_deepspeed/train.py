@@ -40,7 +40,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--fresh", action="store_true", help="forget earlier checkpoints and start anew")
     parser.add_argument("--save-interval", type=int, default=50, help="steps between checkpoints (default: 50)")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.config is not None and not options.config.is_file():
+        parser.error(f"--config {options.config} is no file: give DeepSpeed's JSON, or leave it out for that in configs/")
+    if options.ranks < 2 or options.ranks % 2:
+        parser.error(f"--ranks {options.ranks} given; allowed: an even number, for two pipeline stages")
+    return options
 
 
 def prepare_text(directory: Path) -> Path:

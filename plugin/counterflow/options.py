@@ -166,7 +166,7 @@ class _Fields(BaseModel):
             raise ValueError(f"allowed: {AUTO}, {NEVER}, or steps from 1 to {MOST:,}{suggest(value, (AUTO, NEVER))}")
         return int(text)
 
-    @field_validator("costs", "record", mode="before")
+    @field_validator("costs", "record", "eplb_costs", mode="before")
     @classmethod
     def _read_path(cls, value: Any) -> Path | None:
         # An empty path would be the folder in which the run starts.

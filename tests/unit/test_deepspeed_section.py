@@ -33,6 +33,12 @@ def test_names_are_those_of_the_options() -> None:
     assert chosen.vpp is None
 
 
+def test_a_path_of_balancing_is_a_text(tmp_path: Path) -> None:
+    (tmp_path / "costs.json").write_text('{"token_time": 4e-7}')
+    chosen = read_section({"eplb": {"plan": "auto", "costs": str(tmp_path / "costs.json")}})
+    assert chosen.options.eplb_costs == tmp_path / "costs.json"
+
+
 @pytest.mark.parametrize("value", [True, False])
 def test_eplb_may_be_a_truth_value(value: bool) -> None:
     assert read_section({"eplb": value}).options.eplb is value

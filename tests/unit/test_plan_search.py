@@ -21,6 +21,7 @@ from counterflow.planner.choices import (
 from counterflow.planner.cluster import build_cluster
 from counterflow.planner.config import parse_config
 from counterflow.planner.constants import Constants
+from counterflow.planner.emission import emit_megatron
 from counterflow.planner.estimate import Estimate, estimate_plan
 from counterflow.planner.models import build_model
 from counterflow.planner.search import search_layouts
@@ -93,6 +94,17 @@ def test_a_bound_holds_under_calibrated_constants() -> None:
     fields = {"tp": 1, "pp": 4, "cp": 1, "ep": 2, "etp": 1, "schedule": "1f1b", "overlap": False, "clones_per_rank": 0}
     assumed = complete_choice(config, fields, cluster)
     assert bound_step(assumed, cluster, constants) <= estimate_plan(assumed, cluster, constants).step_s
+
+
+@pytest.mark.parametrize(("routing", "model"), [(None, {}), ("natural", {}), ("forced", {}), ("forced", {"num_experts": 0})])
+def test_a_router_is_forced_only_where_a_plan_of_experts_says_so(routing: str | None, model: dict[str, Any]) -> None:
+    plan = SMALL | {"training": SMALL["training"] | {"routing": routing}, "model": SMALL["model"] | model}
+    config = parse_config(plan)
+    cluster = build_cluster(config.cluster)
+    assumed = complete_choice(config, {"tp": 1, "pp": 1, "ep": 1, "schedule": "1f1b", "overlap": False}, cluster)
+    is_asked = routing == "forced" and not model
+    assert ("--moe-router-force-load-balancing" in emit_megatron(assumed.plan)) == is_asked
+    assert any("to measure" in note for note in assumed.plan.notes) == is_asked
 
 
 def test_what_is_given_is_not_searched() -> None:

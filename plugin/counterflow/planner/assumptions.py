@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from counterflow.planner.cluster import Cluster
 from counterflow.planner.config import PlanConfig
+from counterflow.planner.emission import is_forced
 from counterflow.planner.layouts import OWN, Layout, Plan, Training
 from counterflow.schedule.families import FAMILIES
 
@@ -35,6 +36,10 @@ def assume_unstated(config: PlanConfig, plan: Plan, cluster: Cluster) -> Assumed
     """Return the plan with what it does not state, and a note for each assumption."""
     words = {word.lower() for word in config.unread_flags}
     notes = [note for note in plan.notes if not any(word in note.lower() for word in (FP8_ATTENTION, FUSED_PERMUTE))]
+    if not cluster.gpu.has_format(plan.training.precision):
+        notes.append(f"{cluster.gpu.name} has no {plan.training.precision}: trainers refuse it, times are of a wider format")
+    if is_forced(plan):
+        notes.append("routing is forced, to measure: with --moe-router-force-load-balancing a router's choices are random")
     plan = replace(plan, training=_assume_formats(config, plan, notes))
     layout, has_fp8 = plan.layout, FP8_ATTENTION in words
     if layout.activation_offload_layers:

@@ -109,7 +109,8 @@ def complete_choice(config: PlanConfig, fields: Fields, cluster: Cluster, model:
     given = {name: value for name, value in fields.items() if value is not None}
     chosen = config.replace_layout(**given, **({"vpp": None} if fields.get("vpp") is None else {}))
     assumed = assume_unstated(chosen, complete_plan(chosen, model), cluster)
-    return replace(assumed, plan=replace(assumed.plan, unstated=frozenset()))
+    # The routing is the data's: that a plan leaves it open decides what its flags ask for.
+    return replace(assumed, plan=replace(assumed.plan, unstated=assumed.plan.unstated & {"routing"}))
 
 
 def explain_refusal(plan: Plan) -> str:

@@ -43,6 +43,10 @@ class GPU:
                 return self.peak[name]
         raise PlanError(f"{self.name} has no {precision}")
 
+    def has_format(self, precision: str) -> bool:
+        """Tell whether products in a number format run as such, not in a wider one."""
+        return _WIDER[precision][0] in self.peak
+
 
 _WIDER = {
     "fp32": ("fp32",),

@@ -219,8 +219,14 @@ def _emit_rest(plan: Plan) -> Iterable[Any]:
         yield from ("--cuda-graph-impl", "transformer_engine", "--cuda-graph-scope", *layout.cuda_graph)
         yield "--te-rng-tracker"
     yield from ["--moe-paged-stash"] * layout.paged_stash
-    if plan.training.routing == "forced" and "routing" not in plan.unstated:
+    if is_forced(plan):
         yield "--moe-router-force-load-balancing"
+
+
+def is_forced(plan: Plan) -> bool:
+    """Tell whether a plan states that the router sends tokens anywhere, to measure a step."""
+    has_experts = any(layer.moe for layer in plan.model.layers)
+    return has_experts and plan.training.routing == "forced" and "routing" not in plan.unstated
 
 
 def _emit_schedule(plan: Plan, hybrid: bool) -> Iterable[Any]:
