@@ -107,6 +107,17 @@ def test_a_router_is_forced_only_where_a_plan_of_experts_says_so(routing: str | 
     assert any("to measure" in note for note in assumed.plan.notes) == is_asked
 
 
+def test_only_the_blocks_that_are_recomputed_take_time_for_it() -> None:
+    cluster, steps = build_cluster(parse_config(SMALL).cluster), []
+    for recompute in ("none", "full,block,0", "full,block,1", "full,block,5", "full,block,8", "full,uniform,1"):
+        config = parse_config(SMALL | {"layout": {"micro_batch_size": 1, "recompute": recompute}})
+        fields = {"tp": 1, "pp": 2, "ep": 4, "schedule": "1f1b", "overlap": False}
+        steps.append(estimate_plan(complete_choice(config, fields, cluster), cluster, Constants()).step_s)
+    none, *blocks, every = steps
+    assert blocks[0] == none and blocks[-1] == every, "a chunk has 8 layers"
+    assert blocks == sorted(set(blocks)), "each block that is recomputed takes longer"
+
+
 def test_what_is_given_is_not_searched() -> None:
     plan = {**SMALL, "layout": {**SMALL["layout"], "pp": 2, "schedule": "zbv", "ep": 4}}
     found = search_layouts(parse_config(plan), seconds=300)

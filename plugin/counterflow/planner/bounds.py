@@ -20,7 +20,7 @@ from counterflow.schedule.families import FAMILIES
 def bound_step(assumed: Assumed, cluster: Cluster, constants: Constants) -> float:
     """Return seconds that no schedule of these sizes can be below: work without a bubble, as much exchange hidden as can be."""
     plan = assumed.plan
-    setting = make_setting(assumed, cluster, constants).local
+    setting = make_setting(assumed, cluster, constants).local.without_blocks
     whole = Times()
     for layer, times in plan.model.counts:
         work = time_layer(layer, setting)

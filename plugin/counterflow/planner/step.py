@@ -62,15 +62,17 @@ class Step:
 
 def time_stage(stage: Stage, plan: Plan, setting: Setting) -> Work:
     """Return the time of one micro-batch on a stage."""
-    whole, setting = Work(), setting.local
-    for layer, times in count_equal(stage.layers):
-        whole += time_layer(layer, setting) * times
+    whole, setting, recompute = Work(), setting.local, plan.layout.recompute
+    again = recompute.layers or 0 if recompute.method == "block" else len(stage.layers)
+    for layers, how in ((stage.layers[:again], setting), (stage.layers[again:], setting.without_blocks)):
+        for layer, times in count_equal(layers):
+            whole += time_layer(layer, how) * times
     if stage.embedding:
         whole += time_embedding(plan.model, setting)
     if stage.head:
         whole += time_head(plan.model, setting)
     for _ in range(stage.mtp):
-        whole += time_mtp(plan.model, setting)
+        whole += time_mtp(plan.model, setting.without_blocks)
     return whole
 
 

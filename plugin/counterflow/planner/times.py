@@ -14,7 +14,7 @@ from typing import Self
 
 from counterflow.planner.cluster import Cluster
 from counterflow.planner.constants import Constants
-from counterflow.planner.layouts import Layout, Training
+from counterflow.planner.layouts import Layout, Recompute, Training
 from counterflow.planner.models import LINEAR, MLA, AttentionShape, FFNShape, LayerShape, ModelShape, MoEShape
 
 # Tiles of matrix products: rows and columns of the result that one unit computes at a time.
@@ -123,6 +123,12 @@ class Setting:
     def local(self) -> "Setting":
         """The setting without what no layer's time depends on, so that layers of other pipelines need not be timed again."""
         return replace(self, layout=self.layout.local)
+
+    @cached_property
+    def without_blocks(self) -> "Setting":
+        """The setting of layers that the method ``block`` leaves alone: all but the first so many of a chunk, and MTP."""
+        is_block = self.layout.recompute.method == "block"
+        return replace(self, layout=replace(self.layout, recompute=Recompute())) if is_block else self
 
     @property
     def tokens(self) -> float:
