@@ -127,6 +127,8 @@ def test_a_table_of_full_dualpipe_spans_two_replicas() -> None:
         ({"tp": 3}, "does not divide 8 GPUs"),
         ({"pp": 4, "dp": 4}, "layout.dp 4 given"),
         ({"ep": 16}, "ep 16 does not divide 8 experts"),
+        ({"ep": 4, "clones_per_rank": 7}, "clones_per_rank 7 given; allowed: 0 to 6, the experts of other ranks"),
+        ({"ep": 1, "clones_per_rank": 1}, "clones_per_rank 1 given; allowed: 0, since ep 1 has all experts on every rank"),
         ({"tp": 8, "ep": 8, "etp": 2}, "ep 8 x etp 2 does not divide"),
         ({"pp": 8, "vpp": 16, "schedule": "interleaved"}, "128 stages, and the model has 32 layers"),
         ({"schedule": "dualpip"}, "nearest: dualpipe"),

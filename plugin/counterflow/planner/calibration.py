@@ -63,7 +63,7 @@ class Runs:
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = runs
-        self._plans = [_complete(run.config) for run in runs]
+        self._plans = [_complete(run) for run in runs]
         self.measured = np.array([run.seconds for run in runs])
         groups = [run.group for run in runs]
         # A group of many runs of one layout counts as one run, and a little more.
@@ -74,9 +74,12 @@ class Runs:
         return np.array([time_step(one.plan, make_setting(one, cluster, constants)).seconds for one, cluster in self._plans])
 
 
-def _complete(config: PlanConfig) -> tuple[Assumed, Cluster]:
-    cluster = build_cluster(config.cluster)
-    return assume_unstated(config, complete_plan(config), cluster), cluster
+def _complete(run: Run) -> tuple[Assumed, Cluster]:
+    try:
+        cluster = build_cluster(run.config.cluster)
+        return assume_unstated(run.config, complete_plan(run.config), cluster), cluster
+    except PlanError as error:
+        raise PlanError(f"calibrate: run {run.name}: {error}") from None
 
 
 def fit_constants(runs: Sequence[Run], start: Constants | None = None, own: bool = True) -> Fit:

@@ -526,6 +526,9 @@ def _check_layer(layer: LayerShape, layout: Layout) -> None:
         _require(layer.ffn.size % tp == 0, f"tp {tp} does not divide ffn_hidden_size {layer.ffn.size}: give a divisor")
     if moe is not None:
         _require(moe.experts % layout.ep == 0, f"ep {layout.ep} does not divide {moe.experts} experts: give a divisor")
+        clones, others = layout.clones_per_rank, moe.experts - moe.experts // layout.ep
+        allowed = f"0 to {others}, the experts of other ranks" if others else "0, since ep 1 has all experts on every rank"
+        _require(clones <= others, f"clones_per_rank {clones} given; allowed: {allowed}")
         size = moe.expert.size
         _require(size % etp == 0, f"etp {etp} does not divide moe_ffn_hidden_size {size}: give a divisor")
 
