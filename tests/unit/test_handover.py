@@ -2,10 +2,11 @@
 
 import _thread
 import contextvars
+import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -188,6 +189,15 @@ def test_a_forward_cannot_swallow_the_end_of_its_pair() -> None:
         run_pair(HandOver(), go_on, partial(fail, "gave up"))
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Have an interrupt raise, as where tests run in the foreground; shells start background jobs that ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("at", ["while the backward computes", "at its communication"])
 def test_an_interrupt_ends_both_parts(at: str) -> None:
     ended = threading.Event()
