@@ -8,7 +8,7 @@ tokens on every rank, without ``--cf-eplb``, over a contestant's.
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -77,10 +77,10 @@ def measure_device(given: argparse.Namespace, directory: Path) -> float:
             f"stretched {speeds.stretch:g} times; asked: at least {LEAST} of it",
             flush=True,
         )
-        for plan in (plan for plan in PLANS if plan in given.contestants):
-            found = train(f"forced {plan}", balanced, list_flags(plan, costs), speeds, warmup, directory / f"{seed}")
+        for tried in (plan for plan in PLANS if plan in given.contestants):
+            found = train(f"forced {tried}", balanced, list_flags(tried, costs), speeds, warmup, directory / f"{seed}")
             print(
-                f"seed {seed}, force-balanced {plan:10} layer {ideal.layers / found.layers:.3f}, step "
+                f"seed {seed}, force-balanced {tried:10} layer {ideal.layers / found.layers:.3f}, step "
                 f"{ideal.steps / found.steps:.3f} of the run without --cf-eplb; asked: at least {LEAST_FORCED}",
                 flush=True,
             )
@@ -116,7 +116,7 @@ def make_speeds(stretch: float, nodes: int) -> Speeds:
 
 def list_contestants(counts: Array, costs: Path, names: list[str]) -> Iterator[tuple[str, Array, list[str], str | None]]:
     """Yield name, loads of what are experts to the trainer, flags, and the plan as which `replay_trace` knows it."""
-    placed = {"fixed": np.copy, "loss-free": route_without_loss, "EPLB": place_by_eplb}
+    placed: dict[str, Callable[[Array], Array]] = {"fixed": np.copy, "loss-free": route_without_loss, "EPLB": place_by_eplb}
     for name in names:
         if name in placed:
             yield name, placed[name](counts), [], None
