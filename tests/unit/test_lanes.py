@@ -99,7 +99,14 @@ def run_part(part: Part, mailbox: Mailbox, wrong: list[str]) -> None:
 
 def run_table(table: ScheduleTable, seed: int) -> None:
     wire, wrong = Wire(seed), list[str]()
-    threads = [threading.Thread(target=run_row, args=(table, wire, rank, wrong), daemon=True) for rank in range(table.ranks)]
+
+    def run(rank: int) -> None:
+        try:
+            run_row(table, wire, rank, wrong)
+        except Exception as error:
+            wrong.append(f"rank {rank}: {error}")
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(table.ranks)]
     for thread in threads:
         thread.start()
     for thread in threads:
