@@ -8,9 +8,11 @@ beside them is small; ratios stay.
 
 Every rank also keeps a clock of the device, which counts what it sleeps for, without the stretch and without what the CPU does:
 messages carry the sender's clock, and an all-to-all sets all clocks to the latest. So a busy machine changes the time that a step
-takes, but not what the clock says of it.
+takes, but not what the clock says of it. Beside the clock goes an account of its seconds by cause. It is set with the clock to
+that of the latest rank, so it says what the ranks that held up the others did.
 """
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -30,6 +32,16 @@ from counterflow.patching import Patches
 FORWARD_SHARE, BACKWARD_SHARE = 1 / 3, 2 / 3
 # Tags of the messages that say when a transfer was posted; above all others.
 STAMP_TAG = 2**30
+# What an account has: computing, all-to-alls, and waits for transfers, by the function that posted them.
+COMPUTE, ALL_TO_ALL, OTHER = "compute", "all-to-all", "other"
+WAITS = {
+    "JustInTime._send": "just-in-time weights",
+    "JustInTime._start_round": "just-in-time gradients",
+    "Clones.refresh": "resident weights",
+    "Clones._start_round": "resident gradients",
+    "move_homes": "homes",
+}
+CAUSES = (COMPUTE, ALL_TO_ALL, *WAITS.values(), OTHER)
 
 
 @dataclass(frozen=True)
@@ -70,29 +82,36 @@ class Note:
 
 
 class Device:
-    """One rank's device: its ``clock`` in seconds, its sleeps, once it `is_on`, and notes of the rank's layers."""
+    """One rank's device: its ``clock`` in seconds, its sleeps, once it `is_on`, and notes of the rank's layers.
+
+    ``account``, ``float64[causes]``, are the clock's seconds by one of `CAUSES`.
+    """
 
     def __init__(self, speeds: Speeds) -> None:
         self.speeds, self.is_on, self.clock = speeds, False, 0.0
+        self.account = np.zeros(len(CAUSES))
         self.notes: list[Note] = []
         # When each link is free again: the one that receives, the one that sends.
         self.free = {"receives": 0.0, "sends": 0.0}
 
-    def advance(self, seconds: float) -> None:
-        """Let so much time pass."""
+    def advance(self, seconds: float, cause: str) -> None:
+        """Let so much time pass, for one of `CAUSES`."""
         self.clock += seconds
+        self.account[CAUSES.index(cause)] += seconds
         if self.is_on and seconds > 0:
             time.sleep(seconds * self.speeds.stretch)
 
     def compute(self, tokens: int, share: float) -> None:
         """Take the time of a share of an expert's work on so many tokens."""
-        self.advance(tokens * self.speeds.token_time * share)
+        self.advance(tokens * self.speeds.token_time * share, COMPUTE)
 
     def meet(self, group: Any = None) -> None:
-        """Set the clocks of a group to the latest of them: its ranks have waited for each other."""
-        clocks = torch.empty(dist.get_world_size(group), dtype=torch.float64)
-        dist.all_gather_into_tensor(clocks, torch.tensor([self.clock], dtype=torch.float64), group)
-        self.clock = float(clocks.max())
+        """Set the clocks of a group to the latest of them, with its account: its ranks have waited for each other."""
+        own = torch.tensor([self.clock, *self.account], dtype=torch.float64)
+        gathered = torch.empty(dist.get_world_size(group) * len(own), dtype=torch.float64)
+        dist.all_gather_into_tensor(gathered, own, group)
+        rows = gathered.view(-1, len(own)).numpy()
+        self.clock, self.account = float(rows[:, 0].max()), rows[rows[:, 0].argmax(), 1:].copy()
 
     def occupy(self, link: str, begin: float, tensors: list[torch.Tensor], peer: int) -> float:
         """Return when a transfer ends that has begun, or that waits until its link is free."""
@@ -108,9 +127,14 @@ class Transfer:
     """The real transfers of a batch between this rank and the others, and when they would have ended on the device."""
 
     def __init__(
-        self, device: Device, works: list[Any], operations: list[Any], stamps: dict[int, tuple[Any, torch.Tensor]]
+        self,
+        device: Device,
+        works: list[Any],
+        operations: list[Any],
+        stamps: dict[int, tuple[Any, torch.Tensor]],
+        cause: str,
     ) -> None:
-        self._device, self._works, self._operations, self._stamps = device, works, operations, stamps
+        self._device, self._works, self._operations, self._stamps, self._cause = device, works, operations, stamps, cause
         self._posted, self._end = device.clock, 0.0
         for peer, tensors in _group(operations, dist.isend).items():
             self._end = max(self._end, device.occupy("sends", self._posted, tensors, peer))
@@ -126,7 +150,7 @@ class Transfer:
             begin = max(self._posted, float(stamp))
             self._end = max(self._end, self._device.occupy("receives", begin, tensors, peer))
         self._operations = []
-        self._device.advance(max(0.0, self._end - self._device.clock))
+        self._device.advance(max(0.0, self._end - self._device.clock), self._cause)
 
     def is_completed(self) -> bool:
         """Tell whether both are at their end; a transfer whose begin is not known yet is not."""
@@ -165,6 +189,7 @@ def delay_transfers(device: Device, send: Callable[..., list[Any]]) -> Callable[
 
     @wraps(send)
     def send_late(operations: list[Any]) -> list[Any]:
+        cause = WAITS.get(sys._getframe(1).f_code.co_qualname, OTHER)
         now = torch.tensor([device.clock], dtype=torch.float64)
         stamps: dict[int, torch.Tensor] = {}
         extra = []
@@ -177,7 +202,7 @@ def delay_transfers(device: Device, send: Callable[..., list[Any]]) -> Callable[
         receiving = [one.peer for one in extra if one.op is dist.irecv]
         first = len(works) - len(receiving)
         late = {peer: (work, stamps[peer]) for peer, work in zip(receiving, works[first:], strict=True)}
-        transfer = Transfer(device, works[:first], operations, late)
+        transfer = Transfer(device, works[:first], operations, late, cause)
         return [Late(transfer)] * len(operations)
 
     return send_late
@@ -195,7 +220,7 @@ def delay_all_to_all(device: Device, exchange: Callable[..., Any]) -> Callable[.
             speeds, rank = device.speeds, dist.get_rank()
             sizes = (np.array([int(rows) for rows in split]) for split in (output_split_sizes, input_split_sizes))
             device.meet(kwargs.get("group"))
-            device.advance(max(speeds.time_links(rows * speeds.token_bytes, rank) for rows in sizes))
+            device.advance(max(speeds.time_links(rows * speeds.token_bytes, rank) for rows in sizes), ALL_TO_ALL)
         return work
 
     return exchange_late

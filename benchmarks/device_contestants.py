@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.device import Speeds, cap_counts
+from benchmarks.device import CAUSES, Speeds, cap_counts
 from counterflow.arrays import Array
 from counterflow.balance import Placement, make_cluster, make_workload, measure_balancedness, replay_trace, share_evenly
 from counterflow.balance.costs import Costs
@@ -52,13 +52,20 @@ SECONDS = 3600.0
 class Result:
     """What a contestant's training showed, of its scored micro-batches.
 
-    Balancedness; seconds of the layers and of the steps by the device's clock; seconds of the steps by the wall's.
+    Balancedness; seconds of the layers and of the steps by the device's clock; seconds of the steps by the wall's; those by the
+    device's clock by one of `CAUSES`.
     """
 
     balancedness: Array
     layers: float
     steps: float
     wall: float
+    account: dict[str, float]
+
+    def describe_account(self) -> str:
+        """Return where the device's time went, of each cause its share of the steps."""
+        spent = [f"{cause} {seconds / self.steps:.1%}" for cause, seconds in self.account.items() if seconds > 5e-4 * self.steps]
+        return ", ".join(spent)
 
 
 def measure_device(given: argparse.Namespace, directory: Path) -> float:
@@ -93,7 +100,7 @@ def measure_device(given: argparse.Namespace, directory: Path) -> float:
                     f"seed {seed}, {kind:14} {name:10} balancedness {found.balancedness.mean():.4f}, 5th percentile "
                     f"{np.percentile(found.balancedness, 5):.4f}; of force-balanced: plan {planned}, layer "
                     f"{ideal.layers / found.layers:.3f}, step {ideal.steps / found.steps:.3f}, by the wall's clock "
-                    f"{ideal.wall / found.wall:.3f}",
+                    f"{ideal.wall / found.wall:.3f}; of the step {found.describe_account()}",
                     flush=True,
                 )
     return 0.0
@@ -215,4 +222,5 @@ def train(name: str, loads: Array, flags: list[str], speeds: Speeds, warmup: int
     notes, times = notes[:, first:], times[:, warmup:]
     layers = sum(float((notes[:, :, end].max(0) - notes[:, :, end - 1].max(0)).sum()) for end in (1, 3))
     wall, steps_spent = (float((times[:, :, end].max(0) - times[:, :, end - 1].max(0)).sum()) for end in (1, 3))
-    return Result(measure_balancedness(notes[:, :, 4].T), layers, steps_spent, wall)
+    account = dict(zip(CAUSES, times[0, :, 4:].sum(0).tolist(), strict=True))
+    return Result(measure_balancedness(notes[:, :, 4].T), layers, steps_spent, wall, account)

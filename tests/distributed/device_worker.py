@@ -22,7 +22,9 @@ from counterflow.patching import Patches
 
 @contextmanager
 def run_on_device(case: dict[str, Any], times: list[tuple[float, ...]], device: Device) -> Iterator[Device]:
-    """Train on the device inside the block; ``times`` get each step's begin and end, by the wall's clock, then the device's."""
+    """Train on the device inside the block; ``times`` get each step's begin and end, by the wall's clock, then the device's, then
+    its seconds by one of `CAUSES`.
+    """
     from megatron.training import training
 
     nodes = case["speeds"]["node_of_rank"]
@@ -35,10 +37,11 @@ def run_on_device(case: dict[str, Any], times: list[tuple[float, ...]], device: 
         def train_timed(*args: Any, **kwargs: Any) -> Any:
             device.is_on = len(times) >= case["warmup"]
             device.meet()
-            begin = time.monotonic(), device.clock
+            begin = time.monotonic(), device.clock, device.account
             result = train(*args, **kwargs)
             device.meet()
-            times.append((begin[0], time.monotonic(), begin[1], device.clock))
+            spent = device.account - begin[2]
+            times.append((begin[0], time.monotonic(), begin[1], device.clock, *spent.tolist()))
             return result
 
         return train_timed

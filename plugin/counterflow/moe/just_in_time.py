@@ -124,6 +124,7 @@ class JustInTime:
     def lend(self, layer: int, placement: Placement, is_used: Array, first: int) -> Loan | None:
         """Start sending the weights of what ``placement`` clones in shared slots; return the loan, None if there is none."""
         lent = list_lent(placement, is_used, first)
+        self._advance_returns()
         if not lent:
             return None
         loan = Loan(layer, lent)
@@ -136,7 +137,10 @@ class JustInTime:
         return self._notice(partial(self._begin_backward, loan), tensors)
 
     def give_back(self, loan: Loan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the input of a layer's experts; behind their backward the loan's gradients are sent home."""
+        """Return the input of the clones, on a rank without any of the loan the output of the experts; both once a micro-batch.
+
+        At its gradient the loan's gradients are sent home: beside the backward of the homes, which comes behind that of clones.
+        """
         return self._notice(partial(self._end_backward, loan), tensors)
 
     def _notice(self, call: Callable[[], None], tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -240,6 +244,7 @@ class JustInTime:
         return self._backward if is_in_backward() else 0
 
     def _begin_backward(self, loan: Loan) -> None:
+        self._advance_returns()
         self._send(loan)
         self._defer(partial(self._begin_gradients, loan))
 
@@ -284,19 +289,29 @@ class JustInTime:
                 operations += self._make_operations(dist.irecv, landing, one.clone_rank, loan, one, GRADIENT)
         going.works = dist.batch_isend_irecv(operations) if operations else []
 
-    def _finish_return(self, going: _Return) -> None:
+    def _advance_returns(self) -> None:
+        """Start the next round of returns that have more than one, so that a layer passes beside each of them."""
+        for going in self._returns:
+            if going.rounds:
+                self._finish_round(going)
+                self._start_round(going)
+
+    def _finish_round(self, going: _Return) -> None:
+        """Wait for a round, and add what has come at the homes."""
         layer = self._layers[going.loan.layer]
-        while True:
-            self._wait(going.works)
-            # From here on the gradients that were sent may be overwritten.
-            with torch.no_grad():
-                for one, gradients in going.landing:
-                    trained = [p for p in layer.homes[one.home] if self._gradients.of(p) is not None]
-                    for home, gradient in zip(trained, gradients, strict=True):
-                        self._gradients.add(home, gradient)
-            if not going.rounds:
-                break
+        self._wait(going.works)
+        # From here on the gradients that were sent may be overwritten.
+        with torch.no_grad():
+            for one, gradients in going.landing:
+                trained = [p for p in layer.homes[one.home] if self._gradients.of(p) is not None]
+                for home, gradient in zip(trained, gradients, strict=True):
+                    self._gradients.add(home, gradient)
+
+    def _finish_return(self, going: _Return) -> None:
+        self._finish_round(going)
+        while going.rounds:
             self._start_round(going)
+            self._finish_round(going)
         self._traffic.gradients += time.monotonic() - going.begun
 
     def _make_operations(

@@ -167,9 +167,9 @@ class LayerSlots:
             return output
         return self._just_in_time.recall(loan, output)[0]
 
-    def give_back(self, loan: Loan | None, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the input of the experts; behind their backward the gradients of its loan are sent home."""
-        return inputs if loan is None or self._just_in_time is None else self._just_in_time.give_back(loan, *inputs)
+    def give_back(self, loan: Loan | None, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the input of just-in-time clones, elsewhere the output of the experts: at its gradient the loan's go home."""
+        return tensors if loan is None or self._just_in_time is None else self._just_in_time.give_back(loan, *tensors)
 
     def finish_refresh(self) -> bool:
         """Wait for the clones' weights before the clones compute; tell whether any were sent in this step."""

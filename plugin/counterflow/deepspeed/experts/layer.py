@@ -46,27 +46,29 @@ class AutoEPSlots(LayerSlots):
 
         ``loan`` is what was cloned for these tokens alone.
         """
-        (tokens,) = self.give_back(loan, tokens)
         at_home, lent = int(counts[: self._own].sum()), int(counts[self._own + self._per_rank :].sum())
         resident = int(counts[self._own : self._own + self._per_rank].sum())
         if not resident and not lent:
-            return self.layer.experts(tokens, counts[: self._own])  # type: ignore[no-any-return]
+            return self.give_back(loan, self.layer.experts(tokens, counts[: self._own]))[0]
         outputs = [self.layer.experts(tokens[:at_home], counts[: self._own])]
         # Behind all slots come rows that belong to none: the last module gets them.
         shared = int(counts.sum()) - lent if lent else len(tokens)
         if resident:
             self.finish_refresh()
             outputs.append(self.clone_module(tokens[at_home:shared], counts[self._own : self._own + self._per_rank]))
+        is_taker = lent > 0 and loan is not None and any(one.clone_rank == self._group.rank() for one in loan.lent)
         if lent:
-            outputs.append(self._run_shared(loan, tokens[shared:], counts[self._own + self._per_rank :]))
-        return torch.cat(outputs)
+            # Upstream pads an expert without tokens.
+            rest = tokens[shared:]
+            counts = counts[self._own + self._per_rank :]
+            outputs.append(self._run_shared(loan, rest, counts) if is_taker else torch.zeros_like(rest))
+        output = torch.cat(outputs)
+        return output if is_taker else self.give_back(loan, output)[0]
 
     def _run_shared(self, loan: Loan | None, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        rank = self._group.rank()
-        if self._just_in_time is None or loan is None or all(one.clone_rank != rank for one in loan.lent):
-            # Upstream pads an expert without tokens.
-            return torch.zeros_like(tokens)
-        return self._just_in_time.compute(loan, lambda own: self.shared_module(own, counts), tokens)
+        assert self._just_in_time is not None and loan is not None
+        given = self.give_back(loan, tokens)
+        return self._just_in_time.compute(loan, lambda own: self.shared_module(own, counts), *given)
 
 
 class SlotView:

@@ -53,10 +53,10 @@ class MegatronSlots(LayerSlots):
 
     def run_experts(self, run_homes: Callable[..., Any], tokens: Any, tokens_per_slot: Any, probs: Any, **kwargs: Any) -> Any:
         """Run the tokens of home slots, which come first, by ``run_homes``, and those of clone slots by the clones."""
-        tokens, probs = self.give_back(self.dealt.loan, tokens, probs)
-        at_home = int(tokens_per_slot[: self._own].sum())
+        loan, at_home = self.dealt.loan, int(tokens_per_slot[: self._own].sum())
         if at_home == len(tokens):
-            return run_homes(tokens, tokens_per_slot[: self._own], probs, **kwargs)
+            output, bias = run_homes(tokens, tokens_per_slot[: self._own], probs, **kwargs)
+            return *self.give_back(loan, output), bias
         lent = int(tokens_per_slot[self._own + self._per_rank :].sum())
         sizes = [at_home, len(tokens) - at_home - lent, lent]
         (own, resident, shared), (own_probs, resident_probs, shared_probs) = torch.split(tokens, sizes), torch.split(probs, sizes)
@@ -68,8 +68,10 @@ class MegatronSlots(LayerSlots):
             counts = tokens_per_slot[self._own : self._own + self._per_rank]
             outputs.append(self.clone_module(resident, counts, resident_probs)[0])
         if lent:
+            shared, shared_probs = self.give_back(loan, shared, shared_probs)
             outputs.append(self._run_shared(shared, tokens_per_slot[self._own + self._per_rank :], shared_probs))
-        return torch.cat(outputs), bias
+            return torch.cat(outputs), bias
+        return *self.give_back(loan, torch.cat(outputs)), bias
 
     def _run_shared(self, tokens: Any, counts: Any, probs: Any) -> Any:
         assert self._just_in_time is not None and self.dealt.loan is not None
