@@ -130,6 +130,14 @@ class _Fields(BaseModel):
         AUTO,
         "auto|never|STEPS",
     )
+    eplb_measure_forced: int = _describe(
+        "every so many steps run the step's forward passes twice more, as tokens are routed and with as many on every rank, and "
+        "say how near the first comes to the second; 0: never",
+        0,
+        "STEPS",
+        ge=0,
+        le=MOST,
+    )
 
     @field_validator("schedule")
     @classmethod

@@ -236,3 +236,15 @@ def test_what_nobody_clones_sends_nothing(sent: list[Any]) -> None:
     unused = np.array([True] * 6 + [False] * 2)
     assert [rank.lend(0, ranks.placement, unused, HELD) for rank in ranks.ranks] == [None, None]
     assert not sent
+
+
+def test_the_rounds_of_a_return_go_on_as_other_layers_begin(sent: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(just_in_time, "arrange_rounds", lambda senders, receivers, ranks, most: np.arange(len(senders)))
+    ranks = Ranks(PlainGradients())
+    backward(ranks.forward(0, make_rows(1.0)))
+    assert [rank for rank, _ in sent].count(TAKER) == 1, "gradients leave in rounds of one"
+    ranks.lend(1)
+    assert [rank for rank, _ in sent].count(TAKER) == 2, "no gradient leaves as the next layer begins"
+    assert ranks.find_gradients(0) == [1.0, 0.0]
+    ranks.finish()
+    assert ranks.find_gradients(0) == [1.0, 2.0]

@@ -1,5 +1,6 @@
 """Tokens on slots: each routed pair once, in its slot's share, with the probabilities and gradients of the logical map."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -175,6 +176,36 @@ def test_clones_without_tokens_are_not_called_and_nothing_is_split(monkeypatch: 
     slots._packing = None
     with pytest.raises(AssertionError, match="a clone without tokens computes"):
         slots.run_experts(run_homes, tokens, torch.tensor([3, 1, 1]), probs)
+
+
+@pytest.mark.parametrize("lent", [0, 2])
+def test_gradients_of_a_micro_batchs_clones_leave_before_homes_compute_theirs(lent: int) -> None:
+    order: list[str] = []
+
+    def note(name: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        for tensor in tensors[:1]:
+            tensor.register_hook(lambda _: order.append(name))
+        return tensors
+
+    def run(name: str) -> Callable[..., tuple[torch.Tensor, None]]:
+        def run_part(tokens: torch.Tensor, counts: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return note(name, tokens.clone())[0] * probs[:, None], None
+
+        return run_part
+
+    slots = MegatronSlots.__new__(MegatronSlots)
+    slots._own, slots._per_rank, slots._packing = 2, 1, None
+    slots.clone_module, slots.shared_module, slots.dealt = run("resident"), run("lent"), SimpleNamespace(loan="a loan")  # type: ignore[assignment]
+    slots._just_in_time = SimpleNamespace(  # type: ignore[assignment]
+        give_back=lambda loan, *tensors: note("sent", *(tensor.clone() for tensor in tensors)),
+        compute=lambda loan, compute, *given, leave: compute(*given),
+    )
+    slots.finish_refresh = lambda: False  # type: ignore[method-assign]
+    tokens, probs = torch.ones(8, 3, requires_grad=True), torch.ones(8)
+    output, _ = slots.run_experts(run("homes"), tokens, torch.tensor([3, 2, 3 - lent, lent]), probs)
+    output.sum().backward()
+    # The rank with clones sends when they have computed; the others take them in as the layer begins.
+    assert order == (["lent", "sent", "resident", "homes"] if lent else ["sent", "resident", "homes"])
 
 
 def test_tokens_are_counted_at_homes_and_by_either_kind_of_clones() -> None:

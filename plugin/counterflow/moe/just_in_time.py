@@ -36,6 +36,9 @@ from counterflow.moe.gradients import Defer, GradientStore, Part, Weight
 
 # Sets of gradients: one is filled while the other is on its way.
 GRADIENT_SETS = 2
+# A home receives the gradients of so many clones at a time for each shared slot of a rank: with one, those of an expert of which
+# a micro-batch has two clones, or of two experts of one rank, wait for each other longer than there is to compute beside them.
+RECEIVED_AT_ONCE = 2
 # What travels; each has tags of its own.
 FORWARD, BACKWARD, GRADIENT = range(3)
 
@@ -260,11 +263,11 @@ class JustInTime:
             self._gradients.clear(one)
 
     def _return_gradients(self, loan: Loan) -> None:
-        """Start sending a loan's gradients home; a rank receives at most as many at a time as it has shared slots."""
+        """Start sending a loan's gradients home; a rank receives at most `RECEIVED_AT_ONCE` at a time for each shared slot."""
         senders = np.array([t.clone_rank for t in loan.lent], np.int64)
         receivers = np.array([t.home_rank for t in loan.lent], np.int64)
         layer = self._layers[loan.layer]
-        turns = arrange_rounds(senders, receivers, self._ranks, len(layer.shared)).tolist()
+        turns = arrange_rounds(senders, receivers, self._ranks, RECEIVED_AT_ONCE * len(layer.shared)).tolist()
         rounds: list[list[Lent]] = [[] for _ in range(max(turns) + 1)]
         for one, turn in zip(loan.lent, turns, strict=True):
             rounds[turn].append(one)

@@ -15,7 +15,7 @@ from counterflow.devices import find_device
 from counterflow.moe.clones import Clones, LayerExperts
 from counterflow.moe.just_in_time import JustInTime, Loan, is_in_backward
 from counterflow.moe.loads import LoadTracker, sum_by_tier
-from counterflow.moe.slots import SlotTable, find_slots, make_slot_table, place_evenly, place_exactly
+from counterflow.moe.slots import SlotTable, find_slots, make_slot_table, place_evenly, place_exactly, spread_evenly
 
 
 @dataclass
@@ -39,6 +39,8 @@ class LayerSlots:
     _is_seen_in_forward = False
     number = 1
     """The layer's number in the model, from 1."""
+    is_forced = False
+    """Whether tokens go to all experts alike, whatever the router chose: for a measurement without gradients."""
 
     def __init__(
         self, homes: int, clones: int, sources: dist.ProcessGroup, rank_of_source: Array, *, is_exact: bool, shared: int = 0
@@ -105,6 +107,8 @@ class LayerSlots:
         each slot. The exact split computes them from the counts of all sources; under the even split they are None.
         """
         is_counted = self.is_training and torch.is_grad_enabled() and self._tracker is not None
+        if self.is_forced:
+            routing_map = spread_evenly(routing_map, self._group.rank())
         own = routing_map.sum(0)
         self.dealt.table, self.dealt.loan = self._table, None
         if not self._is_exact:

@@ -80,6 +80,18 @@ def place_evenly(routing_map: torch.Tensor, probs: torch.Tensor, table: SlotTabl
     return _place(routing_map, probs, table, lambda order: (order - 1) % table.copies == table.turn)
 
 
+def spread_evenly(routing_map: torch.Tensor, source: int) -> torch.Tensor:
+    """Return a routing map, ``bool[tokens, experts]``, with as many choices in which all experts have as many tokens.
+
+    Each token gets as many experts as the mean one of ``routing_map``. ``source`` is the number of the rank that routes, so that
+    what does not divide goes to other experts on the next one.
+    """
+    tokens, experts = routing_map.shape
+    width = round(int(routing_map.sum()) / max(tokens, 1))
+    chosen = (torch.arange(tokens * width, device=routing_map.device) + source * tokens * width) % experts
+    return torch.zeros_like(routing_map).scatter_(1, chosen.view(tokens, width), True)
+
+
 def find_slots(selected: torch.Tensor, slot_map: torch.Tensor, table: SlotTable) -> torch.Tensor:
     """Return the slots ``int64[tokens, k]`` of the experts in ``selected``, where ``slot_map`` has placed their tokens."""
     held = table.held.expand(len(selected), -1)

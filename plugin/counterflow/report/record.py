@@ -118,11 +118,17 @@ def _list_bars(record: RecordedBalance) -> list[Bars]:
 def list_transfers(record: RecordedBalance) -> list[tuple[str, str, str, str]]:
     """Return what was sent and how long it took: words, mean and most of a step, and in all.
 
-    First comes max/mean, a mean over layers and micro-batches. What records of earlier versions lack is left out, and so is what
-    of that never happened.
+    First comes max/mean, a mean over layers and micro-batches, then the share of force-balanced of the steps in which it was
+    measured, with its least in place of the most. What records of earlier versions lack is left out, and so is what of that never
+    happened.
     """
     ratio = record.ratio.mean(1)
     rows = [("max/mean of tokens per rank, with clones", write_short(float(ratio.mean())), write_short(float(ratio.max())), "–")]
+    forced, routed = (record.figures[name] for name in ("forced_ms", "routed_ms"))
+    if (is_measured := routed > 0).any():
+        shares = forced[is_measured] / routed[is_measured]
+        mean, least = write_short(float(shares.mean())), write_short(float(shares.min()))
+        rows.append(("share of force-balanced, forward: mean and least", mean, least, "–"))
     for name, words in TRANSFERS.items():
         values = record.figures[name] / (MEGABYTE if name.endswith("bytes") else 1.0)
         if name in ADDED and not values.any():

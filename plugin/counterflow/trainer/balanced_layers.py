@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,6 +93,8 @@ class BalancedLayers:
         self._held = self._placement.experts.copy()
         self._are_stale = False
         self.traffic = Traffic()
+        self.measured: tuple[float, float] | None = None
+        """Seconds of this step's forward passes with as many tokens on every rank, and as routed, where they were measured."""
         self._tracker = LoadTracker(len(self._layers))
         self.just_in_time = self._make_just_in_time()
         self.clones = self._make_clones(layers)
@@ -239,6 +241,20 @@ class BalancedLayers:
         if self.just_in_time is not None:
             self.just_in_time.finish_step()
 
+    @contextmanager
+    def measure(self, *, is_forced: bool) -> Iterator[None]:
+        """Run forwards without gradients inside the block, uncounted; with ``is_forced`` all experts get as many tokens."""
+        traffic = replace(self.traffic)
+        for one in self._layers:
+            one.is_forced = is_forced
+        try:
+            yield
+        finally:
+            self.finish_evaluation()
+            for one in self._layers:
+                one.is_forced = False
+            vars(self.traffic).update(vars(traffic))
+
     def end_step(self, microbatches: int) -> StepLoads:
         """End a step: take its loads, and start to plan if it is the last of an interval."""
         for clones in self.clones:
@@ -317,6 +333,7 @@ class BalancedLayers:
             "gradients_ms": traffic.gradients * 1e3,
             "waited_ms": traffic.waited * 1e3,
             "homes_ms": traffic.moving * 1e3,
+            **({"forced_ms": self.measured[0] * 1e3, "routed_ms": self.measured[1] * 1e3} if self.measured else {}),
         }
 
     def save_loads(self, directory: Path) -> None:

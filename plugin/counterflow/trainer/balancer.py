@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from counterflow.errors import BalanceError
 from counterflow.trainer.balanced_layers import BalancedLayers
-from counterflow.trainer.balancing_log import StepFigures, announce_clones, end_step
+from counterflow.trainer.balancing_log import FORCED_SHARE, StepFigures, announce_clones, end_step
 
 # The folder in a checkpoint for the last loads.
 LOADS_FOLDER = "counterflow"
@@ -41,9 +41,16 @@ class Balancer[Layers: BalancedLayers]:
         if self.layers is not None:
             self.layers.begin_step(step)
 
-    def end_step(self, microbatches: int) -> None:
-        """Bring the gradients of clones home, sum the loads and start the next plan (a collective call)."""
+    def end_step(self, microbatches: int, measured: tuple[float, float] | None = None) -> None:
+        """Bring the gradients of clones home, sum the loads and start the next plan (a collective call).
+
+        ``measured``: seconds of this step's forward passes with as many tokens on every rank, and as routed.
+        """
+        if self.layers is not None:
+            self.layers.measured = measured
         self.figures = end_step(self.layers, microbatches, self._highest)
+        if measured is not None:
+            self.figures.all[FORCED_SHARE] = measured[0] / measured[1]
 
     @contextmanager
     def evaluate(self) -> Iterator[None]:

@@ -14,6 +14,8 @@ from counterflow.trainer.balanced_layers import BalancedLayers
 
 # Balancedness is counted in so many bins, of which percentiles over all ranks are read.
 BINS = 1000
+# The figure of a step whose forward passes were measured.
+FORCED_SHARE = "share of force-balanced"
 
 
 def keep_homes_where(obstacle: str | None, options: Options) -> Options:
@@ -136,9 +138,10 @@ def describe_step(figures: dict[str, float]) -> str:
         if figures["homes moved"]
         else ""
     )
+    forced = f" force-balanced, forward: {figures[FORCED_SHARE]:.3f} |" if FORCED_SHARE in figures else ""
     return (
         f" balancedness: {figures['balancedness before']:.4f} -> {figures['balancedness']:.4f},"
         f" p5 {figures['balancedness p5']:.3f}, max/mean {figures['max over mean']:.3f} |"
         f" clones: {figures['clones']:.0f}, {figures['clones moved']:.0f} moved,{lent} {figures['MB']:.2f} MB,"
-        f" {clones:.1%} of tokens, {figures['ms waited']:.1f} ms waited |{homes}"
+        f" {clones:.1%} of tokens, {figures['ms waited']:.1f} ms waited |{homes}{forced}"
     )

@@ -19,9 +19,12 @@ SUMS = (
     "clones", "moved", "lent", "homes_moved", "bytes", "lent_bytes", "home_bytes", "tokens_homes", "tokens_resident",
     "tokens_just_in_time",
 )  # fmt: skip
-TIMES = ("weights_ms", "gradients_ms", "waited_ms", "homes_ms")
-# Those that records of earlier versions lack.
-ADDED = ("lent", "lent_bytes", "home_bytes", "tokens_homes", "tokens_resident", "tokens_just_in_time", "homes_ms")
+TIMES = ("weights_ms", "gradients_ms", "waited_ms", "homes_ms", "forced_ms", "routed_ms")
+# Those that records of earlier versions lack, or lines of steps in which nothing was measured.
+ADDED = (
+    "lent", "lent_bytes", "home_bytes", "tokens_homes", "tokens_resident", "tokens_just_in_time", "homes_ms", "forced_ms",
+    "routed_ms",
+)  # fmt: skip
 # Far above any run's; what is read must not fill the memory.
 MAX_LINE_BYTES = 16 * 2**20
 MAX_WHOLE = 2**53

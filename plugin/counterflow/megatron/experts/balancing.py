@@ -21,6 +21,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from counterflow.errors import OptionError
 from counterflow.megatron.checks import check_loop, find_homes_obstacle
 from counterflow.megatron.experts.balanced_model import BalancedModel
+from counterflow.megatron.experts.forced import draw_again, keep_batches, time_forwards
 from counterflow.megatron.loop import find_arguments, number_iteration
 from counterflow.megatron.state import layer_slots, of_chunk
 from counterflow.moe.planning import compile_planner
@@ -54,13 +55,30 @@ class ExpertBalancer(Balancer[BalancedModel]):
                     return forward_backward(*args, **kwargs)
             if not self._training_steps:
                 _require_reductions(chunks)
-            self.begin_step(number_iteration(self._training_steps))
+            step = number_iteration(self._training_steps)
+            self.begin_step(step)
+            is_measured = self._options.eplb_measure_forced and step % self._options.eplb_measure_forced == 0
+            if is_measured:
+                kwargs["data_iterator"] = keep_batches(kwargs["data_iterator"])
             result = forward_backward(*args, **kwargs)
             self._training_steps += 1
-            self.end_step(kwargs["num_microbatches"])
+            measured = self._measure(forward_backward, chunks, step, args, kwargs) if is_measured else None
+            self.end_step(kwargs["num_microbatches"], measured)
             return result
 
         return balanced_forward_backward
+
+    def _measure(
+        self, forward_backward: Callable[..., Any], chunks: list[Any], step: int, args: Any, kwargs: Any
+    ) -> tuple[float, float]:
+        """Return the seconds of the step's forward passes with as many tokens on every rank, and as routed."""
+
+        def run() -> Any:
+            again = {"data_iterator": draw_again(kwargs["data_iterator"]), "forward_only": True}
+            return forward_backward(*args, **kwargs | again)
+
+        # Whichever runs first may pay for what it makes.
+        return time_forwards(run, chunks, self.layers, forced_first=bool(step // self._options.eplb_measure_forced % 2))
 
     def wrap_train_step(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap ``train_step``, whose arguments have the optimizer."""
