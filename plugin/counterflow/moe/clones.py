@@ -3,13 +3,17 @@
 A clone has weights and a gradient buffer, and nothing else. Tensors are sent point to point, each by itself. Weights are
 received in the clone's own parameters, without a copy. Gradients are received in buffers and then added at the home. They are
 sent in rounds, because the home of a hot expert gets gradients from many ranks: in one round a rank receives those of at most
-as many experts as it has clones. All ranks of the group make the same calls in the same order.
+`RECEIVED_AT_ONCE` times as many experts as it has clones. All ranks of the group make the same calls in the same order.
+
+A layer's gradients leave as soon as its last backward has made them, before its homes compute theirs, where the number of its
+backwards is known: from that of micro-batches, and from how often the layer ran for each of them in the step before.
 """
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,11 +25,17 @@ from counterflow.balance.cluster import Cluster
 from counterflow.balance.moves import arrange_rounds
 from counterflow.balance.placement import EMPTY, Placement
 from counterflow.devices import find_device
+from counterflow.errors import BalanceError
 from counterflow.groups import open_process_group
-from counterflow.moe.gradients import GradientStore, Weight, find_values
+from counterflow.moe.gradients import Defer, GradientStore, Weight, find_values
 
 # The most tensors that an expert has. A (layer, slot) has twice as many tags: first those of weights, then those of gradients.
 TENSORS_PER_EXPERT = 8
+# A rank receives the gradients of so many clones at a time for each that it has itself: with one, those of an expert that has two
+# clones, or of two experts of one rank, wait for each other longer than there is to compute beside them.
+RECEIVED_AT_ONCE = 2
+# So many layers' gradients are on their way at most.
+LAYERS_AT_ONCE = 2
 
 
 class Packing(Protocol):
@@ -114,11 +124,21 @@ class _Transfer:
     home: int
 
 
+@dataclass
+class _Return:
+    """Gradients on their way home: rounds that are still to be sent, and what is under way."""
+
+    rounds: list[list[_Transfer]]
+    works: list[dist.Work] = field(default_factory=list)
+    landing: list[tuple[_Transfer, list[torch.Tensor]]] = field(default_factory=list)
+
+
 class Clones:
     """The clones of one model chunk's layers: sends weights from homes to clones, and gradients from clones to homes.
 
     ``group`` serves these transfers alone. ``first_layer`` is the index of the chunk's first layer in the placement that
-    `refresh` takes. ``gradients`` is the trainer's gradient store.
+    `refresh` takes. ``gradients`` is the trainer's gradient store. ``defer`` runs what it is given at the W that is due for it,
+    or at once.
     """
 
     def __init__(
@@ -129,19 +149,24 @@ class Clones:
         group: dist.ProcessGroup,
         traffic: Traffic,
         gradients: GradientStore,
+        defer: Defer | None = None,
     ) -> None:
         self._layers, self._first = layers, first_layer
-        self._group, self._traffic, self._gradients = group, traffic, gradients
+        self._group, self._traffic, self._gradients, self._defer = group, traffic, gradients, defer
         self._rank, self._ranks = group.rank(), cluster.ranks
         self._peers = dist.get_process_group_ranks(group)
         self._width, self._own = cluster.slots_per_rank[0], len(layers[0].homes)
         self._limit = find_limit(group, layers[0])
         self._held: list[_Transfer] = []
+        self._cloned: set[int] = set()
         # By layer: when its transfers began, the transfers, the clones of this rank that receive.
         self._coming: dict[int, tuple[float, list[dist.Work], list[int]]] = {}
-        self._rounds: list[list[_Transfer]] = []
-        self._returning: list[dist.Work] = []
-        self._landing: list[tuple[_Transfer, list[torch.Tensor]]] = []
+        # Of this step: layers whose gradients have not left yet, and what is on its way.
+        self._unsent: set[int] = set()
+        self._returns: list[_Return] = []
+        # By layer: backwards in this step, and how many there will be, 0 where that is not known.
+        self._counted, self._expected = [0] * len(layers), [0] * len(layers)
+        self._microbatches: int | None = None
         self._sent_home_at: float | None = None
         self.finish_lent: Callable[[], None] | None = None
         """Brings home what just-in-time clones have still to return; with them gradients are home at the end of a step alone."""
@@ -158,6 +183,7 @@ class Clones:
         """
         self.finish_transfers()
         self._held = self._list_transfers(placement)
+        self._cloned = {t.layer for t in self._held}
         for layer in range(len(self._layers)):
             sent = [t for t in self._held if t.layer == layer and wanted[self._first + layer, t.slot]]
             if operations := self._list_operations(layer, sent):
@@ -190,26 +216,66 @@ class Clones:
         for layer in self._coming:
             self._wait_for_weights(layer)
 
-    def expect_gradients(self) -> None:
-        """Begin a step, after `refresh`: set the clones' gradients to zero; they have to be sent home in this step."""
+    def expect_gradients(self, microbatches: int | None = None) -> None:
+        """Begin a step of so many micro-batches, where that is known, after `refresh`.
+
+        It sets the clones' gradients to zero; they have to be sent home in this step.
+        """
         for parameter in list_clone_parameters(self._layers):
             self._gradients.clear(parameter)
-        self._rounds, self._sent_home_at, self.are_home = [], None, not self._held and self.finish_lent is None
+        before, now = self._microbatches or 1, microbatches or 0
+        self._expected = [0 if count % before else count // before * now for count in self._counted]
+        self._counted, self._microbatches = [0] * len(self._layers), microbatches
+        self._unsent, self._returns = set(self._cloned), []
+        self._sent_home_at, self.are_home = None, not self._held and self.finish_lent is None
+
+    def has_any(self, layer: int) -> bool:
+        """Tell whether a layer has clones in this step, on any rank."""
+        return layer in self._cloned
+
+    def note_backward(self, layer: int) -> None:
+        """Take note of a layer's backward, in which the gradients of its clones come; behind the last one they leave.
+
+        Raises `BalanceError` where one comes after the last.
+        """
+        if self._defer is not None:
+            self._defer(partial(self._count_backward, layer))
+
+    def _count_backward(self, layer: int) -> None:
+        self._counted[layer] += 1
+        if not self._expected[layer] or self._counted[layer] < self._expected[layer]:
+            return
+        if self._counted[layer] > self._expected[layer]:
+            raise BalanceError(
+                f"a MoE layer runs more often for {self._microbatches} micro-batches than the {self._expected[layer]} times that "
+                "follow from the step before, and the gradients of its clones have left: every micro-batch has to run it alike"
+            )
+        if layer in self._unsent:
+            for going in self._returns:
+                self._advance(going)
+            while len(self._returns) >= LAYERS_AT_ONCE:
+                self._finish_return(self._returns.pop(0))
+            self._unsent.remove(layer)
+            self._start_return([one for one in self._held if one.layer == layer])
 
     def start_homecoming(self) -> None:
-        """Start sending gradients home, once they are complete; a second call in a step does nothing."""
-        if self.are_home or self._sent_home_at is not None or not self._held:
-            return
-        senders = np.array([t.clone_rank for t in self._held], np.int64)
-        receivers = np.array([t.home_rank for t in self._held], np.int64)
-        # At most as many in one round as a rank has clones, so receive buffers take no more room than the clones' gradients.
-        rounds = arrange_rounds(senders, receivers, self._ranks, max(1, self._width - self._own))
-        self._rounds = [[] for _ in range(int(rounds.max(initial=-1)) + 1)]
-        for transfer, turn in zip(self._held, rounds.tolist(), strict=True):
-            self._rounds[turn].append(transfer)
+        """Start sending the gradients home that have not left, once they are complete."""
+        if not self.are_home and self._unsent:
+            left, self._unsent = self._unsent, set()
+            self._start_return([one for one in self._held if one.layer in left])
+
+    def _start_return(self, held: list[_Transfer]) -> None:
+        senders = np.array([t.clone_rank for t in held], np.int64)
+        receivers = np.array([t.home_rank for t in held], np.int64)
+        turns = arrange_rounds(senders, receivers, self._ranks, RECEIVED_AT_ONCE * max(1, self._width - self._own)).tolist()
+        rounds: list[list[_Transfer]] = [[] for _ in range(max(turns) + 1)]
+        for transfer, turn in zip(held, turns, strict=True):
+            rounds[turn].append(transfer)
             self._traffic.bytes += count_bytes(list_gradients(self._layers[transfer.layer].clones[0], self._gradients))
-        self._sent_home_at = time.monotonic()
-        self._start_round()
+        if self._sent_home_at is None:
+            self._sent_home_at = time.monotonic()
+        self._returns.append(_Return(rounds))
+        self._start_round(self._returns[-1])
 
     def finish_homecoming(self) -> None:
         """Wait until this step's gradients have been added at the homes."""
@@ -219,13 +285,8 @@ class Clones:
         if self.are_home or self._sent_home_at is None:
             self.are_home = True
             return
-        while self._returning or self._rounds:
-            self._wait(self._returning)
-            for transfer, gradients in self._landing:
-                trained = [p for p in self._layers[transfer.layer].homes[transfer.home] if self._gradients.of(p) is not None]
-                for home, gradient in zip(trained, gradients, strict=True):
-                    self._gradients.add(home, gradient)
-            self._start_round()
+        while self._returns:
+            self._finish_return(self._returns.pop(0))
         self._traffic.gradients += time.monotonic() - self._sent_home_at
         self.are_home = True
 
@@ -234,9 +295,30 @@ class Clones:
         self.finish_transfers()
         self.finish_homecoming()
 
-    def _start_round(self) -> None:
-        self._landing, operations = [], []
-        for transfer in self._rounds.pop(0) if self._rounds else []:
+    def _advance(self, going: _Return) -> None:
+        """Start the next round if there is one."""
+        if going.rounds:
+            self._finish_round(going)
+            self._start_round(going)
+
+    def _finish_return(self, going: _Return) -> None:
+        while going.rounds:
+            self._advance(going)
+        self._finish_round(going)
+
+    def _finish_round(self, going: _Return) -> None:
+        """Wait for a round, and add what has come at the homes."""
+        self._wait(going.works)
+        with torch.no_grad():
+            for transfer, gradients in going.landing:
+                trained = [p for p in self._layers[transfer.layer].homes[transfer.home] if self._gradients.of(p) is not None]
+                for home, gradient in zip(trained, gradients, strict=True):
+                    self._gradients.add(home, gradient)
+
+    def _start_round(self, going: _Return) -> None:
+        operations: list[dist.P2POp] = []
+        going.landing = []
+        for transfer in going.rounds.pop(0):
             layer = self._layers[transfer.layer]
             ends = transfer.clone_rank, transfer.home_rank, transfer, TENSORS_PER_EXPERT
             if transfer.clone_rank == self._rank:
@@ -244,9 +326,9 @@ class Clones:
             if transfer.home_rank == self._rank:
                 homes = list_gradients(layer.homes[transfer.home], self._gradients)
                 landing = [torch.empty_like(gradient) for gradient in homes]
-                self._landing.append((transfer, landing))
+                going.landing.append((transfer, landing))
                 operations += self._receive(landing, *ends)
-        self._returning = dist.batch_isend_irecv(operations) if operations else []
+        going.works = dist.batch_isend_irecv(operations) if operations else []
 
     def _list_transfers(self, placement: Placement) -> list[_Transfer]:
         """Return every clone that ``placement`` has in this chunk's layers, ordered by layer and slot."""

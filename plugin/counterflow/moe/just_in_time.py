@@ -31,14 +31,21 @@ import torch.distributed as dist
 from counterflow.arrays import Array
 from counterflow.balance.moves import arrange_rounds
 from counterflow.balance.placement import EMPTY, Placement
-from counterflow.moe.clones import TENSORS_PER_EXPERT, LayerExperts, Traffic, count_bytes, find_limit, list_gradients, match_home
+from counterflow.moe.clones import (
+    RECEIVED_AT_ONCE,
+    TENSORS_PER_EXPERT,
+    LayerExperts,
+    Traffic,
+    count_bytes,
+    find_limit,
+    list_gradients,
+    match_home,
+)
 from counterflow.moe.gradients import Defer, GradientStore, Part, Weight
+from counterflow.moe.notices import notice
 
 # Sets of gradients: one is filled while the other is on its way.
 GRADIENT_SETS = 2
-# A home receives the gradients of so many clones at a time for each shared slot of a rank: with one, those of an expert of which
-# a micro-batch has two clones, or of two experts of one rank, wait for each other longer than there is to compute beside them.
-RECEIVED_AT_ONCE = 2
 # What travels; each has tags of its own.
 FORWARD, BACKWARD, GRADIENT = range(3)
 
@@ -137,17 +144,14 @@ class JustInTime:
 
     def recall(self, loan: Loan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return a layer's output; at its gradient the loan's weights are sent again, and its gradients begin at zero."""
-        return self._notice(partial(self._begin_backward, loan), tensors)
+        return notice(partial(self._begin_backward, loan), *tensors)
 
     def give_back(self, loan: Loan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the input of the clones, on a rank without any of the loan the output of the experts; both once a micro-batch.
 
         At its gradient the loan's gradients are sent home: beside the backward of the homes, which comes behind that of clones.
         """
-        return self._notice(partial(self._end_backward, loan), tensors)
-
-    def _notice(self, call: Callable[[], None], tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return _Notice.apply(call, self._anchor, *tensors) if torch.is_grad_enabled() else tensors
+        return notice(partial(self._end_backward, loan), *tensors)
 
     def compute(
         self,
@@ -394,23 +398,6 @@ def _share_memory(
             for weight, like, other in zip(clone, layer.homes[0], others, strict=True):
                 gradients.share(weight, like, None if first is layer else other, defer)
     return memory
-
-
-class _Notice(torch.autograd.Function):
-    """Hands tensors on, and calls a function when their gradients have come."""
-
-    @staticmethod
-    def forward(ctx: Any, call: Callable[[], None], anchor: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Hand the tensors on."""
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        """Call the function."""
-        ctx.call()
-        return None, None, *grads
 
 
 class _Compute(torch.autograd.Function):

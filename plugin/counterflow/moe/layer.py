@@ -1,6 +1,7 @@
 """One MoE layer's slots: which expert each holds, how tokens are split over them, and where loads are reported."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -15,6 +16,7 @@ from counterflow.devices import find_device
 from counterflow.moe.clones import Clones, LayerExperts
 from counterflow.moe.just_in_time import JustInTime, Loan, is_in_backward
 from counterflow.moe.loads import LoadTracker, sum_by_tier
+from counterflow.moe.notices import notice
 from counterflow.moe.slots import SlotTable, find_slots, make_slot_table, place_evenly, place_exactly, spread_evenly
 
 
@@ -39,6 +41,8 @@ class LayerSlots:
     _is_seen_in_forward = False
     number = 1
     """The layer's number in the model, from 1."""
+    is_sent_early = False
+    """Whether gradients of resident clones are complete as their backward ends, and the adapter says so by `send_home`."""
     is_forced = False
     """Whether tokens go to all experts alike, whatever the router chose: for a measurement without gradients."""
 
@@ -174,6 +178,15 @@ class LayerSlots:
     def give_back(self, loan: Loan | None, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the input of just-in-time clones, elsewhere the output of the experts: at its gradient the loan's go home."""
         return tensors if loan is None or self._just_in_time is None else self._just_in_time.give_back(loan, *tensors)
+
+    def send_home(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the input of resident clones, on a rank where they have no tokens the output of the homes.
+
+        At its gradient, in a step's last backward of this layer, gradients of resident clones go home.
+        """
+        if not self.is_sent_early or self._clones is None or not self._clones.has_any(self._clones_index):
+            return tensors
+        return notice(partial(self._clones.note_backward, self._clones_index), *tensors)
 
     def finish_refresh(self) -> bool:
         """Wait for the clones' weights before the clones compute; tell whether any were sent in this step."""

@@ -162,7 +162,9 @@ class BalancedLayers:
         made, first = [], 0
         for chunk in filter(None, layers):
             experts = self._experts[first : first + len(chunk)]
-            clones = Clones(experts, first, self._placement.cluster, self._group, self.traffic, self._gradients)
+            clones = Clones(
+                experts, first, self._placement.cluster, self._group, self.traffic, self._gradients, defer_weight_grad
+            )
             if self.just_in_time is not None:
                 clones.finish_lent = self.just_in_time.finish_homecoming
             for index, one in enumerate(chunk):
@@ -200,10 +202,11 @@ class BalancedLayers:
         for index, one in enumerate(self._layers):
             one.hold(take_layer(placement, index), self._device)
 
-    def begin_step(self, step: int) -> None:
+    def begin_step(self, step: int, microbatches: int | None = None) -> None:
         """Take the next plan if there is one, and start sending weights to clones.
 
-        A step that the trainer runs a second time, to compare results bit by bit, keeps its placement.
+        With the number of ``microbatches`` a layer's gradients go home as soon as they are complete. A step that the trainer runs
+        a second time, to compare results bit by bit, keeps its placement.
         """
         self._tracker.forget()
         self._is_again, self._step = step == self._step, step
@@ -212,7 +215,7 @@ class BalancedLayers:
             self._place(planned)
         self.refresh()
         for clones in self.clones:
-            clones.expect_gradients()
+            clones.expect_gradients(microbatches)
         for one in self._layers:
             one.begin_step()
 

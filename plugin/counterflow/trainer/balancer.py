@@ -36,10 +36,10 @@ class Balancer[Layers: BalancedLayers]:
         self.layers = layers
         self._highest = announce_clones(layers, clones_per_rank)
 
-    def begin_step(self, step: int) -> None:
-        """Take the plan that is due, and start sending weights to clones."""
+    def begin_step(self, step: int, microbatches: int | None = None) -> None:
+        """Take the plan that is due, and start sending weights to clones, in a step of so many micro-batches if that is known."""
         if self.layers is not None:
-            self.layers.begin_step(step)
+            self.layers.begin_step(step, microbatches)
 
     def end_step(self, microbatches: int, measured: tuple[float, float] | None = None) -> None:
         """Bring the gradients of clones home, sum the loads and start the next plan (a collective call).

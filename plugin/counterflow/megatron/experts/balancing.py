@@ -56,7 +56,7 @@ class ExpertBalancer(Balancer[BalancedModel]):
             if not self._training_steps:
                 _require_reductions(chunks)
             step = number_iteration(self._training_steps)
-            self.begin_step(step)
+            self.begin_step(step, kwargs["num_microbatches"])
             is_measured = self._options.eplb_measure_forced and step % self._options.eplb_measure_forced == 0
             if is_measured:
                 kwargs["data_iterator"] = keep_batches(kwargs["data_iterator"])

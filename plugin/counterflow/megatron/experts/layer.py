@@ -52,11 +52,15 @@ class MegatronSlots(LayerSlots):
         return bool(self.layer.training)
 
     def run_experts(self, run_homes: Callable[..., Any], tokens: Any, tokens_per_slot: Any, probs: Any, **kwargs: Any) -> Any:
-        """Run the tokens of home slots, which come first, by ``run_homes``, and those of clone slots by the clones."""
+        """Run the tokens of home slots, which come first, by ``run_homes``, and those of clone slots by the clones.
+
+        A backward goes the other way round. So on every rank just-in-time clones send their gradients first, then resident ones,
+        and homes compute beside both.
+        """
         loan, at_home = self.dealt.loan, int(tokens_per_slot[: self._own].sum())
         if at_home == len(tokens):
             output, bias = run_homes(tokens, tokens_per_slot[: self._own], probs, **kwargs)
-            return *self.give_back(loan, output), bias
+            return *self.give_back(loan, *self.send_home(output)), bias
         lent = int(tokens_per_slot[self._own + self._per_rank :].sum())
         sizes = [at_home, len(tokens) - at_home - lent, lent]
         (own, resident, shared), (own_probs, resident_probs, shared_probs) = torch.split(tokens, sizes), torch.split(probs, sizes)
@@ -66,7 +70,10 @@ class MegatronSlots(LayerSlots):
             if self.finish_refresh() and self._packing is None:
                 _forget_cached_weights(self.clone_module)
             counts = tokens_per_slot[self._own : self._own + self._per_rank]
+            resident, resident_probs = self.send_home(resident, resident_probs)
             outputs.append(self.clone_module(resident, counts, resident_probs)[0])
+        else:
+            outputs = [*self.send_home(output)]
         if lent:
             shared, shared_probs = self.give_back(loan, shared, shared_probs)
             outputs.append(self._run_shared(shared, tokens_per_slot[self._own + self._per_rank :], shared_probs))
@@ -90,6 +97,8 @@ class MegatronSlots(LayerSlots):
 
     def list_experts(self) -> LayerExperts:
         """Return the parameters of this rank's slots."""
+        # Weight gradients that are delayed come behind those of homes.
+        self.is_sent_early = self.clone_module is not None and not list_delayed(self.clone_module)
         homes = list_weights(self.layer.experts, self._own)
         clones = list_weights(self.clone_module, self._per_rank) if self.clone_module is not None else []
         shared = list_weights(self.shared_module, self._shared) if self.shared_module is not None else []
