@@ -27,9 +27,11 @@ from counterflow.schedule.layouts import LOOPED
 KEY = "counterflow"
 BALANCE, CHUNKS = "eplb", "vpp"
 MOST_CHUNKS = 1000
-# Where ranks run is the trainer's own choice.
-LEFT_OUT = {"platform"}
-INNER = tuple(name.removeprefix(BALANCING) for name in Options.model_fields if name.startswith(BALANCING))
+# Where ranks run is the trainer's own choice; the other is measured under Megatron alone.
+LEFT_OUT = {"platform", "eplb_measure_forced"}
+INNER = tuple(
+    name.removeprefix(BALANCING) for name in Options.model_fields if name.startswith(BALANCING) and name not in LEFT_OUT
+)
 NAMES = (
     *(name for name in Options.model_fields if not name.startswith(BALANCING) and name not in LEFT_OUT),
     CHUNKS,

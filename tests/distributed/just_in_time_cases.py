@@ -17,6 +17,8 @@ from tests.support.training import (
 )
 
 SEEDS = (1234, 4321)
+# Steps from measurement to measurement.
+MEASURED = 3
 PAIRS = ["--cf-overlap"]
 MOVING = ["--cf-eplb-rehome-interval", "1"]
 
@@ -92,6 +94,8 @@ def list_cases(text: Path, directory: Path, steps: int, seed: int = SEEDS[0]) ->
     costs = ["--cf-eplb-costs", str(directory / "costs.json")]
     auto = [TWO_STAGES, lend("auto"), SCHEDULES["1f1b"], staying]
     cases.add("planned, auto", weights, *auto, costs, plans="made")
+    measured = ["--cf-eplb-measure-forced", str(MEASURED), "--cf-record", str(directory / "measured")]
+    cases.add("planned, auto, measured", weights, *auto, costs, measured, plans="made")
     cases.add("planned, auto, large experts", weights, *auto, plans="made", steps=3)
     # The same case draws the same clones.
     numbers = {name: place for place, name in enumerate(dict.fromkeys(one["name"].removesuffix(", again") for one in cases))}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from counterflow.balance.files.recorded import read_record
-from just_in_time_cases import PLAIN, SHARDED_RUNS, lend, list_cases, name_reference
+from just_in_time_cases import MEASURED, PLAIN, SHARDED_RUNS, lend, list_cases, name_reference
 from tests.support.comparing import assert_same_steps
 from tests.support.forked_ranks import fork_ranks
 from tests.support.run_cases import RANKS, Runs
@@ -73,6 +73,20 @@ def test_auto_has_clones_of_both_kinds_where_they_pay(lent_runs: Runs) -> None:
     said = run["clones"]["said"]
     assert sum(step["clones"] for step in said) > 0 and sum(step["clones just in time"] for step in said) > 0
     assert min(step["balancedness"] for step in said) > 0.97
+
+
+def test_to_measure_what_a_balanced_router_would_take_changes_no_bit(lent_runs: Runs) -> None:
+    run, plain = lent_runs["planned, auto, measured"], lent_runs["planned, auto"]
+    assert_same_steps(run, plain, 0)
+    assert run["evaluations"] == plain["evaluations"]
+    said = run["clones"]["said"]
+    assert [number for number, step in enumerate(said, 1) if "share of force-balanced" in step] == [3, 6]
+    assert all(0.2 < step["share of force-balanced"] < 5 for step in said[2::3]), "one of the two passes ran otherwise"
+    same = ("balancedness", "clones", "clones just in time", "MB", "MB just in time")
+    assert [[one[name] for name in same] for one in said] == [[one[name] for name in same] for one in plain["clones"]["said"]]
+    record = read_record(run["directory"] / "measured")
+    assert (record.figures["forced_ms"] > 0).tolist() == [step % MEASURED == 0 for step in range(1, STEPS + 1)]
+    assert "| force-balanced, forward: " in (run["logs"] / "3" / "stdout.log").read_text()
 
 
 def test_auto_has_no_just_in_time_clones_where_they_do_not_pay(lent_runs: Runs) -> None:

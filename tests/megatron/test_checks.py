@@ -575,6 +575,13 @@ def test_what_cannot_be_balanced_is_refused(schedule: str | None, clones: int, g
         prepare_arguments(make_arguments(**{**MODEL, **given}), options)
 
 
+def test_a_router_that_is_forced_is_not_measured_beside_one() -> None:
+    options = Options(eplb=True, eplb_measure_forced=100)
+    prepare_arguments(make_arguments(**MODEL), options)
+    with refuses("--cf-eplb-measure-forced 100 measures beside a router that chooses, and --moe-router-force-load", OptionError):
+        prepare_arguments(make_arguments(**MODEL, moe_router_force_load_balancing=True), options)
+
+
 @pytest.mark.parametrize("given", [{}, {"moe_token_dispatcher_type": "allgather"}, {"expert_model_parallel_size": 4}])
 def test_as_many_clones_as_other_ranks_have_experts_are_accepted(given: dict[str, Any]) -> None:
     args = make_arguments(**{**MODEL, **given})

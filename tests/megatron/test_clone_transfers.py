@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from counterflow.balance.placement import Placement, make_home_placement
+from counterflow.errors import BalanceError
 from counterflow.megatron.gradients import GRADIENTS
 from counterflow.moe import clones as moe_clones
 from counterflow.moe.clones import Clones, LayerExperts, Traffic
-from counterflow.moe.gradients import GradientStore, PlainGradients
+from counterflow.moe.gradients import Defer, GradientStore, PlainGradients
 
 
 class Work:
@@ -69,7 +70,7 @@ def make_group(rank: int) -> Any:
 
 
 def make_ranks(
-    *, frozen: tuple[bool, ...], store: GradientStore = GRADIENTS
+    *, frozen: tuple[bool, ...], store: GradientStore = GRADIENTS, defer: Defer | None = None
 ) -> tuple[list[Clones], list[LayerExperts], Placement]:
     """Two ranks with one expert each; the placement has a clone of expert 0 on rank 1."""
     placement = make_home_placement(1, 2, 2, 1)
@@ -80,7 +81,7 @@ def make_ranks(
         )
         for rank in range(2)
     ]
-    made = [Clones([layers[r]], 0, placement.cluster, make_group(r), Traffic(), store) for r in range(2)]
+    made = [Clones([layers[r]], 0, placement.cluster, make_group(r), Traffic(), store, defer) for r in range(2)]
     experts = placement.experts.copy()
     experts[0, 3] = 0
     return made, layers, Placement(placement.cluster, experts, placement.homes)
@@ -135,3 +136,35 @@ def test_weights_that_no_token_asked_for_have_come_before_others_are_sent(works:
         rank.refresh(placement, wanted)
     assert all(work.is_done for work in first), "two homes write into one clone at once"
     assert works != first
+
+
+def test_gradients_leave_in_a_layers_last_backward_once_their_number_is_known(works: list[Work]) -> None:
+    ranks, layers, placement = make_ranks(frozen=(False, False), defer=lambda call: call())
+    (clone,), (home,) = layers[1].clones, layers[0].homes
+
+    def run_step(backwards: int, microbatches: int | None = 2) -> list[int]:
+        """Return how many transfers have begun behind each backward."""
+        for rank in ranks:
+            rank.refresh(placement, np.array([[False, False, False, True]]))
+            rank.expect_gradients(microbatches)
+        begun = []
+        for _ in range(backwards):
+            for weight in clone:
+                GRADIENTS.of(weight).add_(1)  # type: ignore[union-attr]
+            for rank in ranks:
+                assert rank.has_any(0)
+                rank.note_backward(0)
+            begun.append(sum(not work.is_done for work in works))
+        for rank in reversed(ranks):
+            rank.finish_step()
+        return begun
+
+    # Two weights of the clone are on their way from the begin; nothing waits for them here.
+    assert run_step(2) == [2, 2], "gradients left before it was known how often the layer runs"
+    assert run_step(2) == [2, 4]
+    assert run_step(2, microbatches=None) == [2, 2]
+    assert run_step(4) == [2, 2, 2, 2]
+    assert run_step(4) == [2, 2, 2, 4], "a layer that runs twice for each micro-batch"
+    assert all(GRADIENTS.of(weight).tolist() == [14.0, 14.0] for weight in home)  # type: ignore[union-attr]
+    with pytest.raises(BalanceError, match="runs more often for 2 micro-batches than the 4 times"):
+        run_step(5)

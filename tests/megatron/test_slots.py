@@ -19,7 +19,7 @@ from counterflow.errors import BalanceError, SeamError
 from counterflow.megatron.experts.layer import KnownCounts, MegatronSlots, list_weights
 from counterflow.moe.loads import LoadTracker, sum_by_tier
 from counterflow.moe.reference import place_one_by_one
-from counterflow.moe.slots import find_slots, make_slot_table, place_evenly, place_exactly
+from counterflow.moe.slots import find_slots, make_slot_table, place_evenly, place_exactly, spread_evenly
 
 CPU = torch.device("cpu")
 
@@ -113,6 +113,16 @@ def test_named_experts_are_found_in_the_slots_of_the_map(case: Case, chosen: int
     assert slot_map.numpy()[np.arange(len(selected))[:, None], slots].all(), "a slot that does not have the token"
 
 
+@pytest.mark.parametrize(("tokens", "experts", "width"), [(32, 8, 2), (7, 16, 3), (5, 4, 4)])
+def test_forced_routing_gives_all_experts_as_many_tokens(tokens: int, experts: int, width: int) -> None:
+    routed = torch.zeros(tokens, experts, dtype=torch.bool)
+    routed[:, :width] = True
+    spread = [spread_evenly(routed, source) for source in range(experts)]
+    assert all((one.sum(1) == width).all() for one in spread), "a token goes to fewer experts, or to one twice"
+    assert sum(one.sum(0) for one in spread).tolist() == [tokens * width] * experts  # type: ignore[union-attr]
+    assert all(one.sum(0).max() - one.sum(0).min() <= 1 for one in spread)
+
+
 def test_a_second_deal_of_the_same_tokens_is_the_same() -> None:
     placement = Placement(make_cluster(2, 6), np.array([[0, 1, 2, 2, 3, 0]]), np.array([[0, 1, 3, 4]]))
     routed = np.random.default_rng(1).random((2, 40, 4)) < [1.0, 0.5, 0.2, 0.2]
@@ -178,8 +188,8 @@ def test_clones_without_tokens_are_not_called_and_nothing_is_split(monkeypatch: 
         slots.run_experts(run_homes, tokens, torch.tensor([3, 1, 1]), probs)
 
 
-@pytest.mark.parametrize("lent", [0, 2])
-def test_gradients_of_a_micro_batchs_clones_leave_before_homes_compute_theirs(lent: int) -> None:
+@pytest.mark.parametrize(("resident", "lent"), [(3, 0), (1, 2), (0, 3), (0, 0)])
+def test_gradients_of_clones_leave_before_homes_compute_theirs(resident: int, lent: int) -> None:
     order: list[str] = []
 
     def note(name: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -200,12 +210,19 @@ def test_gradients_of_a_micro_batchs_clones_leave_before_homes_compute_theirs(le
         give_back=lambda loan, *tensors: note("sent", *(tensor.clone() for tensor in tensors)),
         compute=lambda loan, compute, *given, leave: compute(*given),
     )
+    slots._clones_index, slots.is_sent_early = 0, True
+    slots._clones = SimpleNamespace(  # type: ignore[assignment]
+        has_any=lambda layer: True,
+        note_backward=lambda layer: order.append("resident sent"),
+        note_end=lambda: order.append("end"),
+    )
     slots.finish_refresh = lambda: False  # type: ignore[method-assign]
-    tokens, probs = torch.ones(8, 3, requires_grad=True), torch.ones(8)
-    output, _ = slots.run_experts(run("homes"), tokens, torch.tensor([3, 2, 3 - lent, lent]), probs)
+    tokens, probs = torch.ones(5 + resident + lent, 3, requires_grad=True), torch.ones(5 + resident + lent)
+    output, _ = slots.run_experts(run("homes"), tokens, torch.tensor([3, 2, resident, lent]), probs)
     output.sum().backward()
-    # The rank with clones sends when they have computed; the others take them in as the layer begins.
-    assert order == (["lent", "sent", "resident", "homes"] if lent else ["sent", "resident", "homes"])
+    # A rank with clones sends when they have computed, the others take in before their homes compute; in one order on all ranks.
+    wanted = ["lent"] * (lent > 0) + ["sent"] + ["resident"] * (resident > 0) + ["resident sent", "homes", "end"]
+    assert order == wanted
 
 
 def test_tokens_are_counted_at_homes_and_by_either_kind_of_clones() -> None:

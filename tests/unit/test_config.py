@@ -73,6 +73,8 @@ def test_without_flags_nothing_is_asked_for() -> None:
         ),
         (["--cf-eplb", "--cf-eplb-clones-per-rank=-1"], "--cf-eplb-clones-per-rank: Input should be greater than or equal to 0"),
         (["--cf-eplb", "--cf-eplb-interval", "0"], "--cf-eplb-interval: Input should be greater than or equal to 1 (given: '0')"),
+        (["--cf-eplb", "--cf-eplb-measure-forced", "-1"], "--cf-eplb-measure-forced: Input should be greater than or equal to 0"),
+        (["--cf-eplb-measure-forced", "5"], "--cf-eplb-measure-forced is for --cf-eplb, which is not given: add it"),
         (["--cf-eplb", "--cf-eplb-rehome-interval", "0"], "allowed: auto, never, or steps from 1 to 1,000,000 (given: '0')"),
         (["--cf-eplb", "--cf-eplb-rehome-interval", "1000001"], "--cf-eplb-rehome-interval: allowed: auto, never, or steps from"),
         (["--cf-eplb", "--cf-eplb-rehome-interval", "soon"], "--cf-eplb-rehome-interval: allowed: auto, never, or steps from 1"),

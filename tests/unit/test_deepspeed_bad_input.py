@@ -12,6 +12,7 @@ from counterflow.deepspeed import seams
 from counterflow.deepspeed.checks import check_balancing, check_config, check_experts, check_run, explain
 from counterflow.deepspeed.section import read_config
 from counterflow.errors import OptionError, SeamError
+from counterflow.options import merge_options
 from counterflow.sections import read_section
 from counterflow.trainer.seam import Seam
 from counterflow.version import find_package
@@ -99,6 +100,13 @@ def test_slots_that_layers_share_need_gradients_that_stay_until_a_step_ends(eplb
         check_balancing(options, EXPERTS | {"zero_optimization": {"stage": 2}})
     with pytest.raises(OptionError, match="runs in fp32 and bf16 in this version, and fp16 is enabled"):
         check_balancing(options, EXPERTS | {"fp16": {"enabled": True}})
+
+
+def test_what_megatron_alone_measures_is_refused() -> None:
+    with pytest.raises(OptionError, match="eplb.measure_forced measures under Megatron alone"):
+        check_balancing(merge_options({"eplb": True, "eplb_measure_forced": 10}), EXPERTS)
+    with pytest.raises(OptionError, match="measure_forced"):
+        read_section({"eplb": {"measure_forced": 10}})
 
 
 @pytest.mark.slow

@@ -79,6 +79,7 @@ def check_balancing(options: Options, config: Mapping[str, Any]) -> None:
         f"eplb.plan {options.eplb_plan} with eplb.buffers {options.eplb_buffers} runs in fp32 and bf16 in this version, and fp16 "
         "is enabled: give plan predicted and buffers per-layer": options.shared_clones > 0
         and bool(_find(config, "fp16", "enabled")),
+        "eplb.measure_forced measures under Megatron alone in this version: drop it": options.eplb_measure_forced > 0,
         "compile.deepcompile compiles whole steps: drop it": bool(_find(config, "compile", "deepcompile")),
         "zero_optimization.zenflow delays gradients: drop it": bool(_find(config, "zero_optimization", "zenflow")),
         "managed_gradient_accumulation false reduces gradients before a step is known to end: drop it": (

@@ -425,6 +425,11 @@ def _check_eplb(args: Any, options: Options) -> None:
             f"--cf-eplb-plan {options.eplb_plan} and --cf-eplb-buffers {options.eplb_buffers} with --fp8-format {args.fp8}: "
             "clones in shared slots do not compute in FP8 in this version: give --cf-eplb-plan predicted and per-layer buffers"
         )
+    if options.eplb_measure_forced and getattr(args, "moe_router_force_load_balancing", False):
+        raise OptionError(
+            f"--cf-eplb-measure-forced {options.eplb_measure_forced} measures beside a router that chooses, and "
+            "--moe-router-force-load-balancing is given, which draws at random: drop one of the two"
+        )
     if options.eplb_costs is not None:
         read_costs(options.eplb_costs)
     _check_rehoming(args, options)

@@ -142,7 +142,7 @@ STEPPING = (
         "data loaders of several chunks", ("train_iterator", "iteration", "dataloader_save_path"),
     ),
     Seam(
-        "megatron.core.rerun_state_machine", "get_rerun_state_machine", None, (SCHEDULE,), KNOWN,
+        "megatron.core.rerun_state_machine", "get_rerun_state_machine", None, (SCHEDULE, EPLB), KNOWN,
         "how often a skipped step is run",
     ),
     Seam(
@@ -309,6 +309,7 @@ BALANCING = (
         TRAINING, "train_step", ".balancer.wrap_train_step", (EPLB,), KNOWN, "the optimizer of homes that move",
         ("forward_step_func", "data_iterator", "model", "optimizer"),
     ),
+    Seam("megatron.core.rerun_state_machine", "RerunMode", None, (EPLB,), KNOWN, "measured passes count for none"),
     Seam(
         SAVING, "save_checkpoint", ".balancer.wrap_save", (EPLB,), KNOWN, "homes in order", ("iteration", "model", "optimizer")
     ),

@@ -223,8 +223,8 @@ class Clones:
         """
         for parameter in list_clone_parameters(self._layers):
             self._gradients.clear(parameter)
-        before, now = self._microbatches or 1, microbatches or 0
-        self._expected = [0 if count % before else count // before * now for count in self._counted]
+        before, now = self._microbatches, microbatches or 0
+        self._expected = [count // before * now if before and not count % before else 0 for count in self._counted]
         self._counted, self._microbatches = [0] * len(self._layers), microbatches
         self._unsent, self._returns = set(self._cloned), []
         self._sent_home_at, self.are_home = None, not self._held and self.finish_lent is None
@@ -241,6 +241,11 @@ class Clones:
         if self._defer is not None:
             self._defer(partial(self._count_backward, layer))
 
+    def note_end(self) -> None:
+        """Take note of the end of a layer's backward, beside whose rest the next gradients may be on their way."""
+        if self._defer is not None:
+            self._defer(self._advance_returns)
+
     def _count_backward(self, layer: int) -> None:
         self._counted[layer] += 1
         if not self._expected[layer] or self._counted[layer] < self._expected[layer]:
@@ -251,8 +256,7 @@ class Clones:
                 "follow from the step before, and the gradients of its clones have left: every micro-batch has to run it alike"
             )
         if layer in self._unsent:
-            for going in self._returns:
-                self._advance(going)
+            self._advance_returns()
             while len(self._returns) >= LAYERS_AT_ONCE:
                 self._finish_return(self._returns.pop(0))
             self._unsent.remove(layer)
@@ -294,6 +298,10 @@ class Clones:
         """Wait for all transfers, since the optimizer changes the tensors next."""
         self.finish_transfers()
         self.finish_homecoming()
+
+    def _advance_returns(self) -> None:
+        for going in self._returns:
+            self._advance(going)
 
     def _advance(self, going: _Return) -> None:
         """Start the next round if there is one."""

@@ -188,6 +188,12 @@ class LayerSlots:
             return tensors
         return notice(partial(self._clones.note_backward, self._clones_index), *tensors)
 
+    def pass_on(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the input of the experts; at its gradient the next gradients of resident clones may leave."""
+        if not self.is_sent_early or self._clones is None or not self._clones.has_any(self._clones_index):
+            return tokens
+        return notice(self._clones.note_end, tokens)[0]
+
     def finish_refresh(self) -> bool:
         """Wait for the clones' weights before the clones compute; tell whether any were sent in this step."""
         return self._clones is not None and self._clones.finish_refresh(self._clones_index)

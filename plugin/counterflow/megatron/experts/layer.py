@@ -57,6 +57,7 @@ class MegatronSlots(LayerSlots):
         A backward goes the other way round. So on every rank just-in-time clones send their gradients first, then resident ones,
         and homes compute beside both.
         """
+        tokens = self.pass_on(tokens)
         loan, at_home = self.dealt.loan, int(tokens_per_slot[: self._own].sum())
         if at_home == len(tokens):
             output, bias = run_homes(tokens, tokens_per_slot[: self._own], probs, **kwargs)
