@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.device import Device, Speeds, cap_counts, route_counts
+from benchmarks.device import CAUSES, COMPUTE, Device, Speeds, cap_counts, route_counts
 from benchmarks.device_contestants import BIAS_STEPS, place_by_eplb, round_rows, route_without_loss
 from counterflow.balance import make_workload
 from tests.support.forked_ranks import run_ranks
@@ -94,4 +94,9 @@ def test_training_on_the_device_computes_what_was_drawn_and_takes_its_time(text:
     times = np.array([rank["times"] for rank in ranks])
     wall, clock = times[:, :, 1] - times[:, :, 0], times[:, :, 3] - times[:, :, 2]
     assert (np.ptp(clock, 0) < 1e-9).all(), "ranks disagree on how long a step took"
+    account = times[:, :, 4:]
+    assert np.allclose(account.sum(2), clock, atol=1e-9), "the account is not that of all the time"
+    slowest, computed = slept.max(0).reshape(2, 2).sum(1), account[0, :, CAUSES.index(COMPUTE)]
+    # Without clones the rank with most tokens holds up the others; with clones it may be one that waits for them.
+    assert computed[0] == pytest.approx(slowest[0]) and computed[1] <= slowest[1] + 1e-9
     assert (wall.max(0) >= slept.reshape(RANKS, 2, 2).sum(2).max(0) * SPEEDS.stretch).all(), "sleeps were not stretched"
