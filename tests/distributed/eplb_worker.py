@@ -61,8 +61,8 @@ class Watch:
         tensors += [
             list_computed(slots.clone_module, place, weights, is_cached=True) for place, weights in enumerate(held.clones)
         ]
-        tensors += [list(weights) for weights in held.shared]
-        for slot, (expert, weights) in enumerate(zip(experts, tensors, strict=True)):
+        for slot, (expert, weights) in enumerate(zip(experts, tensors, strict=False)):
+            # Those in shared slots are seen where they compute (`see_loan`).
             # What an empty slot or one that no token came to holds is of no concern: it may be under way.
             if slot < own or int(tokens_per_slot[slot]):
                 key = (dist.get_process_group_ranks(group)[0], self.refreshes, slots._index, expert)
@@ -72,13 +72,15 @@ class Watch:
                 key = (dist.get_process_group_ranks(group)[0], self.refreshes, slots._index, name_place(group.rank(), slot))
                 self.homes.setdefault(key, set()).add(digest_weights(weights))
 
-    def see_loan(self, slots: Any, loan: Any) -> None:
+    def see_loan(self, slots: Any, loan: Any, *_: Any) -> None:
         """Note the bits of the just-in-time clones that compute next on this rank, in a forward or a backward."""
         self.backwards += is_in_backward()
         for one in loan.lent:
             if one.clone_rank == slots._rank:
                 key = (slots._peers[0], self.refreshes, loan.layer, name_place(one.home_rank, one.home))
-                weights = slots._layers[loan.layer].shared[one.clone]
+                layer = slots._layers[loan.layer]
+                module = getattr(layer.shared_packing, "_clones", None)
+                weights = list_computed(module, one.clone, list(layer.shared[one.clone]), is_cached=True)
                 self.clones.setdefault(key, set()).add(digest_weights(weights))
 
 
@@ -95,19 +97,25 @@ def list_computed(experts: Any, place: int, weights: list[torch.nn.Parameter], *
     from counterflow.megatron.experts.packing import list_tensors
 
     named = list_tensors(experts, place)
-    if not named or not getattr(named[0][0], "fp8", False):
+    # Before its first forward a module of clones in shared slots has a cache and no recipe yet.
+    has_cache = is_cached and bool(named) and named[0][1] in getattr(named[0][0], "_fp8_workspaces", {})
+    if not named or not (has_cache or getattr(named[0][0], "fp8", False)):
         return list(weights)
     forms = []
     for linear, name in named:
         if name.startswith("bias"):
             forms.append(getattr(linear, name))
             continue
-        quantizer = linear._get_weight_quantizers()[place].copy()
-        quantizer.set_usage(rowwise=True, columnwise=True)
-        quantizer.internal = False
-        form = linear._fp8_workspaces[name] if is_cached else quantizer(getattr(linear, name).detach())
-        forms += list_buffers(form)
+        forms += list_buffers(linear._fp8_workspaces[name] if is_cached else quantize(linear, name, place))
     return forms
+
+
+def quantize(linear: Any, name: str, place: int) -> Any:
+    """Return a weight as its module would quantize it, in both directions."""
+    quantizer = linear._get_weight_quantizers()[place].copy()
+    quantizer.set_usage(rowwise=True, columnwise=True)
+    quantizer.internal = False
+    return quantizer(getattr(linear, name).detach())
 
 
 def list_buffers(form: Any) -> list[torch.Tensor]:

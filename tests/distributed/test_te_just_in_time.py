@@ -1,14 +1,18 @@
-"""Just-in-time clones of Transformer Engine's grouped experts: weight gradients are queued, those of biases computed at once."""
+"""Just-in-time clones of Transformer Engine's grouped experts: weight gradients are queued, those of biases computed at once.
+
+In FP8 they are held to what is held of resident clones (`test_te.py`), which were measured there.
+"""
 
 from pathlib import Path
 
 import pytest
 
 from just_in_time_cases import lend
-from te_cases import BIASED, PAIRED, STEPS, EngineCases, V, list_engine_flags
+from te_cases import BIASED, FULL_RECOMPUTE, PAIRED, STEPS, EngineCases, V, list_engine_flags
+from tests.support.asked import mark_nightly
 from tests.support.comparing import TOLERANCE, find_difference
 from tests.support.run_cases import Runs
-from tests.support.training import OVERLAPPED
+from tests.support.training import OVERLAPPED, SCHEDULES
 
 
 @pytest.fixture(scope="module")
@@ -28,3 +32,54 @@ def test_queued_gradients_of_just_in_time_clones_come_home(lent_runs: Runs, name
     run = lent_runs[name]
     assert find_difference(run, lent_runs["biased"], "loss", "grad_norm") <= TOLERANCE
     assert run["clones"]["computed"] and not run["clones"]["wrong"] and run["clones"]["backwards"]
+
+
+# Relative bounds on losses and on norms, and the bytes in which an expert goes to a clone; its gradients are in FP32.
+ROUNDING = {"tensorwise": (1e-3, 5e-3), "blockwise": (0.0, 1e-4), "mxfp8": (0.0, 1e-4)}
+EXPERT = 3 * 64 * 64
+ON_THE_WIRE = {"tensorwise": EXPERT + 2 * 4, "blockwise": EXPERT + 2 * 16, "mxfp8": 2 * EXPERT}
+KEPT = ["--cf-eplb-backward", "keep"]
+IN_FP8 = {
+    "blockwise, pairs": ("blockwise", [lend("exact", 2), OVERLAPPED, PAIRED]),
+    "blockwise, pairs, kept": ("blockwise", [lend("exact", 2, *KEPT), OVERLAPPED, PAIRED]),
+    "blockwise, 1f1b, auto": ("blockwise", [lend("auto"), SCHEDULES["1f1b"]]),
+    "blockwise, recomputed": ("blockwise, recomputed", [lend("exact", 2), FULL_RECOMPUTE, V]),
+    "tensorwise, zbv": ("tensorwise", [lend("exact", 2), ["--cf-schedule", "zbv"]]),
+    "tensorwise, zbv, kept": ("tensorwise", [lend("exact", 2, *KEPT), ["--cf-schedule", "zbv"]]),
+    "mxfp8, dualpipev": ("mxfp8", [lend("exact", 2), V]),
+    "mxfp8, pairs, kept": ("mxfp8", [lend("exact", 2, *KEPT), OVERLAPPED, PAIRED]),
+}
+
+
+@pytest.fixture(scope="module")
+def fp8_runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    directory = tmp_path_factory.mktemp("lent_fp8")
+    cases = EngineCases(directory, list_engine_flags(text, directory), STEPS)
+    cases.begin("initial")
+    for recipe in ROUNDING:
+        cases.refer(recipe, recipe=recipe)
+    cases.refer("blockwise, recomputed", FULL_RECOMPUTE, recipe="blockwise")
+    for name, (_, flags) in IN_FP8.items():
+        cases.train(name, *flags, recipe=name.split(",")[0])
+    return Runs("te_worker", list(cases), directory)
+
+
+@pytest.mark.parametrize("name", mark_nightly(IN_FP8, lambda name: name == "blockwise, pairs"))
+def test_just_in_time_clones_compute_in_fp8(fp8_runs: Runs, name: str) -> None:
+    reference, recipe = IN_FP8[name][0], name.split(",")[0]
+    run = fp8_runs[name]
+    of_losses, of_norms = ROUNDING[recipe]
+    assert find_difference(run, fp8_runs[reference], "loss") <= of_losses
+    assert find_difference(run, fp8_runs[reference], "grad_norm") <= of_norms
+    assert run["clones"]["computed"] and not run["clones"]["wrong"] and run["clones"]["backwards"]
+    # In the first step's first forwards no module has quantized yet.
+    for figures in run["clones"]["said"][1:]:
+        size = figures["MB just in time"] * 1e6 / figures["clones just in time"] - 4 * EXPERT
+        if "kept" in name:
+            assert size == pytest.approx(ON_THE_WIRE[recipe], abs=0.1)
+        else:
+            # They are sent again unless the slots still hold them.
+            assert ON_THE_WIRE[recipe] < size <= 2 * ON_THE_WIRE[recipe] + 0.1
+    if "kept" not in name and f"{name}, kept" in IN_FP8:
+        kept = fp8_runs[f"{name}, kept"]
+        assert find_difference(kept, run, "loss", "grad_norm") == 0, "weights that are kept are not those that are sent again"

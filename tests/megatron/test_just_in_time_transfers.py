@@ -80,7 +80,7 @@ class Ranks:
     The weights of expert e of rank 0 in layer l are all l + 1 + 100 e.
     """
 
-    def __init__(self, store: GradientStore, *, stacked: bool = False, pairs: bool = False) -> None:
+    def __init__(self, store: GradientStore, *, stacked: bool = False, pairs: bool = False, keeps: bool = False) -> None:
         self.store, self._stacked = store, stacked
         self.homes = [
             [self._make([layer + 1.0 + 100 * e + 10 * rank for e in range(HELD)]) for layer in range(LAYERS)] for rank in range(2)
@@ -101,6 +101,7 @@ class Ranks:
                 store,
                 defer_weight_grad,
                 pairs=pairs,
+                keeps=keeps,
             )
             for rank in range(2)
         ]
@@ -182,6 +183,33 @@ def test_a_backward_computes_with_the_forwards_weights_again(
     weights_sent = LAYERS if pairs else LAYERS - 1
     senders = [rank for rank, _ in sent]
     assert senders.count(HOME) == HELD * (LAYERS + weights_sent) and senders.count(TAKER) == HELD * LAYERS
+
+
+@STORES
+@pytest.mark.parametrize("stacked", [False, True], ids=["parameters", "parts"])
+@pytest.mark.parametrize("pairs", [False, True], ids=["one set", "two sets"])
+def test_weights_that_are_kept_are_sent_once(sent: list[Any], store: GradientStore, stacked: bool, pairs: bool) -> None:
+    if stacked and store is GRADIENTS:
+        pytest.skip("Megatron stacks no experts")
+    ranks = Ranks(store, stacked=stacked, pairs=pairs, keeps=True)
+    memory = ranks.shared[TAKER][0][0].data_ptr()
+    # Two micro-batches of every layer are under way.
+    batches = [(batch, layer) for batch in range(2) for layer in range(LAYERS)]
+    rows = {one: make_rows(1.0 + one[1]) for one in batches}
+    outputs = {one: ranks.forward(one[1], rows[one]) for one in batches}
+    for one in reversed(batches):
+        backward(outputs[one])
+        gradient = rows[one].grad
+        assert gradient is not None
+        weights = [one[1] + 1.0 + 100 * e for e in range(HELD)]
+        assert gradient[:, 0].tolist() == [2 * weight for weight in weights], "computed with another layer's weights"
+    ranks.finish()
+    expected = [[2 * (1.0 + layer), 2 * (2.0 + 2 * layer)] for layer in range(LAYERS)]
+    assert [ranks.find_gradients(layer) for layer in range(LAYERS)] == expected
+    senders = [rank for rank, _ in sent]
+    assert senders.count(HOME) == HELD * len(batches) == senders.count(TAKER)
+    assert {one[0].data_ptr() for one in ranks.shared[TAKER]} == {memory}, "what was kept is kept for ever"
+    assert ranks.ranks[TAKER].measure_kept() == LAYERS * HELD * 16
 
 
 @STORES

@@ -8,7 +8,7 @@ as many experts as it has clones. All ranks of the group make the same calls in 
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -41,6 +41,35 @@ class Packing(Protocol):
         """Let a clone compute with what it has received."""
 
 
+@dataclass
+class Landing:
+    """What shared slots have received packed: ``forms`` by (slot, weight), kept for the next time, and which weights they are."""
+
+    forms: dict[tuple[int, int], Any] = field(default_factory=dict)
+    packed: frozenset[int] = frozenset()
+    is_placed: bool = False
+    """Whether something has computed with what came last."""
+
+
+class SharedPacking(Protocol):
+    """How one layer's weights travel to slots whose memory all layers share, where they do not rest as they are."""
+
+    def pack(self, home: int) -> list[torch.Tensor]:
+        """Return what is sent of a home's weights."""
+
+    def list_packed(self) -> frozenset[int]:
+        """Return which weights of an expert would be packed now, by their index."""
+
+    def land(self, slots: list[list[torch.Tensor]], memory: Landing) -> list[list[torch.Tensor]]:
+        """Return the tensors that each slot receives into: those of ``memory``, or the weights in ``slots`` themselves."""
+
+    def place(self, memory: Landing) -> None:
+        """Let the clones compute with what was received."""
+
+    def lift(self) -> None:
+        """Let go of that memory, which is other layers' next."""
+
+
 @dataclass(frozen=True)
 class LayerExperts:
     """One layer's experts on this rank: the parameters of each home slot and of each clone slot, in slot order.
@@ -54,10 +83,16 @@ class LayerExperts:
     packing: Packing | None = None
     shared: Sequence[Sequence[Weight]] = ()
     """The parameters of each slot whose memory all layers share (`counterflow.moe.just_in_time`)."""
+    shared_packing: SharedPacking | None = None
 
     def pack(self, home: int) -> Sequence[torch.Tensor]:
         """Return what is sent of a home's weights."""
         return [find_values(one) for one in self.homes[home]] if self.packing is None else self.packing.pack(home)
+
+    def pack_shared(self, home: int) -> Sequence[torch.Tensor]:
+        """Return what is sent of a home's weights to shared slots."""
+        values = self.shared_packing
+        return [find_values(one) for one in self.homes[home]] if values is None else values.pack(home)
 
     def land(self, clone: int) -> Sequence[torch.Tensor]:
         """Return the tensors that a clone receives into."""

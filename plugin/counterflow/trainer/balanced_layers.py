@@ -139,7 +139,15 @@ class BalancedLayers:
                 f"{len(self._experts[0].shared)}: give eplb_plan predicted and eplb_buffers per-layer"
             )
         group = open_group(self._groups.experts, "CF_JUST_IN_TIME")
-        made = JustInTime(self._experts, group, self.traffic, self._gradients, defer_weight_grad, pairs=self._options.overlap)
+        made = JustInTime(
+            self._experts,
+            group,
+            self.traffic,
+            self._gradients,
+            defer_weight_grad,
+            pairs=self._options.overlap,
+            keeps=self._options.eplb_backward == "keep",
+        )
         prices = FREE if self._options.eplb_plan == "exact" else self._read_costs().price_clones(group.size())
         for one in self._layers:
             one.lend_by(made, prices)
@@ -186,6 +194,10 @@ class BalancedLayers:
     def measure_shared(self) -> tuple[int, int]:
         """Return the bytes of weights and gradients of the slots that all layers of this rank share."""
         return self.just_in_time.measure_memory() if self.just_in_time is not None else (0, 0)
+
+    def measure_kept(self) -> int:
+        """Return the bytes of weights that a micro-batch keeps on this rank from forward to backward, at most."""
+        return self.just_in_time.measure_kept() if self.just_in_time is not None else 0
 
     def measure_slot(self) -> tuple[int, int]:
         """Return the bytes of weights and gradients that a shared slot would take if each layer of this rank had one."""

@@ -47,15 +47,18 @@ def announce_clones(layers: BalancedLayers | None, clones_per_rank: int) -> int:
 
 def _announce_shared(layers: BalancedLayers | None) -> int:
     """Print the memory of shared clone slots, and what it would be in slots of each layer; return how many there are per rank."""
-    own = (layers.shared_clones, *layers.measure_shared(), *layers.measure_slot()) if layers is not None else (0,) * 5
+    own = (0,) * 6
+    if layers is not None:
+        own = (layers.shared_clones, *layers.measure_shared(), *layers.measure_slot(), layers.measure_kept())
     numbers = torch.tensor(own, dtype=torch.int64).to(find_device())
     dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-    count, weights, gradients, slot_weights, slot_gradients = numbers.tolist()
+    count, weights, gradients, slot_weights, slot_gradients, kept = numbers.tolist()
     if dist.get_rank() == 0 and count:
+        also = f"; each micro-batch under way keeps up to {kept:,} bytes of weights until its backward" if kept else ""
         print(
             f"counterflow: eplb: {count} clone{'s' if count != 1 else ''} per rank in slots that its MoE layers share: "
             f"{weights:,} bytes of weights and {gradients:,} bytes of gradients, whatever the number of layers; in slots of each "
-            f"layer {count * slot_weights:,} and {count * slot_gradients:,}",
+            f"layer {count * slot_weights:,} and {count * slot_gradients:,}{also}",
             flush=True,
         )
     return int(count)

@@ -16,7 +16,7 @@ import torch
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
 from counterflow.errors import SeamError
-from counterflow.megatron.experts.packing import list_tensors, make_packing
+from counterflow.megatron.experts.packing import list_tensors, make_packing, make_shared_packing
 from counterflow.megatron.gradients import add_behind_delayed, is_delayed
 from counterflow.megatron.state import layer_slots
 from counterflow.moe.clones import LayerExperts
@@ -41,6 +41,7 @@ class MegatronSlots(LayerSlots):
         self.refer_to(layer)
         self.clone_module, self.shared_module = clone_module, shared_module
         self._packing = make_packing(layer.experts, clone_module)
+        self._shared_packing = make_shared_packing(layer.experts, shared_module, shared)
         self.numbered_behind = 0
         sources = dispatcher.tp_ep_group
         rank_of_source = np.arange(sources.size()) // dispatcher.tp_size
@@ -91,7 +92,7 @@ class MegatronSlots(LayerSlots):
         homes = list_weights(self.layer.experts, self._own)
         clones = list_weights(self.clone_module, self._per_rank) if self.clone_module is not None else []
         shared = list_weights(self.shared_module, self._shared) if self.shared_module is not None else []
-        return LayerExperts(homes, clones, self._packing, shared)
+        return LayerExperts(homes, clones, self._packing, shared, self._shared_packing)
 
 
 class KnownCounts:
