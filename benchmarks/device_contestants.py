@@ -8,7 +8,7 @@ tokens on every rank, without ``--cf-eplb``, over a contestant's.
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,7 +31,8 @@ EXPERTS = 64
 TOKENS, TRAINED = 16384, 4096
 HIDDEN, EXPERT_HIDDEN = 16, 8
 TOKEN_BYTES = 7168 * 2
-LEAST = 0.97
+LEAST, LEAST_FORCED = 0.97, 0.99
+CONTESTANTS = ("fixed", "loss-free", "EPLB", *PLANS)
 MODEL = f"""
     --num-layers 1 --moe-layer-freq 1 --hidden-size {HIDDEN} --num-attention-heads 1 --ffn-hidden-size 32
     --moe-ffn-hidden-size {EXPERT_HIDDEN} --seq-length {TRAINED // RANKS} --max-position-embeddings {TRAINED // RANKS}
@@ -76,9 +77,16 @@ def measure_device(given: argparse.Namespace, directory: Path) -> float:
             f"stretched {speeds.stretch:g} times; asked: at least {LEAST} of it",
             flush=True,
         )
+        for tried in (plan for plan in PLANS if plan in given.contestants):
+            found = train(f"forced {tried}", balanced, list_flags(tried, costs), speeds, warmup, directory / f"{seed}")
+            print(
+                f"seed {seed}, force-balanced {tried:10} layer {ideal.layers / found.layers:.3f}, step "
+                f"{ideal.steps / found.steps:.3f} of the run without --cf-eplb; asked: at least {LEAST_FORCED}",
+                flush=True,
+            )
         for kind in given.kinds:
             counts = make_workload(kind, (warmup + steps) * STEP, 1, EXPERTS, RANKS, TRAINED, TOP_K, seed % 2**16)
-            for name, loads, flags, plan in list_contestants(cap_counts(counts, TRAINED), costs):
+            for name, loads, flags, plan in list_contestants(cap_counts(counts, TRAINED), costs, given.contestants):
                 planned = describe_plan(loads if plan is None else counts, plan, warmup, given.nodes)
                 found = train(f"{kind} {name}", loads, flags, speeds, warmup, directory / f"{seed}")
                 print(
@@ -106,14 +114,19 @@ def make_speeds(stretch: float, nodes: int) -> Speeds:
     )
 
 
-def list_contestants(counts: Array, costs: Path) -> Iterator[tuple[str, Array, list[str], str | None]]:
+def list_contestants(counts: Array, costs: Path, names: list[str]) -> Iterator[tuple[str, Array, list[str], str | None]]:
     """Yield name, loads of what are experts to the trainer, flags, and the plan as which `replay_trace` knows it."""
-    yield "fixed", counts, [], None
-    yield "loss-free", route_without_loss(counts), [], None
-    yield "EPLB", place_by_eplb(counts), [], None
-    for plan in PLANS:
-        weighed = ["--cf-eplb-costs", str(costs)] if plan == "auto" else []
-        yield plan, counts, ["--cf-eplb", "--cf-eplb-plan", plan, *weighed], plan
+    placed: dict[str, Callable[[Array], Array]] = {"fixed": np.copy, "loss-free": route_without_loss, "EPLB": place_by_eplb}
+    for name in names:
+        if name in placed:
+            yield name, placed[name](counts), [], None
+        else:
+            yield name, counts, list_flags(name, costs), name
+
+
+def list_flags(plan: str, costs: Path) -> list[str]:
+    """Return the flags of a training under a plan."""
+    return ["--cf-eplb", "--cf-eplb-plan", plan, *(["--cf-eplb-costs", str(costs)] if plan == "auto" else [])]
 
 
 def place_by_eplb(counts: Array) -> Array:

@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.device_contestants import measure_device
+from benchmarks.device_contestants import CONTESTANTS, measure_device
 from counterflow.balance import WORKLOADS
 from data import prepare_text
 from ranks import start_ranks
@@ -53,6 +53,9 @@ def main() -> None:
         "--stretch", type=float, default=100.0, help="device: by how much sleeps are longer; 0: none (default: 100)"
     )
     parser.add_argument("--nodes", type=int, choices=(1, 2), default=1, help="device: that the ranks are on (default: 1)")
+    parser.add_argument(
+        "--contestants", nargs="+", default=list(CONTESTANTS), choices=CONTESTANTS, help="device: who trains (default: all)"
+    )
     given = parser.parse_args()
     for part in given.parts:
         if part not in PARTS:

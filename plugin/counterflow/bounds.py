@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 from counterflow.errors import CounterflowError, OptionError
@@ -33,6 +34,20 @@ def take_number(
     if not math.isfinite(number) or number < least or (most is not None and number > most):
         raise error(f"{name} {show(value)} given; allowed: {describe('a finite number', least, most)}".lstrip())
     return number
+
+
+class RepeatedKeyError(ValueError):
+    """A mapping in a file has a key twice."""
+
+
+def unite_pairs(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Return keys and values as a mapping, as JSON's ``object_pairs_hook``; raises `RepeatedKeyError` for a key given twice."""
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise RepeatedKeyError(f"key {show(key)} is given twice: drop one")
+        found[key] = value
+    return found
 
 
 def describe(kind: str, least: float, most: float | None) -> str:

@@ -10,6 +10,7 @@ import pytest
 from counterflow.balance.files.recorded import read_record
 from hybrid_cases import CLONED, FAMILIES, GPT_ALONE, MADE_OF_LAYERS, PATTERN, STEPS, TWO, V
 from ranks import start_ranks
+from tests.support.asked import mark_nightly
 from tests.support.comparing import TOLERANCE, assert_same_steps
 from tests.support.profiled import check_layers
 from tests.support.run_cases import Run, Runs
@@ -17,7 +18,7 @@ from tests.support.training import SHARDED, SMALL, TWO_STAGES, drop_flags
 from train import read_flags
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mark_nightly(FAMILIES, lambda family: family not in ("1f1b", "gpipe", "interleaved")))
 def test_hybrid_model_trains_like_megatron(hybrid_runs: Runs, family: str) -> None:
     run, reference = hybrid_runs[family], hybrid_runs["megatron"]
     assert len(run["steps"]) == STEPS
@@ -25,7 +26,7 @@ def test_hybrid_model_trains_like_megatron(hybrid_runs: Runs, family: str) -> No
     assert run["evaluations"] == pytest.approx(reference["evaluations"], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", CLONED)
+@pytest.mark.parametrize("name", mark_nightly(CLONED, lambda name: name != "clones"))
 def test_hybrid_model_trains_like_megatron_with_clones(hybrid_runs: Runs, name: str) -> None:
     run = hybrid_runs[name]
     assert_same_steps(run, hybrid_runs["megatron"])

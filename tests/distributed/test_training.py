@@ -1,6 +1,7 @@
 """Real training runs under each schedule against plain Megatron, from one checkpoint."""
 
 import json
+from itertools import product
 from statistics import median
 
 import pytest
@@ -9,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cases import FAMILIES, GROWN, OWN_REFERENCE, PAIRS, PROFILED, RESUMED, SAVED, SCHEDULES, SEARCHED, STEPS, VARIANTS
 from counterflow.schedule import load_record
 from counterflow.schedule.timeline import find_last_step
+from tests.support.asked import mark_nightly
 from tests.support.comparing import TOLERANCE, assert_same_steps
 from tests.support.profiled import check_layers
 from tests.support.run_cases import Runs
@@ -44,7 +46,7 @@ def test_a_table_from_a_file_trains_alike(runs: Runs) -> None:
     assert_same_steps(runs["table.csv"], runs["megatron 1f1b, plain"])
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *SEARCHED])
+@pytest.mark.parametrize("name", mark_nightly([*FAMILIES, *SEARCHED], lambda name: name in ("zb-h1", "zbv", "searched V")))
 def test_other_families_and_searched_tables_train_alike(runs: Runs, name: str) -> None:
     assert_same_steps(runs[name], runs["megatron 1f1b, plain"])
 
@@ -59,8 +61,11 @@ def test_auto_trains_alike_before_and_after_it_changes_tables(runs: Runs) -> Non
     assert tables == [["zbv"] * 6 + ["auto"] * 4] * 4, "three steps are measured, three search, on all ranks"
 
 
-@pytest.mark.parametrize("loaded", SCHEDULES)
-@pytest.mark.parametrize("saved", SCHEDULES)
+# Each schedule saves and loads in every run.
+CHAIN = {("1f1b", "interleaved"), ("interleaved", "dualpipev"), ("dualpipev", "1f1b")}
+
+
+@pytest.mark.parametrize(("saved", "loaded"), mark_nightly(product(SCHEDULES, SCHEDULES), CHAIN.__contains__))
 def test_resume_under_another_schedule_is_exact(runs: Runs, saved: str, loaded: str) -> None:
     run = runs[f"{saved}, sharded -> {loaded}"]
     assert [step["iteration"] for step in run["steps"]] == list(range(SAVED + 1, RESUMED + 1))
@@ -91,7 +96,7 @@ def test_cross_linked_replicas_share_checkpoints_with_others(runs: Runs, saved: 
     assert_same_steps(run, runs["megatron 1f1b, sharded"])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", mark_nightly(VARIANTS, lambda name: name not in ("overlap", "bf16")))
 def test_dualpipev_with(runs: Runs, variant: str) -> None:
     reference = runs[f"megatron 1f1b, {OWN_REFERENCE.get(variant, 'plain')}"]
     assert_same_steps(runs[f"dualpipev, {variant}"], reference)
@@ -123,7 +128,7 @@ def test_interleaved_with_overlap(runs: Runs) -> None:
     assert_same_steps(runs["interleaved, overlap"], runs["megatron 1f1b, plain"])
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", mark_nightly(SCHEDULES, lambda schedule: schedule == "dualpipev"))
 def test_four_pipeline_ranks_and_another_seed(runs: Runs, schedule: str) -> None:
     assert_same_steps(runs[f"{schedule}, four stages"], runs["megatron 1f1b, four stages"])
 
@@ -159,7 +164,7 @@ def test_multi_token_prediction_in_half_precision(runs: Runs) -> None:
     assert_same_steps(runs["dualpipev, MTP, bf16"], runs["megatron 1f1b, MTP, bf16"])
 
 
-@pytest.mark.parametrize("saved", ["megatron 1f1b", "dualpipev"])
+@pytest.mark.parametrize("saved", mark_nightly(["megatron 1f1b", "dualpipev"], lambda saved: saved == "dualpipev"))
 def test_multi_token_prediction_resumes_with_ranks_that_read_for_each_other(runs: Runs, saved: str) -> None:
     run = runs[f"{saved}, MTP, bf16 -> dualpipe"]
     assert [step["iteration"] for step in run["steps"]] == [3, 4]
@@ -198,7 +203,13 @@ def test_optimizer_state_of_a_table_in_a_file_fits_the_layout_that_the_file_had(
     assert_same_steps(run, runs["megatron 1f1b, bf16"])
 
 
-@pytest.mark.parametrize(("seed", "schedule"), [(seed, schedule) for seed in GROWN for schedule in GROWN[seed]])
+GROWN_EVERY_TIME = {("1234", "dualpipev"), ("1234", "dualpipe"), ("99", "interleaved")}
+
+
+@pytest.mark.parametrize(
+    ("seed", "schedule"),
+    mark_nightly(((seed, schedule) for seed in GROWN for schedule in GROWN[seed]), GROWN_EVERY_TIME.__contains__),
+)
 def test_batches_that_grow_and_iterations_that_are_skipped(runs: Runs, seed: str, schedule: str) -> None:
     run, reference = runs[f"{schedule}, growing, {seed}"], runs[f"megatron 1f1b, growing, {seed}"]
     assert [step["iteration"] for step in run["steps"]] == [1, 3, 4, 6]

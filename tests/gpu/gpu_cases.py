@@ -5,6 +5,7 @@ from pathlib import Path
 from eplb_cases import CLONES, EVEN, FULL_RECOMPUTE, MOVING
 from hybrid_cases import FOUR, GPT_ALONE, MADE_OF_LAYERS, PATTERN, TWO
 from hybrid_cases import SCRIPT as HYBRID
+from just_in_time_cases import lend
 from tests.support.run_cases import Case
 from tests.support.training import DUALPIPE, OVERLAPPED, SCHEDULES, SHARDED, TWO_STAGES, Cases, drop_flags, list_base_flags
 
@@ -35,6 +36,12 @@ BALANCED = {
     "clones, even split": [*V, *CLONES[2], *EVEN],
     "clones, homes move": [*V, *OVERLAPPED, *CLONES[1], *MOVING],
 }
+# Other clones in every micro-batch, planned from its own counts.
+LENT = {
+    "just in time, exact": [*V, *SHARDED, *lend("exact")],
+    "just in time, auto": [*SCHEDULES["1f1b"], *lend("auto")],
+    "just in time, pairs": [*PAIRED, *lend("exact", 2)],
+}
 
 
 def list_cases(text: Path, directory: Path) -> list[Case]:
@@ -51,7 +58,7 @@ def list_cases(text: Path, directory: Path) -> list[Case]:
     for kind, flags in PAIRS.items():
         cases.add(f"{kind}, apart", TWO_STAGES, start, V, flags)
         cases.add(kind, TWO_STAGES, start, PAIRED, flags, ["--cf-record", str(directory / kind)])
-    for kind, flags in BALANCED.items():
+    for kind, flags in (BALANCED | LENT).items():
         cases.add(kind, TWO_STAGES, start, flags)
     cases.add("profile", TWO_STAGES, start, PAIRED, ["--cf-profile", "3", "--cf-record", str(directory / "profile")])
     broken = ["--lr", "1e30", "--cf-stall-limit", "30", "--rerun-mode", "disabled"]

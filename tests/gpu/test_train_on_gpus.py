@@ -5,7 +5,7 @@ import pytest
 from counterflow.analysis import analyze_trace, read_traces
 from counterflow.schedule import load_record
 from counterflow.schedule.sharing import find_sharing
-from tests.gpu.gpu_cases import BALANCED, FAMILIES, PAIRS, STEPS
+from tests.gpu.gpu_cases import BALANCED, FAMILIES, LENT, PAIRS, STEPS
 from tests.support.comparing import TOLERANCE, assert_same_steps, find_difference
 from tests.support.run_cases import Runs
 
@@ -43,6 +43,16 @@ def test_clones_leave_losses_and_norms_as_they_are(gpu_runs: Runs, kind: str) ->
     assert_same_steps(run, gpu_runs["plain"], TOLERANCE)
     clones = run["clones"]
     assert clones["tokens"] > 0, "no clone had a token"
+    assert clones["wrong"] == 0, "clones have the bits of their homes"
+
+
+@pytest.mark.parametrize("kind", LENT)
+def test_clones_for_one_micro_batch_leave_losses_and_norms_as_they_are(gpu_runs: Runs, kind: str) -> None:
+    run = gpu_runs[kind]
+    assert_same_steps(run, gpu_runs["plain"], TOLERANCE)
+    clones = run["clones"]
+    assert clones["different_loans"] > STEPS, "hardly any micro-batch had other clones than the one before"
+    assert clones["computed"] > STEPS and clones["backwards"] > STEPS, "hardly any clone computed"
     assert clones["wrong"] == 0, "clones have the bits of their homes"
 
 

@@ -13,6 +13,10 @@ def list_asked(request: pytest.FixtureRequest, argument: str = "case") -> set[An
     return {test.callspec.params[argument] for test in used if argument in test.callspec.params}
 
 
-def mark_nightly(names: Iterable[str], is_in_every_run: Callable[[str], bool]) -> list[Any]:
-    """Return the names as parameters of a test; those that are not in every run are left to ``make nightly``."""
-    return [name if is_in_every_run(name) else pytest.param(name, marks=pytest.mark.nightly) for name in names]
+def mark_nightly(cases: Iterable[Any], is_in_every_run: Callable[[Any], bool]) -> list[Any]:
+    """Return cases, each a name or a tuple, as parameters of a test; what is not in every run is left to ``make nightly``."""
+    return [case if is_in_every_run(case) else _leave_to_nightly(case) for case in cases]
+
+
+def _leave_to_nightly(case: Any) -> Any:
+    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.nightly)

@@ -6,6 +6,7 @@ time. A job is {"worker", "argument", "ranks", "port", "logs", "alone", "timeout
 """
 
 import argparse
+import faulthandler
 import gc
 import importlib
 import json
@@ -142,6 +143,8 @@ def be_rank(job: dict[str, Any], rank: int) -> None:
         folder.mkdir(parents=True)
         for descriptor, path in enumerate((Path(os.devnull), folder / "stdout.log", folder / "stderr.log")):
             os.dup2(os.open(path, os.O_RDONLY if not descriptor else os.O_WRONLY | os.O_CREAT), descriptor)
+        # Where a rank was that dies by a signal, such as a segmentation fault.
+        faulthandler.enable()
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["ranks"])}
         os.environ |= {"LOCAL_WORLD_SIZE": str(job["ranks"]), "MASTER_ADDR": "localhost", "MASTER_PORT": str(job["port"])}
         if sys.argv[1] == "gpus":

@@ -3,8 +3,10 @@
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 from tests.support import ROOT
 
 SECONDS = 300.0
+# Of a fault in compiled code.
+SIGNALS = {-signal.SIGSEGV, -signal.SIGABRT}
 
 
 class RanksError(RuntimeError):
@@ -57,14 +61,28 @@ def fork_ranks(
 def run_ranks(
     worker: str, argument: Any, ranks: int, logs: Path, *, capability: str | None = None, trainer: str = "megatron"
 ) -> list[str]:
-    """Have every rank call ``run(argument)`` of a worker module; return what each printed. All have to end well."""
+    """Have every rank call ``run(argument)`` of a worker module; return what each printed. All have to end well.
+
+    About one training in a thousand dies of a segmentation fault in one of torch's threads for gloo; why is not known yet. It is
+    run once more, with a warning that has the stacks. What dies twice fails.
+    """
     statuses = fork_ranks(worker, argument, ranks, logs, capability=capability, trainer=trainer)
-    # Those that were ended because of another have less to say.
-    bad = sorted((rank for rank, status in enumerate(statuses) if status != 0), key=lambda rank: statuses[rank] is None)
-    if bad:
-        written = (logs / str(bad[0]) / "stderr.log").read_text()[-3000:]
-        raise RanksError(f"{logs.name}: rank {bad[0]} of {statuses} ended badly; it wrote last: {written}")
+    if SIGNALS.intersection(statuses):
+        died = logs.rename(logs.with_name(f"{logs.name}, died"))
+        warnings.warn(f"a rank died and the training is run once more: {_describe(died, statuses)}", stacklevel=2)
+        statuses = fork_ranks(worker, argument, ranks, logs, capability=capability, trainer=trainer)
+    if statuses != [0] * ranks:
+        raise RanksError(_describe(logs, statuses))
     return [(logs / str(rank) / "stdout.log").read_text() for rank in range(ranks)]
+
+
+def _describe(logs: Path, statuses: list[int | None]) -> str:
+    """Say how ranks ended, and what the one wrote last of which the others may have ended."""
+    bad = [rank for rank, status in enumerate(statuses) if status != 0]
+    # One that died of a signal was first. Those that were ended because of another, None, have less to say.
+    first = min(bad, key=lambda rank: 1 if statuses[rank] is None else min(0, statuses[rank] or 0))
+    written = (logs / str(first) / "stderr.log").read_text()[-3000:]
+    return f"{logs.name}: rank {first} of {statuses} ended badly; it wrote last: {written}"
 
 
 @cache

@@ -21,9 +21,9 @@ def place_rank(rank: int, ranks: int, gpus: int) -> dict[str, str]:
     """Return the environment that gives a rank its GPU.
 
     NCCL takes no two ranks of one host on one GPU. So ranks that share GPUs say that they are on hosts of their own, and meet
-    over the loopback interface.
+    over the loopback interface. Kernels are loaded before a transfer can wait on the GPU (docs/gpus.md).
     """
-    own = {"LOCAL_RANK": str(rank % gpus)}
+    own = {"LOCAL_RANK": str(rank % gpus), "CUDA_MODULE_LOADING": "EAGER"}
     return own if gpus >= ranks else {**own, "NCCL_HOSTID": f"host{rank}", "NCCL_SOCKET_IFNAME": "lo"}
 
 

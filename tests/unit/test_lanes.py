@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from counterflow.runtime.lanes import Lanes
+from counterflow.runtime.lanes import Lanes, say_if_kernels_are_lazy
 from counterflow.runtime.lowering import Part, lower
 from counterflow.runtime.mailbox import Mailbox
 from counterflow.runtime.messages import Member
@@ -99,7 +99,14 @@ def run_part(part: Part, mailbox: Mailbox, wrong: list[str]) -> None:
 
 def run_table(table: ScheduleTable, seed: int) -> None:
     wire, wrong = Wire(seed), list[str]()
-    threads = [threading.Thread(target=run_row, args=(table, wire, rank, wrong), daemon=True) for rank in range(table.ranks)]
+
+    def run(rank: int) -> None:
+        try:
+            run_row(table, wire, rank, wrong)
+        except Exception as error:
+            wrong.append(f"rank {rank}: {error}")
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(table.ranks)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -124,3 +131,17 @@ def test_a_rank_that_never_sends_is_waited_for_no_longer_than_the_limit() -> Non
     never: Any = End(torch.zeros(1))
     with pytest.raises(TimeoutError, match=r"timed out after 0\.05 s"):
         lanes.receive(1, 0, lambda: never).wait()
+
+
+@pytest.mark.parametrize(
+    ("loading", "rank", "is_said"), [(None, 0, True), ("LAZY", 0, True), ("EAGER", 0, False), (None, 1, False)]
+)
+def test_rank_0_says_that_a_kernel_loaded_late_may_wait_for_ever(
+    loading: str | None, rank: int, is_said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("CUDA_MODULE_LOADING", raising=False)
+    if loading is not None:
+        monkeypatch.setenv("CUDA_MODULE_LOADING", loading)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
+    say_if_kernels_are_lazy()
+    assert ("CUDA_MODULE_LOADING=EAGER" in capsys.readouterr().out) == is_said

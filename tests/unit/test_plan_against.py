@@ -60,6 +60,17 @@ def test_a_run_as_predicted_is_measured_as_predicted(schedule: str, tmp_path: Pa
         assert one.measured == pytest.approx(one.predicted, rel=2e-3), one.cause
 
 
+@pytest.mark.parametrize(("layout", "said"), [
+    ({"schedule": "zbv"}, None), ({"schedule": "dualpipe", "pp": 2, "ep": 2}, None),
+    ({"schedule": "1f1b"}, "8 stages, 4 planned"), ({"pp": 2, "ep": 2}, "4 pipeline ranks, 2 planned"),
+    ({"micro_batch_size": 2}, "32 micro-batches, 16 planned"),
+])  # fmt: skip
+def test_a_measurement_of_another_run_is_said(layout: dict[str, Any], said: str | None, tmp_path: Path) -> None:
+    planned = make_estimate(**layout)
+    found = compare_measured(planned, simulate_own(planned if said is None else make_estimate(), tmp_path))
+    assert (said is None and not found.warning) or (said is not None and said in found.warning), found.warning
+
+
 def make_step(path: Path, rows: Sequence[tuple[str, float, float, str | None]], rank: int = 0, late: float = 0.0) -> Path:
     """Write a trace of kernels (name, start, end in microseconds, description of the process group)."""
     events = [

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from counterflow.report.plan_text import write_change
 from tests.support.running import check_refusal, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,6 +99,9 @@ def test_shipped_plans_are_plans(config: Path) -> None:
     ({"layout": {"tp": 2.5}}, "allowed: a whole number"),
     ({"layout": {"micro_batch_size": 0}}, "allowed: 1 or more"),
     ({"layout": {"overlap": "perhaps"}}, "allowed: true or false"),
+    ({"training": {"precision": "fp9"}}, "training.precision fp9 given; allowed: bf16"),
+    ({"layout": {"recompute": "ful"}}, "layout.recompute ful given; allowed: none, or of full"),
+    ({"layout": {"activation_offload_layers": 48}}, "activation_offload_layers 48 given; allowed: 0 to 47"),
 ])  # fmt: skip
 def test_bad_plans_end_in_one_line(sections: Any, said: str, write_plan: Any, capsys: pytest.CaptureFixture[str]) -> None:
     check_refusal(["plan", "estimate", write_plan(**sections)], said, capsys)
@@ -110,6 +114,73 @@ def test_bad_plans_end_in_one_line(sections: Any, said: str, write_plan: Any, ca
 ])  # fmt: skip
 def test_bad_options_end_in_one_line(argv: list[str], said: str, write_plan: Any, capsys: pytest.CaptureFixture[str]) -> None:
     check_refusal(["plan", "estimate", write_plan(), *argv], said, capsys)
+
+
+def write_config(folder: Path, **keys: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps({
+        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 16, "hidden_size": 1024,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 32000, "intermediate_size": 4096, **keys,
+    }))  # fmt: skip
+    return path
+
+
+def test_a_name_beside_a_config_is_a_title_and_no_other_model(
+    write_plan: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(tmp_path)
+    layout = {"pp": 2, "micro_batch_size": 1}
+    code, out, _ = run_command(
+        ["plan", "estimate", write_plan(model={"name": "mine", "hf": "config.json"}, layout=layout)], capsys
+    )
+    assert code == 0 and out.startswith("mine (Qwen3ForCausalLM of ")
+    path = write_plan(model={"name": "Qwen3-30B-A3B", "hf": "config.json"}, layout=layout)
+    check_refusal(["plan", "estimate", path], "are different models (num_layers 16 and 48", capsys)
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("plan.yaml", "model: {name: Qwen3-30B-A3B}\ncluster: {gpu: H100, gpus: 16}\nlayout: {pp: 2, ep: 8, pp: 4}\n"),
+    ("plan.json", '{"model": {"name": "Qwen3-30B-A3B"}, "cluster": {"gpu": "H100"}, "layout": {"pp": 2, "pp": 4}}'),
+])  # fmt: skip
+def test_a_key_given_twice_is_refused(name: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / name).write_text(text)
+    check_refusal(["plan", "estimate", str(tmp_path / name)], f"{name}: key pp is given twice", capsys)
+
+
+@pytest.mark.parametrize(("layout", "said"), [
+    ({"pp": 2, "ep": 8, "schedule": "auto"}, "note: schedule auto is planned as 1f1b"),
+    ({"pp": 2, "ep": 8, "schedule": "1f1b", "vpp": 2}, "note: schedule 1f1b is planned as interleaved"),
+    ({"pp": 2, "ep": 8, "flags": "sp"}, "note: no distributed optimizer: flags list Megatron's (sp) without dist_optimizer"),
+])  # fmt: skip
+def test_what_is_planned_otherwise_than_asked_is_said(
+    layout: dict[str, Any], said: str, write_plan: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run_command(["plan", "estimate", write_plan(layout=layout)], capsys)
+    assert code == 0 and said in out
+
+
+def test_what_deepspeed_takes_from_the_script_is_said(write_plan: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_plan(layout={"tp": 2, "pp": 2, "ep": 8, "recompute": "full"})
+    code, out, _ = run_command(["plan", "estimate", path, "--trainer", "deepspeed"], capsys)
+    line = next(line for line in out.splitlines() if line.startswith("not in the JSON, but in the script:"))
+    assert code == 0 and "num_stages=2" in line and "num_mp=2" in line and "activation_checkpoint_interval=1" in line
+    _, out, _ = run_command(["plan", "estimate", path, "--trainer", "deepspeed", "--json"], capsys)
+    assert len(json.loads(out)["candidates"][0]["deepspeed_script"]) == 3
+
+
+def test_a_search_that_was_not_finished_says_so_first(write_plan: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["plan", "search", write_plan(layout={"pp": 2, "recompute": "none"}, costs="costs.json"), "--seconds", "0"]
+    code, out, err = run_command(argv, capsys)
+    assert code == 0 and out.startswith("the search is not finished: ") and "costs.json is of one layout" in err
+    _, out, _ = run_command([*argv, "--json"], capsys)
+    assert json.loads(out)["finished"] is False
+
+
+def test_small_changes_have_no_sign(write_plan: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert write_change(0.99999) == "0.0 %" and write_change(1.5) == "+50.0 %"
+    (tmp_path / "runs.json").write_text(json.dumps([{"plan": PLAN, "step_s": 10.0}]))
+    _, out, _ = run_command(["plan", "estimate", write_plan(), "--calibrate", str(tmp_path / "runs.json")], capsys)
+    assert "calibrated on 1 run," in out
 
 
 def test_an_empty_plan_says_that_it_is_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

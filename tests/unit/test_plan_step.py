@@ -128,6 +128,38 @@ def test_measured_costs_take_the_place_of_the_models(tmp_path: Path) -> None:
         estimate_config(parse_config(plan))
 
 
+@pytest.mark.parametrize("costs", [
+    # Together below what the model's exchange of experts alone takes, about the model's own, and above it.
+    {"f": 8, "i": 8, "w": 4}, {"f": 18, "i": 20, "w": 15, "overlap": 0.55}, {"f": 60, "i": 60, "w": 40, "overlap": 1.3},
+])  # fmt: skip
+@pytest.mark.parametrize("routing", ["forced", "natural"])
+def test_measured_costs_add_up_in_the_waterfall_and_change_with_the_model(
+    costs: dict[str, float], routing: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps({"unit": "ms", "source": "a trace", **costs}))
+    plan = {**make_plan(), "costs": str(path), "training": {**PLAN["training"], "routing": routing}}
+    estimate = estimate_config(parse_config(plan))
+    bars = explain_step(estimate)
+    assert sum(bar.seconds for bar in bars) == pytest.approx(estimate.step_s, rel=1e-4)
+    assert all(bar.seconds > 0 for bar in bars), bars
+    assert any("costs.json (a trace)" in note for note in estimate.plan.notes)
+    links, imbalance, nodes = (change.seconds for change in try_changes(estimate))
+    assert links and imbalance and nodes and links > estimate.step_s > nodes and imbalance > estimate.step_s
+    twice = estimate_config(parse_config({**plan, "cluster": {"gpu": "H100", "gpus": 128}}))
+    assert nodes == pytest.approx(twice.step_s, rel=1e-2)
+
+
+def test_launches_that_pairs_wait_for_are_the_hosts() -> None:
+    plan = {**make_plan(pp=2), "cluster": {"gpu": "H100", "gpus": 16}}
+    plan["training"] = {**PLAN["training"], "global_batch_size": 256, "precision": "fp8-blockwise"}
+    hosted = estimate_config(parse_config(plan)).step
+    alone = estimate_config(parse_config({**plan, "layout": {**plan["layout"], "overlap": False}})).step
+    assert hosted.causes["experts' exchange"] < alone.causes["experts' exchange"]
+    assert hosted.causes["host"] > 0.3 * hosted.seconds
+    assert sum(hosted.causes.values()) == pytest.approx(hosted.seconds)
+
+
 def test_an_estimate_says_what_json_promises() -> None:
     found = describe(estimate_config(parse_config(PLAN)), price=2.0)
     wanted = {"step_s", "tokens_per_s_per_gpu", "bubble", "gpu_hours_per_trillion_tokens", "memory_gib", "memory_parts", "fits"}

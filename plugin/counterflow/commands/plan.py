@@ -17,7 +17,7 @@ from counterflow.planner.choices import OUR_KIND, find_kind
 from counterflow.planner.cluster import build_cluster
 from counterflow.planner.config import PlanConfig, read_config
 from counterflow.planner.constants import Constants
-from counterflow.planner.emission import emit_deepspeed, emit_megatron
+from counterflow.planner.emission import emit_deepspeed, emit_megatron, list_scripted
 from counterflow.planner.estimate import Estimate, describe, estimate_config
 from counterflow.planner.explain import explain_step, try_changes
 from counterflow.planner.layouts import Plan
@@ -31,11 +31,13 @@ from counterflow.report.plan_text import (
     name_schedule,
     write_changes,
     write_compared,
+    write_count,
     write_estimate,
     write_flags,
     write_price,
     write_rejected,
     write_rows,
+    write_unfinished,
     write_waterfall,
 )
 from counterflow.schedule.files import to_csv
@@ -123,7 +125,7 @@ def run_explain(args: argparse.Namespace) -> int:
         if compared is not None:
             found["against"] = _list_compared(compared.causes)
             found["against_chunks"] = _list_compared(compared.chunks)
-            found["against_notes"] = list(compared.notes)
+            found["against_notes"] = list(compared.remarks)
         print(json.dumps(found, indent=2, allow_nan=False))
         return 0
     lines = [*write_estimate(estimate, args.price), *write_waterfall(bars, estimate.step_s)]
@@ -153,6 +155,8 @@ def run_search(args: argparse.Namespace) -> int:
     check_outputs(args)
     begun = time.monotonic()
     fit, config = _calibrate(args), read_config(args.config)
+    if config.costs is not None:
+        print(f"counterflow: costs: {config.costs} is of one layout: a search times all by the model", file=sys.stderr)
     constants = _take_constants(fit)
     left = args.seconds - (time.monotonic() - begun)
     found = search_layouts(config, constants, seconds=SEARCH_SHARE * left, keep=args.top)
@@ -179,7 +183,13 @@ def run_search(args: argparse.Namespace) -> int:
         )
         return 0
     rows = [list_row(one, place, best.is_searched(one)) for place, one in enumerate(best.estimates, 1)]
-    lines = [*write_rows(rows), *_write_ties(best.estimates), *write_rejected(found), *write_price(winner, args.price)]
+    lines = [
+        *write_unfinished(found),
+        *write_rows(rows),
+        *_write_ties(best.estimates),
+        *write_rejected(found),
+        *write_price(winner, args.price),
+    ]
     lines += _write_saving(found, best, args)
     lines += [f"note: {note}" for note in winner.plan.notes]
     print("\n".join([*lines, *_write_fit(fit), *_write_flags(winner, args, searched)]))
@@ -229,7 +239,7 @@ def _write_saving(found: Found, result: _Best, args: argparse.Namespace) -> list
         return []
     sizes = f"{name_layout(looped)} {name_schedule(looped)}, {looped.step_s:.3g} s"
     if looped.step_s <= best.step_s:
-        return [f"Megatron's interleaved schedule at its best ({sizes}) is as fast as any other table"]
+        return [f"Megatron's interleaved schedule at its best ({sizes}) is as fast as the best layout that needs counterflow"]
     saved = looped.gpu_hours - best.gpu_hours
     cost = f", {saved * args.price:,.0f}" if args.price is not None else ""
     return [
@@ -242,7 +252,7 @@ def _write_saving(found: Found, result: _Best, args: argparse.Namespace) -> list
 def _write_fit(fit: Fit | None) -> list[str]:
     if fit is None:
         return []
-    lines = [f"calibrated on {len(fit.residuals)} runs, error {100 * fit.sigma:.0f} %; identified:"]
+    lines = [f"calibrated on {write_count(len(fit.residuals), 'run')}, error {100 * fit.sigma:.0f} %; identified:"]
     lines += [f"  {name}: {before:.3g} → {after:.3g}" for name, (before, after) in fit.identified.items()]
     return lines + [f"  {name}: {100 * residual:+.1f} %" for name, residual in fit.residuals.items()]
 
@@ -255,7 +265,9 @@ def _write_flags(estimate: Estimate, args: argparse.Namespace, searched: Searche
         lines = [] if args.csv else [f"{plan.layout.schedule}: give --csv FILE, which writes the searched table"]
     try:
         if args.trainer == "deepspeed":
-            return [*lines, "DeepSpeed:", json.dumps(emit_deepspeed(plan), indent=2)]
+            scripted = list_scripted(plan)
+            written = ["DeepSpeed:", json.dumps(emit_deepspeed(plan), indent=2)]
+            return [*lines, *([f"not in the JSON, but in the script: {'; '.join(scripted)}"] if scripted else []), *written]
         return [*lines, *write_flags(emit_megatron(plan), {})]
     except PlanError as error:
         return [f"no flags: {error}"]
@@ -280,10 +292,12 @@ def _describe(
         except PlanError as error:
             one[name] = None
             one["why"].append(f"no flags: {error}")
+        if args.trainer == "deepspeed":
+            one["deepspeed_script"] = list_scripted(estimate.plan)
         found["candidates"].append(one)
     if search is not None:
         found["rejected"] = [{"layout": one.layout, "why": one.reason} for one in search.rejected]
-        found |= {"tried": search.tried, "untried": search.untried, "seconds": search.seconds}
+        found |= {"finished": not search.untried, "tried": search.tried, "untried": search.untried, "seconds": search.seconds}
         found["pareto"] = [{"step_s": one.step_s, "memory_gib": max(one.memory.per_rank)} for one in search.pareto]
         for kind, best in (("best_interleaved_s", search.looped), ("best_counterflow_s", search.ours)):
             found[kind] = None if best is None else best.step_s

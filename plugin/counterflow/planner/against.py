@@ -19,6 +19,8 @@ from counterflow.errors import PlanError, TraceError
 from counterflow.planner.estimate import Estimate
 from counterflow.planner.explain import explain_step
 from counterflow.planner.layouts import Layout
+from counterflow.planner.measured import MOST_OFF
+from counterflow.schedule.families import FAMILIES
 
 NANOSECONDS = 1e9
 # What `Step.causes` calls them, and what stands in the comparison.
@@ -50,11 +52,20 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A step by cause, and the parts of a chunk as means over stages; ``notes`` say how what was measured is to be read."""
+    """A step by cause, and the parts of a chunk as means over stages.
+
+    ``notes`` say how what was measured is to be read, ``warning`` by what it seems to be of another run than the plan's.
+    """
 
     causes: tuple[Compared, ...]
     chunks: tuple[Compared, ...]
     notes: tuple[str, ...]
+    warning: str = ""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """All that is to be said, the warning first."""
+        return (*filter(None, (self.warning,)), *self.notes)
 
 
 def compare_measured(estimate: Estimate, path: Path) -> Comparison:
@@ -78,7 +89,39 @@ def compare_measured(estimate: Estimate, path: Path) -> Comparison:
         Compared(cause, predicted.get(cause), measured.get(cause)) for cause in ORDER if cause in predicted or cause in measured
     ]
     whole = Compared("step", sum(predicted.values()), sum(measured.values()))
-    return Comparison((whole, *rows), tuple(_compare_chunks(estimate, devices)), tuple(notes))
+    chunks = tuple(_compare_chunks(estimate, devices))
+    differ = [*_list_differences(estimate, devices), *_list_far((whole, *chunks))]
+    warning = f"{path} seems to be of another run than the plan: {'; '.join(differ)}" if differ else ""
+    return Comparison((whole, *rows), chunks, tuple(notes), warning)
+
+
+def _list_differences(estimate: Estimate, devices: Sequence[Device]) -> Iterator[str]:
+    """Yield the sizes that a measurement states and in which it differs from a plan."""
+    plan, trace = estimate.plan, devices[0].trace
+    layout = plan.layout
+    sizes: list[tuple[str, int, int]] = []
+    if trace.world_size is not None:
+        sizes.append(("ranks", trace.world_size, layout.gpus))
+    if trace.timeline is not None:
+        singles = [one for span in trace.timeline.spans for one in span.action.singles()]
+        # Full DualPipe's table is that of two replicas.
+        replicas = FAMILIES[layout.schedule].replicas if layout.schedule in FAMILIES else 1
+        sizes += [
+            ("pipeline ranks", trace.timeline.ranks, layout.pp * replicas),
+            ("stages", 1 + max((one.stage for one in singles), default=0), layout.stages),
+            ("micro-batches", len({one.microbatch for one in singles}), plan.microbatches * replicas),
+        ]
+    for name, own, planned in sizes:
+        if own != planned:
+            yield f"{own} {name}, {planned} planned"
+
+
+def _list_far(rows: Sequence[Compared]) -> Iterator[str]:
+    """Yield what takes so much longer or shorter than predicted that no error of the model explains it."""
+    for one in rows:
+        if one.predicted and one.measured and not 1 / MOST_OFF <= one.measured / one.predicted <= MOST_OFF:
+            yield f"{one.cause} {one.measured:.3g} s, {one.predicted:.3g} s predicted"
+            return
 
 
 def predict_causes(estimate: Estimate, without: Sequence[str] = ()) -> dict[str, float]:

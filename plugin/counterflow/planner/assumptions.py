@@ -12,14 +12,12 @@ from dataclasses import dataclass, replace
 from counterflow.planner.cluster import Cluster
 from counterflow.planner.config import PlanConfig
 from counterflow.planner.emission import is_forced
-from counterflow.planner.layouts import OWN, Layout, Plan, Training
+from counterflow.planner.layouts import LISTED, OWN, Layout, Plan, Training
 from counterflow.schedule.families import FAMILIES
 
 PARTIAL_GRAPH = ("attn", "moe_router", "moe_preprocess")
 WHOLE_GRAPH = ("full_iteration",)
 WEIGHTS_IN_FP8 = ("fp8-delayed", "fp8-tensorwise", "mxfp8")
-# Words of whoever lists Megatron's flags.
-LISTED = {"sp", "dist_optimizer", "tied", "untied", "swiglu"}
 FP8_ATTENTION, FUSED_PERMUTE = "fp8 attention", "hybridep_permute_fusion"
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from counterflow.arrays import Array
+from counterflow.bounds import unite_pairs
 from counterflow.errors import PlanError
 from counterflow.planner.assumptions import Assumed, assume_unstated
 from counterflow.planner.cluster import Cluster, build_cluster
@@ -146,7 +147,9 @@ def read_runs(path: Path) -> list[Run]:
         if path.stat().st_size > MAX_BYTES:
             raise PlanError(f"--calibrate {path} has more than {MAX_BYTES} bytes")
         text = path.read_text()
-        rows: Any = json.loads(text) if path.suffix == ".json" else list(csv.DictReader(text.splitlines()))
+        rows: Any = (
+            json.loads(text, object_pairs_hook=unite_pairs) if path.suffix == ".json" else list(csv.DictReader(text.splitlines()))
+        )
     except (OSError, ValueError, csv.Error) as error:
         raise PlanError(f"--calibrate {path} cannot be read: {error}") from None
     rows = rows if isinstance(rows, list) else [rows]

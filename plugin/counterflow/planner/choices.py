@@ -119,7 +119,7 @@ def explain_refusal(plan: Plan) -> str:
     if refusal := find_refusal(plan):
         return refusal
     if not layout.distributed_optimizer and layout.dp * layout.cp > 1 and layout.overlap_param_gather:
-        return "with a distributed optimizer it needs less memory and takes no longer"
+        return "the same with the distributed optimizer needs less memory and is as fast"
     return ""
 
 

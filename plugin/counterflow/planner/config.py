@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from counterflow.bounds import show
+from counterflow.bounds import RepeatedKeyError, show, unite_pairs
 from counterflow.errors import PlanError
 
 # A plan is a page of text; more is another file.
@@ -248,7 +248,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_BYTES:
             raise PlanError(f"{path} has more than {MAX_BYTES} bytes: no plan and no model's config.json")
         text = path.read_text()
-        given = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        given = json.loads(text, object_pairs_hook=unite_pairs) if path.suffix == ".json" else _load_yaml(text)
+    except RepeatedKeyError as error:
+        raise PlanError(f"{path}: {error}") from None
     except PlanError:
         raise
     except OSError as error:
@@ -261,6 +263,27 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise PlanError(f"{path} holds {show(given)}; expected: keys and values, as docs/plan.md shows them")
     return given
+
+
+def _load_yaml(text: str) -> Any:
+    """Return what YAML says; raises `RepeatedKeyError`, since YAML takes the last of several values."""
+    import yaml
+
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    nodes = [root]
+    # Nodes that stand in several places, and in themselves, are looked at once.
+    seen: set[int] = set()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            unite_pairs([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+            nodes += [one for pair in node.value for one in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+    return yaml.safe_load(text)
 
 
 def parse_config(given: Mapping[str, Any], where: str = "plan") -> PlanConfig:
@@ -359,7 +382,7 @@ def name_precision(given: str) -> str:
     for part, name in (("delay", "fp8-delayed"), ("ds", "fp8-delayed"), ("fp8", "fp8-tensorwise")):
         if part in word and "fp8" in word:
             return name
-    raise ValueError(f"{show(given)}; allowed: {', '.join(PRECISIONS)}{suggest(given, PRECISIONS)}")
+    raise ValueError(f"allowed: {', '.join(PRECISIONS)}{suggest(given, PRECISIONS)}")
 
 
 def read_recompute(given: str | list[str] | None) -> tuple[str | None, frozenset[str], str | None, int | None]:
@@ -384,9 +407,7 @@ def read_recompute(given: str | list[str] | None) -> tuple[str | None, frozenset
             modules.add(name)
         else:
             allowed = ("full", "selective", *RECOMPUTE_MODULES)
-            raise ValueError(
-                f"{show(word)} is no part of a model to recompute; allowed: {', '.join(allowed)}{suggest(word, allowed)}"
-            )
+            raise ValueError(f"allowed: none, or of {', '.join(allowed)}{suggest(word, allowed)}")
     if granularity == "full":
         return "full", frozenset(), method or "uniform", 1 if layers is None else layers
     if granularity == "selective" and not modules:

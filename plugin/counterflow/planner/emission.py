@@ -349,6 +349,26 @@ def emit_deepspeed(plan: Plan) -> dict[str, Any]:
     return found
 
 
+def list_scripted(plan: Plan) -> list[str]:
+    """Return what of a plan DeepSpeed takes from the script that makes the model, and not from its JSON."""
+    layout, found = plan.layout, []
+    if layout.pp > 1:
+        found.append(f"pp {layout.pp} by num_stages={layout.pp} of the PipelineModule")
+    if layout.tp > 1:
+        sizes = f"num_pp={layout.pp}, num_mp={layout.tp}, num_dp={layout.dp * layout.cp}"
+        found.append(f"tp {layout.tp} by layers that are cut so and its topology=PipeModelDataParallelTopology({sizes})")
+    if layout.pp > 1 and (layout.pipeline_layout or layout.first_stage_layers or layout.last_stage_layers):
+        found.append("the split of layers by its partition_method")
+    recompute = layout.recompute
+    if recompute.granularity is not None:
+        is_interval = recompute.method == "uniform" and layout.pp > 1
+        how = f"its activation_checkpoint_interval={recompute.layers}" if is_interval else "deepspeed.checkpointing in the layers"
+        found.append(f"recompute {recompute} by {how}")
+    if layout.cuda_graph:
+        found.append(f"cuda_graph {','.join(layout.cuda_graph)} by the layers themselves")
+    return found
+
+
 def _write_section(layout: Layout) -> dict[str, Any]:
     """Return counterflow's key of a DeepSpeed JSON."""
     found: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """An estimate of a plan: step time, memory, and what they come to."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from counterflow.planner.assumptions import Assumed, assume_unstated
@@ -10,11 +10,11 @@ from counterflow.planner.config import PlanConfig
 from counterflow.planner.constants import Constants
 from counterflow.planner.imbalance import find_imbalance
 from counterflow.planner.layouts import Plan, complete_plan
-from counterflow.planner.measured import check_measured, read_measured
+from counterflow.planner.measured import apply_measured, check_measured, note_measured, read_measured
 from counterflow.planner.memory import GIB, MemoryEstimate, estimate_memory
 from counterflow.planner.step import ChunkCosts, Step, cost_chunks, time_step
 from counterflow.planner.times import Setting
-from counterflow.schedule.costs_file import CostsFile
+from counterflow.schedule import Costs
 
 HOUR = 3600.0
 TRILLION = 1e12
@@ -22,7 +22,10 @@ TRILLION = 1e12
 
 @dataclass(frozen=True)
 class Estimate:
-    """A plan's step and memory. ``low`` and ``high`` bound the step's seconds, as past errors of the model suggest."""
+    """A plan's step and memory. ``low`` and ``high`` bound the step's seconds, as past errors of the model suggest.
+
+    ``measured``: the costs of chunks are those of a file.
+    """
 
     plan: Plan
     setting: Setting
@@ -31,6 +34,7 @@ class Estimate:
     fits: bool | None
     low: float
     high: float
+    measured: bool = False
 
     @property
     def step_s(self) -> float:
@@ -54,10 +58,16 @@ def estimate_config(config: PlanConfig, constants: Constants | None = None) -> E
     constants = constants or Constants()
     cluster = build_cluster(config.cluster)
     assumed = assume_unstated(config, complete_plan(config), cluster)
-    measured = read_measured(config.costs, assumed.plan) if config.costs is not None else None
-    if measured is not None:
-        check_measured(measured, cost_chunks(assumed.plan, make_setting(assumed, cluster, constants)).costs, str(config.costs))
-    return estimate_plan(assumed, cluster, constants, measured)
+    if config.costs is None:
+        return estimate_plan(assumed, cluster, constants)
+    measured, plan = read_measured(config.costs, assumed.plan), assumed.plan
+    chunks = cost_chunks(plan, make_setting(assumed, cluster, constants))
+    off = check_measured(measured, chunks.costs, str(config.costs))
+    notes = (*plan.notes, *note_measured(measured, str(config.costs), off))
+    return estimate_plan(
+        replace(assumed, plan=replace(plan, notes=notes)), cluster, constants, apply_measured(measured, chunks.costs),
+        chunks=chunks,
+    )  # fmt: skip
 
 
 def make_setting(assumed: Assumed, cluster: Cluster, constants: Constants) -> Setting:
@@ -73,21 +83,22 @@ def estimate_plan(
     assumed: Assumed,
     cluster: Cluster,
     constants: Constants,
-    measured: CostsFile | None = None,
+    costs: Costs | None = None,
     memory: MemoryEstimate | None = None,
     chunks: ChunkCosts | None = None,
 ) -> Estimate:
-    """Return the estimate of a complete plan; ``measured`` costs, where given, take the place of the model's.
+    """Return the estimate of a complete plan; ``costs``, as measured, take the place of the model's.
 
     ``memory`` and ``chunks`` are known from before.
     """
     plan = assumed.plan
     setting = make_setting(assumed, cluster, constants)
-    step = time_step(plan, setting, measured, chunks)
+    step = time_step(plan, setting, chunks, costs)
     memory = estimate_memory(plan) if memory is None else memory
     spread = math.exp(constants.sigma)
     fits = memory.tell_fit(cluster.memory_gib * GIB)
-    return Estimate(plan, setting, step, memory, fits, step.seconds / spread, step.seconds * spread)
+    low, high = step.seconds / spread, step.seconds * spread
+    return Estimate(plan, setting, step, memory, fits, low, high, costs is not None)
 
 
 # Keys that leave a plan's memory open, and what they are when they are left out.

@@ -24,6 +24,8 @@ PLAIN_LOOPED: str = _FAMILIES["default"]["looped"]
 # Megatron runs these without a plugin.
 OWN = (PLAIN_STRAIGHT, PLAIN_LOOPED)
 AUTO = "auto"
+# Words in ``layout.flags`` of whoever lists Megatron's flags.
+LISTED = frozenset({"sp", "dist_optimizer", "tied", "untied", "swiglu"})
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,13 @@ def complete_layout(config: PlanConfig, model: ModelShape, notes: list[str]) -> 
     granularity = "selective" if modules else None if granularity == "selective" else granularity
     graph = given.cuda_graph or ()
     # Whoever lists Megatron's flags lists these two, which its command line has off.
-    is_default = not set(given.words) & {"sp", "dist_optimizer", "tied", "untied", "swiglu"}
+    listed = sorted(set(given.words) & LISTED)
+    is_default = not listed
+    if listed and given.distributed_optimizer is None and dp * cp > 1:
+        notes.append(
+            f"no distributed optimizer: flags list Megatron's ({', '.join(listed)}) without dist_optimizer; add it, or "
+            f"distributed_optimizer: true"
+        )
     return Layout(
         tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp, dp=dp,
         micro_batch_size=_choose(given.micro_batch_size, 1, "micro_batch_size", notes),
@@ -311,6 +319,11 @@ def _complete_schedule(config: PlanConfig, pp: int, notes: list[str]) -> tuple[s
         return asked, vpp or 1
     plain = PLAIN_LOOPED if (vpp or 1) > 1 else PLAIN_STRAIGHT
     name = plain if asked in (None, AUTO) else re.sub(r"[\s_]+", "-", asked.strip().lower())
+    if asked == AUTO:
+        notes.append(
+            f"schedule auto is planned as {plain}, whose flags follow: --cf-schedule auto measures a run's first steps and "
+            f"searches a table, as plan search does where schedule is left out"
+        )
     if name in NEAREST:
         notes.append(f"schedule {asked} is planned as {NEAREST[name]}, the nearest family")
         name = NEAREST[name]
@@ -328,6 +341,7 @@ def _complete_schedule(config: PlanConfig, pp: int, notes: list[str]) -> tuple[s
             )
         return PLAIN_STRAIGHT, 1
     if name == PLAIN_STRAIGHT and (vpp or 1) > 1:
+        notes.append(f"schedule {asked} is planned as {PLAIN_LOOPED}, which Megatron runs with vpp {vpp}: drop vpp for {name}")
         return PLAIN_LOOPED, vpp or 1
     if vpp is not None and vpp != chunks:
         raise PlanError(f"layout.vpp {vpp} given; {name} has {chunks} model chunk{'s' * (chunks > 1)} on a rank: drop vpp")
@@ -487,6 +501,11 @@ def check_plan(plan: Plan) -> None:
     if layout.stages > MOST_STAGES:
         raise PlanError(f"pp {layout.pp} x vpp {layout.vpp} makes {layout.stages} stages; allowed: at most {MOST_STAGES}")
     _check_batch(plan)
+    offloaded, most = layout.activation_offload_layers, len(model.layers) - 1
+    _require(
+        offloaded <= most,
+        f"activation_offload_layers {offloaded} given; allowed: 0 to {most}, less than the model's layers",
+    )
     shards = layout.cp * (2 if layout.cp > 1 else 1) * (layout.tp if layout.sequence_parallel else 1)
     _require(
         training.seq_length % shards == 0,

@@ -243,14 +243,29 @@ def build_model(section: ModelSection) -> ModelShape:
                 f"model.name {show(section.name)} is not known and num_layers and hidden_size are not given: give them, or hf: "
                 f"config.json{suggest(section.name, list_models())}"
             )
-    name = section.name or str(known.pop("name", None) or "model")
-    known.pop("name", None)
+    own = str(known.pop("name", None) or "model")
     args = {**known, **given}
+    if section.hf is not None:
+        return shape_model(own if section.name is None else _name_read(section.name, section.hf, known, own), args)
+    name = section.name or own
     if section.name is None or known:
         return shape_model(name, args)
     args, notes = _complete_named(name, args)
     model = shape_model(name, args)
     return replace(model, assumed=(*notes, *model.assumed))
+
+
+def _name_read(name: str, path: Path, read: Mapping[str, Any], own: str) -> str:
+    """Return the title of a model that a file describes; raises `PlanError` where the name is that of another known one."""
+    known = find_known(name)
+    if known is None:
+        return f"{name} ({own} of {path})"
+    keys = ("num_layers", "hidden_size", "num_attention_heads", "num_experts", "vocab_size")
+    if differ := [f"{key} {read.get(key)} and {known.get(key)}" for key in keys if read.get(key) != known.get(key)]:
+        raise PlanError(
+            f"model.hf {path} and model.name {show(name)} are different models ({', '.join(differ)}): drop name, or hf"
+        )
+    return name
 
 
 def _complete_named(name: str, args: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -6,6 +6,7 @@ from counterflow.errors import ScheduleError
 from counterflow.planner.estimate import Estimate
 from counterflow.planner.layouts import build_table
 from counterflow.planner.memory import GIB, estimate_memory
+from counterflow.planner.step import share_causes
 from counterflow.schedule import ScheduleTable, Timeline, simulate
 
 # Longer tables take the search more than the seconds it is given.
@@ -58,10 +59,13 @@ def _search(estimate: Estimate, own: ScheduleTable, timeline: Timeline, room: fl
     fits = memory.tell_fit(estimate.setting.cluster.memory_gib * GIB)
     if found.timeline.makespan >= timeline.makespan or fits is False or (estimate.fits and not fits):
         return None
-    saved = timeline.makespan - found.timeline.makespan
+    own_step, makespan = estimate.step, found.timeline.makespan
+    saved = timeline.makespan - makespan
+    shares = share_causes(plan, own_step.chunks, own_step.costs, makespan, (1.0 - found.timeline.bubble) * makespan)
+    shares["weight gather"] += own_step.before
     step = replace(
-        estimate.step, seconds=estimate.step.seconds - saved, makespan=estimate.step.makespan - saved,
-        bubble=found.timeline.bubble, causes=estimate.step.causes | {"bubble": estimate.step.causes["bubble"] - saved},
+        own_step, seconds=own_step.seconds - saved, makespan=own_step.makespan - saved, bubble=found.timeline.bubble,
+        causes=own_step.causes | shares,
     )  # fmt: skip
     scale = step.seconds / estimate.step.seconds
     better = replace(

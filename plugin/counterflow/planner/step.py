@@ -9,7 +9,6 @@ from functools import lru_cache
 
 from counterflow.planner.clock import Clock, compile_table
 from counterflow.planner.layouts import Layout, Plan, Stage, build_table, place_layers
-from counterflow.planner.measured import apply_measured
 from counterflow.planner.memory import Parameters, count_stage
 from counterflow.planner.models import count_equal
 from counterflow.planner.times import (
@@ -22,7 +21,6 @@ from counterflow.planner.times import (
     time_mtp,
 )
 from counterflow.schedule import Costs
-from counterflow.schedule.costs_file import CostsFile
 from counterflow.schedule.families import FAMILIES
 from counterflow.schedule.layouts import lay_named
 
@@ -37,18 +35,33 @@ HOST_ADAM_RATE = 20e9
 
 
 @dataclass(frozen=True)
+class Pair:
+    """An overlapped pair of a chunk's F and B: its seconds, and those of its parts one after the other.
+
+    ``hidden`` are seconds of exchange that it hides; ``host`` how much longer the GPU waits for launches than in its parts.
+    """
+
+    seconds: float
+    parts: float
+    hidden: float
+    host: float
+
+
+@dataclass(frozen=True)
 class ChunkCosts:
     """What actions cost, seconds by stage, and the causes behind them."""
 
     costs: Costs
     work: tuple[Work, ...]
+    pairs: tuple[Pair, ...]
 
 
 @dataclass(frozen=True)
 class Step:
     """A step's time in seconds and where it goes.
 
-    ``causes`` add up to ``seconds``, as means over pipeline ranks. ``costs`` are what the table's actions cost.
+    ``causes`` add up to ``seconds``, as means over pipeline ranks. ``costs`` are what the table's actions cost, ``chunks`` what
+    the model says of them.
     """
 
     seconds: float
@@ -58,6 +71,7 @@ class Step:
     costs: Costs
     before: float
     after: float
+    chunks: ChunkCosts
 
 
 def time_stage(stage: Stage, plan: Plan, setting: Setting) -> Work:
@@ -90,8 +104,8 @@ def cost_chunks(plan: Plan, setting: Setting) -> ChunkCosts:
             found[key] = work * setting.constants["general.scale"], time_reduction(stage, plan, setting)
         works.append(found[key][0])
         reductions.append(found[key][1])
-    pairs = [pair_up(work, setting) for work in works]
-    ratio = sum(paired for paired, _ in pairs) / max(sum(parts for _, parts in pairs), 1e-30)
+    pairs = tuple(pair_up(work, setting) for work in works)
+    ratio = sum(pair.seconds for pair in pairs) / max(sum(pair.parts for pair in pairs), 1e-30)
     overlap = ratio if layout.overlap else 1.0
     inside = overlap if layout.overlap and layout.pp == 1 else 1.0
     # An action takes the host's time for it at least; a whole backward is launched as one.
@@ -106,18 +120,19 @@ def cost_chunks(plan: Plan, setting: Setting) -> ChunkCosts:
         time_p2p(plan, setting), min(max(overlap, 1e-6), 2.0), True, None, None,
         tuple(reductions),
     )  # fmt: skip
-    return ChunkCosts(costs, tuple(works))
+    return ChunkCosts(costs, tuple(works), pairs)
 
 
-def pair_up(work: Work, setting: Setting) -> tuple[float, float]:
-    """Return the time of an overlapped pair of a chunk's F and B, and the sum of its parts."""
+def pair_up(work: Work, setting: Setting) -> Pair:
+    """Return an overlapped pair of a chunk's F and B."""
     back = work.i + work.w
     exchange = work.f.expert + back.expert
     # What hides shards of weights, on the same network, hides nothing else.
     free = max(work.f.compute + back.compute - work.f.shards - back.shards, 0.0)
     hidden = setting.constants["general.hidden"] * min(exchange, free)
-    paired = max(work.f.device + back.device - hidden, PAIR_LAUNCHES * (work.f.host + back.host))
-    return paired, work.f.seconds + back.seconds
+    device, parts = work.f.device + back.device, work.f.seconds + back.seconds
+    paired = max(device - hidden, PAIR_LAUNCHES * (work.f.host + back.host))
+    return Pair(paired, parts, hidden, paired - (device - hidden) - (parts - device))
 
 
 def time_p2p(plan: Plan, setting: Setting) -> float:
@@ -242,43 +257,73 @@ def run_table(layout: Layout, microbatches: int, costs: Costs) -> tuple[float, f
     return whole, (busy + rounds * (busy - busy_before)) / (whole * clock.ranks)
 
 
-def time_step(plan: Plan, setting: Setting, measured: CostsFile | None = None, chunks: ChunkCosts | None = None) -> Step:
-    """Return the step of a plan; costs that were measured take the place of the model's, ``chunks`` are known from before."""
+def time_step(plan: Plan, setting: Setting, chunks: ChunkCosts | None = None, costs: Costs | None = None) -> Step:
+    """Return the step of a plan; ``chunks`` are known from before, ``costs``, as measured, take the place of the model's."""
     stages = place_layers(plan.model, plan.layout)
     chunks = cost_chunks(plan, setting) if chunks is None else chunks
-    costs = chunks.costs if measured is None else apply_measured(measured, chunks.costs).spread(plan.layout.stages)
+    costs = (chunks.costs if costs is None else costs).spread(plan.layout.stages)
     makespan, busy = run_table(plan.layout, plan.microbatches, costs)
-    without, _ = run_table(plan.layout, plan.microbatches, replace(costs, reduce=0.0))
+    # A long step's makespans go on from its first rounds, so that they may differ by a rounding.
+    without = min(run_table(plan.layout, plan.microbatches, replace(costs, reduce=0.0))[0], makespan)
     before, optimizer, host = time_ends(plan, setting, stages)
-    seconds = makespan + before + optimizer + host
-    causes = share_causes(plan, chunks, without, busy * makespan / without if without else 0.0)
-    causes |= {"gradient reduction": makespan - without, "weight gather": before, "optimizer": optimizer, "host and rest": host}
+    causes = share_causes(plan, chunks, costs, without, busy * makespan)
+    causes |= {
+        "gradient reduction": makespan - without, "weight gather": causes["weight gather"] + before, "optimizer": optimizer,
+        "host and rest": host,
+    }  # fmt: skip
     bubble = 1.0 - busy * makespan / without if without else 0.0
-    return Step(seconds, makespan, bubble, causes, costs, before, optimizer + host)
+    return Step(makespan + before + optimizer + host, makespan, bubble, causes, costs, before, optimizer + host, chunks)
 
 
-def share_causes(plan: Plan, chunks: ChunkCosts, makespan: float, busy: float) -> dict[str, float]:
-    """Return where the makespan goes, as means over pipeline ranks, in seconds."""
-    layout, count = plan.layout, plan.microbatches
-    totals = dict.fromkeys(("compute", "tensor parallel", "context parallel", "experts' exchange", "host"), 0.0)
-    times = (_as_list(part) for part in (chunks.costs.f, chunks.costs.i, chunks.costs.w))
-    for work, f, i, w in zip(chunks.work, *times, strict=True):
-        whole = work.f + work.i + work.w
-        exact = f + i + w
-        totals["compute"] += whole.compute
-        totals["tensor parallel"] += whole.tensor
-        totals["context parallel"] += whole.context
-        totals["experts' exchange"] += whole.expert
-        # What an action takes longer is the host's; what it takes less, as without a pipeline's table, is hidden communication.
-        rest = exact - whole.compute - whole.tensor - whole.context - whole.expert
-        totals["host" if rest > 0 else "experts' exchange"] += rest
-    shares = {name: value * count / layout.pp for name, value in totals.items()}
-    computed = busy * makespan
-    # What overlapped pairs hide is hidden communication.
-    hidden = sum(shares.values()) - computed
-    shares["experts' exchange"] -= hidden
-    shares["bubble"] = makespan - computed
-    return shares
+# Causes of an action's time, in the order in which a measured pair is taken to hide them.
+HIDDEN_FIRST = ("experts' exchange", "tensor parallel", "context parallel", "weight gather", "host", "compute")
+
+
+def share_causes(plan: Plan, chunks: ChunkCosts, costs: Costs, makespan: float, computed: float) -> dict[str, float]:
+    """Return where the makespan goes, as means over pipeline ranks, in seconds; ``computed`` of them a rank has work.
+
+    Each stage's ``costs`` are shared out as the model's own. Actions one after the other would take longer than ``computed``:
+    pairs save the difference, exchange that they hide less what their launches take longer.
+    """
+    shares, saved = dict.fromkeys(("compute", *HIDDEN_FIRST), 0.0), {"experts' exchange": 0.0, "host": 0.0}
+    (f, i, w), given = ([_as_list(part) for part in (one.f, one.i, one.w)] for one in (chunks.costs, costs))
+    for stage, (work, pair) in enumerate(zip(chunks.work, chunks.pairs, strict=True)):
+        own = f[stage] + i[stage] + w[stage]
+        times = plan.microbatches / plan.layout.pp * (sum(part[stage] for part in given) / own if own else 0.0)
+        for name, seconds in _share_work(work, pair.parts).items():
+            shares[name] += seconds * times
+        saved["experts' exchange"] += pair.hidden * times
+        saved["host"] -= pair.host * times
+    alone = sum(shares.values())
+    # One rank runs all of its chunks in pairs; of a pipeline's table, what it takes less says how much is in pairs.
+    ratio = costs.overlap if plan.layout.pp > 1 else chunks.costs.overlap
+    paired = min((alone - computed) / (1.0 - ratio) / alone, 1.0) if alone and abs(1.0 - ratio) > 1e-9 else 0.0
+    for name, seconds in saved.items():
+        shares[name] -= max(paired, 0.0) * seconds
+    _hide(shares, sum(shares.values()) - computed)
+    return {**shares, "bubble": makespan - computed}
+
+
+def _share_work(work: Work, seconds: float) -> dict[str, float]:
+    """Return where a chunk's time goes that takes so many seconds; what is not the GPU's own is waiting for the host."""
+    back, found = work.i + work.w, dict.fromkeys(HIDDEN_FIRST, 0.0)
+    for part in (work.f, back):
+        found["compute"] += part.compute
+        found["tensor parallel"] += part.tensor
+        found["context parallel"] += part.context
+        found["experts' exchange"] += part.expert
+        found["weight gather"] += max(part.shards - part.compute - part.tensor - part.context - part.sync, 0.0)
+    return found | {"host": max(seconds - sum(found.values()), 0.0)}
+
+
+def _hide(shares: dict[str, float], seconds: float) -> None:
+    """Take so many seconds from the causes, none below nothing; what pairs take longer than their parts is the host's."""
+    if seconds < 0:
+        shares["host"] -= seconds
+        return
+    for name in HIDDEN_FIRST:
+        taken = min(shares[name], seconds)
+        shares[name], seconds = shares[name] - taken, seconds - taken
 
 
 def _as_list(cost: object) -> tuple[float, ...]:

@@ -15,7 +15,7 @@ from counterflow.planner.searched import Searched
 from counterflow.planner.step import cut_microbatches
 from counterflow.report.filling import fill_page
 from counterflow.report.picture import Picture, clean_text
-from counterflow.report.plan_text import HEADINGS, list_compared, list_row
+from counterflow.report.plan_text import HEADINGS, list_compared, list_row, write_change
 from counterflow.report.svg import render_svg
 from counterflow.schedule import ScheduleTable, Timeline, simulate
 
@@ -57,7 +57,7 @@ def render_plan_html(view: PlanView, title: str) -> str:
         rows=[list_row(one, place, place == 1 and view.searched is not None) for place, one in enumerate(view.estimates, 1)],
         step=f"{first.step_s:.3g} s ({first.low:.3g} to {first.high:.3g})",
         compared=[] if view.compared is None else list_compared(view.compared),
-        compared_notes=() if view.compared is None else view.compared.notes,
+        compared_notes=() if view.compared is None else view.compared.remarks,
         notes=[clean_text(text) for text in first.plan.notes],
         waterfall=Markup(draw_waterfall(bars, first.step_s)),
         memory=Markup(draw_memory(first, timeline)),
@@ -66,7 +66,7 @@ def render_plan_html(view: PlanView, title: str) -> str:
         pareto=Markup(draw_pareto(view)) if view.pareto else "",
         changes=[
             (one.words, "" if one.seconds is None else f"{one.seconds:.3g} s",
-             "" if one.seconds is None else f"{100 * (one.seconds / first.step_s - 1):+.1f} %")
+             "" if one.seconds is None else write_change(one.seconds / first.step_s))
             for one in view.changes
         ],
     )  # fmt: skip

@@ -42,6 +42,17 @@ def find_exposed(estimate: Estimate) -> float:
     return sum(estimate.step.causes.get(name, 0.0) for name in EXPOSED)
 
 
+def write_change(ratio: float) -> str:
+    """Return by how much a ratio is above or below 1, in per cent with a sign; nothing has none."""
+    text = f"{100 * (ratio - 1):+.1f}"
+    return f"{text if float(text) else '0.0'} %"
+
+
+def write_count(count: int, one: str, several: str = "") -> str:
+    """Return a number and what is counted, in the singular or plural."""
+    return f"{count:,} {one if count == 1 else several or one + 's'}"
+
+
 def list_row(estimate: Estimate, number: int, searched: bool = False) -> list[str]:
     """Return a row below `HEADINGS`."""
     worst, card = estimate.memory.worst, estimate.setting.cluster.memory_gib
@@ -59,7 +70,7 @@ def write_estimate(estimate: Estimate, price: float | None) -> list[str]:
     plan, layout = estimate.plan, estimate.plan.layout
     lines = [
         f"{plan.model.name} on {layout.gpus} {estimate.setting.cluster.gpu.name}: {name_layout(estimate)} dp {layout.dp}, "
-        f"{name_schedule(estimate)}, {plan.microbatches} micro-batches",
+        f"{name_schedule(estimate)}, {write_count(plan.microbatches, 'micro-batch', 'micro-batches')}",
         f"step {estimate.step_s:.3g} s ({estimate.low:.3g} to {estimate.high:.3g})   {estimate.tokens_per_s_per_gpu:,.0f} "
         f"tokens/s/GPU   bubble {100 * estimate.step.bubble:.1f} %   exposed {find_exposed(estimate):.2g} s",
         *write_price(estimate, price),
@@ -97,7 +108,7 @@ def write_waterfall(bars: Sequence[Bar], seconds: float) -> list[str]:
     lines = [f"step {seconds:.3g} s, as a mean over pipeline ranks"]
     for bar in bars:
         width = round(BAR_WIDTH * abs(bar.seconds) / seconds)
-        lines.append(f"  {bar.cause:<20}{bar.seconds:9.3f} s {100 * bar.seconds / seconds:6.1f} %  {'█' * width}")
+        lines.append(f"  {bar.cause:<20}{bar.seconds:9.3f} s {100 * bar.seconds / seconds:6.1f} %  {'█' * width}".rstrip())
     return lines
 
 
@@ -105,7 +116,7 @@ def write_changes(changes: Sequence[Change], seconds: float) -> list[str]:
     """Return what would change the step."""
     lines = ["what if"]
     for change in changes:
-        told = "" if change.seconds is None else f": {change.seconds:.3g} s ({100 * (change.seconds / seconds - 1):+.1f} %)"
+        told = "" if change.seconds is None else f": {change.seconds:.3g} s ({write_change(change.seconds / seconds)})"
         lines.append(f"  {change.words}{told}")
     return lines
 
@@ -124,7 +135,8 @@ def list_compared(comparison: Comparison) -> list[list[str]]:
 
 def write_compared(comparison: Comparison) -> list[str]:
     """Return predicted and measured side by side."""
-    lines = [f"{'':<24}{'predicted':>12}{'measured':>12}{'off':>10}"]
+    lines = [f"warning: {comparison.warning}"] if comparison.warning else []
+    lines.append(f"{'':<24}{'predicted':>12}{'measured':>12}{'off':>10}")
     lines += [
         f"{cause:<24}{predicted:>12}{measured:>12}{off:>10}" for cause, predicted, measured, off in list_compared(comparison)
     ]
@@ -142,14 +154,22 @@ def write_rows(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["   ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
+def write_unfinished(found: Found) -> list[str]:
+    """Return that a search was not finished, where its time ended first."""
+    if not found.untried:
+        return []
+    return [
+        f"the search is not finished: {write_count(found.untried, 'combination')} of sizes left untried, and a better layout may "
+        f"be among them; give more --seconds, or fix some sizes in layout:"
+    ]
+
+
 def write_rejected(found: Found, most: int = 3) -> list[str]:
     """Return how many layouts were tried and rejected, and why: the first that need too much memory, then other reasons."""
     slower = sum(one.reason.startswith("at least") for one in found.rejected)
-    lines = [f"{found.tried} layouts tried in {found.seconds:.0f} s, {len(found.rejected) - slower} rejected"]
+    lines = [f"{write_count(found.tried, 'layout')} tried in {found.seconds:.0f} s, {len(found.rejected) - slower:,} rejected"]
     if slower:
-        lines[0] += f"; {slower} sizes cannot be faster than those shown"
-    if found.untried:
-        lines[0] += f"; {found.untried} sizes left untried: give more --seconds, or fix some in layout:"
+        lines[0] += f"; {write_count(slower, 'combination')} of sizes cannot be faster than those shown"
     too_large = [one for one in found.rejected if one.reason.startswith("rank ")]
     others = [one for one in found.rejected if not one.reason.startswith(("rank ", "at least"))]
     lines += [f"  why not: {one.layout}: {one.reason}" for one in too_large[:most]]

@@ -69,18 +69,51 @@ def lower(table: ScheduleTable, rank: int) -> Program:
     channels = list_incoming(table, rank)
     deliveries = {sender: _list_deliveries(table, rank, sender) for sender in channels}
     place_of = {message: (sender, place) for sender, messages in channels.items() for place, message in enumerate(messages)}
-    posted = dict.fromkeys(channels, 0)
+    posted, wanted = dict.fromkeys(channels, 0), dict.fromkeys(channels, POSTED_AHEAD)
+    waits_on = count_awaited(table, rank)
     instructions = []
-    for action in table.actions[rank]:
+    for position, action in enumerate(table.actions[rank]):
         parts = tuple(_lower_single(table, rank, single, place_of, deliveries) for single in action.singles())
         posts: list[Transfer] = []
         for sender, messages in channels.items():
             needed = [place_of[part.receive.message][1] + 1 for part in parts if part.receive and part.receive.peer == sender]
-            end = max(posted[sender], max(needed, default=0) + POSTED_AHEAD)
+            wanted[sender] = max(wanted[sender], max(needed, default=0) + POSTED_AHEAD)
+            ahead = messages[posted[sender] : wanted[sender]]
+            end = posted[sender] + sum(1 for message in ahead if waits_on[message] <= position)
             posts += [Transfer(message, sender, make_tag(table, message)) for message in messages[posted[sender] : end]]
             posted[sender] = end
         instructions.append(Instruction(action, tuple(posts), parts))
     return Program(table, rank, tuple(instructions))
+
+
+def count_awaited(table: ScheduleTable, rank: int) -> dict[Result, int]:
+    """Return, for each result of the table, how many of this rank's first actions have to run before it can be made.
+
+    No receive of it is posted before: on a GPU it would be a kernel that waits for this rank, and whatever makes the host wait
+    for the GPU meanwhile (a kernel's code that is loaded at its first use, memory that is freed) would wait for ever.
+    """
+    made: dict[Result, int] = {}
+    reached, places = [0] * table.ranks, [0] * table.ranks
+    due = list(range(table.ranks))
+    while due:
+        row = due.pop()
+        for action in table.actions[row][places[row] :]:
+            singles = list(action.singles())
+            own = {find_result(single) for single in singles}
+            needed = [find_input(single, table.layout.last_stage) for single in singles]
+            if any(one is not None and one not in made and one not in own for one in needed):
+                break
+            places[row] += 1
+            reached[row] = max(reached[row], *(made.get(one, 0) for one in needed if one is not None), 0)
+            if row == rank:
+                reached[row] = places[row]
+            for single in singles:
+                if (result := find_result(single)) is not None:
+                    made[result] = reached[row]
+                    receiver = find_receiver(table, single)
+                    if receiver is not None and receiver != row and receiver not in due:
+                        due.append(receiver)
+    return made
 
 
 def list_incoming(table: ScheduleTable, rank: int) -> dict[int, list[Result]]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from counterflow.errors import ScheduleError
 from counterflow.groups import open_process_group
-from counterflow.runtime.lanes import Lanes, QueuedTransfer
+from counterflow.runtime.lanes import Lanes, QueuedTransfer, say_if_kernels_are_lazy
 from counterflow.runtime.lowering import Program, Transfer
 from counterflow.runtime.messages import (
     HEADER_SIZE,
@@ -101,6 +101,7 @@ class Channels:
             )
         if device.type == "cuda" and self._lanes is None:
             self._lanes = Lanes(self.timeout)
+            say_if_kernels_are_lazy()
         pairs = {(s, r) for s in range(table.ranks) for r in _list_receivers(program, s)}
         for sender, receiver in sorted(pairs):
             if self.rank == sender:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from counterflow.bounds import show
+from counterflow.bounds import show, unite_pairs
 from counterflow.errors import ScheduleError
 from counterflow.schedule.costs import Costs, PerStage
 
@@ -65,7 +65,7 @@ def _load(path: Path) -> Any:
     try:
         if not path.is_file() or path.stat().st_size > MAX_BYTES:
             raise ScheduleError(f"{path}: no file of at most {MAX_BYTES} bytes; give a costs file, as analyze --costs writes it")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unite_pairs)
     # Bytes that are no text, bad JSON, and a name that no file can have are a ValueError.
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, ScheduleError):
