@@ -74,6 +74,7 @@ KEEPING = {
         TWO_STAGES, lend("exact", 1, *KEPT), SHARDED, SELECTIVE_RECOMPUTE, SCHEDULES["dualpipev"], PAIRS
     ],
     "dualpipe, two clones, pairs, kept": [TWO_STAGES, lend("exact", 2, *KEPT), SHARDED, DUALPIPE, PAIRS],
+    "1f1b, full recompute, kept": [TWO_STAGES, lend("exact", 1, *KEPT), FULL_RECOMPUTE, SCHEDULES["1f1b"]],
 }  # fmt: skip
 PREDICTING = {"MTP, zbv": [lend("exact"), ["--cf-schedule", "zbv"]]}
 
@@ -87,7 +88,7 @@ def list_cases(text: Path, directory: Path, steps: int, seed: int = SEEDS[0]) ->
     cases.add("megatron, sharded", TWO_STAGES, weights, SHARDED, plugin=False)
     record = ["--cf-record", str(directory / "record")]
     for name, flags in (PLAIN | SHARDED_RUNS | MORE_PLAIN | MORE_SHARDED | KEEPING).items():
-        cases.add(name, weights, *flags, *([record] if "full recompute" in name else []))
+        cases.add(name, weights, *flags, *([record] if name == "1f1b, full recompute" else []))
     # The first stage has no experts. Other layouts draw other first weights.
     predicting = [*TWO_STAGES, *MTP, "--moe-layer-freq", "([0]*2+[1]*2)"]
     cases.add("initial, MTP", predicting, plugin=False, steps=1, save=1)
@@ -114,4 +115,4 @@ def name_reference(name: str) -> str:
     """Return the name of the run beside which a case is looked at."""
     if name in PREDICTING:
         return "megatron, MTP"
-    return "megatron, sharded" if name in SHARDED_RUNS | MORE_SHARDED | KEEPING else "megatron, plain"
+    return "megatron, sharded" if name.removesuffix(", kept") in SHARDED_RUNS | MORE_SHARDED else "megatron, plain"

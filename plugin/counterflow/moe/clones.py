@@ -21,6 +21,7 @@ from counterflow.balance.cluster import Cluster
 from counterflow.balance.moves import arrange_rounds
 from counterflow.balance.placement import EMPTY, Placement
 from counterflow.devices import find_device
+from counterflow.errors import BalanceError
 from counterflow.groups import open_process_group
 from counterflow.moe.gradients import GradientStore, Weight, find_values
 
@@ -43,10 +44,9 @@ class Packing(Protocol):
 
 @dataclass
 class Landing:
-    """What shared slots have received packed: ``forms`` by (slot, weight), kept for the next time, and which weights they are."""
+    """What shared slots have received packed: ``forms`` by (slot, weight), kept for the next time."""
 
     forms: dict[tuple[int, int], Any] = field(default_factory=dict)
-    packed: frozenset[int] = frozenset()
     is_placed: bool = False
     """Whether something has computed with what came last."""
 
@@ -57,8 +57,11 @@ class SharedPacking(Protocol):
     def pack(self, home: int) -> list[torch.Tensor]:
         """Return what is sent of a home's weights."""
 
-    def list_packed(self) -> frozenset[int]:
-        """Return which weights of an expert would be packed now, by their index."""
+    def prepare(self) -> frozenset[int]:
+        """Get ready before anything has computed; return which weights of an expert come packed, by their index."""
+
+    def measure(self) -> int:
+        """Return the bytes of one slot's packed weights, as they rest."""
 
     def land(self, slots: list[list[torch.Tensor]], memory: Landing) -> list[list[torch.Tensor]]:
         """Return the tensors that each slot receives into: those of ``memory``, or the weights in ``slots`` themselves."""
@@ -381,13 +384,24 @@ def _prepare(clone: Sequence[Weight], home: Sequence[Weight], gradients: Gradien
 
 
 def match_home(clone: Sequence[Weight], home: Sequence[Weight]) -> None:
-    """Give a clone's parameters the shape and type of a home's, with zeros."""
+    """Give a clone's parameters the shape and type of a home's, with zeros.
+
+    Raises `BalanceError` if the clone cannot hold the home.
+    """
     if len(clone) != len(home) or len(home) > TENSORS_PER_EXPERT:
-        raise ValueError(
-            f"a clone of {len(clone)} tensors for a home of {len(home)}; up to {TENSORS_PER_EXPERT}, as many in both"
+        raise BalanceError(
+            f"a clone slot of {len(clone)} tensors for an expert of {len(home)}; allowed: up to {TENSORS_PER_EXPERT}, as many in "
+            "both; build clone slots like the experts"
         )
     for copied, own in zip(clone, home, strict=True):
-        # Parts are parts of a parameter that its adapter has made like the homes'.
         if isinstance(copied, torch.nn.Parameter) and isinstance(own, torch.nn.Parameter):
             copied.data = torch.zeros_like(own.data)
             copied.requires_grad_(own.requires_grad)
+            continue
+        # Parts are parts of a parameter that the adapter has made.
+        slot, expert = find_values(copied), find_values(own)
+        if slot.shape != expert.shape or slot.dtype != expert.dtype:
+            raise BalanceError(
+                f"a clone slot of {slot.dtype} and shape {tuple(slot.shape)} for an expert's weight of {expert.dtype} and shape "
+                f"{tuple(expert.shape)}; allowed: the same in both; build clone slots like the experts"
+            )

@@ -18,11 +18,13 @@ at the homes in a fixed order, at points of the program that the clock does not 
 All ranks of the group come to all points in the same order, with the same loans.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -135,8 +137,9 @@ class JustInTime:
         self._sets = _share_memory(self._shared, layers, gradients, defer, 1 + self._backward)
         # By set: the memory of what it holds, its own or what a forward keeps.
         self._held = list(self._sets)
-        # By set: the loan that it holds or that is under way to it, and its transfers: what comes, and what is sent.
-        self._holds: list[Loan | None] = [None] * len(self._sets)
+        # By set: the loan that it holds or that is under way to it, with whether a forward keeps it, the same on all ranks; and
+        # its transfers: what comes, and what is sent.
+        self._holds: list[tuple[Loan, bool] | None] = [None] * len(self._sets)
         self._coming: list[list[dist.Work]] = [[] for _ in self._sets]
         self._sent: list[list[dist.Work]] = [[] for _ in self._sets]
         self._returns: list[_Return] = []
@@ -149,7 +152,8 @@ class JustInTime:
         if not lent:
             return None
         loan = Loan(layer, lent)
-        self._traffic.lent += len(lent)
+        # What a backward recomputes has been counted.
+        self._traffic.lent += 0 if is_in_backward() else len(lent)
         self._send(loan)
         return loan
 
@@ -157,9 +161,13 @@ class JustInTime:
         """Return a layer's output; at its gradient the loan's weights are sent again, and its gradients begin at zero."""
         return self._notice(partial(self._begin_backward, loan), tensors)
 
-    def give_back(self, loan: Loan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the input of a layer's experts; behind their backward the loan's gradients are sent home."""
-        return self._notice(partial(self._end_backward, loan), tensors)
+    def give_back(self, loan: Loan, *tensors: torch.Tensor, leave: Callable[[], None] = lambda: None) -> tuple[torch.Tensor, ...]:
+        """Return the input of a layer's experts; behind their backward the loan's gradients are sent home.
+
+        Before that ``leave`` hands over the weight gradients of homes that modules keep of their own accord: those of a step's
+        first micro-batch may overwrite what is there, and so have to come before what clones add.
+        """
+        return self._notice(partial(self._end_backward, loan, leave), tensors)
 
     def _notice(self, call: Callable[[], None], tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return _Notice.apply(call, self._anchor, *tensors) if torch.is_grad_enabled() else tensors
@@ -188,7 +196,7 @@ class JustInTime:
             self._finish_return(self._returns.pop(0))
 
     def finish_step(self) -> None:
-        """Wait for all transfers, since the optimizer changes the homes next. No set holds anything then."""
+        """Wait for all transfers, since the homes' weights may change next. No set holds anything then."""
         self.finish_homecoming()
         for works in (*self._coming, *self._sent):
             self._wait(works)
@@ -197,25 +205,48 @@ class JustInTime:
 
     def measure_kept(self) -> int:
         """Return the bytes of weights that one micro-batch may keep on this rank, in all layers, from forward to backward."""
-        return sum(count_bytes(one.wholes) for one in self._shared) if self._keeps else 0
+        if not self._keeps:
+            return 0
+        return sum(_count_read(one.wholes) for one in self._shared) + sum(self._measure_packed())
+
+    def measure_packed(self) -> tuple[int, int]:
+        """Return the bytes of packed weights in the shared sets, and in such slots of each layer of this rank."""
+        sizes = self._measure_packed()
+        # Layers of one form have one memory, which those take that compute with packed weights.
+        by_form = dict(sorted(((one.form, size) for one, size in zip(self._shared, sizes, strict=True)), key=itemgetter(1)))
+        return len(self._sets) * sum(by_form.values()), sum(sizes)
+
+    def _measure_packed(self) -> list[int]:
+        packings = [(layer.shared_packing, len(layer.shared)) for layer in self._layers]
+        return [0 if packing is None else count * packing.measure() for packing, count in packings]
 
     def measure_memory(self) -> tuple[int, int]:
-        """Return the bytes of the shared sets' weights, and of their gradients."""
-        weights = sum(count_bytes(one) for own in self._sets for one in own.values.values())
+        """Return the bytes of the shared sets' weights, packed ones too, and of their gradients."""
+        weights = sum(_count_read(one) for own in self._sets for one in own.values.values())
         kept = {g.data_ptr(): g for one in self._shared for g in list_gradients(one.wholes, self._gradients)}
-        return weights, count_bytes(kept.values())
+        return weights + self.measure_packed()[0], count_bytes(kept.values())
+
+    def measure_layers(self) -> tuple[int, int]:
+        """Return the bytes that weights and gradients would take in such slots of each layer of this rank."""
+        weights = sum(_count_read(one.wholes) for one in self._shared) + self.measure_packed()[1]
+        return weights, sum(count_bytes(list_gradients(one.wholes, self._gradients)) for one in self._shared)
 
     def _send(self, loan: Loan) -> None:
-        """Start sending a loan's weights into the set of what runs now, a forward or a backward, unless it holds them."""
+        """Have a loan's weights come into the set of what runs now, a forward or a backward, unless it holds them."""
         which = self._find_set()
         keeps = self._keeps and torch.is_grad_enabled()
+        held, is_kept = self._holds[which] or (None, False)
         # What a forward without gradients has left in the set's own memory is overwritten by the next of them.
-        if self._holds[which] == loan and not (keeps and self._held[which] is self._sets[which]):
+        if held == loan and (is_kept or not keeps):
             return
         # What a rank received and had no use for; what it sent has gone out, or its receiver would not be here.
         self._wait(self._coming[which])
         self._wait(self._sent[which])
-        self._holds[which] = loan
+        self._holds[which] = loan, keeps
+        self._start_sending(loan, which, keeps=keeps)
+
+    def _start_sending(self, loan: Loan, which: int, *, keeps: bool) -> None:
+        """Start sending a loan's weights into a set; with ``keeps`` into memory that a forward keeps."""
         layer = self._layers[loan.layer]
         kind = BACKWARD if which else FORWARD
         is_taker = any(one.clone_rank == self._rank for one in loan.lent)
@@ -242,13 +273,7 @@ class JustInTime:
         layer, shared, own = self._layers[loan.layer], self._shared[loan.layer], self._sets[which]
         packing = layer.shared_packing
         if keeps:
-            # What comes quantized leaves the set's weights unread.
-            unread = packing.list_packed() if packing is not None else frozenset[int]()
-            whole_unread = {shared.find_whole(clone, part) for clone in range(len(layer.shared)) for part in unread}
-            values = [
-                one if place in whole_unread else torch.empty_like(one) for place, one in enumerate(own.values[shared.form])
-            ]
-            own = _Set({shared.form: values})
+            own = _Set({shared.form: shared.make_memory()})
         self._held[which] = own
         slots = [shared.find_tensors(own.values[shared.form], clone) for clone in range(len(layer.shared))]
         return slots if packing is None else packing.land(slots, own.landings.setdefault(shared.form, Landing()))
@@ -257,7 +282,8 @@ class JustInTime:
         """Wait for a loan's weights, and let the layer's clones compute with them, or at once with what a forward ``kept``."""
         which = self._find_set()
         if kept is None:
-            assert self._holds[which] == loan, "another loan has taken the shared slots"
+            held, _ = self._holds[which] or (None, False)
+            assert held == loan, "another loan has taken the shared slots"
             self._wait(self._coming[which])
             kept = self._held[which]
         shared, packing = self._shared[loan.layer], self._layers[loan.layer].shared_packing
@@ -312,7 +338,8 @@ class JustInTime:
             self._send(loan)
         self._defer(partial(self._begin_gradients, loan))
 
-    def _end_backward(self, loan: Loan) -> None:
+    def _end_backward(self, loan: Loan, leave: Callable[[], None]) -> None:
+        leave()
         self._defer(partial(self._return_gradients, loan))
 
     def _begin_gradients(self, loan: Loan) -> None:
@@ -398,10 +425,20 @@ def is_in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+def _count_read(tensors: Sequence[torch.Tensor]) -> int:
+    """Return the bytes of tensors without those that have no memory (`_SharedLayer.make_memory`)."""
+    return count_bytes(one for one in tensors if not _is_unread(one))
+
+
+def _is_unread(tensor: torch.Tensor) -> bool:
+    return tensor.dim() > 0 and not any(tensor.stride())
+
+
 class _SharedLayer:
     """The parameters of one layer's shared slots, and where in them each clone is."""
 
     def __init__(self, layer: LayerExperts) -> None:
+        packed = layer.shared_packing.prepare() if layer.shared_packing is not None else frozenset[int]()
         self.wholes: list[torch.nn.Parameter] = []
         self._places: list[list[tuple[int, int | None]]] = []
         number: dict[int, int] = {}
@@ -412,6 +449,7 @@ class _SharedLayer:
                     number[id(whole)] = len(self.wholes)
                     self.wholes.append(whole)
             self._places.append([self._find_place(weight, number) for weight in clone])
+        self._unread = frozenset(clone[part][0] for clone in self._places for part in packed)
 
     def _find_place(self, weight: Weight, number: dict[int, int]) -> tuple[int, int | None]:
         return (number[id(weight.whole)], weight.index) if isinstance(weight, Part) else (number[id(weight)], None)
@@ -419,15 +457,18 @@ class _SharedLayer:
     @property
     def form(self) -> tuple[Any, ...]:
         """Layers of one form can share memory."""
-        return tuple((tuple(one.shape), one.dtype, one.requires_grad) for one in self.wholes)
+        return self._unread, *((tuple(one.shape), one.dtype, one.requires_grad) for one in self.wholes)
+
+    def make_memory(self) -> list[torch.Tensor]:
+        """Return memory for the parameters: none for weights that come packed, of which all that is read is NaN."""
+        return [
+            whole.data.new_full((), math.nan).expand(whole.shape) if place in self._unread else torch.zeros_like(whole.data)
+            for place, whole in enumerate(self.wholes)
+        ]
 
     def find_tensors(self, memory: Sequence[torch.Tensor], clone: int) -> list[torch.Tensor]:
         """Return where a clone's weights are in the memory of a set."""
         return [memory[whole] if part is None else memory[whole][part] for whole, part in self._places[clone]]
-
-    def find_whole(self, clone: int, weight: int) -> int:
-        """Return the place in ``wholes`` of the parameter in which one of a clone's weights is."""
-        return self._places[clone][weight][0]
 
 
 def _share_memory(
@@ -441,7 +482,7 @@ def _share_memory(
             match_home(clone, layer.homes[0])
         for own in memory:
             if one.form not in own.values:
-                own.values[one.form] = [torch.zeros_like(whole.data) for whole in one.wholes]
+                own.values[one.form] = one.make_memory()
         for whole, values in zip(one.wholes, memory[0].values[one.form], strict=True):
             whole.data = values
         first = firsts.setdefault((one.form, index % GRADIENT_SETS), layer)

@@ -169,7 +169,12 @@ class LayerSlots:
 
     def give_back(self, loan: Loan | None, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the input of the experts; behind their backward the gradients of its loan are sent home."""
-        return inputs if loan is None or self._just_in_time is None else self._just_in_time.give_back(loan, *inputs)
+        if loan is None or self._just_in_time is None:
+            return inputs
+        return self._just_in_time.give_back(loan, *inputs, leave=self.leave_weight_grads)
+
+    def leave_weight_grads(self) -> None:
+        """Hand over the weight gradients that modules of the homes keep of their own accord; by default there are none."""
 
     def finish_refresh(self) -> bool:
         """Wait for the clones' weights before the clones compute; tell whether any were sent in this step."""

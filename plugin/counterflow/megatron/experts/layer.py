@@ -17,7 +17,7 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 
 from counterflow.errors import SeamError
 from counterflow.megatron.experts.packing import list_tensors, make_packing, make_shared_packing
-from counterflow.megatron.gradients import add_behind_delayed, is_delayed
+from counterflow.megatron.gradients import add_behind_delayed, defer_queued, is_delayed
 from counterflow.megatron.state import layer_slots
 from counterflow.moe.clones import LayerExperts
 from counterflow.moe.layer import LayerSlots
@@ -41,7 +41,7 @@ class MegatronSlots(LayerSlots):
         self.refer_to(layer)
         self.clone_module, self.shared_module = clone_module, shared_module
         self._packing = make_packing(layer.experts, clone_module)
-        self._shared_packing = make_shared_packing(layer.experts, shared_module, shared)
+        self._shared_packing = make_shared_packing(layer, shared_module, shared)
         self.numbered_behind = 0
         sources = dispatcher.tp_ep_group
         rank_of_source = np.arange(sources.size()) // dispatcher.tp_size
@@ -79,6 +79,10 @@ class MegatronSlots(LayerSlots):
             return self.shared_module(tokens, counts, probs)[0]
 
         return self._just_in_time.compute(self.dealt.loan, run, tokens, probs, leave=partial(leave_delayed, self.shared_module))
+
+    def leave_weight_grads(self) -> None:
+        """Hand over what Transformer Engine's modules of the homes have queued."""
+        defer_queued(list_delayed(self.layer.experts))
 
     @property
     def number(self) -> int:  # type: ignore[override]

@@ -10,11 +10,12 @@ a scale for 32 values along rows in one direction and along columns in the other
 
 import math
 from typing import Any
+from weakref import ref
 
 import torch
 
 from counterflow.errors import SeamError
-from counterflow.moe.clones import Landing
+from counterflow.moe.clones import Landing, count_bytes
 
 # What the quantizers of Transformer Engine make along rows: data and scales. The other direction is its transpose.
 FORMS = {
@@ -80,38 +81,69 @@ class EnginePacking:
 
 
 class SharedEnginePacking:
-    """Packs one layer's weights for slots whose memory all layers share: ``clones`` is the layer's module of these slots.
+    """Packs the weights of a MoE ``layer`` for slots whose memory all layers share: ``clones`` is its module of ``count`` slots.
 
     Autograd keeps the quantized tensors that are in the module's cache. They are this layer's own, without memory but while they
     compute: `place` gives them that of what has come, and `lift` takes it away. So a backward computes with what came for it.
     Where a model computes in FP8 and weights come as they are, `place` quantizes them, in that memory.
+
+    What comes quantized is known before the first step, so that the weights themselves need no memory.
     """
 
-    def __init__(self, homes: Any, clones: Any, count: int) -> None:
-        self._homes, self._clones, self._count = homes, clones, count
+    def __init__(self, layer: Any, clones: Any, count: int) -> None:
+        self._homes, self._clones, self._count = layer.experts, clones, count
+        # Weakly, as whatever belongs to a layer.
+        self._find_layer = ref(layer)
         self._forms: dict[tuple[int, int], Any] = {}
+        self._packed: frozenset[int] = frozenset()
 
     def pack(self, home: int) -> list[torch.Tensor]:
         """Return what is sent of the expert at place ``home``."""
+        if self._list_packed() != self._packed:
+            raise SeamError(
+                "a layer computes outside of the FP8 in which its just-in-time clones travel: run it as Megatron's layers run, "
+                "or give --cf-eplb-plan predicted and per-layer buffers"
+            )
         return pack_weights(self._homes, home)
 
-    def list_packed(self) -> frozenset[int]:
-        """Return which of an expert's tensors travel quantized now."""
+    def prepare(self) -> frozenset[int]:
+        """Return which of an expert's tensors will travel quantized."""
+        from megatron.core.fp8_utils import get_fp8_context
+
+        layer: Any = self._find_layer()
+        if layer.config.fp8:
+            # As upstream enters a layer: those of a prediction have no number of their own.
+            with get_fp8_context(layer.config, -1 if layer.is_mtp_layer else layer.layer_number - 1):
+                for linear in {linear for linear, _ in list_tensors(self._homes, 0)}:
+                    # As its first forward does.
+                    linear.init_fp8_metadata(num_gemms=linear.num_gemms)
+        self._packed = self._list_packed()
+        return self._packed
+
+    def _list_packed(self) -> frozenset[int]:
         named = enumerate(list_tensors(self._homes, 0))
         return frozenset(index for index, (linear, name) in named if find_quantizer(linear, name) is not None)
 
+    def measure(self) -> int:
+        """Return the bytes of one slot's quantized weights, with their scales."""
+        size = 0
+        for linear, name in list_tensors(self._homes, 0):
+            if (quantizer := find_computing_quantizer(linear, name)) is not None:
+                form = _make_form(quantizer, getattr(linear, name).detach())
+                size += count_bytes(filter(torch.is_tensor, vars(form).values()))
+        return size
+
     def land(self, slots: list[list[torch.Tensor]], memory: Landing) -> list[list[torch.Tensor]]:
         """Return the tensors that each slot receives into, in the order of `pack`."""
-        memory.packed, memory.is_placed = self.list_packed(), False
+        memory.is_placed = False
         landing: list[list[torch.Tensor]] = [[] for _ in slots]
         for clone, weights in enumerate(slots):
             for index, ((home, own), weight) in enumerate(zip(list_tensors(self._homes, 0), weights, strict=True)):
-                if index not in memory.packed:
+                if index not in self._packed:
                     landing[clone].append(weight)
                     continue
                 if (clone, index) not in memory.forms:
                     memory.forms[clone, index] = _make_form(find_quantizer(home, own), weight)
-                    weight.fill_(math.nan)
                 form = memory.forms[clone, index]
                 # The other direction is of earlier data.
                 form.update_usage(rowwise_usage=True, columnwise_usage=False)
@@ -127,13 +159,15 @@ class SharedEnginePacking:
                 if quantizer is None:
                     continue
                 key = clone, index
-                if index not in memory.packed and not memory.is_placed:
+                if index not in self._packed and not memory.is_placed:
                     weight = getattr(linear, name).detach()
                     if key not in memory.forms:
                         memory.forms[key] = _make_form(quantizer, weight)
                     quantizer.update_quantized(weight, memory.forms[key])
                 memory.forms[key].update_usage(rowwise_usage=True, columnwise_usage=True)
-                form = self._forms.setdefault(key, memory.forms[key].detach())
+                if key not in self._forms:
+                    self._forms[key] = memory.forms[key].detach()
+                form = self._forms[key]
                 vars(form).update({part: one for part, one in vars(memory.forms[key]).items() if _is_memory(part, one)})
                 getattr(linear, CACHE)[name] = form
                 linear.is_first_microbatch = False
@@ -159,9 +193,9 @@ def make_packing(homes: Any, clones: Any) -> EnginePacking | None:
     return EnginePacking(homes, clones) if _is_grouped(clones) else None
 
 
-def make_shared_packing(homes: Any, clones: Any, count: int) -> SharedEnginePacking | None:
+def make_shared_packing(layer: Any, clones: Any, count: int) -> SharedEnginePacking | None:
     """Return a packing for ``count`` shared slots, as `make_packing` does for a layer's own."""
-    return SharedEnginePacking(homes, clones, count) if _is_grouped(clones) else None
+    return SharedEnginePacking(layer, clones, count) if _is_grouped(clones) else None
 
 
 def _is_grouped(clones: Any) -> bool:
