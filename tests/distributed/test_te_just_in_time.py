@@ -12,22 +12,27 @@ from te_cases import BIASED, FULL_RECOMPUTE, PAIRED, STEPS, EngineCases, V, list
 from tests.support.asked import mark_nightly
 from tests.support.comparing import TOLERANCE, find_difference
 from tests.support.run_cases import Runs
-from tests.support.training import OVERLAPPED, SCHEDULES
+from tests.support.training import OVERLAPPED, SCHEDULES, drop_flags
+
+# Under zb-h1 a stage has four layers with experts: the gradients of one are home before the W of its micro-batch ends. The W of a
+# step's first micro-batch overwrites gradients.
+DEEP = ["--num-layers", "8", "--moe-layer-freq", "([0]*1+[1]*7)"]
 
 
 @pytest.fixture(scope="module")
 def lent_runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     directory = tmp_path_factory.mktemp("lent_engine")
-    cases = EngineCases(directory, list_engine_flags(text, directory), STEPS)
+    flags = drop_flags(list_engine_flags(text, directory), *DEEP[::2])
+    cases = EngineCases(directory, [*flags, *DEEP], STEPS)
     cases.begin("initial, biased", without=BIASED)
     cases.refer("biased", without=BIASED)
-    cases.train("zbv", lend("exact", 2), ["--cf-schedule", "zbv"], without=BIASED)
+    cases.train("zb-h1", lend("exact", 2), ["--cf-schedule", "zb-h1"], without=BIASED)
     cases.train("dualpipev, pairs", lend("exact", 2), OVERLAPPED, PAIRED, without=BIASED)
     cases.train("dualpipev, auto", lend("auto"), OVERLAPPED, V, without=BIASED)
     return Runs("te_worker", list(cases), directory)
 
 
-@pytest.mark.parametrize("name", ["zbv", "dualpipev, pairs", "dualpipev, auto"])
+@pytest.mark.parametrize("name", ["zb-h1", "dualpipev, pairs", "dualpipev, auto"])
 def test_queued_gradients_of_just_in_time_clones_come_home(lent_runs: Runs, name: str) -> None:
     run = lent_runs[name]
     assert find_difference(run, lent_runs["biased"], "loss", "grad_norm") <= TOLERANCE
