@@ -96,3 +96,11 @@ def test_what_slots_hold_is_sent_again_behind_an_optimizer_step(fp8_runs: Runs) 
     assert find_difference(run, fp8_runs["blockwise"], "loss") == 0
     assert run["clones"]["different_loans"] <= 4, "the slots did not hold what came next"
     assert run["clones"]["computed"] and not run["clones"]["wrong"], "a clone had weights of before the optimizer's step"
+
+
+def test_the_log_says_what_shared_slots_take_in_fp8(fp8_runs: Runs) -> None:
+    log = (fp8_runs["blockwise, pairs"]["logs"] / "0" / "stdout.log").read_text()
+    # Two sets of two clones, as two layers of two: data and scales in both directions, and no weights in BF16.
+    size = 2 * 2 * 2 * ON_THE_WIRE["blockwise"]
+    assert f"2 clones per rank in slots that its MoE layers share: {size:,} bytes of weights and " in log
+    assert f"; of the weights FP8 data and scales are {size:,}, in slots of each layer {size:,}\n" in log
