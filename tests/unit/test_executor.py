@@ -9,7 +9,7 @@ from counterflow.runtime.lowering import lower
 from counterflow.schedule import build
 
 
-class Posted(Exception):
+class PostedError(Exception):
     """A receive was posted."""
 
 
@@ -24,14 +24,14 @@ class Notes:
 
     def post(self, _: Any) -> None:
         self.calls.append("post")
-        raise Posted
+        raise PostedError
 
 
 def test_a_recorder_starts_before_a_receive_is_posted() -> None:
     """It waits for the device once; a receive of DualPipe's first action waits for another rank's, which would wait as well."""
-    program = lower(build("dualpipe", 4, 8), 0)
+    program = lower(build("dualpipe", 2, 8), 0)
     assert program.instructions[0].posts, "this table posts a receive with its first action"
     notes: Any = Notes()
-    with pytest.raises(Posted):
+    with pytest.raises(PostedError):
         run_program(program, notes, notes, recorder=notes)
     assert notes.calls == ["record", "post"]
