@@ -10,12 +10,22 @@ import tempfile
 from pathlib import Path
 
 from data import prepare_text
-from just_in_time_cases import MORE_PLAIN, MORE_SHARDED, PLAIN, PREDICTING, SEEDS, SHARDED_RUNS, list_cases, name_reference
+from just_in_time_cases import (
+    KEEPING,
+    MORE_PLAIN,
+    MORE_SHARDED,
+    PLAIN,
+    PREDICTING,
+    SEEDS,
+    SHARDED_RUNS,
+    list_cases,
+    name_reference,
+)
 from tests.support.comparing import TOLERANCE, find_difference
 from tests.support.forked_ranks import RanksError
 from tests.support.run_cases import Runs
 
-CASES = PLAIN | SHARDED_RUNS | MORE_PLAIN | MORE_SHARDED | PREDICTING
+CASES = PLAIN | SHARDED_RUNS | MORE_PLAIN | MORE_SHARDED | KEEPING | PREDICTING
 STEPS = 30
 
 

@@ -3,10 +3,15 @@
 Every room but the platform asks here and nowhere else. Under the CPU platform `torch.cuda` itself means the CPU.
 """
 
+import ctypes
+import os
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+
+# CU_MODULE_EAGER_LOADING of cuda.h.
+EAGER_LOADING = 1
 
 
 def find_device() -> torch.device:
@@ -47,3 +52,23 @@ def restore_random(device: torch.device, state: tuple[torch.Tensor, ...]) -> Non
         torch.default_generator.set_state(state[0])
         if device.type == "cuda":
             torch.cuda.set_rng_state(state[1], device)
+
+
+def load_kernels_early() -> None:
+    """Let CUDA load all kernels at its start, unless the environment says otherwise or CUDA has started.
+
+    By default it loads a kernel at its first use, which waits until the GPU has done what it was given. That may be a transfer
+    whose other end waits for this very kernel (CUDA's programming guide, "Lazy Loading", potential hazards; docs/gpus.md).
+    """
+    if torch.version.cuda is not None and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+
+
+def are_kernels_lazy() -> bool:
+    """Tell whether CUDA loads a kernel at its first use: by its driver, or by the environment where no driver answers."""
+    mode = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuModuleGetLoadingMode(ctypes.byref(mode))
+    except (OSError, AttributeError):
+        failed = 1
+    return os.environ.get("CUDA_MODULE_LOADING") != "EAGER" if failed else mode.value != EAGER_LOADING

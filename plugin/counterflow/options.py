@@ -114,6 +114,11 @@ class _Fields(BaseModel):
         "of a rank share, where just-in-time clones always are, sent again for each micro-batch, forward and backward",
         "per-layer",
     )
+    eplb_backward: Literal["resend", "keep"] = _describe(
+        "where the backward's weights of clones in shared slots come from; resend: from their homes again; keep: from memory "
+        "that holds them from forward to backward, N experts' weights for each layer and micro-batch under way",
+        "resend",
+    )
     eplb_costs: Path | None = _describe(
         "with --cf-eplb-plan auto: times and link speeds by which just-in-time clones are weighed, a JSON object in bytes and "
         "seconds (default: those of a DeepSeek-V3 expert on H100 nodes)",
@@ -218,6 +223,11 @@ class Options(_Fields):
             raise ValueError(
                 "--cf-eplb-plan exact has just-in-time clones alone, which are in shared slots, and --cf-eplb-buffers per-layer "
                 "is given: drop it"
+            )
+        if self.eplb_backward != "resend" and not self.shared_clones:
+            raise ValueError(
+                f"--cf-eplb-backward {self.eplb_backward} is for clones in shared slots, and --cf-eplb-plan {self.eplb_plan} "
+                f"with --cf-eplb-buffers {self.eplb_buffers} has none: drop it, or give --cf-eplb-plan exact or auto"
             )
         if self.eplb_costs is not None and self.eplb_plan != AUTO:
             raise ValueError(

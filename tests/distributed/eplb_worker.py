@@ -1,9 +1,10 @@
 """One rank of the balancing tests: `worker.py` with clones that change at every step and are compared with their homes.
 
-A case may have "plans": "drawn" (the default: placements drawn anew for every
-step, homes too where they may move, and just-in-time clones for every micro-batch) or "made" (the planner's), the "seed" of what
-is drawn, and "kill": {"rank", "method", "step"}, where that rank kills itself behind its call of a method of `Clones` or
-`BalancedModel`. Experts that are "shunned" get no tokens. A result has "clones": what `Watch` saw on all ranks, summed up.
+A case may have "plans": "drawn" (the default: placements drawn anew for every step, homes too where they may move, and
+just-in-time clones for every micro-batch), "lasting" (the same just-in-time clones in every micro-batch) or "made" (the
+planner's), the "seed" of what is drawn, and "kill": {"rank", "method", "step"}, where that rank kills itself behind its call of a
+method of `Clones`, `BalancedModel` or `JustInTime`. Experts that are "shunned" get no tokens. A result has "clones": what `Watch`
+saw on all ranks, summed up.
 """
 
 import hashlib
@@ -44,6 +45,9 @@ class Watch:
         self.placements: list[str] = []
         self.loans: list[str] = []
         self.backwards = self.plans = 0
+        # Just-in-time clones whose weights were sent: since the last step, and by step, in one replica of the experts.
+        self.sending = 0
+        self.sent: list[int] = []
         self.said: list[dict[str, float]] = []
         self.steps = self.refreshes = 0
         self.is_planning = False
@@ -61,8 +65,8 @@ class Watch:
         tensors += [
             list_computed(slots.clone_module, place, weights, is_cached=True) for place, weights in enumerate(held.clones)
         ]
-        tensors += [list(weights) for weights in held.shared]
-        for slot, (expert, weights) in enumerate(zip(experts, tensors, strict=True)):
+        for slot, (expert, weights) in enumerate(zip(experts, tensors, strict=False)):
+            # Those in shared slots are seen where they compute (`see_loan`).
             # What an empty slot or one that no token came to holds is of no concern: it may be under way.
             if slot < own or int(tokens_per_slot[slot]):
                 key = (dist.get_process_group_ranks(group)[0], self.refreshes, slots._index, expert)
@@ -72,13 +76,22 @@ class Watch:
                 key = (dist.get_process_group_ranks(group)[0], self.refreshes, slots._index, name_place(group.rank(), slot))
                 self.homes.setdefault(key, set()).add(digest_weights(weights))
 
-    def see_loan(self, slots: Any, loan: Any) -> None:
+    def end_step(self, balancer: Any) -> None:
+        """Note what the balancer says of a step, and what was sent in it."""
+        self.said.append(balancer.figures.all)
+        is_counted = balancer.layers is not None and balancer.layers.is_leader
+        self.sent.append(self.sending if is_counted else 0)
+        self.sending = 0
+
+    def see_loan(self, slots: Any, loan: Any, *_: Any) -> None:
         """Note the bits of the just-in-time clones that compute next on this rank, in a forward or a backward."""
         self.backwards += is_in_backward()
         for one in loan.lent:
             if one.clone_rank == slots._rank:
                 key = (slots._peers[0], self.refreshes, loan.layer, name_place(one.home_rank, one.home))
-                weights = slots._layers[loan.layer].shared[one.clone]
+                layer = slots._layers[loan.layer]
+                module = getattr(layer.shared_packing, "_clones", None)
+                weights = list_computed(module, one.clone, list(layer.shared[one.clone]), is_cached=True)
                 self.clones.setdefault(key, set()).add(digest_weights(weights))
 
 
@@ -95,19 +108,25 @@ def list_computed(experts: Any, place: int, weights: list[torch.nn.Parameter], *
     from counterflow.megatron.experts.packing import list_tensors
 
     named = list_tensors(experts, place)
-    if not named or not getattr(named[0][0], "fp8", False):
+    # Before its first forward a module of clones in shared slots has a cache and no recipe yet.
+    has_cache = is_cached and bool(named) and named[0][1] in getattr(named[0][0], "_fp8_workspaces", {})
+    if not named or not (has_cache or getattr(named[0][0], "fp8", False)):
         return list(weights)
     forms = []
     for linear, name in named:
         if name.startswith("bias"):
             forms.append(getattr(linear, name))
             continue
-        quantizer = linear._get_weight_quantizers()[place].copy()
-        quantizer.set_usage(rowwise=True, columnwise=True)
-        quantizer.internal = False
-        form = linear._fp8_workspaces[name] if is_cached else quantizer(getattr(linear, name).detach())
-        forms += list_buffers(form)
+        forms += list_buffers(linear._fp8_workspaces[name] if is_cached else quantize(linear, name, place))
     return forms
+
+
+def quantize(linear: Any, name: str, place: int) -> Any:
+    """Return a weight as its module would quantize it, in both directions."""
+    quantizer = linear._get_weight_quantizers()[place].copy()
+    quantizer.set_usage(rowwise=True, columnwise=True)
+    quantizer.internal = False
+    return quantizer(getattr(linear, name).detach())
 
 
 def list_buffers(form: Any) -> list[torch.Tensor]:
@@ -126,7 +145,10 @@ def digest_weights(weights: list[torch.Tensor]) -> str:
 
 
 def sum_up(watches: list[Watch]) -> dict[str, Any]:
-    """Return a case's numbers: how many clones ``computed``, ``wrong`` of them with other bits than their homes, and the rest."""
+    """Return a case's numbers: how many clones ``computed``, ``wrong`` of them with other bits than their homes, and the rest.
+
+    ``sent`` has for each step the just-in-time clones whose weights were sent, over all ranks.
+    """
     homes: dict[Key, set[str]] = {}
     for watch in watches:
         for key, bits in watch.homes.items():
@@ -140,6 +162,7 @@ def sum_up(watches: list[Watch]) -> dict[str, Any]:
         "placements": len(last.placements),
         "changes": sum(one != other for one, other in zip(last.placements, last.placements[1:], strict=False)),
         "said": last.said,
+        "sent": [sum(step) for step in zip(*(watch.sent for watch in watches), strict=True)],
         "loans": len(last.loans),
         "plans": last.plans,
         "different_loans": len(set(last.loans)),
@@ -210,10 +233,11 @@ def watch_case(case: dict[str, Any]) -> Iterator[Watch]:
     from counterflow.moe.clones import Clones
 
     watch, patches = Watch(), Patches()
-    if case.get("plans", "drawn") == "drawn":
+    plans = case.get("plans", "drawn")
+    if plans != "made":
         patches.set(planning, "plan_next", Drawer(case.get("seed", 1)))
         patches.set(planning, "plan_homes", HomeDrawer(case.get("seed", 1)))
-        patches.set(moe_layer, "plan_exact", LoanDrawer(case.get("seed", 1)))
+        patches.set(moe_layer, "plan_exact", LoanDrawer(case.get("seed", 1), stays=plans == "lasting"))
 
     def note(target: Any, name: str, before: Callable[..., None] | None, after: Callable[..., None] | None) -> None:
         patches.set(target, name, surround(getattr(target, name), before, after))
@@ -236,10 +260,14 @@ def watch_case(case: dict[str, Any]) -> Iterator[Watch]:
     def note_loan(_: Any, layer: int, placement: Placement, *__: Any) -> None:
         watch.loans.append(f"{layer} {placement.experts.tolist()}")
 
+    def count_sent(_: Any, loan: Any, *__: Any) -> None:
+        watch.sending += len(loan.lent)
+
     def count_plan(*_: Any) -> None:
         watch.plans += 1
 
     note(JustInTime, "lend", note_loan, None)
+    note(JustInTime, "_start_sending", count_sent, None)
     note(moe_layer, "plan_exact", count_plan, None)
 
     def kill_self(*_: Any) -> None:
@@ -249,7 +277,7 @@ def watch_case(case: dict[str, Any]) -> Iterator[Watch]:
     note(BalancedModel, "begin_step", begin_step, end_planning)
     note(BalancedModel, "refresh", count_refresh, None)
     note(BalancedModel, "_place", note_placement, None)
-    note(ExpertBalancer, "end_step", None, lambda balancer, *_: watch.said.append(balancer.figures.all))
+    note(ExpertBalancer, "end_step", None, lambda balancer, *_: watch.end_step(balancer))
     # Weights do not change inside a forward; behind it, gathers of parameters have ended too.
     note(
         MegatronSlots,

@@ -68,6 +68,16 @@ MORE_SHARDED = {
     "two replicas, sharded": [TWO_REPLICAS, lend("exact"), OVERLAPPED],
     "auto, homes move": [TWO_STAGES, lend("auto"), MOVING, SHARDED],
 }
+KEPT = ("--cf-eplb-backward", "keep")
+# Beside those of the same name that are sent again.
+KEEPING = {
+    "four ranks, two clones, kept": [FOUR_RANKS, lend("exact", 2, *KEPT), OVERLAPPED],
+    "dualpipev, pairs, selective recompute, kept": [
+        TWO_STAGES, lend("exact", 1, *KEPT), SHARDED, SELECTIVE_RECOMPUTE, SCHEDULES["dualpipev"], PAIRS
+    ],
+    "dualpipe, two clones, pairs, kept": [TWO_STAGES, lend("exact", 2, *KEPT), SHARDED, DUALPIPE, PAIRS],
+    "1f1b, full recompute, kept": [TWO_STAGES, lend("exact", 1, *KEPT), FULL_RECOMPUTE, SCHEDULES["1f1b"]],
+}  # fmt: skip
 PREDICTING = {"MTP, zbv": [lend("exact"), ["--cf-schedule", "zbv"]]}
 
 
@@ -79,10 +89,12 @@ def list_cases(text: Path, directory: Path, steps: int, seed: int = SEEDS[0]) ->
     cases.add("megatron, plain", TWO_STAGES, weights, plugin=False)
     cases.add("megatron, sharded", TWO_STAGES, weights, SHARDED, plugin=False)
     record = ["--cf-record", str(directory / "record")]
-    for name, flags in (PLAIN | SHARDED_RUNS | MORE_PLAIN | MORE_SHARDED).items():
-        cases.add(name, weights, *flags, *([record] if "full recompute" in name else []))
-    # From their own random weights. The first stage has no experts.
+    for name, flags in (PLAIN | SHARDED_RUNS | MORE_PLAIN | MORE_SHARDED | KEEPING).items():
+        cases.add(name, weights, *flags, *([record] if name == "1f1b, full recompute" else []))
+    # The first stage has no experts. Other layouts draw other first weights.
     predicting = [*TWO_STAGES, *MTP, "--moe-layer-freq", "([0]*2+[1]*2)"]
+    cases.add("initial, MTP", predicting, plugin=False, steps=1, save=1)
+    predicting += cases.start_from("initial, MTP")
     cases.add("megatron, MTP", predicting, plugin=False)
     for name, flags in PREDICTING.items():
         cases.add(name, predicting, *flags)
@@ -98,12 +110,13 @@ def list_cases(text: Path, directory: Path, steps: int, seed: int = SEEDS[0]) ->
     cases.add("planned, auto, measured", weights, *auto, costs, measured, plans="made")
     cases.add("planned, auto, large experts", weights, *auto, plans="made", steps=3)
     # The same case draws the same clones.
-    numbers = {name: place for place, name in enumerate(dict.fromkeys(one["name"].removesuffix(", again") for one in cases))}
-    return [{**case, "seed": seed + numbers[case["name"].removesuffix(", again")]} for case in cases]
+    names = [one["name"].removesuffix(", again").removesuffix(", kept") for one in cases]
+    numbers = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    return [{**case, "seed": seed + numbers[name]} for case, name in zip(cases, names, strict=True)]
 
 
 def name_reference(name: str) -> str:
     """Return the name of the run beside which a case is looked at."""
     if name in PREDICTING:
         return "megatron, MTP"
-    return "megatron, sharded" if name in SHARDED_RUNS | MORE_SHARDED else "megatron, plain"
+    return "megatron, sharded" if name.removesuffix(", kept") in SHARDED_RUNS | MORE_SHARDED else "megatron, plain"

@@ -98,7 +98,7 @@ def make_cases(folder: Path) -> dict[str, Any]:
     cases["seed 11, just in time, split"] = make_case(clone("zb-h1", **JUST_IN_TIME), steps=STEPS, **PIPELINE)
     cases["recompute, just in time"] = make_case(clone(**JUST_IN_TIME), recompute=False)
     cases["reentrant, just in time"] = make_case(clone(**JUST_IN_TIME), recompute=True)
-    cases["EP 4, both kinds"] = make_case(clone(plan="auto"), ep=4)
+    cases["EP 4, both kinds"] = make_case(clone(plan="auto", backward="keep"), ep=4)
     for what, more in {
         "ZeRO-2": {"zero": 2},
         "overlapped reductions": {"overlap_comm": True},

@@ -7,17 +7,24 @@ from typing import Any
 import pytest
 
 from counterflow.balance.files.recorded import read_record
-from just_in_time_cases import MEASURED, PLAIN, SHARDED_RUNS, lend, list_cases, name_reference
+from just_in_time_cases import KEEPING, MEASURED, PLAIN, SHARDED_RUNS, lend, list_cases, name_reference
+from tests.support.asked import mark_nightly
 from tests.support.comparing import assert_same_steps
 from tests.support.forked_ranks import fork_ranks
-from tests.support.run_cases import RANKS, Runs
-from tests.support.training import SCHEDULES, TWO_STAGES, list_base_flags
+from tests.support.run_cases import RANKS, Runs, run_case
+from tests.support.training import SCHEDULES, TWO_STAGES, list_base_flags, save_to, start_from
 
 STEPS = 8
 MICROBATCHES = 6
 LAYERS = 2
+# A step behind which the losses of an evaluation are computed.
+EVALUATED = 5
+# Bytes of an expert's weights, as of its gradients: a gate, an up and a down projection of 32 x 16, in fp32.
+EXPERT = 3 * 32 * 16 * 4
 # In which a rank kills itself: while weights come for a forward, or gradients go home.
-KILLS = ("lend", "_return_gradients")
+KILLS = ("lend", pytest.param("_return_gradients", marks=pytest.mark.nightly))
+# A step behind one that was saved.
+KILLED = 4
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +53,36 @@ def test_other_clones_in_every_micro_batch_train_like_megatron(lent_runs: Runs, 
 
 def test_the_same_run_has_the_same_bits(lent_runs: Runs) -> None:
     assert_same_steps(lent_runs["dualpipe, again"], lent_runs["dualpipe"], 0)
+
+
+@pytest.mark.parametrize("name", mark_nightly(KEEPING, lambda name: name.startswith("four ranks")))
+def test_weights_that_are_kept_train_the_same_bits_for_fewer_bytes(lent_runs: Runs, name: str) -> None:
+    kept, sent = lent_runs[name], lent_runs[name.removesuffix(", kept")]
+    assert_same_steps(kept, sent, 0)
+    assert kept["clones"]["computed"] == sent["clones"]["computed"] and not kept["clones"]["wrong"]
+    # The first step behind an evaluation counts its clones too.
+    for step in range(EVALUATED):
+        once, twice = (count_weights_sent(run, step) for run in (kept, sent))
+        lent = [run["clones"]["said"][step]["clones just in time"] for run in (kept, sent)]
+        assert lent[0] == lent[1] > 0
+        if "recompute" not in name:  # what is recomputed is sent again in any case
+            assert once <= lent[0], "weights that are kept were sent again"
+            # What the slots still hold is not sent again.
+            assert 1.5 * lent[0] <= twice <= 2 * lent[0]
+
+
+def count_weights_sent(run: dict[str, Any], step: int) -> int:
+    """Return how many just-in-time clones got weights in a step; its bytes are theirs, and those of one gradient for each."""
+    figures, sent = run["clones"]["said"][step], run["clones"]["sent"][step]
+    assert figures["MB just in time"] * 1e6 == pytest.approx(EXPERT * (sent + figures["clones just in time"]))
+    return int(sent)
+
+
+def test_the_log_says_what_is_kept(lent_runs: Runs) -> None:
+    log = (lent_runs["four ranks, two clones, kept"]["logs"] / "0" / "stdout.log").read_text()
+    # Two clones in each of three layers, which are on one rank without a pipeline.
+    kept = 3 * 2 * EXPERT
+    assert f"each micro-batch under way keeps up to {kept:,} bytes of weights until its backward\n" in log
 
 
 def test_a_recomputed_forward_has_the_plan_of_the_first_and_counts_once(lent_runs: Runs) -> None:
@@ -107,9 +144,15 @@ def test_the_log_says_what_shared_slots_take(lent_runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("method", KILLS)
-def test_a_rank_killed_in_a_transfer_ends_all_with_a_report(text: Path, tmp_path: Path, method: str) -> None:
-    flags = [*list_base_flags(text, tmp_path), *TWO_STAGES, *lend("exact", 2), *SCHEDULES["1f1b"], "--train-iters", "4"]
-    case = {"name": "killed", "plugin": True, "flags": flags, "kill": {"rank": 2, "method": method, "step": 3}}
+def test_a_rank_killed_in_a_transfer_ends_all_with_a_report_and_the_last_checkpoint_resumes(
+    lent_runs: Runs, text: Path, tmp_path: Path, method: str
+) -> None:
+    base = [*list_base_flags(text, tmp_path), *TWO_STAGES, *lend("exact", 2), *SCHEDULES["1f1b"], "--train-iters", str(STEPS)]
+    reference = lent_runs["megatron, plain"]
+    # It saves in the folder from which the run behind it goes on.
+    start, save = start_from(reference["directory"] / "initial"), save_to(tmp_path / "saved", KILLED - 1)
+    kill = {"rank": 2, "method": method, "step": KILLED}
+    case = {"name": "killed", "plugin": True, "flags": [*base, *start, *save], "kill": kill}
     job = {"case": case, "results": str(tmp_path / "none.json")}
     statuses = fork_ranks("eplb_worker", job, RANKS, tmp_path / "killed", alone=True, timeout=120)
     for index, status in enumerate(statuses):
@@ -117,3 +160,8 @@ def test_a_rank_killed_in_a_transfer_ends_all_with_a_report(text: Path, tmp_path
         assert status is not None, f"rank {index} waits for ever"
         assert status == -signal.SIGKILL if index == 2 else status > 0, f"rank {index}: {status}, {said}"
     assert "PipelineError: rank 1 (global rank 3) was in " in said, "the killed rank's peer has no report"
+    resumed = {"name": "resumed", "plugin": True, "flags": [*base, "--load", str(tmp_path / "saved")], "seed": 7}
+    run = run_case("eplb_worker", resumed, tmp_path)
+    assert [step["iteration"] for step in run["steps"]] == list(range(KILLED, STEPS + 1))
+    assert_same_steps(run, reference)
+    assert run["clones"]["computed"] and not run["clones"]["wrong"]

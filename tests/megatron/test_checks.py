@@ -582,6 +582,19 @@ def test_a_router_that_is_forced_is_not_measured_beside_one() -> None:
         prepare_arguments(make_arguments(**MODEL, moe_router_force_load_balancing=True), options)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"fp8": "e4m3", "fp8_recipe": "blockwise"}, "with --fp8-format e4m3 and without --moe-grouped-gemm: "),
+        ({"fp4": "e2m1"}, "with --fp4-format e2m1: clones in shared slots do not compute in FP4 in this version: "),
+    ],
+)
+@pytest.mark.parametrize("shared", [{"eplb_plan": "exact"}, {"eplb_buffers": "shared"}])
+def test_shared_slots_are_refused_numbers_that_they_cannot_hold(shared: dict[str, Any], given: dict[str, Any], said: str) -> None:
+    with refuses(said, OptionError):
+        prepare_arguments(make_arguments(**MODEL, **given), Options(eplb=True, **shared))
+
+
 @pytest.mark.parametrize("given", [{}, {"moe_token_dispatcher_type": "allgather"}, {"expert_model_parallel_size": 4}])
 def test_as_many_clones_as_other_ranks_have_experts_are_accepted(given: dict[str, Any]) -> None:
     args = make_arguments(**{**MODEL, **given})

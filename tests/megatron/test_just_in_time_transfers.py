@@ -11,12 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 from counterflow.balance.cluster import Cluster
 from counterflow.balance.placement import EMPTY, Placement
+from counterflow.errors import BalanceError
 from counterflow.megatron.gradients import GRADIENTS
 from counterflow.moe import just_in_time
 from counterflow.moe.clones import LayerExperts, Traffic
 from counterflow.moe.gradients import GradientStore, Part, PlainGradients, Weight
 from counterflow.moe.just_in_time import JustInTime, Loan
 from counterflow.runtime.weight_grads import defer_weight_grad, hold_weight_grads
+from tests.support.running import refuses
 
 LAYERS, HELD = 3, 2
 HOME, TAKER = 0, 1
@@ -80,7 +82,7 @@ class Ranks:
     The weights of expert e of rank 0 in layer l are all l + 1 + 100 e.
     """
 
-    def __init__(self, store: GradientStore, *, stacked: bool = False, pairs: bool = False) -> None:
+    def __init__(self, store: GradientStore, *, stacked: bool = False, pairs: bool = False, keeps: bool = False) -> None:
         self.store, self._stacked = store, stacked
         self.homes = [
             [self._make([layer + 1.0 + 100 * e + 10 * rank for e in range(HELD)]) for layer in range(LAYERS)] for rank in range(2)
@@ -101,6 +103,7 @@ class Ranks:
                 store,
                 defer_weight_grad,
                 pairs=pairs,
+                keeps=keeps,
             )
             for rank in range(2)
         ]
@@ -185,6 +188,65 @@ def test_a_backward_computes_with_the_forwards_weights_again(
 
 
 @STORES
+@pytest.mark.parametrize("stacked", [False, True], ids=["parameters", "parts"])
+@pytest.mark.parametrize("pairs", [False, True], ids=["one set", "two sets"])
+def test_weights_that_are_kept_are_sent_once(sent: list[Any], store: GradientStore, stacked: bool, pairs: bool) -> None:
+    if stacked and store is GRADIENTS:
+        pytest.skip("Megatron stacks no experts")
+    ranks = Ranks(store, stacked=stacked, pairs=pairs, keeps=True)
+    memory = ranks.shared[TAKER][0][0].data_ptr()
+    # Two micro-batches of every layer are under way.
+    batches = [(batch, layer) for batch in range(2) for layer in range(LAYERS)]
+    rows = {one: make_rows(1.0 + one[1]) for one in batches}
+    outputs = {one: ranks.forward(one[1], rows[one]) for one in batches}
+    for one in reversed(batches):
+        backward(outputs[one])
+        gradient = rows[one].grad
+        assert gradient is not None
+        weights = [one[1] + 1.0 + 100 * e for e in range(HELD)]
+        assert gradient[:, 0].tolist() == [2 * weight for weight in weights], "computed with another layer's weights"
+    ranks.finish()
+    expected = [[2 * (1.0 + layer), 2 * (2.0 + 2 * layer)] for layer in range(LAYERS)]
+    assert [ranks.find_gradients(layer) for layer in range(LAYERS)] == expected
+    senders = [rank for rank, _ in sent]
+    assert senders.count(HOME) == HELD * len(batches) == senders.count(TAKER)
+    assert {one[0].data_ptr() for one in ranks.shared[TAKER]} == {memory}, "what was kept is kept for ever"
+    assert ranks.ranks[TAKER].measure_kept() == LAYERS * HELD * 16
+
+
+@pytest.mark.parametrize("keeps", [False, True], ids=["resend", "keep"])
+@pytest.mark.parametrize("pairs", [False, True], ids=["one set", "two sets"])
+def test_nothing_that_slots_hold_outlives_a_step(sent: list[Any], pairs: bool, keeps: bool) -> None:
+    ranks = Ranks(GRADIENTS, pairs=pairs, keeps=keeps)
+    for factor in (1.0, 10.0, 100.0):
+        rows = make_rows(1.0)
+        outputs = ranks.forward(0, rows)
+        backward(outputs)
+        assert outputs[TAKER][:, 0].tolist() == [2 * factor, 4 * 101 * factor], "a forward had weights of the last step"
+        assert rows.grad is not None
+        assert rows.grad[:, 0].tolist() == [2 * factor, 2 * 101 * factor], "a backward had weights of the last step"
+        ranks.finish()
+        with torch.no_grad():
+            for home in ranks.homes[HOME][0]:
+                home *= 10
+
+
+def test_ranks_agree_on_what_is_sent_again_to_be_kept(sent: list[Any]) -> None:
+    ranks = Ranks(GRADIENTS, keeps=True)
+    there = ranks.placement
+    back = Placement(there.cluster, np.array([[0, 1, 2, 3, 2, 3, EMPTY, EMPTY]]), there.homes)
+    # Rank 0 keeps clones of rank 1; then rank 1 has clones of rank 0, first for a forward without gradients.
+    for placement, taker, has_gradients in ((back, HOME, True), (there, TAKER, False), (there, TAKER, True)):
+        with torch.set_grad_enabled(has_gradients):
+            loans = [rank.lend(0, placement, placement.experts[0] != EMPTY, HELD) for rank in ranks.ranks]
+            loan = loans[taker]
+            assert loan is not None
+            ranks.ranks[taker].receive(loan)
+            ranks.ranks[taker].let_go(loan)
+    assert len(sent) == 3 * HELD
+
+
+@STORES
 @pytest.mark.parametrize("order", ["I0 I1 W1 W0", "I0 W0 I1 W1"])
 def test_weight_gradients_that_wait_are_sent_when_they_are_computed(sent: list[Any], store: GradientStore, order: str) -> None:
     ranks = Ranks(store)
@@ -229,6 +291,15 @@ def test_gradients_of_layers_have_two_memories_and_weights_one(sent: list[Any]) 
     assert len({layer[0].data_ptr() for layer in ranks.shared[TAKER]}) == 1
     # Four numbers an expert.
     assert ranks.ranks[TAKER].measure_memory() == (16 * HELD, 2 * 16 * HELD), "memory grows with the layers"
+
+
+def test_slots_smaller_than_an_expert_are_refused(sent: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Ranks._make
+    sizes = iter([2] * 2 * LAYERS + [1] * 2 * LAYERS)
+    monkeypatch.setattr(Ranks, "_make", lambda *given: [torch.nn.Parameter(one[:, : next(sizes)]) for one in make(*given)])
+    said = "a clone slot of torch.float32 and shape (1, 2) for an expert's weight of torch.float32 and shape (2, 2); allowed: "
+    with refuses(said, BalanceError):
+        Ranks(PlainGradients(), stacked=True)
 
 
 def test_what_nobody_clones_sends_nothing(sent: list[Any]) -> None:

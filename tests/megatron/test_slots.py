@@ -217,11 +217,12 @@ def test_gradients_of_clones_leave_before_homes_compute_theirs(resident: int, le
         note_end=lambda: order.append("end"),
     )
     slots.finish_refresh = lambda: False  # type: ignore[method-assign]
+    slots.leave_weight_grads = lambda: order.append("handed over")  # type: ignore[method-assign]
     tokens, probs = torch.ones(5 + resident + lent, 3, requires_grad=True), torch.ones(5 + resident + lent)
     output, _ = slots.run_experts(run("homes"), tokens, torch.tensor([3, 2, resident, lent]), probs)
     output.sum().backward()
     # A rank with clones sends when they have computed, the others take in before their homes compute; in one order on all ranks.
-    wanted = ["lent"] * (lent > 0) + ["sent"] + ["resident"] * (resident > 0) + ["resident sent", "homes", "end"]
+    wanted = ["lent"] * (lent > 0) + ["sent"] + ["resident"] * (resident > 0) + ["resident sent", "homes", "handed over", "end"]
     assert order == wanted
 
 

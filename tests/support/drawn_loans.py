@@ -13,15 +13,18 @@ EMPTY_SHARE = 0.15
 
 
 class LoanDrawer:
-    """Draws just-in-time clones in place of `plan_exact`, from the counts, which are the same on all ranks."""
+    """Draws just-in-time clones in place of `plan_exact`, from the counts, which are the same on all ranks.
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
+    With ``stays`` every micro-batch gets the same ones.
+    """
+
+    def __init__(self, seed: int, *, stays: bool = False) -> None:
+        self._seed, self._stays = seed, stays
 
     def __call__(self, counts: Array, placement: Placement, shared: Array, prices: tuple[int, int]) -> Any:
         """Return what has the drawn ``placement``: no rank has an expert twice."""
         assert placement.homes is not None
-        random = np.random.default_rng([self._seed, *counts.ravel().tolist()])
+        random = np.random.default_rng([self._seed, *([] if self._stays else counts.ravel().tolist())])
         drawn, start = placement.experts.copy(), placement.cluster.rank_start
         for begin, end in zip(start, start[1:], strict=False):
             spare = begin + np.flatnonzero(shared[begin:end])

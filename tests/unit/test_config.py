@@ -98,6 +98,12 @@ def test_without_flags_nothing_is_asked_for() -> None:
             "--cf-eplb-plan exact has no slots with --cf-eplb-clones-per-rank 0: give 1 or more",
         ),
         (["--cf-eplb", "--cf-eplb-plan", "exact", "--cf-eplb-buffers", "per-layer"], "--cf-eplb-buffers per-layer is given"),
+        (["--cf-eplb", "--cf-eplb-backward", "again"], "--cf-eplb-backward: allowed: resend, keep (given: 'again')"),
+        (
+            ["--cf-eplb", "--cf-eplb-backward", "keep"],
+            "--cf-eplb-backward keep is for clones in shared slots, and --cf-eplb-plan predicted with --cf-eplb-buffers "
+            "per-layer has none: drop it, or give --cf-eplb-plan exact or auto",
+        ),
         (
             ["--cf-eplb", "--cf-eplb-costs", "c.json"],
             "--cf-eplb-costs c.json is for --cf-eplb-plan auto and predicted is in force",

@@ -1,5 +1,6 @@
 """Transfers one at a time in each direction between two ranks, over a wire that takes them as NCCL does."""
 
+import os
 import random
 import threading
 import time
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from counterflow.devices import load_kernels_early
 from counterflow.runtime.lanes import Lanes, say_if_kernels_are_lazy
 from counterflow.runtime.lowering import Part, lower
 from counterflow.runtime.mailbox import Mailbox
@@ -139,9 +141,35 @@ def test_a_rank_that_never_sends_is_waited_for_no_longer_than_the_limit() -> Non
 def test_rank_0_says_that_a_kernel_loaded_late_may_wait_for_ever(
     loading: str | None, rank: int, is_said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("CUDA_MODULE_LOADING", raising=False)
-    if loading is not None:
-        monkeypatch.setenv("CUDA_MODULE_LOADING", loading)
+    """No driver answers here, so the environment does."""
+    monkeypatch.setattr("ctypes.CDLL", raise_missing)
+    set_loading(monkeypatch, loading)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
     say_if_kernels_are_lazy()
     assert ("CUDA_MODULE_LOADING=EAGER" in capsys.readouterr().out) == is_said
+
+
+@pytest.mark.parametrize(
+    ("loading", "cuda", "has_started", "after"),
+    [(None, "13.0", False, "EAGER"), ("LAZY", "13.0", False, "LAZY"), (None, "13.0", True, None), (None, None, False, None)],
+    ids=["unset", "chosen by the user", "too late", "no CUDA"],
+)
+def test_kernels_are_loaded_early_where_nobody_chose(
+    loading: str | None, cuda: str | None, has_started: bool, after: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_loading(monkeypatch, loading)
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: has_started)
+    load_kernels_early()
+    assert os.environ.get("CUDA_MODULE_LOADING") == after
+
+
+def set_loading(monkeypatch: pytest.MonkeyPatch, loading: str | None) -> None:
+    """Set or unset when CUDA loads kernels; undone after the test."""
+    monkeypatch.setenv("CUDA_MODULE_LOADING", loading or "")
+    if loading is None:
+        monkeypatch.delenv("CUDA_MODULE_LOADING")
+
+
+def raise_missing(_: str) -> None:
+    raise OSError("no such library")

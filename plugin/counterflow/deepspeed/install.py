@@ -70,6 +70,7 @@ class Installation:
     def _prepare(self, chosen: Chosen, config: Any, named: dict[str, Any]) -> dict[str, Any]:
         from counterflow.deepspeed.checks import check_run
         from counterflow.deepspeed.pipeline.module import convert
+        from counterflow.devices import load_kernels_early
 
         options = chosen.options
         check_folders(options)
@@ -79,6 +80,7 @@ class Installation:
             self.take(seams.EXPERTS)
         if options.schedule is None:
             return named
+        load_kernels_early()
         due = {seams.ZERO_BUBBLE: splits_backward(options), seams.OVERLAP: options.overlap}
         self.take(seams.SCHEDULE, *(feature for feature, is_due in due.items() if is_due))
         return named | convert(named["model"], chosen, named["optimizer"], named["model_parameters"])

@@ -420,10 +420,17 @@ def _check_eplb(args: Any, options: Options) -> None:
             "--cf-eplb does not run with --fp8-recipe delayed, whose scales are another expert's history once a clone changes: "
             "give tensorwise, blockwise or mxfp8"
         )
-    if getattr(args, "fp8", None) and options.shared_clones:
+    shared = f"--cf-eplb-plan {options.eplb_plan} and --cf-eplb-buffers {options.eplb_buffers}"
+    if getattr(args, "fp8", None) and options.shared_clones and not getattr(args, "moe_grouped_gemm", None):
         raise OptionError(
-            f"--cf-eplb-plan {options.eplb_plan} and --cf-eplb-buffers {options.eplb_buffers} with --fp8-format {args.fp8}: "
-            "clones in shared slots do not compute in FP8 in this version: give --cf-eplb-plan predicted and per-layer buffers"
+            f"{shared} with --fp8-format {args.fp8} and without --moe-grouped-gemm: a linear of a single expert keeps one FP8 "
+            "weight, which micro-batches would overwrite: give --moe-grouped-gemm, or --cf-eplb-plan predicted and per-layer "
+            "buffers"
+        )
+    if getattr(args, "fp4", None) and options.shared_clones:
+        raise OptionError(
+            f"{shared} with --fp4-format {args.fp4}: clones in shared slots do not compute in FP4 in this version: give "
+            "--cf-eplb-plan predicted and per-layer buffers"
         )
     if options.eplb_measure_forced and getattr(args, "moe_router_force_load_balancing", False):
         raise OptionError(

@@ -1,11 +1,14 @@
 """Gradients in ``main_grad``, where Megatron keeps them: a part of a data-parallel bucket's buffer."""
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
 
+from counterflow.megatron.state import handed_over
 from counterflow.moe.gradients import Defer
+from counterflow.runtime.weight_grads import defer_weight_grad
 
 
 class MegatronGradients:
@@ -65,6 +68,25 @@ def add_behind_delayed(module: Any) -> None:
 def is_delayed(parameter: Any) -> bool:
     """Tell whether Transformer Engine computes the parameter's gradient at its module's W."""
     return bool(getattr(parameter, "skip_backward_post_hook", False))
+
+
+def defer_queued(modules: Iterable[Any]) -> None:
+    """Defer the weight gradients that backwards have queued in Transformer Engine's modules, one entry for each use."""
+    delayed = [module for module in modules if module.wgrad_store.delay_wgrad_compute()]
+    counts = {module: module.wgrad_store.context.qsize() - handed_over.get(module, 0) for module in delayed}
+    counts = {module: count for module, count in counts.items() if count > 0}
+    for module, count in counts.items():
+        handed_over[module] = handed_over.get(module, 0) + count
+    if counts:
+        defer_weight_grad(partial(_compute_queued, counts))
+
+
+def _compute_queued(counts: dict[Any, int]) -> None:
+    for module, count in counts.items():
+        # In the order of the queue: the first entry of a step may overwrite the gradient, later entries add to it.
+        for _ in range(count):
+            module.backward_dw()
+        handed_over[module] -= count
 
 
 def _leave_gradient(defer: Defer, parameter: Any) -> None:

@@ -84,8 +84,10 @@ class Installation:
             _require_early(options)
         self.options = options
         if options.schedule is not None:
+            from counterflow.devices import load_kernels_early
             from counterflow.megatron.pipeline.schedule import PipelineSchedule
 
+            load_kernels_early()
             self._run_step = self._check_first(PipelineSchedule(options).forward_backward)
         if options.eplb:
             from counterflow.megatron.experts.balancing import ExpertBalancer

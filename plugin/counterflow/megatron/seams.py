@@ -306,6 +306,10 @@ BALANCING = (
     ),
     Seam(f"{MOE}.moe_utils", "get_default_pg_collection", None, (EPLB,), KNOWN, "the groups of a layer that was given none"),
     Seam(
+        "megatron.core.fp8_utils", "get_fp8_context", None, (EPLB,), KNOWN, "what clones in shared slots take in FP8",
+        ("config", "layer_no"),
+    ),
+    Seam(
         TRAINING, "train_step", ".balancer.wrap_train_step", (EPLB,), KNOWN, "the optimizer of homes that move",
         ("forward_step_func", "data_iterator", "model", "optimizer"),
     ),

@@ -23,9 +23,8 @@ class ChunkState:
     clones: Clones | None = None
     due: Waiting = field(default_factory=Waiting)
     """Reductions of expert gradients that wait for the gradients of clones."""
-    handed_over: dict[Any, int] | None = None
-    """Its Transformer Engine modules, each with how many of its queued weight gradients were deferred; None before the first
-    search for them."""
+    engine_modules: list[Any] | None = None
+    """Its Transformer Engine modules that have queues of weight gradients; None before the first search for them."""
 
 
 @dataclass
@@ -42,6 +41,8 @@ _chunks: WeakKeyDictionary[Any, ChunkState] = WeakKeyDictionary()
 _weights: Any = WeakTensorKeyDictionary()
 # The `counterflow.megatron.experts.layer.MegatronSlots` of each MoE layer.
 layer_slots: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+# How many of its queued weight gradients were deferred, for each module of Transformer Engine.
+handed_over: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 # The chunk's state for each bucket group that reduces gradients of its experts.
 expert_buckets: WeakKeyDictionary[Any, ChunkState] = WeakKeyDictionary()
 

@@ -51,6 +51,37 @@ class Packing(Protocol):
         """Let a clone compute with what it has received."""
 
 
+@dataclass
+class Landing:
+    """What shared slots have received packed: ``forms`` by (slot, weight), kept for the next time."""
+
+    forms: dict[tuple[int, int], Any] = field(default_factory=dict)
+    is_placed: bool = False
+    """Whether something has computed with what came last."""
+
+
+class SharedPacking(Protocol):
+    """How one layer's weights travel to slots whose memory all layers share, where they do not rest as they are."""
+
+    def pack(self, home: int) -> list[torch.Tensor]:
+        """Return what is sent of a home's weights."""
+
+    def prepare(self) -> frozenset[int]:
+        """Get ready before anything has computed; return which weights of an expert come packed, by their index."""
+
+    def measure(self) -> int:
+        """Return the bytes of one slot's packed weights, as they rest."""
+
+    def land(self, slots: list[list[torch.Tensor]], memory: Landing) -> list[list[torch.Tensor]]:
+        """Return the tensors that each slot receives into: those of ``memory``, or the weights in ``slots`` themselves."""
+
+    def place(self, memory: Landing) -> None:
+        """Let the clones compute with what was received."""
+
+    def lift(self) -> None:
+        """Let go of that memory, which is other layers' next."""
+
+
 @dataclass(frozen=True)
 class LayerExperts:
     """One layer's experts on this rank: the parameters of each home slot and of each clone slot, in slot order.
@@ -64,10 +95,16 @@ class LayerExperts:
     packing: Packing | None = None
     shared: Sequence[Sequence[Weight]] = ()
     """The parameters of each slot whose memory all layers share (`counterflow.moe.just_in_time`)."""
+    shared_packing: SharedPacking | None = None
 
     def pack(self, home: int) -> Sequence[torch.Tensor]:
         """Return what is sent of a home's weights."""
         return [find_values(one) for one in self.homes[home]] if self.packing is None else self.packing.pack(home)
+
+    def pack_shared(self, home: int) -> Sequence[torch.Tensor]:
+        """Return what is sent of a home's weights to shared slots."""
+        values = self.shared_packing
+        return [find_values(one) for one in self.homes[home]] if values is None else values.pack(home)
 
     def land(self, clone: int) -> Sequence[torch.Tensor]:
         """Return the tensors that a clone receives into."""
@@ -436,13 +473,24 @@ def _prepare(clone: Sequence[Weight], home: Sequence[Weight], gradients: Gradien
 
 
 def match_home(clone: Sequence[Weight], home: Sequence[Weight]) -> None:
-    """Give a clone's parameters the shape and type of a home's, with zeros."""
+    """Give a clone's parameters the shape and type of a home's, with zeros.
+
+    Raises `BalanceError` if the clone cannot hold the home.
+    """
     if len(clone) != len(home) or len(home) > TENSORS_PER_EXPERT:
-        raise ValueError(
-            f"a clone of {len(clone)} tensors for a home of {len(home)}; up to {TENSORS_PER_EXPERT}, as many in both"
+        raise BalanceError(
+            f"a clone slot of {len(clone)} tensors for an expert of {len(home)}; allowed: up to {TENSORS_PER_EXPERT}, as many in "
+            "both; build clone slots like the experts"
         )
     for copied, own in zip(clone, home, strict=True):
-        # Parts are parts of a parameter that its adapter has made like the homes'.
         if isinstance(copied, torch.nn.Parameter) and isinstance(own, torch.nn.Parameter):
             copied.data = torch.zeros_like(own.data)
             copied.requires_grad_(own.requires_grad)
+            continue
+        # Parts are parts of a parameter that the adapter has made.
+        slot, expert = find_values(copied), find_values(own)
+        if slot.shape != expert.shape or slot.dtype != expert.dtype:
+            raise BalanceError(
+                f"a clone slot of {slot.dtype} and shape {tuple(slot.shape)} for an expert's weight of {expert.dtype} and shape "
+                f"{tuple(expert.shape)}; allowed: the same in both; build clone slots like the experts"
+            )

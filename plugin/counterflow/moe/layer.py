@@ -184,15 +184,26 @@ class LayerSlots:
 
         At its gradient, in a step's last backward of this layer, gradients of resident clones go home.
         """
-        if not self.is_sent_early or self._clones is None or not self._clones.has_any(self._clones_index):
-            return tensors
-        return notice(partial(self._clones.note_backward, self._clones_index), *tensors)
+        clones = self._find_leaving()
+        return tensors if clones is None else notice(partial(clones.note_backward, self._clones_index), *tensors)
 
-    def pass_on(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the input of the experts; at its gradient the next gradients of resident clones may leave."""
-        if not self.is_sent_early or self._clones is None or not self._clones.has_any(self._clones_index):
-            return tokens
-        return notice(self._clones.note_end, tokens)[0]
+    def pass_on(self, loan: Loan | None, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the input of the experts: at its gradient the homes have computed theirs.
+
+        Then what modules of the homes keep of them is handed over: those of a step's first micro-batch may overwrite what is
+        there, and so have to come before what clones add. Behind that the next gradients of resident clones may leave.
+        """
+        if (clones := self._find_leaving()) is not None:
+            (tokens,) = notice(clones.note_end, tokens)
+        return tokens if loan is None else notice(self.leave_weight_grads, tokens)[0]
+
+    def _find_leaving(self) -> Clones | None:
+        """Return the resident clones if gradients of this layer's may leave before the step ends."""
+        clones = self._clones if self.is_sent_early else None
+        return clones if clones is not None and clones.has_any(self._clones_index) else None
+
+    def leave_weight_grads(self) -> None:
+        """Hand over the weight gradients that modules of the homes keep of their own accord; by default there are none."""
 
     def finish_refresh(self) -> bool:
         """Wait for the clones' weights before the clones compute; tell whether any were sent in this step."""

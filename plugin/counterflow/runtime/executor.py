@@ -121,9 +121,10 @@ class _Run:
 
     def run_instruction(self, instruction: Instruction) -> None:
         """Run one action: its inputs, its work, its results."""
-        self._mailbox.post(instruction.posts)
+        # First the recorder, which may wait for the device: a receive that is posted may need what another rank computes later.
         if self._recorder is not None:
             self._recorder.start(instruction.action)
+        self._mailbox.post(instruction.posts)
         if instruction.action.kind == PAIR and self._handover is not None:
             self._run_pair(self._handover, instruction.action, *instruction.parts)
         else:

@@ -9,7 +9,6 @@ Here, the next transfer of a lane is issued when the one before it has ended, an
 nothing in a hardware queue waits for another rank but each lane's one kernel, which has started.
 """
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,18 +16,17 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from counterflow.devices import are_kernels_lazy
+
 POLL_SECONDS = 2e-5
 
 
 def say_if_kernels_are_lazy() -> None:
-    """Print a line, on rank 0, unless CUDA loads all kernels at its start.
-
-    By default it loads a kernel at its first use, which may wait for a transfer that waits on the GPU (docs/gpus.md).
-    """
-    if os.environ.get("CUDA_MODULE_LOADING") != "EAGER" and dist.get_rank() == 0:
+    """Print a line, on rank 0, if CUDA loads a kernel at its first use."""
+    if are_kernels_lazy() and dist.get_rank() == 0:
         print(
-            "counterflow: CUDA_MODULE_LOADING=EAGER is not set: under a schedule the first step may wait for ever while CUDA "
-            "loads a kernel; set it in every rank's environment (docs/gpus.md)",
+            "counterflow: CUDA loads kernels at their first use: under a schedule the first step may wait for ever; set "
+            "CUDA_MODULE_LOADING=EAGER in every rank's environment (docs/gpus.md)",
             flush=True,
         )
 

@@ -24,7 +24,7 @@ from counterflow.balance.placement import EMPTY, Placement, make_home_placement,
 from counterflow.balance.planning import TRAFFIC_WEIGHT
 from counterflow.devices import find_device
 from counterflow.errors import BalanceError
-from counterflow.moe.clones import Clones, Traffic, count_bytes, list_gradients, measure_clones, open_group
+from counterflow.moe.clones import Clones, Traffic, measure_clones, open_group
 from counterflow.moe.gradients import GradientStore, Weight, find_values
 from counterflow.moe.homes import move_homes
 from counterflow.moe.just_in_time import JustInTime
@@ -141,7 +141,15 @@ class BalancedLayers:
                 f"{len(self._experts[0].shared)}: give eplb_plan predicted and eplb_buffers per-layer"
             )
         group = open_group(self._groups.experts, "CF_JUST_IN_TIME")
-        made = JustInTime(self._experts, group, self.traffic, self._gradients, defer_weight_grad, pairs=self._options.overlap)
+        made = JustInTime(
+            self._experts,
+            group,
+            self.traffic,
+            self._gradients,
+            defer_weight_grad,
+            pairs=self._options.overlap,
+            keeps=self._options.eplb_backward == "keep",
+        )
         prices = FREE if self._options.eplb_plan == "exact" else self._read_costs().price_clones(group.size())
         for one in self._layers:
             one.lend_by(made, prices)
@@ -191,10 +199,17 @@ class BalancedLayers:
         """Return the bytes of weights and gradients of the slots that all layers of this rank share."""
         return self.just_in_time.measure_memory() if self.just_in_time is not None else (0, 0)
 
-    def measure_slot(self) -> tuple[int, int]:
-        """Return the bytes of weights and gradients that a shared slot would take if each layer of this rank had one."""
-        slots = [weight for one in self._experts for weight in (one.shared[0] if one.shared else ())]
-        return count_bytes(map(find_values, slots)), count_bytes(list_gradients(slots, self._gradients))
+    def measure_kept(self) -> int:
+        """Return the bytes of weights that a micro-batch keeps on this rank from forward to backward, at most."""
+        return self.just_in_time.measure_kept() if self.just_in_time is not None else 0
+
+    def measure_packed(self) -> tuple[int, int]:
+        """Return the bytes of FP8 data and scales among those of shared slots, and if each layer had such slots for itself."""
+        return self.just_in_time.measure_packed() if self.just_in_time is not None else (0, 0)
+
+    def measure_unshared(self) -> tuple[int, int]:
+        """Return the bytes of weights and gradients if each layer of this rank had such slots for itself."""
+        return self.just_in_time.measure_layers() if self.just_in_time is not None else (0, 0)
 
     def _place(self, placement: Placement) -> None:
         assert placement.homes is not None
@@ -221,6 +236,9 @@ class BalancedLayers:
 
     def refresh(self) -> None:
         """Start sending weights to new clones, and to all clones if the optimizer has changed the homes."""
+        if self.just_in_time is not None:
+            # Whatever has run a layer since the last step or evaluation: nothing that a slot holds is taken for today's weights.
+            self.just_in_time.finish_step()
         experts = self._placement.experts
         is_new = experts != self._held
         wanted = (experts != EMPTY) & (is_new | self._are_stale)

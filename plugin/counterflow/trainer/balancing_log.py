@@ -49,15 +49,20 @@ def announce_clones(layers: BalancedLayers | None, clones_per_rank: int) -> int:
 
 def _announce_shared(layers: BalancedLayers | None) -> int:
     """Print the memory of shared clone slots, and what it would be in slots of each layer; return how many there are per rank."""
-    own = (layers.shared_clones, *layers.measure_shared(), *layers.measure_slot()) if layers is not None else (0,) * 5
+    own = (0,) * 8
+    if layers is not None:
+        measured = *layers.measure_shared(), *layers.measure_unshared(), *layers.measure_packed(), layers.measure_kept()
+        own = (layers.shared_clones, *measured)
     numbers = torch.tensor(own, dtype=torch.int64).to(find_device())
     dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-    count, weights, gradients, slot_weights, slot_gradients = numbers.tolist()
+    count, weights, gradients, all_weights, all_gradients, packed, all_packed, kept = numbers.tolist()
     if dist.get_rank() == 0 and count:
+        also = f"; of the weights FP8 data and scales are {packed:,}, in slots of each layer {all_packed:,}" if packed else ""
+        also += f"; each micro-batch under way keeps up to {kept:,} bytes of weights until its backward" if kept else ""
         print(
             f"counterflow: eplb: {count} clone{'s' if count != 1 else ''} per rank in slots that its MoE layers share: "
             f"{weights:,} bytes of weights and {gradients:,} bytes of gradients, whatever the number of layers; in slots of each "
-            f"layer {count * slot_weights:,} and {count * slot_gradients:,}",
+            f"layer {all_weights:,} and {all_gradients:,}{also}",
             flush=True,
         )
     return int(count)

@@ -16,8 +16,8 @@ import torch
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
 from counterflow.errors import SeamError
-from counterflow.megatron.experts.packing import list_tensors, make_packing
-from counterflow.megatron.gradients import add_behind_delayed, is_delayed
+from counterflow.megatron.experts.packing import list_tensors, make_packing, make_shared_packing
+from counterflow.megatron.gradients import add_behind_delayed, defer_queued, is_delayed
 from counterflow.megatron.state import layer_slots
 from counterflow.moe.clones import LayerExperts
 from counterflow.moe.layer import LayerSlots
@@ -41,6 +41,7 @@ class MegatronSlots(LayerSlots):
         self.refer_to(layer)
         self.clone_module, self.shared_module = clone_module, shared_module
         self._packing = make_packing(layer.experts, clone_module)
+        self._shared_packing = make_shared_packing(layer, shared_module, shared)
         self.numbered_behind = 0
         sources = dispatcher.tp_ep_group
         rank_of_source = np.arange(sources.size()) // dispatcher.tp_size
@@ -57,8 +58,8 @@ class MegatronSlots(LayerSlots):
         A backward goes the other way round. So on every rank just-in-time clones send their gradients first, then resident ones,
         and homes compute beside both.
         """
-        tokens = self.pass_on(tokens)
         loan, at_home = self.dealt.loan, int(tokens_per_slot[: self._own].sum())
+        tokens = self.pass_on(loan, tokens)
         if at_home == len(tokens):
             output, bias = run_homes(tokens, tokens_per_slot[: self._own], probs, **kwargs)
             return *self.give_back(loan, *self.send_home(output)), bias
@@ -89,6 +90,10 @@ class MegatronSlots(LayerSlots):
 
         return self._just_in_time.compute(self.dealt.loan, run, tokens, probs, leave=partial(leave_delayed, self.shared_module))
 
+    def leave_weight_grads(self) -> None:
+        """Hand over what Transformer Engine's modules of the homes have queued."""
+        defer_queued(list_delayed(self.layer.experts))
+
     @property
     def number(self) -> int:  # type: ignore[override]
         """The layer's number in the model, from 1; prediction layers come after all others."""
@@ -103,7 +108,7 @@ class MegatronSlots(LayerSlots):
         homes = list_weights(self.layer.experts, self._own)
         clones = list_weights(self.clone_module, self._per_rank) if self.clone_module is not None else []
         shared = list_weights(self.shared_module, self._shared) if self.shared_module is not None else []
-        return LayerExperts(homes, clones, self._packing, shared)
+        return LayerExperts(homes, clones, self._packing, shared, self._shared_packing)
 
 
 class KnownCounts:

@@ -21,7 +21,7 @@ from packaging.version import Version
 from torch.utils.hooks import unserializable_hook
 
 from counterflow.errors import ScheduleError
-from counterflow.megatron.gradients import GRADIENTS, is_delayed
+from counterflow.megatron.gradients import GRADIENTS, defer_queued, is_delayed
 from counterflow.megatron.state import layer_slots, of_chunk, of_weight
 from counterflow.runtime.weight_grads import defer_weight_grad, is_holding
 
@@ -208,23 +208,12 @@ def accept_missing(make_hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def defer_engine_weight_grads(chunk: Any) -> None:
-    """Defer the weight gradients that a chunk's backward has queued in Transformer Engine modules, one entry for each use."""
-    handed_over = _find_engine_modules(chunk)
-    delayed = [module for module in handed_over if module.wgrad_store.delay_wgrad_compute()]
-    counts = {module: module.wgrad_store.context.qsize() - handed_over[module] for module in delayed}
-    counts = {module: count for module, count in counts.items() if count > 0}
-    for module, count in counts.items():
-        handed_over[module] += count
-    if counts:
-        defer_weight_grad(partial(_run_engine_weight_grads, counts, handed_over))
-
-
-def _find_engine_modules(chunk: Any) -> dict[Any, int]:
-    """Return the chunk's Transformer Engine modules; found once, as the search visits all modules of the chunk."""
+    """Defer the weight gradients that a chunk's backward has queued in Transformer Engine modules."""
     kept = of_chunk(chunk)
-    if kept.handed_over is None:
-        kept.handed_over = {one: 0 for one in _list_modules(chunk) if getattr(one, "wgrad_store", None) is not None}
-    return kept.handed_over
+    if kept.engine_modules is None:
+        # Found once, as the search visits all modules of the chunk.
+        kept.engine_modules = [one for one in _list_modules(chunk) if getattr(one, "wgrad_store", None) is not None]
+    defer_queued(kept.engine_modules)
 
 
 def _list_modules(chunk: Any) -> Iterator[Any]:
@@ -233,11 +222,3 @@ def _list_modules(chunk: Any) -> Iterator[Any]:
         yield module
         if (slots := layer_slots.get(module)) is not None and slots.clone_module is not None:
             yield from slots.clone_module.modules()
-
-
-def _run_engine_weight_grads(counts: dict[Any, int], handed_over: dict[Any, int]) -> None:
-    for module, count in counts.items():
-        # In the order of the queue: the first entry of a step may overwrite the gradient, later entries add to it.
-        for _ in range(count):
-            module.backward_dw()
-        handed_over[module] -= count
