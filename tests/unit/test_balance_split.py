@@ -114,3 +114,24 @@ def test_every_process_finds_the_same() -> None:
 def test_counts_that_do_not_fit_are_refused(counts: Array, said: str) -> None:
     with pytest.raises(BalanceError, match=said):
         split_tokens(counts, make_home_placement(2, 4, 2, 1))
+
+
+@given(draw_layers(), st.integers(0, 2**32))
+@settings(max_examples=100, deadline=None)
+def test_a_copy_that_is_added_is_linked_as_if_it_had_been_there(case: tuple[Array, Placement], seed: int) -> None:
+    from counterflow.balance.kernels.flow import insert_copy, link_slots
+
+    counts, placement = case
+    held, cluster = placement.experts[0].copy(), placement.cluster
+    own = np.array([np.flatnonzero(held == expert)[0] for expert in range(counts.shape[1])])
+    copies = np.setdiff1d(np.flatnonzero(held != EMPTY), own)
+    added = np.random.default_rng(seed).permutation(copies)
+    experts = np.where(np.isin(np.arange(len(held)), own), held, EMPTY)
+    links = link_slots(experts, cluster.rank_of_slot, cluster.rank_start, own)
+    for slot in added:
+        experts[slot] = held[slot]
+        insert_copy(links, slot)
+    anew = link_slots(held, cluster.rank_of_slot, cluster.rank_start, own)
+    used = anew.expert_start[-1]
+    assert (links.expert_start == anew.expert_start).all()
+    assert (links.copies[:used] == anew.copies[:used]).all()

@@ -22,6 +22,7 @@ def test_what_a_file_does_not_give_has_its_default(tmp_path: Path) -> None:
         ('{"token_time": "fast"}', "token time in seconds fast given; allowed: a finite number from 1e-12 to 1000"),
         ('{"speed": 1}', "speed given; allowed: an object of expert_bytes, token_time, node_speed, network_speed"),
         ("[1]", "[1] given; allowed: an object of expert_bytes"),
+        ('{"exposed": 0, "exposed": 1}', "key exposed is given twice: drop one"),
         ("{", "cannot be read as .json"),
         (" " * 70_000, "70000 bytes; allowed: 65536"),
     ],

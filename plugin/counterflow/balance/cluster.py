@@ -43,10 +43,15 @@ class Cluster:
         """Number of nodes."""
         return max(self.node_of_rank) + 1
 
-    @property
+    @cached_property
     def slots(self) -> int:
         """Number of slots in all."""
         return sum(self.slots_per_rank)
+
+    @cached_property
+    def nodes_of_ranks(self) -> Array:
+        """``int64[ranks]``: the node of each."""
+        return np.array(self.node_of_rank)
 
     @cached_property
     def rank_of_slot(self) -> Array:
@@ -61,7 +66,7 @@ class Cluster:
     @cached_property
     def node_of_slot(self) -> Array:
         """``int64[slots]``."""
-        return np.asarray(self.node_of_rank)[self.rank_of_slot]
+        return self.nodes_of_ranks[self.rank_of_slot]
 
 
 def make_cluster(ranks: int, slots: int, nodes: int = 1) -> Cluster:

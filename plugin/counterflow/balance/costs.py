@@ -11,6 +11,15 @@ from counterflow.errors import BalanceError
 JUST_IN_TIME, RESIDENT, HOME = 4, 3, 7
 # Far above any price; sums of prices stay whole numbers of 64 bits.
 MOST_PRICE = 2**36
+# What each field of `Costs` is called, the least and the most that it may be.
+BOUNDS = {
+    "expert_bytes": ("expert bytes", 1.0, 1e15),
+    "token_time": ("token time in seconds", 1e-12, 1e3),
+    "node_speed": ("node speed in bytes a second", 1.0, 1e18),
+    "network_speed": ("network speed in bytes a second", 1.0, 1e18),
+    "clone_time": ("clone time in seconds", 0.0, 1e3),
+    "exposed": ("exposed share", 0.0, 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -32,16 +41,8 @@ class Costs:
     exposed: float = 0.15
 
     def __post_init__(self) -> None:
-        bounds = {
-            "expert bytes": (self.expert_bytes, 1.0, 1e15),
-            "token time in seconds": (self.token_time, 1e-12, 1e3),
-            "node speed in bytes a second": (self.node_speed, 1.0, 1e18),
-            "network speed in bytes a second": (self.network_speed, 1.0, 1e18),
-            "clone time in seconds": (self.clone_time, 0.0, 1e3),
-            "exposed share": (self.exposed, 0.0, 1.0),
-        }
-        for name, (value, least, most) in bounds.items():
-            take_number(value, name, least, most, error=BalanceError)
+        for field, (name, least, most) in BOUNDS.items():
+            take_number(getattr(self, field), name, least, most, error=BalanceError)
 
     def time_transfer(self, units: int, *, is_far: bool) -> float:
         """Return the seconds that ``units`` times an expert's weights take on a link."""

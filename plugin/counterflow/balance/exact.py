@@ -14,7 +14,7 @@ from counterflow.errors import BalanceError
 # A layer's tokens, times 1024ths of tokens and of the mean, stay whole numbers of 64 bits.
 MOST_TOKENS = 2**50
 # Paces that are tried, in 1024ths above the mean.
-PACES = (0, 4, 12, 32, 96, 288)
+PACES = np.array((0, 4, 12, 32, 96, 288))
 # Clones cost next to nothing: fewer and nearer ones are preferred among plans that are nearly as fast.
 FREE = (0, 0)
 
@@ -50,23 +50,19 @@ def plan_exact(counts: Array, placement: Placement, shared: Array, prices: tuple
     cluster = placement.cluster
     check_shared(shared, placement, homes)
     near_price, far_price = (take_whole(price, "price of a clone", 0, 2**36, BalanceError) for price in prices)
-    node_of_rank = np.asarray(cluster.node_of_rank)
-    experts, tokens = choose_layers(
+    experts, tokens, near, far = choose_layers(
         counts,
         placement.experts,
         homes,
         shared,
         cluster.rank_of_slot,
         cluster.rank_start,
-        node_of_rank,
-        np.array(PACES),
+        cluster.nodes_of_ranks,
+        PACES,
         near_price,
         far_price,
     )
-    layer, slot = np.nonzero(shared & (experts != EMPTY))
-    away = cluster.node_of_slot[slot] != cluster.node_of_slot[homes[layer, experts[layer, slot]]]
-    near, far = (np.bincount(layer[kind], minlength=placement.layers) for kind in (~away, away))
-    return ExactPlan(Placement(cluster, experts, homes), tokens, near, far)
+    return ExactPlan(placement.refill(experts), tokens, near, far)
 
 
 def check_shared(shared: Array, placement: Placement, homes: Array) -> None:

@@ -1,5 +1,6 @@
 """A placement: the logical expert in each slot, layer by layer."""
 
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +40,12 @@ class Placement:
     def layers(self) -> int:
         """Number of layers."""
         return int(self.experts.shape[0])
+
+    def refill(self, experts: Array) -> "Placement":
+        """Return a placement with other ``experts`` in its clone slots. A planner filled them: they are not checked again."""
+        other = copy(self)
+        object.__setattr__(other, "experts", experts)
+        return other
 
 
 def _check_homes(homes: Array, held: Array) -> None:

@@ -37,6 +37,13 @@ def check_split(counts: Array, placement: Placement, most_tokens: float = LARGES
     most = counts.sum(1, dtype=np.float64).max(initial=0)
     if most > most_tokens:
         raise BalanceError(f"counts of {most:g} tokens in a layer; allowed: {most_tokens:g} at most")
+    if placement.homes is None or placement.homes.shape != counts.shape:
+        _check_copies(counts, placement)
+    return counts.astype(np.int64, copy=False)
+
+
+def _check_copies(counts: Array, placement: Placement) -> None:
+    """Raise `BalanceError` unless each expert is in a slot of each layer, as homes say of themselves."""
     held = placement.experts.max(initial=-1)
     copied = np.zeros(counts.shape, np.bool_)
     if held < counts.shape[1]:
@@ -47,4 +54,3 @@ def check_split(counts: Array, placement: Placement, most_tokens: float = LARGES
             f"counts of {counts.shape[1]} experts for a placement that holds experts up to {held}; "
             "allowed: each expert in a slot of each layer, and no other"
         )
-    return counts.astype(np.int64)

@@ -12,7 +12,7 @@ import numpy as np
 
 from counterflow.arrays import Array
 from counterflow.balance.cluster import MAX_SLOTS, make_cluster
-from counterflow.balance.costs import Costs
+from counterflow.balance.costs import BOUNDS, Costs
 from counterflow.balance.files.loads import read_loads, read_trace
 from counterflow.balance.files.recorded import RecordedBalance, read_record
 from counterflow.balance.files.serving import MAX_FIRST_LAYER, render_sglang, render_vllm
@@ -119,14 +119,15 @@ def _add_replay_plan(replay: argparse.ArgumentParser) -> None:
     replay.add_argument(
         "--shared-slots",
         type=whole(0, MAX_SLOTS),
-        default=1,
         metavar="N",
-        help="slots per rank for just-in-time clones, which all layers share (default: 1)",
+        help="slots per rank for just-in-time clones, which all layers share, under --plan exact or auto (default: 1)",
     )
     group = replay.add_argument_group("costs, by default those of a DeepSeek-V3 expert on H100 nodes")
     for name, (field, unit, what) in COST_OPTIONS.items():
         default = getattr(Costs(), field) / unit
-        group.add_argument(f"--{name}", type=number(), default=default, metavar="X", help=f"{what} (default: {default:g})")
+        _, least, most = BOUNDS[field]
+        within = number(least / unit, most / unit)
+        group.add_argument(f"--{name}", type=within, default=default, metavar="X", help=f"{what} (default: {default:g})")
 
 
 def _add_workload(kinds: Any) -> None:
@@ -187,6 +188,12 @@ def run_plan(args: argparse.Namespace) -> int:
 def run_replay(args: argparse.Namespace) -> int:
     """Replay a trace, print how balanced each method kept it and what that took, and write the pictures asked for."""
     check_outputs(args)
+    if args.shared_slots is not None and args.plan == "predicted":
+        raise OptionError(
+            f"--shared-slots {args.shared_slots} is for just-in-time clones, which --plan predicted has not: "
+            "give --plan exact or auto, or drop --shared-slots"
+        )
+    shared = 1 if args.shared_slots is None else args.shared_slots
     costs = Costs(**{field: getattr(args, name.replace("-", "_")) * unit for name, (field, unit, _) in COST_OPTIONS.items()})
     counts = read_trace(args.trace, args.key)
     from counterflow.balance.kernels.cloning import plan_layer  # loads a compiler
@@ -194,7 +201,7 @@ def run_replay(args: argparse.Namespace) -> int:
 
     _announce_compiling(plan_layer)
     rehome = None if args.rehome is None else args.rehome == "auto"
-    chosen = (args.plan, rehome, args.step, args.shared_slots, costs)
+    chosen = (args.plan, rehome, args.step, shared, costs)
     done = replay_trace(counts, args.ranks, args.clones_per_rank, args.interval, args.nodes, args.warmup, *chosen)
     from counterflow.report import render_replay_html, render_replay_svg
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from counterflow.balance.costs import Costs
 from counterflow.balance.files.arrays import name_file
-from counterflow.bounds import show
+from counterflow.bounds import show, unite_pairs
 from counterflow.errors import BalanceError
 
 MAX_BYTES = 2**16
@@ -21,7 +21,7 @@ def read_costs(path: Path) -> Costs:
     with name_file(path):
         if path.stat().st_size > MAX_BYTES:
             raise BalanceError(f"{path}: {path.stat().st_size} bytes; allowed: {MAX_BYTES}, an object of {', '.join(KEYS)}")
-        given = json.loads(path.read_text(encoding="utf-8"))
+        given = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unite_pairs)
     strange = [key for key in given if key not in KEYS] if isinstance(given, dict) else [given]
     if strange or not isinstance(given, dict):
         raise BalanceError(f"{path}: {show(strange[0])} given; allowed: an object of {', '.join(KEYS)}")

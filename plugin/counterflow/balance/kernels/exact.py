@@ -15,7 +15,16 @@ from typing import NamedTuple
 import numpy as np
 
 from counterflow.arrays import Array
-from counterflow.balance.kernels.flow import Links, find_paths, holds, level_ranks, link_slots, push_tokens, split_layer
+from counterflow.balance.kernels.flow import (
+    Links,
+    find_paths,
+    holds,
+    insert_copy,
+    level_ranks,
+    link_slots,
+    push_tokens,
+    split_layer,
+)
 from counterflow.compiling import compile_fast
 
 # Prices and paces are whole multiples of a 1024th: of a token, of the mean rank's tokens.
@@ -79,10 +88,14 @@ def choose_layers(
     paces: Array,
     near_price: int,
     far_price: int,
-) -> tuple[Array, Array]:
-    """Return the experts and the tokens of the slots, ``[layers, slots]`` each, after `choose_clones` for every layer."""
+) -> tuple[Array, Array, Array, Array]:
+    """Return the experts and the tokens of the slots, ``[layers, slots]`` each, after `choose_clones` for every layer.
+
+    And the clones in shared slots, ``[layers]``, whose home is on their own node, and those whose home is on another.
+    """
     chosen, tokens = experts.copy(), np.empty(experts.shape, np.int64)
     load = np.empty(node_of_rank.shape[0], np.int64)
+    near, far = np.zeros(counts.shape[0], np.int64), np.zeros(counts.shape[0], np.int64)
     by_node = np.argsort(node_of_rank, kind="mergesort")
     node_start = np.zeros(node_of_rank.max() + 2, np.int64)
     for node in node_of_rank:
@@ -94,7 +107,8 @@ def choose_layers(
             rank_of_slot, rank_start, node_of_rank, by_node, node_start, homes[layer], is_home, is_shared, node_of_rank, 0
         )
         choose_clones(ranks, counts[layer], chosen[layer], paces, near_price, far_price, tokens[layer], load)
-    return chosen, tokens
+        near[layer], far[layer] = count_clones(ranks, chosen[layer])
+    return chosen, tokens, near, far
 
 
 @compile_fast
@@ -192,10 +206,10 @@ def drop_clones(ranks: Ranks, counts: Array, near_price: int, far_price: int, ex
         elif trials > 0:
             trials -= 1
             experts[slot] = -1
-            split_layer(counts, link_slots(experts, ranks.rank_of_slot, ranks.rank_start, ranks.homes), left, borne)
+            # The most tokens that a rank may have for the clone not to pay.
+            start_at_home(ranks, counts, most + (price - 1) // UNIT, experts, left, borne)
             if borne.max() * UNIT < most * UNIT + price:
-                tokens[:] = left
-                load[:] = borne
+                split_layer(counts, link_slots(experts, ranks.rank_of_slot, ranks.rank_start, ranks.homes), tokens, load)
             else:
                 experts[slot] = expert
     for slot in used:
@@ -215,11 +229,21 @@ def take_cheaper(ranks: Ranks, trials: Trials, tried: Array, load: Array) -> Tri
 @compile_fast
 def price_clones(ranks: Ranks, experts: Array, near_price: int, far_price: int) -> int:
     """Return the sum of the prices of the clones in shared slots."""
-    cost = 0
+    near, far = count_clones(ranks, experts)
+    return near * near_price + far * far_price
+
+
+@compile_fast
+def count_clones(ranks: Ranks, experts: Array) -> tuple[int, int]:
+    """Return how many shared slots hold a clone whose home is on their own node, and on another."""
+    near, far = 0, 0
     for slot in range(experts.shape[0]):
         if ranks.is_shared[slot] and experts[slot] >= 0:
-            cost += near_price if is_near(ranks, slot, experts[slot]) else far_price
-    return cost
+            if is_near(ranks, slot, experts[slot]):
+                near += 1
+            else:
+                far += 1
+    return near, far
 
 
 @compile_fast
@@ -256,12 +280,14 @@ def settle_ranks(ranks: Ranks, counts: Array, pace: int, experts: Array, tokens:
     """
     start_at_home(ranks, counts, pace, experts, tokens, load)
     level, excess = level_nodes(ranks, pace, load)
-    done = np.zeros(load.shape[0], np.bool_)
+    is_open = np.empty(load.shape[0], np.bool_)
+    for rank in range(load.shape[0]):
+        is_open[rank] = find_free(ranks, rank, experts) >= 0
     while load.max() > pace:
-        taker = find_lacking(ranks, level, experts, load, done)
+        taker = find_lacking(ranks, level, load, is_open)
         if taker < 0:
             return
-        done[taker] = True
+        is_open[taker] = False
         node = ranks.node_of_rank[taker]
         room = level[node] - load[taker]
         slot, amount = find_donor(ranks, node, level[node], taker, room, room, experts, tokens, load)
@@ -280,12 +306,12 @@ def settle_ranks(ranks: Ranks, counts: Array, pace: int, experts: Array, tokens:
 
 
 @compile_fast
-def find_lacking(ranks: Ranks, level: Array, experts: Array, load: Array, done: Array) -> int:
-    """Return the rank that lacks most to ``level[nodes]``, has a free slot and is not done; -1 where there is none."""
+def find_lacking(ranks: Ranks, level: Array, load: Array, is_open: Array) -> int:
+    """Return the rank that lacks most to ``level[nodes]`` of those that are open, -1 where none lacks any."""
     taker, room = -1, 0
     for rank in range(load.shape[0]):
         lack = level[ranks.node_of_rank[rank]] - load[rank]
-        if lack > room and not done[rank] and find_free(ranks, rank, experts) >= 0:
+        if lack > room and is_open[rank]:
             taker, room = rank, lack
     return taker
 
@@ -330,18 +356,20 @@ def find_donor(
     of the expert there is. Returns -1 and 0 where nothing fills.
     """
     best, value, amount = -1, 0, 0
+    wanted = min(room, most)
     for place in range(ranks.node_start[node], ranks.node_start[node + 1]):
         donor = ranks.by_node[place]
-        if donor == taker:
-            continue
         above = min(max(0, load[donor] - level), 4 * room)
+        if ranks.machine_of_rank[donor] == ranks.machine_of_rank[taker]:
+            above += ranks.favour * room
+        # No expert of this rank can be worth more than one that was found.
+        if donor == taker or 8 * wanted + above + 2 * room <= value:
+            continue
         for slot in range(ranks.rank_start[donor], ranks.rank_start[donor + 1]):
             if not ranks.is_home[slot] or tokens[slot] == 0:
                 continue
-            filled = min(tokens[slot], min(room, most))
+            filled = min(tokens[slot], wanted)
             worth = 8 * filled + above + min(tokens[slot], 2 * room)
-            if ranks.machine_of_rank[donor] == ranks.machine_of_rank[taker]:
-                worth += ranks.favour * room
             if worth > value and not holds(experts, ranks.rank_start, taker, experts[slot]):
                 best, value, amount = slot, worth, filled
     return best, amount
@@ -356,9 +384,10 @@ def mend_ranks(ranks: Ranks, counts: Array, paces: Array, experts: Array, tokens
     start_at_home(ranks, counts, paces[-1], experts, tokens, load)
     near_weight = min(max(trials.far_price, trials.near_price) * FAR_WEIGHT // trials.near_price, MOST_WEIGHT)
     cost = paces[0] * UNIT + price_clones(ranks, experts, trials.near_price, trials.far_price)
+    links = link_slots(experts, ranks.rank_of_slot, ranks.rank_start, ranks.homes)
     for pace in paces[::-1]:
         while True:
-            hold_pace(pace, link_slots(experts, ranks.rank_of_slot, ranks.rank_start, ranks.homes), tokens, load)
+            hold_pace(pace, links, tokens, load)
             donor = int(load.argmax())
             if load[donor] <= pace:
                 break
@@ -368,6 +397,7 @@ def mend_ranks(ranks: Ranks, counts: Array, paces: Array, experts: Array, tokens
                 return trials
             place = find_free(ranks, taker, experts)
             experts[place] = experts[slot]
+            insert_copy(links, place)
             cost += trials.near_price if is_near(ranks, place, experts[slot]) else trials.far_price
         trials = take_cheaper(ranks, trials, experts, load)
     return trials
@@ -391,11 +421,11 @@ def find_taker(ranks: Ranks, pace: int, slot: int, near_weight: int, experts: Ar
     best, value = -1, 0
     for rank in range(load.shape[0]):
         room = pace - load[rank]
-        if room <= 0 or find_free(ranks, rank, experts) < 0 or holds(experts, ranks.rank_start, rank, experts[slot]):
-            continue
         weight = near_weight if ranks.node_of_rank[rank] == ranks.node_of_rank[donor] else FAR_WEIGHT
         worth = (2 * min(room, wanted) + room) * weight
-        if worth > value:
+        if room <= 0 or worth <= value:
+            continue
+        if find_free(ranks, rank, experts) >= 0 and not holds(experts, ranks.rank_start, rank, experts[slot]):
             best, value = rank, worth
     return best
 
@@ -418,7 +448,7 @@ def hold_pace(pace: int, links: Links, tokens: Array, load: Array) -> None:
     came_from, leaving = np.empty(size, np.int64), np.empty(size, np.int64)
     arriving, queue = np.empty(size, np.int64), np.empty(size, np.int64)
     seen = np.empty(links.first.shape[0], np.bool_)
-    pushed = links.copies.shape[0] > links.first.shape[0]
+    pushed = links.expert_start[-1] > links.first.shape[0]
     while pushed and load.max() > pace:
         reached = find_paths(pace, links, tokens, load, queue, came_from, leaving, arriving, seen)
         pushed = False

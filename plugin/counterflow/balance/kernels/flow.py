@@ -12,7 +12,8 @@ class Links(NamedTuple):
     """Index of one layer's slots, by rank and by expert.
 
     ``experts[slots]`` and ``rank_of_slot[slots]`` say what a slot holds and where it is. Rank r has the slots
-    ``rank_start[r]`` to ``rank_start[r + 1]``. The slots that hold expert e are ``copies[expert_start[e]:expert_start[e + 1]]``.
+    ``rank_start[r]`` to ``rank_start[r + 1]``. The slots that hold expert e are ``copies[expert_start[e]:expert_start[e + 1]]``,
+    in order; ``copies[slots]`` has room for every slot.
     All tokens of e start in slot ``first[e]`` and leave it only if that makes the slowest rank faster.
     """
 
@@ -43,7 +44,7 @@ def link_slots(experts: Array, rank_of_slot: Array, rank_start: Array, homes: Ar
             expert_start[expert + 1] += 1
     for expert in range(count):
         expert_start[expert + 1] += expert_start[expert]
-    copies = np.empty(expert_start[count], np.int64)
+    copies = np.empty(experts.shape[0], np.int64)
     filled = expert_start[:-1].copy()
     for slot, expert in enumerate(experts):
         if expert >= 0:
@@ -54,6 +55,19 @@ def link_slots(experts: Array, rank_of_slot: Array, rank_start: Array, homes: Ar
         if first[expert] < 0:
             first[expert] = copies[expert_start[expert]]
     return Links(experts, rank_of_slot, rank_start, copies, expert_start, first)
+
+
+@compile_fast
+def insert_copy(links: Links, slot: int) -> None:
+    """Let ``links`` know of a slot that was empty when they were made and holds an expert now."""
+    expert, count = links.experts[slot], links.first.shape[0]
+    place = links.expert_start[count]
+    # All behind the expert's own copies move on by one, and so do its copies in later slots.
+    while place > links.expert_start[expert] and (place > links.expert_start[expert + 1] or links.copies[place - 1] > slot):
+        links.copies[place] = links.copies[place - 1]
+        place -= 1
+    links.copies[place] = slot
+    links.expert_start[expert + 1 :] += 1
 
 
 @compile_fast

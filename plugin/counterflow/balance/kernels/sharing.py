@@ -47,7 +47,7 @@ def share_layer(
         return False, shares
     links = link_slots(experts, rank_of_slot, rank_start, homes)
     tokens = np.zeros(experts.shape[0], np.int64)
-    if links.copies.shape[0] > homes.shape[0]:
+    if links.expert_start[-1] > homes.shape[0]:
         split_layer(totals, links, tokens, np.empty(rank_start.shape[0] - 1, np.int64))
     else:
         tokens[homes] = totals
