@@ -35,7 +35,7 @@ STAMP_TAG = 2**30
 # What an account has: computing, all-to-alls, and waits for transfers, by the function that posted them.
 COMPUTE, ALL_TO_ALL, OTHER = "compute", "all-to-all", "other"
 WAITS = {
-    "JustInTime._send": "just-in-time weights",
+    "JustInTime._start_sending": "just-in-time weights",
     "JustInTime._start_round": "just-in-time gradients",
     "Clones.refresh": "resident weights",
     "Clones._start_round": "resident gradients",

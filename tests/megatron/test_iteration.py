@@ -50,8 +50,8 @@ def test_balancing_counts_with_and_without_megatrons_loop(monkeypatch: pytest.Mo
     begun: list[int] = []
     balancer = ExpertBalancer(Options(eplb=True))
     balancer._is_attached = True
-    balancer.layers = SimpleNamespace(begin_step=begun.append)  # type: ignore[assignment]
-    monkeypatch.setattr(balancer, "end_step", lambda microbatches: None)
+    balancer.layers = SimpleNamespace(begin_step=lambda step, microbatches: begun.append(step))  # type: ignore[assignment]
+    monkeypatch.setattr(balancer, "end_step", lambda microbatches, measured: None)
     run = balancer.wrap_schedule(lambda **kwargs: None)
     set_trainer(monkeypatch)
     for _ in range(2):
